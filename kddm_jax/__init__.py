@@ -1,0 +1,3 @@
+"""Knowledge distillation through distribution matching, in JAX."""
+
+__version__ = "0.1.0"
