@@ -1,0 +1,338 @@
+"""The distillation loss: cross-entropy plus weighted distances.
+
+``loss = task_weight * cross_entropy + sum_t weight_t * D_t(student, teacher)``.
+Arrays in, scalars out: no framework, so it composes with Flax, Equinox and plain
+functions, under jit, grad, vmap, pmap and shard_map.  The teacher gets no gradient.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kddm_jax.distances import DISTANCES, Distance
+from kddm_jax.linalg import check_labels, check_pair
+
+Features = jax.Array | Mapping[str, jax.Array]
+
+
+class Term(NamedTuple):
+    """One weighted distance of a loss.
+
+    Attributes:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
+      weight: lambda, ``>= 0``; an array (traced) or a float.
+      layers: student and teacher key, where features are mappings layer -> array.
+      options: keyword arguments of the distance.
+      name: in the loss's terms; None takes the key or the function's name.
+    """
+
+    distance: str | Distance | Callable[..., jax.Array]
+    weight: float | jax.Array = 1e-3
+    layers: tuple[str, str] | None = None
+    options: Mapping[str, object] = MappingProxyType({})
+    name: str | None = None
+
+
+def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
+    """Looks a distance up, or makes a row of a callable.
+
+    Args:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
+
+    Returns:
+      The `Distance`.
+
+    Raises:
+      ValueError: an unknown key, naming the known ones.
+
+    Examples:
+      >>> get_distance("w2").title
+      'W2 (E)'
+    """
+    if isinstance(distance, Distance):
+        return distance
+    if isinstance(distance, str):
+        if distance not in DISTANCES:
+            raise ValueError(
+                f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}"
+            )
+        return DISTANCES[distance]
+    if callable(distance):
+        return Distance(distance, title=_callable_name(distance))
+    raise ValueError(
+        "distance must be a key of DISTANCES, a Distance or a callable of (x, y), "
+        f"got {type(distance).__name__}"
+    )
+
+
+def _callable_name(fn):
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _term_name(term):
+    if term.name is not None:
+        return term.name
+    if isinstance(term.distance, str):
+        name = term.distance
+    else:
+        fn = term.distance.fn if isinstance(term.distance, Distance) else term.distance
+        name = _callable_name(fn)
+    return name if term.layers is None else f"{name}@{term.layers[0]}"
+
+
+def _check_weight(name, weight):
+    if isinstance(weight, int | float) and not weight >= 0:
+        raise ValueError(f"{name} must be a number >= 0, got {weight}")
+
+
+def _as_terms(distance, weight, options):
+    if isinstance(distance, Sequence) and not isinstance(distance, str | Distance):
+        if weight is not None or options:
+            raise ValueError(
+                "a sequence of Terms carries its own weights and options; got also "
+                + ", ".join([*(["weight"] if weight is not None else []), *options])
+            )
+        for term in distance:
+            if not isinstance(term, Term):
+                raise ValueError(
+                    "a sequence of distances must hold Terms, got "
+                    f"{type(term).__name__}; write Term({term!r}, weight=...)"
+                )
+        terms = tuple(distance)
+    else:
+        row = get_distance(distance)
+        weight = row.weight if weight is None else weight
+        terms = (Term(distance, weight, options=options),)
+    names = [_term_name(term) for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"terms must have different names, got {', '.join(names)}")
+    for name, term in zip(names, terms, strict=True):
+        _check_weight(f"weight of {name}", term.weight)
+    return terms
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""Computes the mean cross-entropy of the labelled samples.
+
+    .. math:: -\frac1n \sum_i \log \mathrm{softmax}(s_i)_{y_i}
+
+    Args:
+      logits: shape ``[n, k]``.
+      labels: int, shape ``[n]``; negative labels are padding.
+
+    Returns:
+      Scalar, in nats.
+
+    Examples:
+      >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]))  # log 4
+      Array(1.386, dtype=float32)
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    valid = labels >= 0
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(valid, labels, 0)
+    )
+    count = jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
+    return jnp.sum(jnp.where(valid, losses, 0)) / count
+
+
+def _select(features, layers, side):
+    """The array of one side of a term."""
+    index = ("student", "teacher").index(side)
+    if not isinstance(features, Mapping):
+        if layers is not None:
+            raise ValueError(
+                f"layers={layers!r} needs {side}_features as a mapping "
+                "layer -> array, got an array"
+            )
+        return features
+    known = ", ".join(features)
+    if layers is None:
+        raise ValueError(
+            f"{side}_features is a mapping ({known}); say which entries to compare "
+            "with Term(..., layers=(student_key, teacher_key))"
+        )
+    if layers[index] not in features:
+        raise ValueError(
+            f"{side}_features has no layer {layers[index]!r}; it has {known}"
+        )
+    return features[layers[index]]
+
+
+def _arguments(row, term, batch, key):
+    """The arrays that the row's function takes, in its order."""
+    arrays = []
+    for kind in row.inputs:
+        if kind in ("features", "maps"):
+            arrays.append(_select(batch["student"], term.layers, "student"))
+            arrays.append(_select(batch["teacher"], term.layers, "teacher"))
+        elif kind == "logits":
+            arrays += [batch["student_logits"], batch["teacher_logits"]]
+        elif kind == "labels":
+            arrays.append(batch["labels"])
+        elif kind == "key":
+            if key is None:
+                raise ValueError(
+                    f"distance {_term_name(term)!r} is random; pass key=jax.random.key"
+                )
+            arrays.append(key)
+        else:
+            raise ValueError(
+                f"inputs of a Distance are features, maps, logits, labels, key; "
+                f"got {kind!r}"
+            )
+    return arrays
+
+
+def _teacher_deviation(arrays, row):
+    """mean_i ||y_i - mean||^2 of the teacher's features."""
+    if not row.inputs or row.inputs[0] != "features":
+        raise ValueError(
+            'scale="teacher" is for distances of features; this one takes '
+            + ", ".join(row.inputs)
+        )
+    _, y = check_pair(arrays[0], arrays[1], same_columns=False)
+    return jax.lax.stop_gradient(
+        jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
+    )
+
+
+def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
+    """Value and diagnostics of a term: of the global batch if there is an axis."""
+    row = get_distance(term.distance)
+    # A mean over images needs no gathering: the mean of the devices' means is it.
+    local_only = axis_name is not None and row.per_sample
+    arrays = _arguments(row, term, local if local_only else gathered, key)
+    options = {**row.options, **term.options}
+    if num_classes is not None and "labels" in row.inputs:
+        options.setdefault("num_classes", num_classes)
+    if row.diagnose is None:
+        value, stats = row.fn(*arrays, **options), {}
+    else:
+        value, stats = row.diagnose(*arrays, **options)
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"distance {_term_name(term)!r} must return a scalar, "
+            f"got shape {list(jnp.shape(value))}"
+        )
+    if local_only:
+        value, stats = jax.lax.pmean((value, stats), axis_name)
+    if scale == "teacher":
+        deviation = _teacher_deviation(_arguments(row, term, gathered, key), row)
+        least = jnp.finfo(deviation.dtype).tiny ** 0.5
+        value = value / jnp.maximum(deviation, least)
+    return value, stats
+
+
+def _gather(tree, axis_name):
+    if axis_name is None:
+        return tree
+    return jax.tree.map(
+        lambda a: jax.lax.all_gather(a, axis_name, axis=0, tiled=True), tree
+    )
+
+
+def distill_loss(
+    student_features: Features,
+    teacher_features: Features,
+    labels: jax.Array,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array | None = None,
+    *,
+    distance: str | Distance | Callable[..., jax.Array] | Sequence[Term] = "w2",
+    weight: float | jax.Array | None = None,
+    task_weight: float | jax.Array = 1.0,
+    scale: str | None = None,
+    key: jax.Array | None = None,
+    num_classes: int | None = None,
+    axis_name: str | None = None,
+    **options: object,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    r"""Computes the distillation loss and its terms.
+
+    .. math:: L = w\, CE(s, y) + \sum_t \lambda_t\, D_t(x, \mathrm{stop}(x_T))
+
+    No gradient reaches the teacher.  Under ``axis_name`` (pmap, or shard_map with
+    ``check_vma=False``) arrays are gathered first, so that every device computes the
+    loss of the *global* batch; average the gradients with ``pmean``, never sum them.
+
+    Args:
+      student_features: ``[n, d]``, or a mapping layer -> array for Terms with layers.
+      teacher_features: the same of the teacher, of the same images.
+      labels: int, ``[n]``; negative ones are padding.
+      student_logits: ``[n, k]``.
+      teacher_logits: ``[n, k]``; needed by distances of predictions only.
+      distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, or a
+        sequence of `Term`.
+      weight: lambda, ``>= 0``; None takes the catalogue's.  Not with Terms.
+      task_weight: of the cross-entropy.
+      scale: ``"teacher"`` divides squared distances by the teacher's mean squared
+        deviation, which makes the weight dimensionless; None leaves them.
+      key: for random distances.
+      num_classes: checks concrete labels.
+      axis_name: of the mapped axis that holds the devices' shares of the batch.
+      **options: of the distance (``solver``, ``covariance``, ...).  Not with Terms.
+
+    Returns:
+      ``(loss, terms)``: scalars; ``terms`` holds ``"task"``, each distance by name,
+      unweighted, and its diagnostics as ``"name/converged"`` and so on.
+
+    Raises:
+      ValueError: shapes, unknown names, a negative weight, a missing key or logits.
+
+    References:
+      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.
+
+    Examples:
+      >>> x, s, labels = jnp.ones((4, 2)), jnp.zeros((4, 3)), jnp.zeros(4, int)
+      >>> loss, terms = distill_loss(x, x + 1, labels, s, distance="l2", weight=0.5)
+      >>> loss, terms["task"], terms["l2"]  # log 3 + 0.5 * 2
+      (Array(2.0986, dtype=float32), Array(1.0986, dtype=float32),
+       Array(2., dtype=float32))
+    """
+    terms = _as_terms(distance, weight, options)
+    _check_weight("task_weight", task_weight)
+    if scale not in (None, "teacher"):
+        raise ValueError(f'scale must be None or "teacher", got {scale!r}')
+    if student_logits.ndim != 2:
+        raise ValueError(
+            f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
+        )
+    check_labels(labels, student_logits.shape[0], num_classes=num_classes)
+    needs_logits = any("logits" in get_distance(t.distance).inputs for t in terms)
+    if needs_logits and teacher_logits is None:
+        raise ValueError(
+            "teacher_logits is needed by distances of predictions, got None"
+        )
+
+    local = {
+        "student": student_features,
+        "teacher": jax.lax.stop_gradient(teacher_features),
+        "labels": labels,
+        "student_logits": student_logits,
+    }
+    if teacher_logits is not None:
+        local["teacher_logits"] = jax.lax.stop_gradient(teacher_logits)
+    gathered = _gather(local, axis_name)
+
+    task = cross_entropy(gathered["student_logits"], gathered["labels"])
+    loss, results = task_weight * task, {"task": task}
+    for term in terms:
+        value, stats = _evaluate(
+            term,
+            local,
+            gathered,
+            key=key,
+            num_classes=num_classes,
+            scale=scale,
+            axis_name=axis_name,
+        )
+        name = _term_name(term)
+        loss = loss + term.weight * value
+        results[name] = value
+        results.update({f"{name}/{stat}": number for stat, number in stats.items()})
+    return loss, results

@@ -1,0 +1,119 @@
+"""Gradient checks for distances: what our own tests use, for yours too.
+
+``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first
+argument: at its defaults, a gradient that is zero or of the wrong sign passes.
+`assert_distance_gradients` divides that out, works in float64, in forward and in
+reverse mode, and compares with central differences of the value itself.
+"""
+
+from collections.abc import Callable, Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kddm_jax.losses import get_distance
+
+
+def assert_distance_gradients(
+    distance: str | Callable[..., jax.Array],
+    *arrays: jax.Array,
+    argnums: Sequence[int] = (0,),
+    rtol: float = 1e-2,
+    atol: float = 1e-4,
+    **options: object,
+) -> None:
+    """Asserts that a distance's derivatives are those of its value.
+
+    In float64: the gradient against central differences, entry by entry, and
+    forward and reverse mode along random directions by chex.  Numbers that a distance holds constant (epsilon,
+    bandwidth, beta, ridge) move with the inputs in a numerical derivative: pass
+    them explicitly.  Inputs should lie away from ties of an exact assignment.
+
+    Args:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable.
+      *arrays: its arguments, small (each entry costs two evaluations).
+      argnums: of the arrays to differentiate by.
+      rtol: relative tolerance of an entry.
+      atol: absolute tolerance, as a fraction of the largest numerical derivative.
+      **options: of the distance.
+
+    Raises:
+      AssertionError: a derivative is off.
+
+    Examples:
+      >>> x = np.random.default_rng(0).normal(size=(5, 3))
+      >>> assert_distance_gradients("w2", x, x[::-1] + 1.0, solver="exact")
+    """
+    row = get_distance(distance)
+    options = {**row.options, **options}
+    with jax.enable_x64(True):
+        arrays = [_as_double(a) for a in arrays]
+
+        def value(*moving):
+            filled = list(arrays)
+            for index, array in zip(argnums, moving, strict=True):
+                filled[index] = array
+            return row.fn(*filled, **options)
+
+        moving = tuple(arrays[i] for i in argnums)
+        gradients = jax.grad(value, argnums=tuple(range(len(moving))))(*moving)
+        numerical = _central_differences(value, moving)
+        largest = max(float(jnp.max(jnp.abs(g))) for g in numerical)
+        scale = max(largest, float(jnp.finfo(jnp.float64).tiny))
+        for gradient, expected in zip(gradients, numerical, strict=True):
+            np.testing.assert_allclose(gradient, expected, rtol=rtol, atol=atol * scale)
+        chex.assert_numerical_grads(
+            value, moving, order=1, atol=atol * scale / moving[0].size, rtol=rtol
+        )
+
+
+def _central_differences(value, arrays, step=1e-5):
+    """Numerical gradients, one entry at a time."""
+    gradients = []
+    for index, array in enumerate(arrays):
+        h = step * max(1.0, float(jnp.max(jnp.abs(array))))
+
+        def difference(direction, index=index, array=array, h=h):
+            at = lambda x: value(*arrays[:index], x, *arrays[index + 1 :])
+            direction = h * direction.reshape(array.shape)
+            return (at(array + direction) - at(array - direction)) / (2 * h)
+
+        entries = jax.lax.map(difference, jnp.eye(array.size, dtype=array.dtype))
+        gradients.append(entries.reshape(array.shape))
+    return gradients
+
+
+def _as_double(array):
+    array = jnp.asarray(array)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return jnp.asarray(np.asarray(array), jnp.float64) if floating else array
+
+
+def assert_finite_gradients(
+    distance: str | Callable[..., jax.Array],
+    *arrays: jax.Array,
+    argnums: Sequence[int] = (0,),
+    **options: object,
+) -> None:
+    """Asserts that a distance's value and gradient are finite numbers.
+
+    Args:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable.
+      *arrays: its arguments.
+      argnums: of the arrays to differentiate by.
+      **options: of the distance.
+
+    Raises:
+      AssertionError: value or gradient holds a NaN or an infinity.
+
+    Examples:
+      >>> assert_finite_gradients("w2_gaussian", jnp.ones((4, 9)), jnp.ones((4, 9)))
+    """
+    row = get_distance(distance)
+    options = {**row.options, **options}
+    value, gradients = jax.value_and_grad(
+        lambda *a: row.fn(*a, **options), argnums=tuple(argnums)
+    )(*arrays)
+    chex.assert_tree_all_finite((value, gradients))

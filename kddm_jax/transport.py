@@ -1,0 +1,300 @@
+"""Optimal transport on a cost matrix of static shape; the only file that imports ott.
+
+Every solver here takes a cost ``[n, m]`` and weights ``a [n]``, ``b [m]`` and gives
+a value with the derivative ``<P, dC>``, ``P`` the optimal plan (the envelope
+theorem), epsilon and weights being constants.  A class-conditional problem is the
+same problem under a mask: pairs of different classes cost one finite number that
+no plan pays, so that the plan falls into blocks, one per class, and costs what the
+unconditional one costs.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax.assignment import hungarian_algorithm
+from ott.geometry.geometry import Geometry
+from ott.problems.linear.linear_problem import LinearProblem
+from ott.solvers.linear.acceleration import Momentum
+from ott.solvers.linear.sinkhorn import Sinkhorn
+
+from kddm_jax.linalg import check_choice, constant
+
+
+class Stats(NamedTuple):
+    """What a solver says of its work; floats, without derivative.
+
+    Attributes:
+      converged: 1 if every solve met its threshold, else 0.
+      iterations: most iterations of any solve.
+      marginal_error: largest L1 distance of a plan's marginals to the weights.
+    """
+
+    converged: jax.Array
+    iterations: jax.Array
+    marginal_error: jax.Array
+
+
+class Costs(NamedTuple):
+    """A transport problem between x and y and what its debiasing needs.
+
+    Attributes:
+      xy: costs between the clouds, shape ``[n, m]``.
+      xx: costs within x, ``[n, n]``; may be None unless the solver is "sinkhorn".
+      yy: costs within y, ``[m, m]``; the same.
+      a: weights of x, shape ``[n]``, of sum 1.
+      b: weights of y, shape ``[m]``, of sum 1.
+      same: 1 where transport is allowed, ``[n, n]``, or None for everywhere.
+    """
+
+    xy: jax.Array
+    xx: jax.Array | None
+    yy: jax.Array | None
+    a: jax.Array
+    b: jax.Array
+    same: jax.Array | None = None
+
+
+def mean_cost(costs: Costs) -> jax.Array:
+    """Averages the x-y cost, over the pairs of each class where there is a mask.
+
+    Args:
+      costs: the problem; only ``xy``, the weights and the mask are read.
+
+    Returns:
+      Scalar: ``sum_ij a_i b_j C_ij``, or ``sum_c w_c mean_c`` under a mask.
+    """
+    if costs.same is None:
+        return jnp.sum(costs.a[:, None] * costs.xy * costs.b[None, :])
+    counts = jnp.maximum(jnp.sum(costs.same, axis=1), 1)
+    return jnp.sum(costs.a[:, None] * costs.same * costs.xy / counts[None, :])
+
+
+# ---------------------------------------------------------------------------
+# The three solvers.
+
+
+def _block(cost, same, epsilon):
+    """Forbids pairs of different classes by one finite cost.
+
+    Dual potentials lie within a few times the largest cost, so this number keeps
+    exp((f + g - C) / epsilon) at zero, and float32 still resolves f and g beside it.
+    """
+    if same is None:
+        return cost
+    return jnp.where(same > 0, cost, 10 * jnp.max(jnp.abs(cost)) + 1e3 * epsilon)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
+    return _solve_entropic(
+        cost, a, b, same, epsilon, threshold, max_iterations, symmetric
+    )[:2]
+
+
+def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
+    # A divergence's own terms (x to x, y to y) converge in a few averaged,
+    # simultaneous updates, as in ott.tools.sinkhorn_divergence.
+    options = (
+        {"momentum": Momentum(start=0, value=0.5), "parallel_dual_updates": True}
+        if symmetric
+        else {}
+    )
+    # use_danskin=False keeps ott's stop_gradient out (nothing differentiates this).
+    solver = Sinkhorn(
+        threshold=threshold,
+        max_iterations=max_iterations,
+        use_danskin=False,
+        **options,
+    )
+    geometry = Geometry(cost_matrix=_block(cost, same, epsilon), epsilon=epsilon)
+    out = solver(LinearProblem(geometry, a=a, b=b))
+    plan = out.matrix
+    error = jnp.maximum(
+        jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)),
+        jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b)),
+    )
+    stats = Stats(
+        out.converged.astype(cost.dtype), out.n_iters.astype(cost.dtype), error
+    )
+    return out.reg_ot_cost, stats, plan
+
+
+@_entropic.defjvp
+def _entropic_jvp(threshold, max_iterations, symmetric, primals, tangents):
+    value, stats, plan = _solve_entropic(*primals, threshold, max_iterations, symmetric)
+    tangent = jnp.sum(plan * tangents[0])
+    return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
+
+
+def _sinkhorn_divergence(costs, epsilon, threshold, max_iterations):
+    """OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2."""
+    solve = lambda cost, a, b, symmetric: _entropic(
+        cost, a, b, costs.same, epsilon, threshold, max_iterations, symmetric
+    )
+    values, stats = zip(
+        solve(costs.xy, costs.a, costs.b, False),
+        solve(costs.xx, costs.a, costs.a, True),
+        solve(costs.yy, costs.b, costs.b, True),
+        strict=True,
+    )
+    worst = Stats(
+        jnp.min(jnp.stack([s.converged for s in stats])),
+        jnp.max(jnp.stack([s.iterations for s in stats])),
+        jnp.max(jnp.stack([s.marginal_error for s in stats])),
+    )
+    return values[0] - (values[1] + values[2]) / 2, worst
+
+
+def _entropic_cost(costs, epsilon, threshold, max_iterations):
+    """OT_eps(x, y) = <P, C> + eps KL(P | a x b), per class under a mask."""
+    value, stats = _entropic(
+        costs.xy,
+        costs.a,
+        costs.b,
+        costs.same,
+        epsilon,
+        threshold,
+        max_iterations,
+        False,
+    )
+    if costs.same is None:
+        return value, stats
+    # KL(P | a x b) of a block plan is the classes' sum plus H(w), for
+    # KL(P_c w_c | a b) counts log(w_c / w_c^2) with mass w_c.
+    mass = jnp.sum(costs.same * costs.a[None, :], axis=1)
+    positive = costs.a > 0
+    entropy = -jnp.sum(costs.a * jnp.log(jnp.where(positive, mass, 1)))
+    return value - epsilon * constant(entropy), stats
+
+
+@jax.custom_jvp
+def _assignment(cost, a, same):
+    return _solve_assignment(cost, a, same)[0]
+
+
+def _solve_assignment(cost, a, same):
+    n = cost.shape[0]
+    # A non-finite cost would keep the search from ending; the value still shows it.
+    finite = jnp.where(jnp.isfinite(cost), cost, 0)
+    reduced = _shifted_by_duals(_block(finite, same, 0), same)
+    row, column = hungarian_algorithm(reduced)
+    target = jnp.zeros(n, column.dtype).at[row].set(column)
+    return jnp.sum(a * cost[jnp.arange(n), target]), target
+
+
+def _shifted_by_duals(cost, same):
+    """Cost minus dual potentials: the same assignment, found 5 times sooner.
+
+    Hungarian search starts from zero duals and an empty matching.  Ten cheap
+    Sinkhorn updates (n = 128: 0.2 ms) leave most rows a zero of their own: 1.1 ms
+    in place of 5.4 on two unrelated clouds.  Shifts of rows and columns change no
+    optimum, so the result stays exact however rough these duals are.
+    """
+    cost = cost - jnp.min(cost, axis=1, keepdims=True)
+    cost = cost - jnp.min(cost, axis=0, keepdims=True)
+    allowed = jnp.ones_like(cost) if same is None else same
+    mean = jnp.sum(allowed * cost) / jnp.maximum(jnp.sum(allowed), 1)
+    tiny = jnp.finfo(cost.dtype).tiny
+    epsilon = jnp.maximum(0.05 * mean, jnp.sqrt(tiny))
+    kernel = jnp.exp(-cost / epsilon)
+
+    def update(_, scalings):
+        u, _ = scalings
+        v = 1 / jnp.maximum(kernel.T @ u, tiny)
+        return 1 / jnp.maximum(kernel @ v, tiny), v
+
+    ones = jnp.ones(cost.shape[0], cost.dtype)
+    u, v = jax.lax.fori_loop(0, 10, update, (ones, ones))
+    cost = cost - epsilon * (jnp.log(u)[:, None] + jnp.log(v)[None, :])
+    return cost - jnp.min(cost, axis=1, keepdims=True)
+
+
+@_assignment.defjvp
+def _assignment_jvp(primals, tangents):
+    value, target = _solve_assignment(*primals)
+    _, a, _ = primals
+    moved = tangents[0][jnp.arange(target.shape[0]), target]
+    return value, jnp.sum(a * moved)
+
+
+def _assignment_cost(costs, epsilon, threshold, max_iterations):
+    """Min over permutations of sum_i a_i C[i, p(i)]: exact for equal weights.
+
+    Under a class mask every class's block is optimal by itself, whatever the
+    weights of the classes; padding is matched with padding at weight zero.
+    """
+    del epsilon, threshold, max_iterations
+    value = _assignment(costs.xy, costs.a, costs.same)
+    one = jnp.ones((), costs.xy.dtype)
+    return value, Stats(one, 0 * one, 0 * one)
+
+
+SOLVERS: Mapping[str, Callable] = MappingProxyType(
+    {
+        "sinkhorn": _sinkhorn_divergence,
+        "entropic": _entropic_cost,
+        "exact": _assignment_cost,
+    }
+)
+
+
+def transport_cost(
+    costs: Costs,
+    *,
+    solver: str,
+    epsilon: float | jax.Array | None,
+    threshold: float,
+    max_iterations: int,
+    floor: jax.Array | float = 0.0,
+) -> tuple[jax.Array, Stats]:
+    r"""Solves a transport problem by one of `SOLVERS`.
+
+    .. math:: OT_\epsilon = \min_P \langle P, C\rangle
+              + \epsilon\, KL(P \,|\, a \otimes b), \quad
+              d\,OT_\epsilon = \langle P, dC\rangle
+
+    Args:
+      costs: the problem, of mass 1.
+      solver: ``"sinkhorn"``, the debiased divergence ``OT_eps(x, y) - OT_eps(x, x)/2
+        - OT_eps(y, y)/2``; ``"entropic"``, ``OT_eps`` itself; ``"exact"``, by
+        assignment.
+      epsilon: entropic weight in units of the cost; None is 0.02 times `mean_cost`,
+        a constant.  One number serves all terms of the divergence.
+      threshold: largest L1 error of a marginal at which Sinkhorn stops.
+      max_iterations: at which it stops anyway.
+      floor: the least epsilon that None may give: the round-off of the costs.
+
+    Returns:
+      ``(value, stats)``, scalars.
+
+    Raises:
+      ValueError: unknown solver, bad epsilon, ``n != m`` for ``"exact"``.
+
+    References:
+      Cuturi, Sinkhorn distances, 2013 (arXiv 1306.0895).  Feydy et al.,
+      Interpolating between optimal transport and MMD using Sinkhorn divergences,
+      2019 (arXiv 1810.08278), equation 3.
+    """
+    check_choice("solver", solver, SOLVERS)
+    n, m = costs.xy.shape
+    if solver == "exact" and n != m:
+        raise ValueError(
+            f'solver="exact" needs as many samples in x as in y, got n={n} and '
+            f'm={m}; use solver="sinkhorn"'
+        )
+    if isinstance(epsilon, int | float) and epsilon <= 0:
+        raise ValueError(
+            f"epsilon must be positive, got {epsilon}; None chooses it from the cost"
+        )
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    dtype = costs.xy.dtype
+    if epsilon is None:
+        least = jnp.maximum(floor, jnp.sqrt(jnp.finfo(dtype).tiny))
+        epsilon = jnp.maximum(0.02 * mean_cost(costs), least)
+    epsilon = constant(jnp.asarray(epsilon, dtype))
+    return SOLVERS[solver](costs, epsilon, threshold, max_iterations)
