@@ -89,8 +89,23 @@ def _check_weight(name, weight):
         raise ValueError(f"{name} must be a number >= 0, got {weight}")
 
 
+def carries_weights(distance: object) -> bool:
+    """Tells whether ``distance`` is a Term or a sequence of Terms.
+
+    Args:
+      distance: as in `distill_loss`.
+
+    Returns:
+      Whether it has weights and options of its own.
+    """
+    single = isinstance(distance, str | Distance) or callable(distance)
+    return isinstance(distance, Sequence) and not single
+
+
 def _as_terms(distance, weight, options):
-    if isinstance(distance, Sequence) and not isinstance(distance, str | Distance):
+    if carries_weights(distance):
+        if isinstance(distance, Term):
+            distance = (distance,)
         if weight is not None or options:
             raise ValueError(
                 "a sequence of Terms carries its own weights and options; got also "
@@ -140,52 +155,47 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(valid, losses, 0)) / count
 
 
-def _select(features, layers, side):
-    """The array of one side of a term."""
-    index = ("student", "teacher").index(side)
+DEFAULT_LAYER = "features"
+
+
+def _compared(features, terms, side):
+    """The layers that some term compares, by name: no other is ever gathered."""
     if not isinstance(features, Mapping):
-        if layers is not None:
+        features = {DEFAULT_LAYER: features}
+    layers = [_layers(term)[("student", "teacher").index(side)] for term in terms]
+    for layer in layers:
+        if layer not in features:
             raise ValueError(
-                f"layers={layers!r} needs {side}_features as a mapping "
-                "layer -> array, got an array"
+                f"{side}_features has no layer {layer!r}, only {', '.join(features)}; "
+                "choose with Term(..., layers=(student_key, teacher_key))"
             )
-        return features
-    known = ", ".join(features)
-    if layers is None:
-        raise ValueError(
-            f"{side}_features is a mapping ({known}); say which entries to compare "
-            "with Term(..., layers=(student_key, teacher_key))"
-        )
-    if layers[index] not in features:
-        raise ValueError(
-            f"{side}_features has no layer {layers[index]!r}; it has {known}"
-        )
-    return features[layers[index]]
+    return {layer: features[layer] for layer in layers}
+
+
+def _layers(term):
+    return (DEFAULT_LAYER, DEFAULT_LAYER) if term.layers is None else term.layers
 
 
 def _arguments(row, term, batch, key):
     """The arrays that the row's function takes, in its order."""
-    arrays = []
+    student, teacher = _layers(term)
+    pair = [batch["student"][student], batch["teacher"][teacher]]
+    known = {
+        "features": pair,
+        "maps": pair,
+        "logits": [batch["student_logits"], batch["teacher_logits"]],
+        "labels": [batch["labels"]],
+        "key": [key],
+    }
     for kind in row.inputs:
-        if kind in ("features", "maps"):
-            arrays.append(_select(batch["student"], term.layers, "student"))
-            arrays.append(_select(batch["teacher"], term.layers, "teacher"))
-        elif kind == "logits":
-            arrays += [batch["student_logits"], batch["teacher_logits"]]
-        elif kind == "labels":
-            arrays.append(batch["labels"])
-        elif kind == "key":
-            if key is None:
-                raise ValueError(
-                    f"distance {_term_name(term)!r} is random; pass key=jax.random.key"
-                )
-            arrays.append(key)
-        else:
+        if kind not in known:
             raise ValueError(
-                f"inputs of a Distance are features, maps, logits, labels, key; "
-                f"got {kind!r}"
+                f"inputs of a Distance are {', '.join(known)}; got {kind!r}"
             )
-    return arrays
+        if any(array is None for array in known[kind]):
+            cure = "teacher_logits" if kind == "logits" else "key=jax.random.key(...)"
+            raise ValueError(f"distance {_term_name(term)!r} needs {cure}, got None")
+    return [array for kind in row.inputs for array in known[kind]]
 
 
 def _teacher_deviation(arrays, row):
@@ -261,7 +271,8 @@ def distill_loss(
     loss of the *global* batch; average the gradients with ``pmean``, never sum them.
 
     Args:
-      student_features: ``[n, d]``, or a mapping layer -> array for Terms with layers.
+      student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
+        without layers compares ``"features"``.
       teacher_features: the same of the teacher, of the same images.
       labels: int, ``[n]``; negative ones are padding.
       student_logits: ``[n, k]``.
@@ -303,20 +314,16 @@ def distill_loss(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     check_labels(labels, student_logits.shape[0], num_classes=num_classes)
-    needs_logits = any("logits" in get_distance(t.distance).inputs for t in terms)
-    if needs_logits and teacher_logits is None:
-        raise ValueError(
-            "teacher_logits is needed by distances of predictions, got None"
-        )
 
     local = {
-        "student": student_features,
-        "teacher": jax.lax.stop_gradient(teacher_features),
+        "student": _compared(student_features, terms, "student"),
+        "teacher": _compared(teacher_features, terms, "teacher"),
         "labels": labels,
         "student_logits": student_logits,
+        "teacher_logits": teacher_logits,
     }
-    if teacher_logits is not None:
-        local["teacher_logits"] = jax.lax.stop_gradient(teacher_logits)
+    for name in ("teacher", "teacher_logits"):
+        local[name] = jax.lax.stop_gradient(local[name])
     gathered = _gather(local, axis_name)
 
     task = cross_entropy(gathered["student_logits"], gathered["labels"])

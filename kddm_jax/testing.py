@@ -27,9 +27,10 @@ def assert_distance_gradients(
     """Asserts that a distance's derivatives are those of its value.
 
     In float64: the gradient against central differences, entry by entry, and
-    forward and reverse mode along random directions by chex.  Numbers that a distance holds constant (epsilon,
-    bandwidth, beta, ridge) move with the inputs in a numerical derivative: pass
-    them explicitly.  Inputs should lie away from ties of an exact assignment.
+    forward and reverse mode along random directions by chex.  Numbers that a
+    distance holds constant (epsilon, bandwidth, beta, ridge) move with the inputs
+    in a numerical derivative: pass them explicitly.  Inputs should lie away from
+    ties of an exact assignment.
 
     Args:
       distance: a key of `DISTANCES`, a `Distance`, or a callable.

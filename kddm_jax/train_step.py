@@ -1,0 +1,338 @@
+"""The train step: student and teacher forward, distance, update; then one pmap.
+
+A step is a pure function of ``(state, teacher_variables, images, labels)`` on one
+device's share of the batch.  `parallel` maps it over devices; no other line of the
+package says pmap.  Nothing that varies between runs is a constant of the program:
+seed and lambda are in the state and the teacher's variables are an argument, so that
+a second run of the same shape never retraces.
+
+A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)``,
+``outputs`` having ``logits``, ``features`` and ``maps``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kddm_jax.losses import carries_weights, distill_loss
+
+Variables = Mapping[str, object]
+Metrics = dict[str, jax.Array]
+AXIS = "batch"
+
+
+class Outputs(Protocol):
+    """What a model gives: ``resnet.Outputs``, or anything with these attributes."""
+
+    logits: jax.Array
+    features: jax.Array
+    maps: Mapping[str, jax.Array]
+
+
+ApplyFn = Callable[..., tuple[Outputs, Variables]]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes from step to step.
+
+    Attributes:
+      params: of the student.
+      batch_stats: of its normalisation layers; ``{}`` without any.
+      opt_state: of the optimiser.
+      step: number of updates made, int32.
+      seed: of the run, uint32; keys are folded from seed and step.
+      weight: lambda of the distance, for steps made with ``weight=None``.
+    """
+
+    params: Variables
+    batch_stats: Variables
+    opt_state: optax.OptState
+    step: jax.Array
+    seed: jax.Array
+    weight: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Variables]:
+        """Parameters and statistics, as a model's apply takes them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    variables: Variables,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    weight: float = 0.0,
+) -> TrainState:
+    """Makes the state before the first step.
+
+    Args:
+      variables: of the student, ``{"params": ..., "batch_stats": ...}``.
+      tx: the optimiser.
+      seed: of augmentation and random distances.
+      weight: lambda.
+
+    Returns:
+      `TrainState`; `replicate` it before the first step.
+
+    Raises:
+      ValueError: ``weight < 0``.
+    """
+    if not weight >= 0:
+        raise ValueError(f"weight must be a number >= 0, got {weight}")
+    return TrainState(
+        params=variables["params"],
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=tx.init(variables["params"]),
+        step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        weight=jnp.asarray(weight, jnp.float32),
+    )
+
+
+def _layers_of(outputs):
+    return {"features": outputs.features, **outputs.maps}
+
+
+def _augment_batch(augment, key, images, axis_name):
+    """Keys from the position in the global batch: the same on any number of devices."""
+    n = images.shape[0]
+    start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+    fold = lambda position: jax.random.fold_in(key, position)
+    return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
+
+
+def _all_finite(tree):
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite))
+
+
+def make_train_step(
+    student_apply: ApplyFn,
+    teacher_apply: ApplyFn | None,
+    tx: optax.GradientTransformation,
+    *,
+    augment: Augment,
+    distance: object = (),
+    weight: float | jax.Array | None = None,
+    axis_name: str | None = AXIS,
+    **loss_options: object,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Makes the distillation step of one device.
+
+    Args:
+      student_apply: of the network that is trained.
+      teacher_apply: of the fixed one; None trains on labels alone (then ``distance``
+        must be ``()``).
+      tx: the optimiser.
+      augment: ``(key, image) -> float image`` of one uint8 image; student and teacher
+        see the same one.
+      distance: as in `distill_loss`; ``()`` for cross-entropy alone.
+      weight: lambda; None takes the state's, which no other value retraces.
+      axis_name: of the mapped axis; None for a single device without pmap.
+      **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``solver``, ...
+
+    Returns:
+      ``step(state, teacher_variables, images, labels) -> (state, metrics)``.  Images
+      are uint8 ``[b, h, w, c]``, labels int ``[b]``, this device's share.  Metrics
+      are scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the
+      global batch before the update, ``finite``.  Where loss or gradient is not
+      finite, the old state comes back and ``finite`` is False.
+
+    Raises:
+      ValueError: a distance without a teacher.
+    """
+    own_weights = carries_weights(distance)
+    if teacher_apply is None and not (own_weights and len(distance) == 0):
+        raise ValueError(
+            f"teacher_apply is None, but distance is {distance!r}; "
+            "pass the teacher's apply function, or distance=()"
+        )
+
+    def step(state, teacher_variables, images, labels):
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        inputs = _augment_batch(augment, key, images, axis_name)
+        teacher_features, teacher_logits = {}, None
+        if teacher_apply is not None:
+            teacher, _ = teacher_apply(teacher_variables, inputs, train=False)
+            teacher_features, teacher_logits = _layers_of(teacher), teacher.logits
+        lam = state.weight if weight is None else weight
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            outputs, batch_stats = student_apply(variables, inputs, train=True)
+            loss, terms = distill_loss(
+                _layers_of(outputs),
+                teacher_features,
+                labels,
+                outputs.logits,
+                teacher_logits,
+                distance=distance,
+                weight=None if own_weights else lam,
+                key=key,
+                axis_name=axis_name,
+                **loss_options,
+            )
+            return loss, (terms, batch_stats, outputs.logits)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (terms, batch_stats, logits)), grads = grad_fn(state.params)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+        if axis_name is not None:
+            # Every device differentiates the same global loss: average, never sum.
+            grads, batch_stats, accuracy = jax.lax.pmean(
+                (grads, batch_stats, accuracy), axis_name
+            )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        new = state.replace(
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            step=state.step + 1,
+        )
+        finite = _all_finite((loss, grads))
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
+        return new, metrics
+
+    return step
+
+
+def scan_steps(step: Callable) -> Callable:
+    """Makes several steps one program, over data that stay on the device.
+
+    For accelerators, where it saves the host's part of every step.  XLA:CPU runs
+    the inside of a loop 15 times slower (18 against 340 ms for a small ResNet), so
+    there give one step at a time: a single row of indices makes no loop.
+
+    Args:
+      step: from `make_train_step`.
+
+    Returns:
+      ``f(state, teacher_variables, images, labels, indices) -> (state, metrics)``:
+      images uint8 ``[n, h, w, c]`` and labels ``[n]`` whole, ``indices``
+      ``[steps, b]`` this device's share of each batch; metrics have a leading axis
+      of steps.
+    """
+
+    def scanned(state, teacher_variables, images, labels, indices):
+        def body(state, index):
+            # Without the barrier XLA:CPU repeats the lookup in every consumer.
+            batch = jax.lax.optimization_barrier((images[index], labels[index]))
+            return step(state, teacher_variables, *batch)
+
+        if indices.shape[0] > 1:
+            return jax.lax.scan(body, state, indices)
+        state, metrics = body(state, indices[0])
+        return state, jax.tree.map(lambda m: jnp.expand_dims(m, 0), metrics)
+
+    return scanned
+
+
+def make_eval_step(
+    apply: ApplyFn, *, normalize: Callable[[jax.Array], jax.Array], axis_name=AXIS
+) -> Callable[..., Metrics]:
+    """Makes the evaluation step of one device.
+
+    Args:
+      apply: of the network.
+      normalize: uint8 image -> float image, of one image.
+      axis_name: of the mapped axis; None for a single device without pmap.
+
+    Returns:
+      ``g(variables, images, labels) -> {"count", "correct", "loss"}``, sums over all
+      devices' shares (loss: summed cross-entropy in nats); a label of -1 is padding.
+    """
+
+    def evaluate(variables, images, labels):
+        outputs, _ = apply(variables, jax.vmap(normalize)(images), train=False)
+        valid = labels >= 0
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+            outputs.logits, jnp.where(valid, labels, 0)
+        )
+        hits = jnp.argmax(outputs.logits, axis=-1) == labels
+        sums = {
+            "count": jnp.sum(valid),
+            "correct": jnp.sum(hits & valid),
+            "loss": jnp.sum(jnp.where(valid, losses, 0)),
+        }
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return evaluate
+
+
+def replicate(tree, devices=None):
+    """Puts a tree on all devices, laid out as `parallel` takes it.
+
+    A NumPy or single-device state is traced and compiled twice and, across
+    processes, cannot be donated; so call this before the first step.
+
+    Args:
+      tree: arrays.
+      devices: of the mesh; None takes all local ones.
+
+    Returns:
+      The tree, replicated on a mesh whose axis is the pmap's.
+    """
+    mesh = Mesh(jax.local_devices() if devices is None else devices, (AXIS,))
+    # A copy: donating the result must not delete the caller's arrays.
+    fresh = jax.tree.map(lambda a: jnp.array(a, copy=True), tree)
+    return jax.device_put(fresh, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard(batch, devices: int):
+    """Splits the leading axis, ``[b, ...] -> [devices, b / devices, ...]``.
+
+    Args:
+      batch: tree of arrays with a common leading axis.
+      devices: number of devices.
+
+    Returns:
+      The tree with a leading axis of devices.
+
+    Raises:
+      ValueError: the devices do not divide the batch.
+    """
+
+    def split(array):
+        if array.shape[0] % devices:
+            raise ValueError(
+                f"batch of {array.shape[0]} does not divide among {devices} devices; "
+                f"choose a multiple of {devices}"
+            )
+        return array.reshape(devices, -1, *array.shape[1:])
+
+    return jax.tree.map(split, batch)
+
+
+def parallel(fn: Callable, *, in_axes: tuple[int | None, ...], donate=(), devices=None):
+    """Maps a per-device function over devices: the one place that says pmap.
+
+    Outputs must be equal on all devices (after pmean or psum) and come back
+    replicated; `replicate` makes what goes in with axis None.
+
+    Args:
+      fn: per-device function with collectives over ``"batch"``.
+      in_axes: 0 for arguments with a leading axis of devices (see `shard`), None for
+        replicated ones.
+      donate: argument numbers whose buffers may be reused.
+      devices: None takes all local ones.
+
+    Returns:
+      The mapped, compiled function.
+    """
+    return jax.pmap(
+        fn,
+        axis_name=AXIS,
+        in_axes=in_axes,
+        out_axes=None,
+        donate_argnums=donate,
+        devices=devices,
+    )
