@@ -8,18 +8,15 @@ no plan pays, so that the plan falls into blocks, one per class, and costs what 
 unconditional one costs.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
-from ott.geometry.geometry import Geometry
-from ott.problems.linear.linear_problem import LinearProblem
-from ott.solvers.linear.acceleration import Momentum
-from ott.solvers.linear.sinkhorn import Sinkhorn
 
 from kddm_jax.linalg import check_choice, constant
 
@@ -88,6 +85,24 @@ def _block(cost, same, epsilon):
     return jnp.where(same > 0, cost, 10 * jnp.max(jnp.abs(cost)) + 1e3 * epsilon)
 
 
+@cache
+def _ott():
+    """The parts of ott that are used, imported by the first solve.
+
+    ott takes 1.5 s and loads matplotlib, which no user of the closed forms needs, and
+    jaxopt, which warns that it is no longer maintained: ott's affair, not the user's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "JAXopt is no longer maintained", DeprecationWarning
+        )
+        from ott.geometry.geometry import Geometry
+        from ott.problems.linear.linear_problem import LinearProblem
+        from ott.solvers.linear.acceleration import Momentum
+        from ott.solvers.linear.sinkhorn import Sinkhorn
+    return Geometry, LinearProblem, Momentum, Sinkhorn
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
 def _entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
     return _solve_entropic(
@@ -96,6 +111,7 @@ def _entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
 
 
 def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
+    Geometry, LinearProblem, Momentum, Sinkhorn = _ott()
     # A divergence's own terms (x to x, y to y) converge in a few averaged,
     # simultaneous updates, as in ott.tools.sinkhorn_divergence.
     options = (
