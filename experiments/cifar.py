@@ -1,0 +1,186 @@
+"""Distils a ResNet34 into a ResNet18 with KD2M's distances and prints the table.
+
+    python experiments/cifar.py --dataset digits
+    python experiments/cifar.py --dataset cifar10 --data-dir DIR --recipe strong
+
+See ``--help`` for every setting and experiments/README.md for measured results.
+"""
+
+import os
+
+# Before the first import of NumPy or JAX: OpenBLAS's own threads turn a 1 ms SVD
+# into 800 ms when another job keeps a core busy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import report
+import runs
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from settings import Settings, UserError, as_json, parse
+
+from kddm_jax.checkpoint import CheckpointError
+from kddm_jax.data import DataError
+
+
+class Reporter:
+    """A live bar per run on a terminal, else one line per epoch."""
+
+    def __init__(self, console: Console, live: bool):
+        self.console, self.live, self.tasks = console, live, {}
+        self.progress = Progress(
+            TextColumn("{task.description:>14}"),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not live,
+        )
+
+    def __call__(self, run, *, epoch, done, total, metrics, speed):
+        """Shows a run's newest numbers."""
+        ended = "epoch" in metrics
+        if not self.live and not ended:
+            return
+        name = run.name if run.name == "teacher" else f"{run.name} seed {run.seed}"
+        last = lambda key: float(_last(metrics[key]))
+        parts = [f"loss {last('loss'):.3f}"]
+        if run.name in metrics:
+            parts.append(f"distance {last(run.name):.3g}")
+        parts.append(f"train {100 * last('accuracy'):.1f} %")
+        if "test_accuracy" in metrics:
+            parts.append(f"eval {metrics['test_accuracy']:.1f} %")
+        parts.append(f"{speed:.0f} images/s")
+        numbers = "  ".join(parts)
+        if not self.live:
+            self.console.print(f"{name}: epoch {epoch + 1}  {numbers}")
+            return
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=total, numbers="")
+        self.progress.update(self.tasks[name], completed=done, numbers=numbers)
+
+
+def _last(value):
+    return value if isinstance(value, float) else value[-1]
+
+
+def environment(devices) -> dict[str, object]:
+    """What the numbers were measured with."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    cpu = f"CPU ({os.cpu_count()} cores)"
+    kind = cpu if devices[0].platform == "cpu" else devices[0].device_kind
+    return {
+        "command": shlex.join(["python", "experiments/cifar.py", *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "unknown",
+        "device": kind,
+        "device_count": len(devices),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def run_all(settings: Settings, console: Console) -> dict[str, object]:
+    """Runs the experiment: teacher, students alone, distilled students."""
+    began = time.monotonic()
+    out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}"
+
+    # --- all that can be wrong, before anything is trained or written ----------
+    problem = runs.prepare(settings, out)
+    _, teacher_width, given = runs.teacher_shape(problem)
+    runs.check_distances(problem, teacher_width)
+    if given is None:
+        runs.check_folder(runs.teacher_run(problem), out)
+    for run in runs.student_runs(problem, None):
+        runs.check_folder(run, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another") from error
+
+    parts = problem.parts
+    console.print(
+        f"{settings.dataset}: {len(parts.teacher)} images for the teacher, "
+        f"{len(parts.student)} for students, {len(parts.eval_labels)} to evaluate on; "
+        f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
+    )
+
+    # --- teacher, then students ------------------------------------------------
+    live = settings.progress and console.is_terminal
+    reporter = Reporter(console, live)
+    with reporter.progress:
+        teacher = runs.load_teacher(problem, reporter)
+        reporter.progress.console.print(f"teacher: {teacher.accuracy:.2f} %")
+        results = []
+        student = problem.model(settings.student_model, settings.width)
+        for run in runs.student_runs(problem, teacher.digest):
+            runs.check_folder(run, out)
+            results.append(runs.train(problem, run, student, teacher, reporter))
+            reporter.progress.console.print(
+                f"{run.name} seed {run.seed}: {results[-1]['accuracy']:.2f} %"
+            )
+
+    trained = teacher.result
+    summary = {
+        "settings": as_json(settings),
+        "eval_images": len(parts.eval_labels),
+        "teacher": {
+            "accuracy": teacher.accuracy,
+            "best_accuracy": trained and trained["best_accuracy"],
+            "seconds": trained and trained["timing"]["seconds"],
+            "digest": teacher.digest,
+            "history": trained and trained["history"],
+        },
+        "runs": results,
+        "environment": environment(problem.devices),
+        "timing": {"seconds": time.monotonic() - began},
+    }
+    report.write(summary, out)
+    report.show(summary, console)
+    alone = max(r["accuracy"] for r in results if r["name"] == "student")
+    if teacher.accuracy <= alone:
+        console.print(
+            f"The teacher ({teacher.accuracy:.2f} %) is no better than the student "
+            f"alone ({alone:.2f} %): there is nothing to distil. The paper recipe "
+            "needs ImageNet weights; without them use --recipe strong."
+        )
+    console.print(f"{out}/results.json, table.md, curves.png")
+    return summary
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    console = Console()
+    try:
+        settings = parse(arguments)
+        if settings.compilation_cache is not None:
+            cache = settings.compilation_cache.expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+        run_all(settings, console)
+    except (UserError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except runs.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

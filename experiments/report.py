@@ -1,0 +1,190 @@
+"""What a reader sees: the table (terminal, Markdown), the JSON, the learning curves.
+
+The table is KD2M's: student, teacher, one row per distance, with mean and standard
+deviation over seeds and the share of the gap between student and teacher that a
+distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
+
+
+def _standard_error(accuracies, images):
+    """Of a mean accuracy in percent: over seeds, or binomial from a single run."""
+    mean = float(np.mean(accuracies))
+    if len(accuracies) > 1:
+        return float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
+    return math.sqrt(max(mean * (100 - mean), 0.0) / images)
+
+
+def gap_closed(
+    accuracy: float,
+    student: Sequence[float],
+    teacher: float,
+    images: int,
+) -> float | None:
+    """Share of the gap from student to teacher, in percent.
+
+    Args:
+      accuracy: of the distilled student, percent.
+      student: accuracies of the student alone, one per seed.
+      teacher: accuracy of the teacher.
+      images: number of images that they were measured on.
+
+    Returns:
+      ``100 (accuracy - student) / (teacher - student)``, or None where the gap is
+      under two standard errors: a share of nothing.
+    """
+    gap = teacher - float(np.mean(student))
+    error = math.hypot(
+        _standard_error(student, images), _standard_error([teacher], images)
+    )
+    if gap < 2 * error:
+        return None
+    return 100 * (accuracy - float(np.mean(student))) / gap
+
+
+def _spread(values):
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+def table(results: dict[str, object]) -> list[tuple[str, ...]]:
+    """Makes the table's rows.
+
+    Args:
+      results: as in ``results.json``.
+
+    Returns:
+      Rows of strings, in the order of `COLUMNS`.
+    """
+    teacher, images = results["teacher"], results["eval_images"]
+    runs: dict[str, list[dict]] = {}
+    for run in results["runs"]:
+        runs.setdefault(run["name"], []).append(run)
+    alone = [run["accuracy"] for run in runs["student"]]
+    spent = teacher.get("seconds")
+    trained = teacher["best_accuracy"] is not None
+    rows = []
+    for name, group in runs.items():
+        last = [run["accuracy"] for run in group]
+        closed = gap_closed(float(np.mean(last)), alone, teacher["accuracy"], images)
+        distilled = name != "student"
+        rows.append(
+            (
+                group[0]["title"],
+                _spread(last),
+                _spread([run["best_accuracy"] for run in group]),
+                f"{closed:.0f} %" if distilled and closed is not None else "–",
+                f"{group[0]['weight']:g}" if distilled else "",
+                f"{np.mean([run['timing']['seconds'] for run in group]):.0f}",
+            )
+        )
+    row = (
+        "teacher",
+        f"{teacher['accuracy']:.2f}",
+        f"{teacher['best_accuracy']:.2f}" if trained else "",
+        "",
+        "",
+        f"{spent:.0f}" if spent is not None else "",
+    )
+    return [rows[0], row, *rows[1:]]
+
+
+def markdown(results: dict[str, object]) -> str:
+    """Renders the table and what it was measured on as Markdown."""
+    lines = [
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(row) + " |" for row in table(results)),
+    ]
+    return "\n".join(lines) + "\n\n" + caption(results) + "\n"
+
+
+def caption(results: dict[str, object]) -> str:
+    """Says what the table was measured on."""
+    settings, environment = results["settings"], results["environment"]
+    part = "held-out training" if settings["held_out"] else "test"
+    seeds = len(settings["seeds"])
+    return (
+        f"{settings['dataset']}, recipe {settings['recipe']}: "
+        f"{settings['teacher_model']} to {settings['student_model']}, width "
+        f"{settings['width']}, {settings['stem']} stem; accuracy on "
+        f"{results['eval_images']} {part} images; {seeds} seed"
+        f"{'s' if seeds > 1 else ''}; "
+        f"{environment['device_count']} × {environment['device']}, "
+        f"JAX {environment['jax']}, commit {environment['commit']}. "
+        f"`{environment['command']}`"
+    )
+
+
+def show(results: dict[str, object], console: Console) -> None:
+    """Prints the table on a terminal."""
+    view = Table(*COLUMNS, title=results["settings"]["dataset"])
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for row in table(results):
+        view.add_row(*row)
+    console.print(view)
+
+
+def curves(results: dict[str, object], path: Path) -> None:
+    """Draws test accuracy and distance against the epoch, means over seeds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups: dict[str, list[dict]] = {}
+    for run in results["runs"]:
+        groups.setdefault(run["name"], []).append(run)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, runs in groups.items():
+        measured = [r for r in runs[0]["history"] if "test_accuracy" in r]
+        epochs = [r["epoch"] for r in measured]
+        accuracy = np.mean(
+            [[r["test_accuracy"] for r in run["history"] if "test_accuracy" in r]
+             for run in runs],
+            axis=0,
+        )  # fmt: skip
+        style = {"color": "black", "linestyle": "--"} if name == "student" else {}
+        left.plot(epochs, accuracy, label=runs[0]["title"], **style)
+        if name != "student":
+            distance = np.mean([[r[name] for r in run["history"]] for run in runs], 0)
+            every = [r["epoch"] for r in runs[0]["history"]]
+            right.plot(every, distance / distance[0], label=runs[0]["title"])
+    left.axhline(results["teacher"]["accuracy"], color="grey", label="teacher")
+    left.set(xlabel="epoch", ylabel="accuracy, %", title="evaluation images")
+    right.set(
+        xlabel="epoch", ylabel="share of the first epoch's", title="training distance"
+    )
+    right.set_yscale("log")
+    left.legend(fontsize="small")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(results: dict[str, object], out: Path) -> None:
+    """Writes ``results.json``, ``table.md`` and ``curves.png``."""
+    from runs import write_json
+
+    write_json(out / "results.json", results)
+    (out / "table.md").write_text(markdown(results))
+    curves(results, out / "curves.png")
+
+
+if __name__ == "__main__":
+    import sys
+
+    for name in sys.argv[1:]:
+        print(markdown(json.loads(Path(name).read_text())))

@@ -1,0 +1,273 @@
+"""Settings of the experiments: typed, with recipes; the command line overrides them.
+
+A recipe is a table of values, a data set adds its own, and what the command line says
+comes last: ``--help`` shows the values of the recipe and data set that it is given.
+"""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import tyro
+
+KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
+MODELS = ("ResNet9", "ResNet18", "ResNet34")
+
+
+class UserError(Exception):
+    """A mistake in a command: one line names it; exit status 2."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Distils a teacher into students by matching distributions of their features.
+
+    Trains the teacher, the student alone, and one student per distance and seed, then
+    prints the table.  The same command again continues where it stopped and repeats
+    no finished run.
+    """
+
+    dataset: str = "digits"
+    """digits (embedded), cifar10, cifar100, mnist or fashion_mnist."""
+    data_dir: Path | None = None
+    """Folder with the official archives; None looks in $KDDM_DATA_DIR, ./data and
+    ~/.cache/kddm_jax."""
+    recipe: str = "laptop"
+    """paper, strong or laptop: the defaults of everything below."""
+    out: Path | None = None
+    """Folder of the results; None is runs/<dataset>-<recipe>."""
+
+    distances: tuple[str, ...] = KD2M
+    """Keys of the catalogue, one distilled student each."""
+    seeds: tuple[int, ...] = (0,)
+    """One student alone and one per distance for each."""
+    weight: float | None = None
+    """Lambda of every distance; None takes --weights, then the catalogue's."""
+    weights: dict[str, float] | None = None
+    """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
+    scale: str | None = None
+    """teacher: divide distances by the teacher's mean squared deviation, which makes
+    lambda dimensionless."""
+
+    teacher: Path | None = None
+    """Checkpoint (or run folder) of a trained teacher; None trains one."""
+    teacher_model: str = "ResNet34"
+    """ResNet9, ResNet18 or ResNet34."""
+    student_model: str = "ResNet18"
+    """ResNet9, ResNet18 or ResNet34."""
+    stem: str = "cifar"
+    """cifar (3x3) or imagenet (7x7/2 and max pooling)."""
+    width: int = 64
+    """Channels of the first stage; features have 8 times as many."""
+    teacher_width: int | None = None
+    """None: as the student's."""
+    dtype: str = "float32"
+    """float32 or bfloat16 compute; parameters stay float32."""
+
+    teacher_epochs: int = 15
+    """Epochs of the teacher."""
+    epochs: int = 15
+    """Epochs of each student."""
+    batch_size: int = 128
+    """Global batch, over all devices."""
+    lr: float = 1e-2
+    """Peak learning rate of SGD with momentum."""
+    lr_end: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    schedule: str = "cosine-epoch"
+    """cosine-epoch (constant within an epoch, the released code's), cosine (per step,
+    after --warmup), constant (the released baseline's)."""
+    warmup: float = 0.0
+    """Share of the steps in which the rate rises from zero (cosine only)."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 0.0
+    """L2 penalty, on all parameters, as torch.optim.SGD."""
+    padding: int = 4
+    """Pixels of the random crop."""
+    flip: bool = True
+    """Random horizontal flip."""
+
+    train_images: int | None = None
+    """Images that the teacher sees, a stratified choice; None: all."""
+    student_images: int | None = None
+    """Images that students see, among the teacher's; None: all of them."""
+    test_images: int | None = None
+    """Test images used, a stratified choice; None: all."""
+    held_out: int = 0
+    """Evaluate on this many training images, kept from training, in place of the test
+    set: for choosing lambda."""
+
+    devices: int | None = None
+    """None: all."""
+    steps_per_dispatch: int | None = None
+    """Steps compiled as one program; None: one on a CPU, up to 50 elsewhere."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch always is."""
+    checkpoint_seconds: float = 30.0
+    """Least time between checkpoints; the end of a run always is one."""
+    compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
+    """Compiled programs of earlier commands."""
+    progress: bool = True
+    """Live bar on a terminal; without it, one line per epoch."""
+
+
+_SGD = {"momentum": 0.9, "schedule": "cosine", "lr_end": 0.0, "nesterov": True}
+RECIPES: dict[str, dict[str, object]] = {
+    # KD2M's (arXiv 2504.01757): torchvision's ImageNet weights are part of it.
+    "paper": {
+        "stem": "imagenet",
+        "width": 64,
+        "batch_size": 128,
+        "epochs": 15,
+        "teacher_epochs": 15,
+        "lr": 1e-2,
+        "lr_end": 1e-4,
+        "schedule": "cosine-epoch",
+        "momentum": 0.9,
+    },
+    # From scratch on an accelerator.
+    "strong": {
+        **_SGD,
+        "stem": "cifar",
+        "width": 64,
+        "batch_size": 128,
+        "epochs": 100,
+        "teacher_epochs": 100,
+        "lr": 0.1,
+        "warmup": 0.05,
+        "weight_decay": 5e-4,
+    },
+    # Two cores, minutes: narrow networks, students with few labels.
+    "laptop": {
+        **_SGD,
+        "stem": "cifar",
+        "width": 16,
+        "batch_size": 64,
+        "epochs": 5,
+        "teacher_epochs": 5,
+        "lr": 0.1,
+        "warmup": 0.2,
+        "weight_decay": 5e-4,
+        "train_images": 5000,
+        "student_images": 2500,
+        "test_images": 2000,
+    },
+}
+# Numerals are never mirrored; 8 x 8 pixels bear a shift of one.
+DATASET_SETTINGS: dict[str, dict[str, object]] = {
+    "digits": {"padding": 1, "flip": False},
+    "mnist": {"padding": 2, "flip": False},
+}
+LAPTOP_DIGITS = {
+    "train_images": None,
+    "test_images": None,
+    "teacher_epochs": 15,
+    "epochs": 15,
+    "student_images": 200,
+}
+
+
+def defaults(dataset: str, recipe: str) -> Settings:
+    """The settings of a recipe on a data set, before the command line."""
+    if recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+    values = {**RECIPES[recipe], **DATASET_SETTINGS.get(dataset, {})}
+    if (dataset, recipe) == ("digits", "laptop"):
+        values.update(LAPTOP_DIGITS)
+    return Settings(**{**values, "dataset": dataset, "recipe": recipe})
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Reads a command line; the recipe and the data set choose the defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", default=Settings.dataset)
+    first.add_argument("--recipe", default=Settings.recipe)
+    chosen, _ = first.parse_known_args(arguments)
+    settings = tyro.cli(
+        Settings,
+        args=arguments,
+        default=defaults(chosen.dataset, chosen.recipe),
+        prog="cifar.py",
+    )
+    check(settings)
+    return settings
+
+
+def _require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+def check(settings: Settings) -> None:
+    """Answers what can be wrong with settings alone."""
+    from kddm_jax import DISTANCES
+
+    for name in settings.distances:
+        _require(
+            name in DISTANCES,
+            f"unknown distance {name!r}; known: {', '.join(DISTANCES)}",
+        )
+    repeated = len(set(settings.distances)) < len(settings.distances)
+    _require(not repeated, f"--distances names one twice: {settings.distances}")
+    given = {**(settings.weights or {}), "--weight": settings.weight or 0.0}
+    for name, value in given.items():
+        finite = math.isfinite(value) and value >= 0
+        _require(finite, f"weight of {name} must be a number >= 0, got {value}")
+    for name in settings.weights or {}:
+        _require(
+            name in settings.distances,
+            f"--weights names {name!r}, which is not among --distances "
+            f"({', '.join(settings.distances)})",
+        )
+    for field in ("teacher_model", "student_model"):
+        value = getattr(settings, field)
+        _require(
+            value in MODELS, f"unknown {field} {value!r}; known: {', '.join(MODELS)}"
+        )
+    for field, known in {
+        "stem": ("cifar", "imagenet"),
+        "dtype": ("float32", "bfloat16"),
+        "schedule": ("cosine-epoch", "cosine", "constant"),
+        "scale": (None, "teacher"),
+    }.items():
+        value = getattr(settings, field)
+        names = ", ".join(str(k) for k in known)
+        _require(value in known, f"unknown {field} {value!r}; known: {names}")
+    positive = (
+        "width teacher_width epochs teacher_epochs batch_size lr devices "
+        "steps_per_dispatch eval_every train_images student_images test_images"
+    )
+    for field in positive.split():
+        value = getattr(settings, field)
+        _require(
+            value is None or value > 0,
+            f"--{field.replace('_', '-')} must be positive, got {value}",
+        )
+    _require(
+        settings.held_out >= 0, f"--held-out must be >= 0, got {settings.held_out}"
+    )
+    _require(settings.seeds, "--seeds needs at least one seed")
+    negative = [seed for seed in settings.seeds if seed < 0]
+    _require(not negative, f"--seeds must be >= 0, got {negative}")
+
+
+def weight_of(settings: Settings, distance: str) -> float:
+    """Lambda of one distance: --weights, then --weight, then the catalogue."""
+    from kddm_jax import DISTANCES
+
+    if distance in (settings.weights or {}):
+        return settings.weights[distance]
+    return DISTANCES[distance].weight if settings.weight is None else settings.weight
+
+
+def as_json(settings: Settings) -> dict[str, object]:
+    """The settings as JSON values."""
+    values = asdict(settings)
+    return {
+        f.name: str(v) if isinstance(v := values[f.name], Path) else v
+        for f in fields(settings)
+    }

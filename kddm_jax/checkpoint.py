@@ -1,0 +1,250 @@
+"""Checkpoints that are whole or absent: save, restore, verify.
+
+A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), ``meta.json``, and
+``manifest.json``, the SHA-256 of every other file.  It is written under another name
+and renamed last, so that a killed save leaves nothing that looks like a checkpoint.
+Older ones go only after the new one stands.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.serialization
+import jax
+import numpy as np
+
+_ARRAYS, _META, _MANIFEST = "arrays", "meta.json", "manifest.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, damaged, or of another model; one line says which."""
+
+
+def _digest(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests(folder):
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
+    return {p.relative_to(folder).as_posix(): _digest(p) for p in sorted(files)}
+
+
+def _steps(folder):
+    """Checkpoints of a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        (p for p in folder.glob("step-*") if p.suffix != ".partial"), reverse=True
+    )
+
+
+def save(
+    folder: Path, step: int, tree: object, meta: Mapping[str, object], *, keep: int = 2
+) -> Path:
+    """Saves a tree of arrays and a JSON record, atomically.
+
+    Args:
+      folder: of a run's checkpoints; made if absent.
+      step: names the checkpoint; an existing one of that step is replaced.
+      tree: arrays of any PyTree that ``flax.serialization`` knows.
+      meta: JSON-serialisable.
+      keep: number of checkpoints to keep.
+
+    Returns:
+      The checkpoint's folder.
+
+    Raises:
+      CheckpointError: the disk refused; earlier checkpoints are intact.
+    """
+    import orbax.checkpoint as ocp  # 1.5 s: only runs that save pay for it
+
+    target = Path(folder).absolute() / f"step-{step:08d}"
+    partial = target.with_suffix(".partial")
+    host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        ocp.PyTreeCheckpointer().save(partial / _ARRAYS, host)
+        (partial / _META).write_text(json.dumps(dict(meta), indent=1))
+        (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
+        _sync(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: {error.strerror or error}; "
+            "free space or choose another folder"
+        ) from error
+    for old in _steps(target.parent)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _sync(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(path: Path) -> None:
+    """Checks a checkpoint's files against their checksums.
+
+    Args:
+      path: of the checkpoint.
+
+    Raises:
+      CheckpointError: a file is missing, added, truncated or altered.
+    """
+    path = Path(path)
+    try:
+        expected = json.loads((path / _MANIFEST).read_text())
+        found = _digests(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} has no readable {_MANIFEST}; delete the folder"
+        ) from error
+    wrong = sorted(k for k in {*expected, *found} if expected.get(k) != found.get(k))
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {wrong[0]} differs from its checksum; "
+            "delete the folder to use an older one"
+        )
+
+
+def latest(folder: Path) -> Path | None:
+    """Finds the newest checkpoint that is whole; warns of damaged ones.
+
+    Args:
+      folder: of a run's checkpoints.
+
+    Returns:
+      Its path, or None where there is none at all.
+
+    Raises:
+      CheckpointError: there are checkpoints, and all are damaged.
+    """
+    candidates = _steps(Path(folder))
+    for path in candidates:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}", stacklevel=2)
+        else:
+            return path
+    if candidates:
+        raise CheckpointError(
+            f"all checkpoints in {folder} are damaged; delete that folder to start over"
+        )
+    return None
+
+
+def read_meta(path: Path) -> dict[str, object]:
+    """Reads a checkpoint's JSON record.
+
+    Args:
+      path: of the checkpoint.
+
+    Returns:
+      What was given to `save`.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    try:
+        return json.loads((Path(path) / _META).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint: no readable {_META}; pass a folder "
+            "step-... or the run's folder that holds them"
+        ) from error
+
+
+def restore_arrays(path: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """Reads a verified checkpoint as nested dictionaries of NumPy arrays.
+
+    Args:
+      path: of the checkpoint.
+
+    Returns:
+      ``(arrays, meta)``.
+
+    Raises:
+      CheckpointError: missing or damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    meta = read_meta(path)
+    verify(path)
+    arrays = ocp.PyTreeCheckpointer().restore(Path(path).absolute() / _ARRAYS)
+    return arrays, meta
+
+
+def match(path: Path, arrays: Mapping[str, object], like: object) -> object:
+    """Gives restored arrays the structure of a tree, checking every shape.
+
+    Args:
+      path: of the checkpoint, for messages.
+      arrays: nested dictionaries, from `restore_arrays`.
+      like: a tree of the wanted structure and shapes.
+
+    Returns:
+      The tree, its arrays on the host.
+
+    Raises:
+      CheckpointError: another structure or shape.
+    """
+    try:
+        tree = flax.serialization.from_state_dict(like, arrays)
+        differing = [
+            f"{jax.tree_util.keystr(key)} has shape {list(np.shape(a))}, "
+            f"expected {list(np.shape(b))}"
+            for (key, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(tree),
+                jax.tree.leaves(like),
+                strict=True,
+            )
+            if np.shape(a) != np.shape(b)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        differing = [" ".join(str(error).split())[:200]]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {differing[0]}; "
+            "choose the model that it was made by"
+        )
+    return tree
+
+
+def restore(path: Path, like: object) -> tuple[object, dict[str, object]]:
+    """Restores a verified checkpoint into the structure of a tree.
+
+    Args:
+      path: of the checkpoint.
+      like: a tree of the same structure and shapes.
+
+    Returns:
+      ``(tree, meta)``, the arrays on the host.
+
+    Raises:
+      CheckpointError: missing, damaged, or of another structure or shape.
+    """
+    arrays, meta = restore_arrays(path)
+    return match(path, arrays, like), meta
