@@ -23,6 +23,49 @@ from jax import lax
 _MAX_PIXELS = 16
 
 
+def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: object) -> bool:
+    if lhs.ndim != 4 or rhs.ndim != 4:
+        return False
+    layouts = [
+        lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
+        for numbers in (dimension_numbers, ("NHWC", "HWIO", "NHWC"))
+    ]
+    return layouts[0] == layouts[1]
+
+
+def _is_real(lhs: jax.Array, rhs: jax.Array) -> bool:
+    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (lhs, rhs))
+
+
+def _window(start: int, taps: int, size: int) -> tuple[slice, slice]:
+    """The pixels under a window that starts at `start`, and the taps on them."""
+    first, last = (min(max(i, 0), size) for i in (start, start + taps))
+    return slice(first, last), slice(first - start, last - start)
+
+
+def _products(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    rows: list[tuple[slice, slice]],
+    columns: list[tuple[slice, slice]],
+    precision: lax.PrecisionLike,
+) -> jax.Array:
+    # float32 from the start: the kernel's gradient is a sum over the output pixels.
+    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
+    lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+    pixels = [
+        jnp.dot(
+            lax.collapse(lhs[:, row, column], 1),  # [b, taps * c]
+            lax.collapse(rhs[row_taps, column_taps], 0, 3),  # [taps * c, features]
+            precision=precision,
+        )
+        for row, row_taps in rows
+        for column, column_taps in columns
+    ]
+    shape = (lhs.shape[0], len(rows), len(columns), rhs.shape[-1])
+    return jnp.stack(pixels, axis=1).reshape(shape)
+
+
 def conv_general_dilated(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -125,46 +168,3 @@ def conv_general_dilated(
 
     # Only the chosen branch is compiled, with or without derivatives, scan and vmap.
     return lax.platform_dependent(lhs, rhs, cpu=products, default=xla)
-
-
-def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: object) -> bool:
-    if lhs.ndim != 4 or rhs.ndim != 4:
-        return False
-    layouts = [
-        lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
-        for numbers in (dimension_numbers, ("NHWC", "HWIO", "NHWC"))
-    ]
-    return layouts[0] == layouts[1]
-
-
-def _is_real(lhs: jax.Array, rhs: jax.Array) -> bool:
-    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (lhs, rhs))
-
-
-def _window(start: int, taps: int, size: int) -> tuple[slice, slice]:
-    """The pixels under a window that starts at `start`, and the taps on them."""
-    first, last = (min(max(i, 0), size) for i in (start, start + taps))
-    return slice(first, last), slice(first - start, last - start)
-
-
-def _products(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    rows: list[tuple[slice, slice]],
-    columns: list[tuple[slice, slice]],
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    # float32 from the start: the kernel's gradient is a sum over the output pixels.
-    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
-    lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
-    pixels = [
-        jnp.dot(
-            lax.collapse(lhs[:, row, column], 1),  # [b, taps * c]
-            lax.collapse(rhs[row_taps, column_taps], 0, 3),  # [taps * c, features]
-            precision=precision,
-        )
-        for row, row_taps in rows
-        for column, column_taps in columns
-    ]
-    shape = (lhs.shape[0], len(rows), len(columns), rhs.shape[-1])
-    return jnp.stack(pixels, axis=1).reshape(shape)

@@ -70,6 +70,43 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
+# torchvision's choices: normal with variance 2 / (k * k * features) for convolutions,
+# uniform in +- 1 / sqrt(d) for the classifier.
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _conv(
+    features: int, kernel: int, stride: int, *, dtype: jax.typing.DTypeLike, name: str
+) -> nn.Conv:
+    # Explicit padding: "SAME" is off by one pixel from torch's where the stride is 2.
+    pad = (kernel - 1) // 2
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=_conv_init,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+    )
+
+
+def _check_images(images: jax.Array) -> None:
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must have shape [b, h, w, c], got {list(images.shape)}; "
+            "add the batch or channel axis with images[None] or images[..., None]"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f"images must be floating point and normalised, got {images.dtype}; "
+            "pass (images / 255 - mean) / std"
+        )
+
+
 class ResNet(nn.Module):
     """A residual network of basic blocks; see `ResNet9`, `ResNet18` and `ResNet34`.
 
@@ -174,7 +211,8 @@ class ResNet18(ResNet):
     Examples:
       >>> model = ResNet18(num_classes=10, stem="cifar", width=4)
       >>> images = jnp.zeros((2, 8, 8, 3))
-      >>> outputs, variables = model.init_with_output(jax.random.key(0), images)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> outputs = jax.eval_shape(model.apply, variables, images)  # the shapes alone
       >>> outputs.logits.shape, outputs.features.shape
       ((2, 10), (2, 32))
     """
@@ -204,8 +242,9 @@ def linen_apply(
     Examples:
       >>> model = ResNet9(width=4)
       >>> images = jnp.zeros((2, 8, 8, 1))
-      >>> variables = model.init(jax.random.key(0), images)
-      >>> outputs, batch_stats = linen_apply(model)(variables, images, train=True)
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+      >>> train = partial(linen_apply(model), train=True)
+      >>> outputs, batch_stats = jax.eval_shape(train, variables, images)
       >>> outputs.logits.shape, sorted(batch_stats)[:2]
       ((2, 10), ['bn1', 'layer1_0'])
     """
@@ -222,40 +261,3 @@ def linen_apply(
         return outputs, updated.get("batch_stats", {})
 
     return apply
-
-
-# torchvision's choices: normal with variance 2 / (k * k * features) for convolutions,
-# uniform in +- 1 / sqrt(d) for the classifier.
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def _conv(
-    features: int, kernel: int, stride: int, *, dtype: jax.typing.DTypeLike, name: str
-) -> nn.Conv:
-    # Explicit padding: "SAME" is off by one pixel from torch's where the stride is 2.
-    pad = (kernel - 1) // 2
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=_conv_init,
-        conv_general_dilated=conv_general_dilated,
-        name=name,
-    )
-
-
-def _check_images(images: jax.Array) -> None:
-    if images.ndim != 4:
-        raise ValueError(
-            f"images must have shape [b, h, w, c], got {list(images.shape)}; "
-            "add the batch or channel axis with images[None] or images[..., None]"
-        )
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(
-            f"images must be floating point and normalised, got {images.dtype}; "
-            "pass (images / 255 - mean) / std"
-        )

@@ -1,0 +1,290 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.test_util import check_grads
+
+from kddm_jax.convolution import conv_general_dilated
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+# Spatial input, kernel, strides, padding: what becomes products on the CPU ...
+SMALL = [
+    ((1, 1), (3, 3), (1, 1), "SAME"),
+    ((1, 1), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((2, 2), (3, 3), (1, 1), "SAME"),
+    ((2, 2), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((4, 4), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((4, 4), (3, 3), (2, 2), "SAME"),  # pads (0, 1), unlike torch
+    ((3, 4), (3, 3), (1, 2), ((0, 1), (1, 0))),
+    ((4, 3), (3, 2), (1, 1), "VALID"),
+    ((8, 8), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((1, 5), (1, 7), (1, 1), "SAME"),
+    ((1, 1), (2, 2), (1, 1), ((3, 0), (0, 3))),  # windows of nothing but padding
+    ((5, 5), (3, 3), (1, 1), ((-1, 0), (0, -2))),  # padding that crops
+]
+# ... and what stays a convolution: as many taps as pixels, or too many products.
+LARGE = [
+    ((3, 3), (3, 3), (1, 1), "SAME"),
+    ((4, 4), (3, 3), (1, 1), "SAME"),
+    ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((8, 8), (3, 3), (1, 1), "SAME"),
+    ((2, 2), (1, 1), (2, 2), "VALID"),
+    ((4, 4), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((12, 12), (7, 7), (2, 2), ((3, 3), (3, 3))),
+]
+
+
+def normal(*shapes, dtype=jnp.float32):
+    """Standard normal arrays from NumPy: XLA takes a second to compile each shape."""
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def arrays(size, kernel, dtype=jnp.float32, *, batch=3, channels=4, features=5):
+    shapes = (batch, *size, channels), (*kernel, channels, features)
+    return normal(*shapes, dtype=dtype)
+
+
+def value_and_gradients(conv, lhs, rhs, strides, padding):
+    """The convolution and its pullback of a fixed, uneven cotangent."""
+    y, pullback = jax.vjp(
+        lambda lhs, rhs: conv(lhs, rhs, strides, padding, dimension_numbers=NHWC),
+        lhs,
+        rhs,
+    )
+    # bfloat16 represents it exactly, so that every dtype sees the same one.
+    cotangent = (jnp.arange(y.size).reshape(y.shape) * 37 % 101 - 50) / 32
+    return y, *pullback(cotangent.astype(y.dtype))
+
+
+jitted = jax.jit(value_and_gradients, static_argnums=(0, 3, 4))
+
+
+def lowered(fn, *args, platform="cpu"):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def assert_close(actual, wanted, rtol):
+    """Relative to the largest entry: entries near zero are sums that cancel."""
+    for a, b in zip(actual, wanted, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.float64(a), np.float64(b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL + LARGE)
+def test_equals_lax(size, kernel, strides, padding):
+    lhs, rhs = arrays(size, kernel)
+    ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
+    wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
+    # At most 196 products of unit normals summed in another order.
+    assert_close(ours, wanted, 2e-6)
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL[:5])
+def test_bfloat16_accumulates_in_float32(size, kernel, strides, padding):
+    lhs, rhs = arrays(size, kernel, jnp.bfloat16, batch=32, channels=64)
+    ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
+    lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+    wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
+    # One rounding to 8 bits at the end, which may fall to either neighbour.
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(a), b, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL)
+def test_small_outputs_are_products_on_the_cpu(size, kernel, strides, padding):
+    fn = lambda lhs, rhs: value_and_gradients(
+        conv_general_dilated, lhs, rhs, strides, padding
+    )
+    text = lowered(fn, *arrays(size, kernel))
+    assert "stablehlo.convolution" not in text
+    assert "stablehlo.dot_general" in text
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), LARGE)
+def test_large_outputs_stay_convolutions(size, kernel, strides, padding):
+    fn = lambda lhs, rhs: value_and_gradients(
+        conv_general_dilated, lhs, rhs, strides, padding
+    )
+    text = lowered(fn, *arrays(size, kernel))
+    assert text.count("stablehlo.convolution") == 3
+    assert "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_accelerators_keep_their_convolution(platform):
+    fn = lambda lhs, rhs: value_and_gradients(
+        conv_general_dilated, lhs, rhs, (1, 1), "SAME"
+    )
+    text = lowered(fn, *arrays((2, 2), (3, 3)), platform=platform)
+    assert text.count("stablehlo.convolution") == 3
+    assert "stablehlo.dot_general" not in text
+
+
+def test_padding_is_never_multiplied():
+    fn = lambda lhs, rhs: conv_general_dilated(
+        lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC
+    )
+    flops = lambda size: (
+        jax.jit(fn).lower(*arrays(size, (3, 3))).compile().cost_analysis()["flops"]
+    )
+    products = 2 * 3 * 4 * 5  # multiply and add, batch, channels, features
+    # One tap touches a single pixel; four taps touch each of 2x2. Nothing else counts.
+    assert flops((1, 1)) == pytest.approx(products, rel=0.1)
+    assert flops((2, 2)) == pytest.approx(4 * 4 * products, rel=0.1)
+
+
+def test_the_choice_leaves_nothing_at_run_time():
+    fn = lambda lhs, rhs: value_and_gradients(
+        conv_general_dilated, lhs, rhs, (1, 1), "SAME"
+    )
+    text = jax.jit(fn).lower(*arrays((2, 2), (3, 3))).compile().as_text()
+    assert "conditional" not in text
+    assert "convolution(" not in text
+
+
+OTHERS = {
+    "feature groups": (
+        (2, 2, 2, 4),
+        (3, 3, 2, 6),
+        {"feature_group_count": 2, "dimension_numbers": NHWC},
+    ),
+    "batch groups": (
+        (2, 2, 2, 4),
+        (3, 3, 4, 6),
+        {"batch_group_count": 2, "dimension_numbers": NHWC},
+    ),
+    "kernel dilation": (
+        (2, 3, 3, 4),
+        (3, 3, 4, 6),
+        {"rhs_dilation": (2, 2), "dimension_numbers": NHWC},
+    ),
+    "input dilation": (
+        (2, 1, 1, 4),
+        (3, 3, 4, 6),
+        {
+            "lhs_dilation": (2, 2),
+            "padding": ((1, 1), (1, 1)),
+            "dimension_numbers": NHWC,
+        },
+    ),
+    "NCHW": ((2, 4, 2, 2), (6, 4, 3, 3), {}),
+    "1d": (
+        (2, 2, 4),
+        (3, 4, 6),
+        {"window_strides": (1,), "dimension_numbers": ("NHC", "HIO", "NHC")},
+    ),
+    "3d": (
+        (2, 1, 1, 1, 4),
+        (3, 3, 3, 4, 6),
+        {
+            "window_strides": (1, 1, 1),
+            "dimension_numbers": ("NDHWC", "DHWIO", "NDHWC"),
+        },
+    ),
+    "no images": ((0, 2, 2, 4), (3, 3, 4, 6), {"dimension_numbers": NHWC}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_convolutions_pass_through(name):
+    *shapes, options = OTHERS[name]
+    lhs, rhs = normal(*shapes)
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    # The same operation, and so the same bits.
+    np.testing.assert_array_equal(
+        conv_general_dilated(lhs, rhs, **options),
+        lax.conv_general_dilated(lhs, rhs, **options),
+    )
+
+
+def test_integers_pass_through():
+    lhs, rhs = arrays((2, 2), (3, 3), jnp.int32)
+    args, options = (lhs, rhs, (1, 1), "SAME"), {"dimension_numbers": NHWC}
+    np.testing.assert_array_equal(
+        conv_general_dilated(*args, **options),
+        lax.conv_general_dilated(*args, **options),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("preferred", [None, jnp.float32])
+def test_result_has_the_preferred_dtype(dtype, preferred):
+    args = (*arrays((2, 2), (3, 3), dtype), (1, 1), "SAME")
+    options = {"dimension_numbers": NHWC, "preferred_element_type": preferred}
+    actual = conv_general_dilated(*args, **options)
+    wanted = lax.conv_general_dilated(*args, **options)
+    # XLA may round the images first; the coarsest dtype here has 8 bits.
+    assert_close([actual], [wanted], 2**-7)
+
+
+def test_precision_reaches_the_products():
+    fn = lambda lhs, rhs: conv_general_dilated(
+        lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC, precision="highest"
+    )
+    text = lowered(fn, *arrays((2, 2), (3, 3)))
+    assert "precision = [HIGHEST, HIGHEST]" in text
+
+
+def test_wrong_shapes_raise_as_in_lax():
+    lhs, rhs = jnp.ones((3, 2, 2, 4)), jnp.ones((3, 3, 5, 6))
+    with pytest.raises((TypeError, ValueError), match="feature"):
+        conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+def same(lhs, rhs):
+    return conv_general_dilated(lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+def test_derivatives_are_those_of_finite_differences(x64):
+    lhs, rhs = arrays((2, 2), (3, 3), jnp.float64, batch=2, channels=2, features=2)
+    # Bilinear: central differences are exact up to rounding.
+    check_grads(same, (lhs, rhs), order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+
+
+def test_works_under_vmap_scan_pmap_and_remat():
+    lhs, rhs = arrays((2, 2), (3, 3), batch=4)
+    images = jnp.stack([lhs, 2 * lhs])
+    kernels = jnp.stack([rhs, 3 * rhs])
+    y = same(lhs, rhs)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, products in another order
+
+    batched = jax.vmap(same)(images, kernels)
+    np.testing.assert_allclose(batched, jnp.stack([y, 6 * y]), **tolerance)
+    batched = jax.vmap(same, in_axes=(None, 0))(lhs, kernels)
+    np.testing.assert_allclose(batched, jnp.stack([y, 3 * y]), **tolerance)
+
+    _, scanned = lax.scan(lambda c, a: (c, same(a, rhs)), None, images)
+    np.testing.assert_allclose(scanned, jnp.stack([y, 2 * y]), **tolerance)
+
+    loss = lambda rhs, lhs: jnp.sum(jnp.sin(same(lhs, rhs)))
+    wanted = jax.grad(loss)(rhs, lhs)
+    actual = jax.grad(jax.checkpoint(loss))(rhs, lhs)
+    np.testing.assert_allclose(actual, wanted, **tolerance)
+    sharded = jax.pmap(
+        lambda rhs, lhs: lax.psum(jax.grad(loss)(rhs, lhs), "batch"),
+        axis_name="batch",
+        in_axes=(None, 0),
+        out_axes=None,
+    )(rhs, lhs.reshape(2, 2, *lhs.shape[1:]))
+    np.testing.assert_allclose(sharded, wanted, **tolerance)
+
+
+def test_flax_convolution(strict):
+    images, _ = arrays((4, 4), (3, 3))
+    options = {"strides": 2, "padding": 1}
+    plain = nn.Conv(6, (3, 3), **options)
+    ours = nn.Conv(6, (3, 3), conv_general_dilated=conv_general_dilated, **options)
+    variables = plain.init(jax.random.key(0), images)
+    assert "stablehlo.dot_general" in lowered(ours.apply, variables, images)
+    np.testing.assert_allclose(
+        ours.apply(variables, images),
+        plain.apply(variables, images),
+        rtol=1e-5,  # sums of 36 products in another order
+        atol=1e-6,
+    )
