@@ -161,15 +161,10 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     return summary
 
 
-def main(arguments: list[str]) -> int:
-    """The command; returns its exit status."""
-    console = Console()
+def answer_errors(work) -> int:
+    """Runs ``work``; mistakes become one line and an exit status."""
     try:
-        settings = parse(arguments)
-        if settings.compilation_cache is not None:
-            cache = settings.compilation_cache.expanduser()
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-        run_all(settings, console)
+        work()
     except (UserError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -180,6 +175,11 @@ def main(arguments: list[str]) -> int:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    return answer_errors(lambda: run_all(parse(arguments), Console()))
 
 
 if __name__ == "__main__":

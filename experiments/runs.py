@@ -134,12 +134,18 @@ class Problem:
 
     def init(self, model: resnet.ResNet, seed: int):
         """Fresh variables, on the host."""
+        key = ("init", model)
+        if key not in self.programs:  # tracing and compiling it takes seconds
+            self.programs[key] = jax.jit(model.init)
         image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
-        return jax.device_get(jax.jit(model.init)(jax.random.key(seed), image))
+        return jax.device_get(self.programs[key](jax.random.key(seed), image))
 
 
 def prepare(settings: Settings, out: Path) -> Problem:
     """Loads the data and answers what can be wrong before anything runs."""
+    if settings.compilation_cache is not None:
+        cache = settings.compilation_cache.expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     dataset = data.load(settings.dataset, data_dir=settings.data_dir)
     available = jax.local_devices()
     count = settings.devices or len(available)

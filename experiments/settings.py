@@ -166,7 +166,7 @@ LAPTOP_DIGITS = {
     "train_images": None,
     "test_images": None,
     "teacher_epochs": 15,
-    "epochs": 15,
+    "epochs": 30,
     "student_images": 200,
 }
 

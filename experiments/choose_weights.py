@@ -1,0 +1,88 @@
+"""Chooses lambda for each distance on held-out training images, never on the test set.
+
+    python experiments/choose_weights.py --grid 1e-4 1e-3 1e-2 -- \
+        --dataset digits --held-out 300
+
+What follows ``--`` are settings of cifar.py.  Prints the held-out accuracy of every
+lambda and the ``--weights`` line for cifar.py; writes ``weights.json``.  All lambdas of
+a distance share one compiled program.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import cifar  # sets the environment before JAX is imported
+import runs
+from rich.console import Console
+from rich.table import Table
+from settings import UserError, as_json, parse
+
+GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def choose(settings, grid, console) -> dict[str, object]:
+    """Trains a student per distance and lambda on the first seed."""
+    if not settings.held_out:
+        raise UserError("--held-out is 0; keep some training images, such as 300")
+    settings = dataclasses.replace(settings, seeds=settings.seeds[:1], weights=None)
+    out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
+    problem = runs.prepare(settings, out)
+    runs.check_distances(problem, runs.teacher_shape(problem)[1])
+    reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
+    with reporter.progress:
+        teacher = runs.load_teacher(problem, reporter)
+        model = problem.model(settings.student_model, settings.width)
+        accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
+        for weight in grid:
+            # one folder per lambda, one set of compiled programs for all
+            problem.settings = dataclasses.replace(settings, weight=weight)
+            problem.out = out / f"weight-{weight:g}"
+            for run in runs.student_runs(problem, teacher.digest):
+                if run.name == "student":
+                    continue
+                runs.check_folder(run, problem.out)
+                result = runs.train(problem, run, model, teacher, reporter)
+                accuracy[run.name][f"{weight:g}"] = result["accuracy"]
+    best = {name: float(max(row, key=row.get)) for name, row in accuracy.items()}
+    chosen = {
+        "settings": as_json(settings),
+        "held_out_accuracy": accuracy,
+        "teacher": teacher.accuracy,
+        "weights": best,
+        "environment": cifar.environment(problem.devices),
+    }
+    runs.write_json(out / "weights.json", chosen)
+    return chosen
+
+
+def show(chosen, grid, console) -> None:
+    """Prints the grid, and the line for cifar.py."""
+    view = Table("held-out accuracy, %", *(f"λ = {weight:g}" for weight in grid))
+    for name, row in chosen["held_out_accuracy"].items():
+        view.add_row(name, *(f"{row[f'{weight:g}']:.1f}" for weight in grid))
+    console.print(view)
+    pairs = " ".join(f"{name} {weight:g}" for name, weight in chosen["weights"].items())
+    console.print(f"--weights {pairs}", soft_wrap=True)
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    first = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], prog="choose_weights.py"
+    )
+    first.add_argument("--grid", type=float, nargs="+", default=GRID)
+    first.add_argument("settings", nargs="*", help="settings of cifar.py, after --")
+    chosen = first.parse_args(arguments)
+    console = Console()
+
+    def work():
+        settings = parse(chosen.settings)
+        show(choose(settings, chosen.grid, console), chosen.grid, console)
+
+    return cifar.answer_errors(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

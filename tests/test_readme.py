@@ -1,0 +1,31 @@
+"""The README's Python runs, and what it says of the package is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kddm_jax import DISTANCES
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_snippets():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)))
+def test_snippet_runs_and_prints_what_it_says(index, capsys):
+    block = BLOCKS[index]
+    exec(compile(block, f"README block {index}", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out.split("\n")
+    promised = re.findall(r"print\(.*\)  # (.*)", block)
+    assert promised, "a snippet shows at least one printed value"
+    for expected in promised:
+        assert expected in printed
+
+
+def test_the_catalogue_is_whole():
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert rows == list(DISTANCES)
