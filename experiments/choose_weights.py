@@ -4,8 +4,8 @@
         --dataset digits --held-out 300
 
 What follows ``--`` are settings of cifar.py.  Prints the held-out accuracy of every
-lambda and the ``--weights`` line for cifar.py; writes ``weights.json``.  All lambdas of
-a distance share one compiled program.
+lambda (0: the loss did not stay finite) and the ``--weights`` line for cifar.py;
+writes ``weights.json``.  All lambdas of a distance share one compiled program.
 """
 
 import argparse
@@ -23,10 +23,10 @@ GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def choose(settings, grid, console) -> dict[str, object]:
-    """Trains a student per distance and lambda on the first seed."""
+    """Trains a student per distance, lambda and seed; averages over seeds."""
     if not settings.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
-    settings = dataclasses.replace(settings, seeds=settings.seeds[:1], weights=None)
+    settings = dataclasses.replace(settings, weights=None)
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
     problem = runs.prepare(settings, out)
     runs.check_distances(problem, runs.teacher_shape(problem)[1])
@@ -43,8 +43,14 @@ def choose(settings, grid, console) -> dict[str, object]:
                 if run.name == "student":
                     continue
                 runs.check_folder(run, problem.out)
-                result = runs.train(problem, run, model, teacher, reporter)
-                accuracy[run.name][f"{weight:g}"] = result["accuracy"]
+                try:
+                    result = runs.train(problem, run, model, teacher, reporter)
+                    reached = result["accuracy"]
+                except runs.RunError:  # a lambda may be far too large
+                    reached = 0.0
+                row = accuracy[run.name]
+                share = reached / len(settings.seeds)
+                row[f"{weight:g}"] = row.get(f"{weight:g}", 0.0) + share
     best = {name: float(max(row, key=row.get)) for name, row in accuracy.items()}
     chosen = {
         "settings": as_json(settings),

@@ -7,6 +7,7 @@ distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -183,8 +184,38 @@ def write(results: dict[str, object], out: Path) -> None:
     curves(results, out / "curves.png")
 
 
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def fill(page: Path) -> str:
+    """Renders a page's tables anew.
+
+    Args:
+      page: Markdown with ``<!-- table: FILE.json -->`` ... ``<!-- /table -->``, the
+        file relative to the page.
+
+    Returns:
+      The page with each table rendered from its JSON.
+    """
+
+    def render(match):
+        results = json.loads((page.parent / match[2]).read_text())
+        return f"{match[1]}{markdown(results)}{match[3]}"
+
+    return BLOCK.sub(render, page.read_text())
+
+
+def main(names: Sequence[str]) -> None:
+    """Prints the tables of JSON files, renders those of Markdown pages in place."""
+    for name in names:
+        path = Path(name)
+        if path.suffix == ".md":
+            path.write_text(fill(path))
+        else:
+            print(markdown(json.loads(path.read_text())))
+
+
 if __name__ == "__main__":
     import sys
 
-    for name in sys.argv[1:]:
-        print(markdown(json.loads(Path(name).read_text())))
+    main(sys.argv[1:])

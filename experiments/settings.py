@@ -43,12 +43,13 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """One student alone and one per distance for each."""
     weight: float | None = None
-    """Lambda of every distance; None takes --weights, then the catalogue's."""
+    """Lambda of every distance; None takes --weights, then the catalogue's with
+    --scale teacher, else 1e-4, the released code's."""
     weights: dict[str, float] | None = None
     """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
     scale: str | None = None
-    """teacher: divide distances by the teacher's mean squared deviation, which makes
-    lambda dimensionless."""
+    """teacher: divide squared distances by the teacher's mean squared deviation, which
+    makes lambda dimensionless; None: raw values, as in the paper."""
 
     teacher: Path | None = None
     """Checkpoint (or run folder) of a trained teacher; None trains one."""
@@ -115,7 +116,14 @@ class Settings:
     """Live bar on a terminal; without it, one line per epoch."""
 
 
-_SGD = {"momentum": 0.9, "schedule": "cosine", "lr_end": 0.0, "nesterov": True}
+RELEASED_WEIGHT = 1e-4
+_SGD = {
+    "momentum": 0.9,
+    "schedule": "cosine",
+    "lr_end": 0.0,
+    "nesterov": True,
+    "scale": "teacher",
+}
 RECIPES: dict[str, dict[str, object]] = {
     # KD2M's (arXiv 2504.01757): torchvision's ImageNet weights are part of it.
     "paper": {
@@ -167,7 +175,7 @@ LAPTOP_DIGITS = {
     "test_images": None,
     "teacher_epochs": 15,
     "epochs": 30,
-    "student_images": 200,
+    "student_images": 128,
 }
 
 
@@ -256,12 +264,14 @@ def check(settings: Settings) -> None:
 
 
 def weight_of(settings: Settings, distance: str) -> float:
-    """Lambda of one distance: --weights, then --weight, then the catalogue."""
+    """Lambda of one distance: --weights, then --weight, then its default."""
     from kddm_jax import DISTANCES
 
     if distance in (settings.weights or {}):
         return settings.weights[distance]
-    return DISTANCES[distance].weight if settings.weight is None else settings.weight
+    if settings.weight is not None:
+        return settings.weight
+    return DISTANCES[distance].weight if settings.scale else RELEASED_WEIGHT
 
 
 def as_json(settings: Settings) -> dict[str, object]:

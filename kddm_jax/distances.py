@@ -895,11 +895,12 @@ class Distance(NamedTuple):
       title: name in tables.
       complexity: cost of value and gradient.
       promises: properties that the tests hold it to: "zero" for identical clouds,
-        "symmetric", invariant to a common "translation" or "rotation", different
-        "widths".
+        "symmetric", invariant to a common "translation" or "rotation", "squared":
+        ``D(a x, a y) = a^2 D(x, y)``, different "widths".
       per_sample: a mean over images, so that devices need not gather.
       diagnose: same arguments as ``fn``, gives ``(value, {name: scalar})``.
-      weight: a measured default of lambda for the raw value in the units of ``fn``.
+      weight: a measured default of lambda, for ``scale="teacher"`` in `distill_loss`
+        (squared distances in units of the teacher's mean squared deviation).
     """
 
     fn: Callable[..., jax.Array]
@@ -924,7 +925,8 @@ def _diagnosed(fn):
 
 
 _LABELLED = ("features", "labels")
-_METRIC = frozenset({"zero", "symmetric", "translation", "rotation"})
+_RIGID = frozenset({"zero", "symmetric", "translation", "rotation"})
+_METRIC = _RIGID | {"squared"}
 
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
@@ -988,14 +990,14 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             mmd,
             title="MMD rbf",
             complexity="n² d",
-            promises=_METRIC,
+            promises=_RIGID,
         ),
         "cmmd_rbf": Distance(
             class_mmd,
             inputs=_LABELLED,
             title="CMMD rbf",
             complexity="n² d",
-            promises=_METRIC,
+            promises=_RIGID,
         ),
         "l2": Distance(
             paired_l2,

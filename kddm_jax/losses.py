@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from kddm_jax.distances import DISTANCES, Distance
-from kddm_jax.linalg import check_labels, check_pair
+from kddm_jax.linalg import as_float, check_labels
 
+DEFAULT_WEIGHT = 1e-3
 Features = jax.Array | Mapping[str, jax.Array]
 
 
@@ -31,7 +32,7 @@ class Term(NamedTuple):
     """
 
     distance: str | Distance | Callable[..., jax.Array]
-    weight: float | jax.Array = 1e-3
+    weight: float | jax.Array = DEFAULT_WEIGHT
     layers: tuple[str, str] | None = None
     options: Mapping[str, object] = MappingProxyType({})
     name: str | None = None
@@ -119,8 +120,7 @@ def _as_terms(distance, weight, options):
                 )
         terms = tuple(distance)
     else:
-        row = get_distance(distance)
-        weight = row.weight if weight is None else weight
+        weight = DEFAULT_WEIGHT if weight is None else weight
         terms = (Term(distance, weight, options=options),)
     names = [_term_name(term) for term in terms]
     if len(set(names)) < len(names):
@@ -198,17 +198,12 @@ def _arguments(row, term, batch, key):
     return [array for kind in row.inputs for array in known[kind]]
 
 
-def _teacher_deviation(arrays, row):
-    """mean_i ||y_i - mean||^2 of the teacher's features."""
-    if not row.inputs or row.inputs[0] != "features":
-        raise ValueError(
-            'scale="teacher" is for distances of features; this one takes '
-            + ", ".join(row.inputs)
-        )
-    _, y = check_pair(arrays[0], arrays[1], same_columns=False)
-    return jax.lax.stop_gradient(
-        jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
-    )
+def _teacher_deviation(arrays):
+    """mean_i ||y_i - mean||^2 of the teacher's features, away from zero."""
+    y = as_float("teacher_features", arrays[1])
+    deviation = jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
+    least = jnp.finfo(y.dtype).tiny ** 0.5
+    return jax.lax.stop_gradient(jnp.maximum(deviation, least))
 
 
 def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
@@ -231,10 +226,8 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
         )
     if local_only:
         value, stats = jax.lax.pmean((value, stats), axis_name)
-    if scale == "teacher":
-        deviation = _teacher_deviation(_arguments(row, term, gathered, key), row)
-        least = jnp.finfo(deviation.dtype).tiny ** 0.5
-        value = value / jnp.maximum(deviation, least)
+    if scale == "teacher" and "squared" in row.promises:
+        value = value / _teacher_deviation(_arguments(row, term, gathered, key))
     return value, stats
 
 
@@ -279,10 +272,11 @@ def distill_loss(
       teacher_logits: ``[n, k]``; needed by distances of predictions only.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, or a
         sequence of `Term`.
-      weight: lambda, ``>= 0``; None takes the catalogue's.  Not with Terms.
+      weight: lambda, ``>= 0``; None is 1e-3.  Not with Terms.
       task_weight: of the cross-entropy.
-      scale: ``"teacher"`` divides squared distances by the teacher's mean squared
-        deviation, which makes the weight dimensionless; None leaves them.
+      scale: ``"teacher"`` divides squared distances (rows that promise "squared") by
+        the teacher's mean squared deviation, which makes the weight dimensionless;
+        distances that have no scale stay as they are.  None leaves all.
       key: for random distances.
       num_classes: checks concrete labels.
       axis_name: of the mapped axis that holds the devices' shares of the batch.
