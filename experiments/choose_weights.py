@@ -15,7 +15,6 @@ from pathlib import Path
 
 import cifar  # sets the environment before JAX is imported
 import runs
-from rich.console import Console
 from rich.table import Table
 from settings import UserError, as_json, parse
 
@@ -57,7 +56,7 @@ def choose(settings, grid, console) -> dict[str, object]:
         "held_out_accuracy": accuracy,
         "teacher": teacher.accuracy,
         "weights": best,
-        "environment": cifar.environment(problem.devices),
+        "environment": runs.environment(problem.devices),
     }
     runs.write_json(out / "weights.json", chosen)
     return chosen
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> int:
     first.add_argument("--grid", type=float, nargs="+", default=GRID)
     first.add_argument("settings", nargs="*", help="settings of cifar.py, after --")
     chosen = first.parse_args(arguments)
-    console = Console()
+    console = cifar.console()
 
     def work():
         settings = parse(chosen.settings)

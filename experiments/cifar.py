@@ -12,14 +12,11 @@ import os
 # into 800 ms when another job keeps a core busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import platform
-import shlex
-import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
-import jax
 import report
 import runs
 from rich.console import Console
@@ -71,28 +68,6 @@ def _last(value):
     return value if isinstance(value, float) else value[-1]
 
 
-def environment(devices) -> dict[str, object]:
-    """What the numbers were measured with."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    cpu = f"CPU ({os.cpu_count()} cores)"
-    kind = cpu if devices[0].platform == "cpu" else devices[0].device_kind
-    return {
-        "command": shlex.join(["python", "experiments/cifar.py", *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "unknown",
-        "device": kind,
-        "device_count": len(devices),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def run_all(settings: Settings, console: Console) -> dict[str, object]:
     """Runs the experiment: teacher, students alone, distilled students."""
     began = time.monotonic()
@@ -104,7 +79,7 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     runs.check_distances(problem, teacher_width)
     if given is None:
         runs.check_folder(runs.teacher_run(problem), out)
-    for run in runs.student_runs(problem, None):
+    for run in runs.student_runs(problem, runs.known_digest(problem)):
         runs.check_folder(run, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +102,6 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         results = []
         student = problem.model(settings.student_model, settings.width)
         for run in runs.student_runs(problem, teacher.digest):
-            runs.check_folder(run, out)
             results.append(runs.train(problem, run, student, teacher, reporter))
             reporter.progress.console.print(
                 f"{run.name} seed {run.seed}: {results[-1]['accuracy']:.2f} %"
@@ -138,14 +112,17 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         "settings": as_json(settings),
         "eval_images": len(parts.eval_labels),
         "teacher": {
+            "model": type(teacher.model).__name__,
+            "width": teacher.width,
             "accuracy": teacher.accuracy,
             "best_accuracy": trained and trained["best_accuracy"],
-            "seconds": trained and trained["timing"]["seconds"],
             "digest": teacher.digest,
             "history": trained and trained["history"],
+            "timing": trained and trained["timing"],
+            "environment": trained and trained["environment"],
         },
         "runs": results,
-        "environment": environment(problem.devices),
+        "environment": runs.environment(problem.devices),
         "timing": {"seconds": time.monotonic() - began},
     }
     report.write(summary, out)
@@ -161,12 +138,21 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     return summary
 
 
+def _show_warning(message, *_, **__):
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def answer_errors(work) -> int:
     """Runs ``work``; mistakes become one line and an exit status."""
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            work()
     except (UserError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except runs.RunError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -177,9 +163,14 @@ def answer_errors(work) -> int:
     return 0
 
 
+def console() -> Console:
+    """Prints lines as they are: unbroken, brackets in paths being no markup."""
+    return Console(soft_wrap=True, markup=False, highlight=False)
+
+
 def main(arguments: list[str]) -> int:
     """The command; returns its exit status."""
-    return answer_errors(lambda: run_all(parse(arguments), Console()))
+    return answer_errors(lambda: run_all(parse(arguments), console()))
 
 
 if __name__ == "__main__":

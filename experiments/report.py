@@ -48,7 +48,7 @@ def gap_closed(
     error = math.hypot(
         _standard_error(student, images), _standard_error([teacher], images)
     )
-    if gap < 2 * error:
+    if gap <= 2 * error:
         return None
     return 100 * (accuracy - float(np.mean(student))) / gap
 
@@ -73,7 +73,7 @@ def table(results: dict[str, object]) -> list[tuple[str, ...]]:
     for run in results["runs"]:
         runs.setdefault(run["name"], []).append(run)
     alone = [run["accuracy"] for run in runs["student"]]
-    spent = teacher.get("seconds")
+    spent = teacher["timing"] and teacher["timing"]["seconds"]
     trained = teacher["best_accuracy"] is not None
     rows = []
     for name, group in runs.items():
@@ -113,19 +113,27 @@ def markdown(results: dict[str, object]) -> str:
 
 def caption(results: dict[str, object]) -> str:
     """Says what the table was measured on."""
-    settings, environment = results["settings"], results["environment"]
+    settings, teacher = results["settings"], results["teacher"]
+    # A repeated command keeps finished runs: their own environments count.
+    made = [run["environment"] for run in [*results["runs"], teacher]]
+    made = [environment for environment in made if environment]
     part = "held-out training" if settings["held_out"] else "test"
     seeds = len(settings["seeds"])
     return (
         f"{settings['dataset']}, recipe {settings['recipe']}: "
-        f"{settings['teacher_model']} to {settings['student_model']}, width "
-        f"{settings['width']}, {settings['stem']} stem; accuracy on "
+        f"{teacher['model']} (width {teacher['width']}) to "
+        f"{settings['student_model']} (width {settings['width']}), "
+        f"{settings['stem']} stem; accuracy on "
         f"{results['eval_images']} {part} images; {seeds} seed"
         f"{'s' if seeds > 1 else ''}; "
-        f"{environment['device_count']} × {environment['device']}, "
-        f"JAX {environment['jax']}, commit {environment['commit']}. "
-        f"`{environment['command']}`"
+        f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
+        f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}. "
+        f"`{results['environment']['command']}`"
     )
+
+
+def _all(environments, name):
+    return ", ".join(sorted({str(environment[name]) for environment in environments}))
 
 
 def show(results: dict[str, object], console: Console) -> None:

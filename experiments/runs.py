@@ -8,6 +8,10 @@ result in an existing folder is refused before anything starts.
 import hashlib
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +44,28 @@ class RunError(Exception):
     """A run had to stop; one line says where and what to continue from."""
 
 
+def environment(devices) -> dict[str, object]:
+    """What numbers are measured with."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    cpu = f"CPU ({os.cpu_count()} cores)"
+    kind = cpu if devices[0].platform == "cpu" else devices[0].device_kind
+    return {
+        "command": shlex.join(["python", "experiments/cifar.py", *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "unknown",
+        "device": kind,
+        "device_count": len(devices),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file whole or not at all."""
     partial = path.with_suffix(".partial")
@@ -65,6 +91,11 @@ def split(dataset: data.Dataset, settings: Settings) -> Split:
     """Chooses stratified, nested parts of the training set, the same in every run."""
     labels = dataset.train_labels
     train, held_out = np.arange(len(labels)), None
+    if settings.held_out >= len(labels):
+        raise UserError(
+            f"--held-out {settings.held_out}: there are only {len(labels)} training "
+            "images; lower it"
+        )
     if settings.held_out:
         train, held_out = data.stratified_split(labels, settings.held_out, seed=0)
 
@@ -144,13 +175,15 @@ class Problem:
 def prepare(settings: Settings, out: Path) -> Problem:
     """Loads the data and answers what can be wrong before anything runs."""
     if settings.compilation_cache is not None:
-        cache = settings.compilation_cache.expanduser()
+        cache = settings.compilation_cache
         jax.config.update("jax_compilation_cache_dir", str(cache))
     dataset = data.load(settings.dataset, data_dir=settings.data_dir)
     available = jax.local_devices()
     count = settings.devices or len(available)
     if count > len(available):
-        raise UserError(f"--devices {count}: this machine has {len(available)}")
+        raise UserError(
+            f"--devices {count}: this machine has {len(available)}; lower it"
+        )
     if settings.batch_size % count:
         raise UserError(
             f"--batch-size {settings.batch_size} does not divide among {count} "
@@ -185,6 +218,8 @@ def check_distances(problem: Problem, teacher_width: int) -> None:
     }
     for name in problem.settings.distances:
         row = DISTANCES[name]
+        if not set(row.inputs) <= set(shapes):
+            continue  # maps: their shapes are the networks' affair
         arrays = [array for kind in row.inputs for array in shapes[kind]]
         try:
             jax.eval_shape(lambda *a, row=row: row.fn(*a, **row.options), *arrays)
@@ -497,6 +532,7 @@ def train(
             "seconds": seconds + time.monotonic() - began,
             "seconds_to_first_step": first_step,
         },
+        "environment": environment(problem.devices),
     }
     write_json(result_path, result)
     return result
@@ -579,11 +615,18 @@ def teacher_shape(problem: Problem) -> tuple[str, int, Path | None]:
     if settings.teacher is None:
         return settings.teacher_model, settings.teacher_width or settings.width, None
     path = find_checkpoint(settings.teacher)
+    checkpoint.verify(path)
     made = checkpoint.read_meta(path).get("run", {})
     if made.get("dataset") != settings.dataset:
         raise UserError(
             f"--teacher {path} was trained on {made.get('dataset')}, "
             f"this run is on {settings.dataset}; pass a teacher of the same data"
+        )
+    if settings.held_out and made.get("held_out") != settings.held_out:
+        raise UserError(
+            f"--held-out {settings.held_out}: --teacher {path} was trained with "
+            f"held_out={made.get('held_out')} and may have seen these images; "
+            "train one with the same --held-out"
         )
     if made.get("stem") != settings.stem:
         raise UserError(
@@ -592,6 +635,18 @@ def teacher_shape(problem: Problem) -> tuple[str, int, Path | None]:
         )
     model = made.get("teacher_model") or made.get("student_model")
     return model, made["width"], path
+
+
+def known_digest(problem: Problem) -> str:
+    """Digest of the teacher to come, where it is trained already."""
+    name, width, path = teacher_shape(problem)
+    if path is None:
+        folder = teacher_run(problem).folder(problem.out)
+        if not (folder / "result.json").exists():
+            return "not trained yet"
+        path = find_checkpoint(folder)
+    variables, _ = _variables_of(problem, path, problem.model(name, width))
+    return _digest(variables)
 
 
 def load_teacher(problem: Problem, report) -> Teacher:

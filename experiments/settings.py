@@ -6,7 +6,7 @@ comes last: ``--help`` shows the values of the recipe and data set that it is gi
 
 import argparse
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import tyro
@@ -201,6 +201,14 @@ def parse(arguments: list[str]) -> Settings:
         default=defaults(chosen.dataset, chosen.recipe),
         prog="cifar.py",
     )
+    settings = replace(
+        settings,
+        **{
+            f.name: value.expanduser()
+            for f in fields(settings)
+            if isinstance(value := getattr(settings, f.name), Path)
+        },
+    )
     check(settings)
     return settings
 
@@ -255,12 +263,20 @@ def check(settings: Settings) -> None:
             value is None or value > 0,
             f"--{field.replace('_', '-')} must be positive, got {value}",
         )
-    _require(
-        settings.held_out >= 0, f"--held-out must be >= 0, got {settings.held_out}"
-    )
+    not_negative = "held_out padding lr_end weight_decay momentum warmup"
+    for field in not_negative.split():
+        value = getattr(settings, field)
+        below = value < 1 or field not in ("momentum", "warmup")
+        _require(
+            value >= 0 and below,
+            f"--{field.replace('_', '-')} must be >= 0"
+            f"{'' if below else ' and < 1'}, got {value}",
+        )
     _require(settings.seeds, "--seeds needs at least one seed")
-    negative = [seed for seed in settings.seeds if seed < 0]
-    _require(not negative, f"--seeds must be >= 0, got {negative}")
+    outside = [seed for seed in settings.seeds if not 0 <= seed < 2**32]
+    _require(not outside, f"--seeds must be in [0, 2**32), got {outside}")
+    repeated = len(set(settings.seeds)) < len(settings.seeds)
+    _require(not repeated, f"--seeds names one twice: {settings.seeds}")
 
 
 def weight_of(settings: Settings, distance: str) -> float:

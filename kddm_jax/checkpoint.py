@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import flax.serialization
+import flax.traverse_util
 import jax
 import numpy as np
 
@@ -78,10 +79,11 @@ def save(
             shutil.rmtree(target)
         partial.rename(target)
         _sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a full disk is Orbax's ValueError
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
         raise CheckpointError(
-            f"cannot write checkpoint {target}: {error.strerror or error}; "
+            f"cannot write checkpoint {target}: {reason}; "
             "free space or choose another folder"
         ) from error
     for old in _steps(target.parent)[keep:]:
@@ -115,9 +117,9 @@ def verify(path: Path) -> None:
     """
     path = Path(path)
     try:
-        expected = json.loads((path / _MANIFEST).read_text())
+        expected = dict(json.loads((path / _MANIFEST).read_text()))
         found = _digests(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {path} has no readable {_MANIFEST}; delete the folder"
         ) from error
@@ -211,6 +213,14 @@ def match(path: Path, arrays: Mapping[str, object], like: object) -> object:
     Raises:
       CheckpointError: another structure or shape.
     """
+    names = lambda tree: set(flax.traverse_util.flatten_dict(tree, sep="/"))
+    wanted, found = names(flax.serialization.to_state_dict(like)), names(arrays)
+    for name in sorted(wanted ^ found):
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {name} is "
+            f"{'missing' if name in wanted else 'not expected'}; "
+            "choose the model that it was made by"
+        )
     try:
         tree = flax.serialization.from_state_dict(like, arrays)
         differing = [

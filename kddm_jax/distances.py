@@ -23,6 +23,7 @@ from kddm_jax.linalg import (
     as_float,
     check_choice,
     check_labels,
+    check_number,
     check_pair,
     class_means,
     classes,
@@ -104,7 +105,7 @@ def wasserstein(
       epsilon: entropic weight in units of the squared distance; None is 0.02 times
         the mean cost, as a constant.
       threshold: L1 error of a marginal at which Sinkhorn stops.
-      max_iterations: at which it stops anyway.
+      max_iterations: at which it stops anyway; above ten, in whole tens.
 
     Returns:
       Scalar, squared distance, averaged over samples.
@@ -405,7 +406,7 @@ def gaussian_wasserstein(
     check_choice("covariance", covariance, COVARIANCES)
     x, y = check_pair(x, y)
     mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
-    x, y = x - mean_x, y - mean_y
+    x, y = x - mean_x[None, :], y - mean_y[None, :]
     means = jnp.sum((mean_x - mean_y) ** 2)
     if covariance == "diag":
         variances_x, variances_y = jnp.mean(x * x, axis=0), jnp.mean(y * y, axis=0)
@@ -529,11 +530,10 @@ def bures(cov_x: jax.Array, cov_y: jax.Array) -> jax.Array:
 def _ridge(ridge, y, weights):
     """The number given, or 1e-3 of the teacher's mean variance, a constant."""
     if ridge is not None:
-        if isinstance(ridge, int | float) and ridge < 0:
-            raise ValueError(f"ridge must not be negative, got {ridge}")
+        check_number("ridge", ridge, positive=False)
         return constant(jnp.asarray(ridge, y.dtype))
     weights = weights[:, None] / jnp.maximum(jnp.sum(weights), 1e-6)
-    mean = jnp.sum(weights * y, axis=0)
+    mean = jnp.sum(weights * y, axis=0, keepdims=True)
     variance = jnp.mean(jnp.sum(weights * (y - mean) ** 2, axis=0))
     # A constant teacher has no scale of its own: fall back to that of its features.
     least = jnp.finfo(y.dtype).eps * jnp.mean(y * y) + jnp.finfo(y.dtype).tiny ** 0.5
@@ -609,8 +609,8 @@ def gaussian_kl(
     ridge = _ridge(ridge, y, jnp.ones(y.shape[0], y.dtype))
     mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
     shift = mean_x - mean_y
-    factor_x = (x - mean_x) / x.shape[0] ** 0.5
-    factor_y = (y - mean_y) / y.shape[0] ** 0.5
+    factor_x = (x - mean_x[None, :]) / x.shape[0] ** 0.5
+    factor_y = (y - mean_y[None, :]) / y.shape[0] ** 0.5
     if covariance == "diag":
         pair = [jnp.sum(f * f, axis=0) + ridge for f in (factor_x, factor_y)]
         return _diagonal_kl(shift**2, *_directed(pair, direction))
@@ -691,7 +691,7 @@ def _class_diagonal_kl(shift, p, q, groups, single, ridge):
     for centered in (p, q):
         pooled = jnp.sum(_pooled_factor(centered, single) ** 2, axis=0)
         own = class_means(centered**2, groups)
-        variances.append(jnp.where(single[:, None], pooled, own) + ridge)
+        variances.append(jnp.where(single[:, None], pooled[None, :], own) + ridge)
     return _diagonal_kl(shift**2, *variances)
 
 
@@ -730,16 +730,25 @@ def _class_full_kl(shift, p, q, groups, single, ridge):
 # Maximum mean discrepancies and the paired distance.
 
 
-def _bandwidth(bandwidth, total, entries, dtype):
-    """The number given, or the mean of all entries of the distance matrices."""
+def _all_squares(x, y):
+    """Squared distances within x, within y and between, free of round-off below 0.
+
+    A kernel is flat at distance zero, so that clipping takes no gradient away; a
+    negative square over a tiny bandwidth would blow the exponential up.
+    """
+    off_x, off_y = (1 - jnp.eye(z.shape[0], dtype=z.dtype) for z in (x, y))
+    pairs = off_x * squared_distances(x, x), off_y * squared_distances(y, y)
+    return [jnp.maximum(s, 0) for s in (*pairs, squared_distances(x, y))]
+
+
+def _bandwidth(bandwidth, mean_distance, x, y):
+    """The number given, or the mean distance, away from its round-off; a constant."""
     if bandwidth is None:
-        bandwidth = total / entries
-    elif isinstance(bandwidth, int | float) and bandwidth <= 0:
-        raise ValueError(
-            f"bandwidth must be positive, got {bandwidth}; None takes the mean distance"
-        )
-    least = jnp.finfo(dtype).tiny ** 0.25  # its square is still a normal number
-    return constant(jnp.maximum(jnp.asarray(bandwidth, dtype), least))
+        least = safe_sqrt(_cost_floor(x, y)) + jnp.finfo(x.dtype).tiny ** 0.25
+        return constant(jnp.maximum(mean_distance, least))
+    cure = "; None takes the mean distance"
+    check_number("bandwidth", bandwidth, positive=True, cure=cure)
+    return constant(jnp.asarray(bandwidth, x.dtype))
 
 
 KERNELS = ("rbf", "linear")
@@ -784,9 +793,9 @@ def mmd(
     x, y = check_pair(x, y)
     if kernel == "linear":
         return jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
-    squares = [squared_distances(*pair) for pair in ((x, x), (y, y), (x, y))]
+    squares = _all_squares(x, y)
     total = sum(jnp.sum(safe_sqrt(s)) for s in squares)
-    sigma = _bandwidth(bandwidth, total, sum(s.size for s in squares), x.dtype)
+    sigma = _bandwidth(bandwidth, total / sum(s.size for s in squares), x, y)
     within_x, within_y, between = (
         jnp.mean(jnp.exp(-s / (2 * sigma**2))) for s in squares
     )
@@ -837,11 +846,14 @@ def class_mmd(
     if kernel == "linear":
         difference = class_means(x - y, groups)
         return jnp.sum(groups.weights[:, None] * difference**2)
-    squares = [squared_distances(*pair) for pair in ((x, x), (y, y), (x, y))]
+    # padding may hold anything: it moves to the origin
+    valid = (groups.weights > 0).astype(x.dtype)[:, None]
+    x, y = valid * x, valid * y
+    squares = _all_squares(x, y)
     within = lambda pairs: jnp.sum(groups.same * pairs, axis=1)  # [n]
     rows = sum(within(safe_sqrt(s)) for s in squares)
     total = matmul(groups.same, rows)  # of each sample's class
-    sigma = _bandwidth(bandwidth, total, 3 * groups.counts**2, x.dtype)
+    sigma = _bandwidth(bandwidth, total / (3 * groups.counts**2), x, y)
     sigma = jnp.broadcast_to(sigma, rows.shape)[:, None]
     within_x, within_y, between = (
         within(jnp.exp(-s / (2 * sigma**2))) / groups.counts for s in squares

@@ -9,13 +9,14 @@ eigen-decomposition does not: at repeated and at zero singular values.
 ``x`` and ``y`` are samples in rows, ``[n, d]`` and ``[m, d]``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -81,7 +82,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 # Arguments: what every distance asks of its arrays, checked while tracing.
 
 
-def check_choice(name: str, value: object, known) -> None:
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``known``.
 
     Args:
@@ -95,6 +96,26 @@ def check_choice(name: str, value: object, known) -> None:
     if not isinstance(value, str) or value not in known:
         choices = ", ".join(repr(k) for k in known)
         raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+
+
+def check_number(name: str, value: object, *, positive: bool, cure: str = "") -> None:
+    """Checks a number's sign where it is known: traced ones pass.
+
+    Args:
+      name: the argument's name, for the message.
+      value: a number, or a scalar array.
+      positive: whether zero is wrong, too.
+      cure: ends the message.
+
+    Raises:
+      ValueError: a negative number, NaN, or zero if ``positive``.
+    """
+    if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
+        return
+    number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
+    if not (number > 0 if positive else number >= 0):
+        wanted = "positive" if positive else "a number >= 0"
+        raise ValueError(f"{name} must be {wanted}, got {value}{cure}")
 
 
 def as_float(name: str, x: jax.Array) -> jax.Array:
@@ -191,7 +212,7 @@ def check_labels(
         )
     if num_classes is None or isinstance(labels, jax.core.Tracer):
         return labels
-    largest = int(labels.max())
+    largest = int(np.asarray(labels).max())  # jnp would stage it inside a trace
     if largest >= num_classes:
         raise ValueError(
             f"labels must lie below num_classes={num_classes}, got {largest}; "
@@ -217,7 +238,7 @@ def _polar_svd(matrix):
     # makes half the gradient noise once a few features are dead.  The minimal-norm
     # subgradient drops them.
     cutoff = 10 * jnp.finfo(matrix.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
-    u = u * (s > cutoff)[..., None, :]
+    u = jnp.where((s > cutoff)[..., None, :], u, 0)
     return _Polar(jnp.sum(s, axis=-1), matmul(u, vt))
 
 
@@ -288,6 +309,7 @@ def nuclear_norm(matrix: jax.Array, *, method: str = "svd") -> jax.Array:
       Array(7., dtype=float32)
     """
     check_choice("method", method, _POLAR)
+    matrix = jnp.asarray(matrix)
     if matrix.ndim != 2:
         raise ValueError(
             f"matrix must have shape [n, m], got {list(matrix.shape)}; "
@@ -402,14 +424,14 @@ def sqrtm_psd(cov: jax.Array) -> jax.Array:
              [0., 3.]], dtype=float32)
     """
     roots, vectors = _eigh_sqrt(cov)
-    return matmul(vectors * roots, vectors.T)
+    return matmul(vectors * roots[None, :], vectors.T)
 
 
 @sqrtm_psd.defjvp
 def _sqrtm_psd_jvp(primals, tangents):
     (cov,), (dcov,) = primals, tangents
     roots, vectors = _eigh_sqrt(cov)
-    root = matmul(vectors * roots, vectors.T)
+    root = matmul(vectors * roots[None, :], vectors.T)
     sums = roots[:, None] + roots[None, :]
     # eigenvalues are good to eps * max, so roots to sqrt(eps) * max
     tiny = jnp.sqrt(10 * jnp.finfo(cov.dtype).eps) * jnp.max(roots)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from kddm_jax.distances import DISTANCES, Distance
-from kddm_jax.linalg import as_float, check_labels
+from kddm_jax.linalg import as_float, check_labels, check_number
 
 DEFAULT_WEIGHT = 1e-3
 Features = jax.Array | Mapping[str, jax.Array]
@@ -85,11 +85,6 @@ def _term_name(term):
     return name if term.layers is None else f"{name}@{term.layers[0]}"
 
 
-def _check_weight(name, weight):
-    if isinstance(weight, int | float) and not weight >= 0:
-        raise ValueError(f"{name} must be a number >= 0, got {weight}")
-
-
 def carries_weights(distance: object) -> bool:
     """Tells whether ``distance`` is a Term or a sequence of Terms.
 
@@ -125,8 +120,14 @@ def _as_terms(distance, weight, options):
     names = [_term_name(term) for term in terms]
     if len(set(names)) < len(names):
         raise ValueError(f"terms must have different names, got {', '.join(names)}")
+    for name in names:
+        if name == "task" or "/" in name:
+            raise ValueError(
+                f'a term cannot be named {name!r}: "task" is the cross-entropy and '
+                '"/" marks diagnostics; give it another name'
+            )
     for name, term in zip(names, terms, strict=True):
-        _check_weight(f"weight of {name}", term.weight)
+        check_number(f"weight of {name}", term.weight, positive=False)
     return terms
 
 
@@ -158,7 +159,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 DEFAULT_LAYER = "features"
 
 
-def _compared(features, terms, side):
+def _compared(features, terms, side, n):
     """The layers that some term compares, by name: no other is ever gathered."""
     if not isinstance(features, Mapping):
         features = {DEFAULT_LAYER: features}
@@ -168,6 +169,11 @@ def _compared(features, terms, side):
             raise ValueError(
                 f"{side}_features has no layer {layer!r}, only {', '.join(features)}; "
                 "choose with Term(..., layers=(student_key, teacher_key))"
+            )
+        if features[layer].shape[0] != n:
+            raise ValueError(
+                f"{side}_features must have a row for each of the {n} labels, got "
+                f"{features[layer].shape[0]}; pass all arrays of the same batch"
             )
     return {layer: features[layer] for layer in layers}
 
@@ -201,7 +207,7 @@ def _arguments(row, term, batch, key):
 def _teacher_deviation(arrays):
     """mean_i ||y_i - mean||^2 of the teacher's features, away from zero."""
     y = as_float("teacher_features", arrays[1])
-    deviation = jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
+    deviation = jnp.mean(jnp.sum((y - jnp.mean(y, axis=0, keepdims=True)) ** 2, axis=1))
     least = jnp.finfo(y.dtype).tiny ** 0.5
     return jax.lax.stop_gradient(jnp.maximum(deviation, least))
 
@@ -300,18 +306,20 @@ def distill_loss(
        Array(2., dtype=float32))
     """
     terms = _as_terms(distance, weight, options)
-    _check_weight("task_weight", task_weight)
+    check_number("task_weight", task_weight, positive=False)
     if scale not in (None, "teacher"):
         raise ValueError(f'scale must be None or "teacher", got {scale!r}')
+    student_logits = jnp.asarray(student_logits)
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
-    check_labels(labels, student_logits.shape[0], num_classes=num_classes)
+    n, k = student_logits.shape
+    check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
 
     local = {
-        "student": _compared(student_features, terms, "student"),
-        "teacher": _compared(teacher_features, terms, "teacher"),
+        "student": _compared(student_features, terms, "student", n),
+        "teacher": _compared(teacher_features, terms, "teacher", n),
         "labels": labels,
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,

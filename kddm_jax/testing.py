@@ -52,6 +52,7 @@ def assert_distance_gradients(
     with jax.enable_x64(True):
         arrays = [_as_double(a) for a in arrays]
 
+        @jax.jit  # compiled once, not at each evaluation
         def value(*moving):
             filled = list(arrays)
             for index, array in zip(argnums, moving, strict=True):

@@ -10,8 +10,8 @@ A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)
 ``outputs`` having ``logits``, ``features`` and ``maps``.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -23,6 +23,7 @@ from kddm_jax.losses import carries_weights, distill_loss
 
 Variables = Mapping[str, object]
 Metrics = dict[str, jax.Array]
+Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
 AXIS = "batch"
 
 
@@ -237,7 +238,10 @@ def scan_steps(step: Callable) -> Callable:
 
 
 def make_eval_step(
-    apply: ApplyFn, *, normalize: Callable[[jax.Array], jax.Array], axis_name=AXIS
+    apply: ApplyFn,
+    *,
+    normalize: Callable[[jax.Array], jax.Array],
+    axis_name: str | None = AXIS,
 ) -> Callable[..., Metrics]:
     """Makes the evaluation step of one device.
 
@@ -268,7 +272,7 @@ def make_eval_step(
     return evaluate
 
 
-def replicate(tree, devices=None):
+def replicate(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
     """Puts a tree on all devices, laid out as `parallel` takes it.
 
     A NumPy or single-device state is traced and compiled twice and, across
@@ -287,7 +291,7 @@ def replicate(tree, devices=None):
     return jax.device_put(fresh, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch, devices: int):
+def shard(batch: Tree, devices: int) -> Tree:
     """Splits the leading axis, ``[b, ...] -> [devices, b / devices, ...]``.
 
     Args:
@@ -312,7 +316,13 @@ def shard(batch, devices: int):
     return jax.tree.map(split, batch)
 
 
-def parallel(fn: Callable, *, in_axes: tuple[int | None, ...], donate=(), devices=None):
+def parallel(
+    fn: Callable,
+    *,
+    in_axes: tuple[int | None, ...],
+    donate: tuple[int, ...] = (),
+    devices: Sequence[jax.Device] | None = None,
+) -> Callable:
     """Maps a per-device function over devices: the one place that says pmap.
 
     Outputs must be equal on all devices (after pmean or psum) and come back

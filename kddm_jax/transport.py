@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
 
-from kddm_jax.linalg import check_choice, constant
+from kddm_jax.linalg import check_choice, check_number, constant
 
 
 class Stats(NamedTuple):
@@ -123,6 +123,8 @@ def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmet
     solver = Sinkhorn(
         threshold=threshold,
         max_iterations=max_iterations,
+        # ott looks at the error once in so many updates, and runs whole ones
+        inner_iterations=min(10, max_iterations),
         use_danskin=False,
         **options,
     )
@@ -194,12 +196,14 @@ def _assignment(cost, a, same):
 
 def _solve_assignment(cost, a, same):
     n = cost.shape[0]
-    # A non-finite cost would keep the search from ending; the value still shows it.
-    finite = jnp.where(jnp.isfinite(cost), cost, 0)
-    reduced = _shifted_by_duals(_block(finite, same, 0), same)
+    # The search compares costs, which NaN defeats; the value shows every one of them.
+    finite = jnp.isfinite(cost)
+    reduced = _shifted_by_duals(_block(jnp.where(finite, cost, 0), same, 0), same)
     row, column = hungarian_algorithm(reduced)
     target = jnp.zeros(n, column.dtype).at[row].set(column)
-    return jnp.sum(a * cost[jnp.arange(n), target]), target
+    value = jnp.sum(a * cost[jnp.arange(n), target])
+    whole = jnp.all(finite) if same is None else jnp.all(finite | (same == 0))
+    return jnp.where(whole, value, jnp.nan), target
 
 
 def _shifted_by_duals(cost, same):
@@ -281,7 +285,7 @@ def transport_cost(
       epsilon: entropic weight in units of the cost; None is 0.02 times `mean_cost`,
         a constant.  One number serves all terms of the divergence.
       threshold: largest L1 error of a marginal at which Sinkhorn stops.
-      max_iterations: at which it stops anyway.
+      max_iterations: at which it stops anyway; above ten, in whole tens.
       floor: the least epsilon that None may give: the round-off of the costs.
 
     Returns:
@@ -302,10 +306,9 @@ def transport_cost(
             f'solver="exact" needs as many samples in x as in y, got n={n} and '
             f'm={m}; use solver="sinkhorn"'
         )
-    if isinstance(epsilon, int | float) and epsilon <= 0:
-        raise ValueError(
-            f"epsilon must be positive, got {epsilon}; None chooses it from the cost"
-        )
+    if epsilon is not None:
+        cure = "; None chooses it from the cost"
+        check_number("epsilon", epsilon, positive=True, cure=cure)
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     dtype = costs.xy.dtype

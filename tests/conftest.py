@@ -1,9 +1,21 @@
 """Two fake CPU devices for every test, and the modes that tests ask for."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Beside xdist's workers OpenBLAS's own threads turn a 1 ms SVD into 800 ms.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Compiling is most of the tests' time.  The programs are tiny, so optimise them
+# little; and share what is compiled between workers and eager calls.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="kddm-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

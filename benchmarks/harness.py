@@ -1,0 +1,144 @@
+"""What the benchmarks share: distances by name, interleaved rounds, tables.
+
+Timings on a shared machine drift by more than the differences in question.  Hence
+every comparison is made inside one process, in rounds ``A B A B ...``, and what is
+compared are medians over the rounds, or the median of the rounds' own differences.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+# From a checkout where the package is not installed, take the one beside us.
+if importlib.util.find_spec("kddm_jax") is None:
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from kddm_jax.distances import DISTANCES, Distance  # noqa: E402
+
+# A variant of a distance is written "key/choice": "w2/exact", "w2_gaussian/diag".
+CHOICES: Mapping[str, str] = {
+    "sinkhorn": "solver",
+    "entropic": "solver",
+    "exact": "solver",
+    "svd": "method",
+    "newton_schulz": "method",
+    "full": "covariance",
+    "diag": "covariance",
+}
+
+
+def parse_distance(name: str) -> tuple[Distance, dict[str, object]]:
+    """The row and the options of ``"key"`` or ``"key/choice"``."""
+    key, _, choice = name.partition("/")
+    if key not in DISTANCES:
+        raise SystemExit(f"unknown distance {key!r}; known: {', '.join(DISTANCES)}")
+    if choice and choice not in CHOICES:
+        raise SystemExit(f"unknown choice {choice!r}; known: {', '.join(CHOICES)}")
+    return DISTANCES[key], ({CHOICES[choice]: choice} if choice else {})
+
+
+def missing_package(error: ImportError) -> str:
+    """What to write in the row of a distance whose package is not installed."""
+    package = (error.name or str(error)).partition(".")[0]
+    return "needs " + {"ott": "ott-jax"}.get(package, package)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int, deadline: float = 1e99
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, each call once a round.
+
+    Args:
+      calls: by name; each must block until its work is done.
+      rounds: number of rounds.
+      deadline: `time.perf_counter` after which no round but the first three starts.
+
+    Returns:
+      Seconds by name, one number a round.
+    """
+    seconds = {name: [] for name in calls}
+    for i in range(rounds):
+        if i >= 3 and time.perf_counter() > deadline:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_of(fn: Callable[..., float], *columns: Sequence[float]) -> float:
+    """The median over rounds of ``fn`` of the rounds' timings."""
+    return statistics.median(fn(*row) for row in zip(*columns, strict=True))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, JAX and the packages, "absent" where not installed."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "flax", "numpy", *packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def device_name() -> str:
+    """The accelerator's kind, or the processor's model and its number of cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":", 1)[1] for line in lines if "model name" in line]
+        model = names[0].strip() if names else model
+    return f"{model}, {_usable_cores()} cores"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load_average() -> str:
+    """How busy the machine is, for the caption."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; None is a dash, numbers keep three digits."""
+    texts = [[_cell(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
+    line = lambda cells: (
+        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+    )
+    rule = line(["-" * width for width in widths])
+    return "\n".join([line(columns), rule, *map(line, texts)])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def write_json(path: str | None, report: Mapping[str, object]) -> None:
+    """Writes the report, if a file was asked for."""
+    if path is not None:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")

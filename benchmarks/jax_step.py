@@ -1,0 +1,118 @@
+"""Our distillation step as a program of `step.py`."""
+
+import time
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting
+
+from kddm_jax import augment, resnet, train_step
+
+
+def make_models(setting: Setting, images: np.ndarray):
+    """``(student, variables), (teacher, variables)``, random.
+
+    The teacher's statistics are those of a batch: with the initial ones its features
+    would grow by a factor of two at every block.
+    """
+    options = {
+        "num_classes": CLASSES,
+        "stem": setting.stem,
+        "width": setting.width,
+        "dtype": jnp.dtype(setting.dtype),
+    }
+    inputs = (jnp.asarray(images[:128], jnp.float32) / 255 - MEAN) / STD
+    student, teacher = resnet.ResNet18(**options), resnet.ResNet34(**options)
+    variables = [
+        jax.jit(model.init)(jax.random.key(seed), inputs[:2])
+        for seed, model in enumerate((student, teacher))
+    ]
+
+    @jax.jit
+    def calibrated(variables):
+        """Statistics of the batch itself, from an average with momentum 0.9."""
+        _, stats = resnet.linen_apply(teacher)(variables, inputs, train=True)
+        undo = lambda new, old: (new - 0.9 * old) / 0.1
+        stats = jax.tree.map(undo, stats, variables["batch_stats"])
+        return {**variables, "batch_stats": stats}
+
+    return (student, variables[0]), (teacher, calibrated(variables[1]))
+
+
+def count_parameters(variables) -> int:
+    """The number of parameters, statistics left out."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def none(x: jax.Array, y: jax.Array) -> jax.Array:
+    """No distance, but the teacher's features are used: else XLA drops the teacher."""
+    del x
+    return jnp.mean(y)
+
+
+class JaxStep:
+    """Our step, compiled; a call makes one dispatch and waits for its losses."""
+
+    def __init__(self, setting: Setting, distance: str, data: Data, models):
+        """Traces, compiles and runs once; ``models`` are from `make_models`."""
+        (student, student_variables), (teacher, teacher_variables) = models
+        tx = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
+        self.key = distance.partition("/")[0]
+        loss = {"distance": none, "weight": 0.0}
+        if distance != "none":
+            row, options = harness.parse_distance(distance)
+            loss = {"distance": self.key, "weight": row.weight, **options}
+        self.step = train_step.make_train_step(
+            resnet.linen_apply(student),
+            resnet.linen_apply(teacher),
+            tx,
+            augment=augment.make_augment(
+                mean=(MEAN,) * 3, std=(STD,) * 3, dtype=setting.dtype
+            ),
+            axis_name=None,
+            **loss,
+        )
+        state = train_step.create_state(student_variables, tx)
+        # A copy: the state is donated, the student's variables serve all programs.
+        self.state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+        self.rest = (teacher_variables, *map(jnp.asarray, data))
+        self.losses, self.iterations = [], None
+
+        start = time.perf_counter()
+        scanned = jax.jit(train_step.scan_steps(self.step), donate_argnums=0)
+        self.lowered = scanned.lower(self.state, *self.rest)
+        self.run = self.lowered.compile()
+        self()
+        self.first_s = time.perf_counter() - start
+
+    def __call__(self) -> None:
+        """Makes one dispatch; reading the losses waits for it."""
+        self.state, metrics = self.run(self.state, *self.rest)
+        self.losses.extend(np.asarray(metrics["loss"]).tolist())
+        iterations = metrics.get(f"{self.key}/iterations")
+        if iterations is not None:
+            self.iterations = float(np.mean(iterations))
+
+    def memory_gb(self) -> float | None:
+        """Arguments, results and temporaries of the program, as XLA plans them."""
+        plan = self.run.memory_analysis()
+        if plan is None:
+            return None
+        kinds = ("argument", "output", "temp")
+        total = sum(getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
+        return (total - plan.alias_size_in_bytes) / 1e9
+
+    def flops(self) -> float | None:
+        """Of one step, as XLA counts them before it optimises; no padding counted.
+
+        After optimisation, convolutions are calls of a library.
+        """
+        teacher_variables, images, labels, indices = self.rest
+        lowered = self.lowered
+        if len(indices) > 1:  # a step alone: how often a loop runs is not known there
+            batch = images[indices[0]], labels[indices[0]]
+            lowered = jax.jit(self.step).lower(self.state, teacher_variables, *batch)
+        return (lowered.cost_analysis() or {}).get("flops")

@@ -1,0 +1,243 @@
+"""Images per second of the whole distillation step, beside the same step in PyTorch.
+
+    python benchmarks/step.py                 # sensible settings for this machine
+    python benchmarks/step.py --width 64 --stem cifar --batch-size 1024 --dtype bfloat16
+
+One step is crop, flip and normalisation of uint8 images that stay on the device, a
+ResNet34 teacher in evaluation mode, a ResNet18 student forward and backward, the
+distance and an SGD update with Nesterov momentum, on one device.  All programs of a
+setting take turns in one process.  Networks are random, the teacher's statistics are
+those of a batch.  Asserts that both frameworks run networks of the same number of
+parameters and that every loss is finite.
+"""
+
+import os
+
+# Before the first import of NumPy or JAX: OpenBLAS's own threads turn the 1 ms SVD
+# of the Gaussian distances into 800 ms when another job keeps a core busy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# JAX would take three quarters of a GPU for itself and leave PyTorch the rest.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# PyTorch's threads wait for each other by spinning, which beside other work, XLA's
+# own threads included, makes its step 3 to 40 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import math
+import statistics
+import time
+
+import harness
+import jax
+from jax_step import JaxStep, count_parameters, make_models
+from workload import Setting, default_settings, make_data, peak_tflops
+
+from kddm_jax.resnet import STEMS
+
+OUT_OF_TIME = "not run: out of time"
+
+
+def import_torch(args: argparse.Namespace):
+    """The module of the PyTorch step, or None where it is absent or not wanted."""
+    if args.no_torch:
+        return None
+    try:
+        import torch
+        import torch_step
+    except ImportError:
+        return None
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    return torch_step
+
+
+def wanted_programs(distances, torch_step, args) -> list[tuple[str, str]]:
+    """``(framework, distance)`` of every row; PyTorch knows few distances."""
+    wanted = [("JAX", distance) for distance in distances]
+    if torch_step is None:
+        return wanted
+    frameworks = ["PyTorch eager"]
+    if args.compile or torch_step.torch.cuda.is_available():
+        frameworks.append("PyTorch compile")
+    known = [distance for distance in distances if distance in torch_step.DISTANCES]
+    return wanted + [(framework, d) for framework in frameworks for d in known]
+
+
+def make_programs(setting, data, wanted, torch_step, deadline):
+    """The programs by ``(framework, distance)``, and why there is none of others."""
+    programs, notes = {}, {}
+    models = None
+    for framework, distance in wanted:
+        if time.perf_counter() > deadline:
+            notes[framework, distance] = OUT_OF_TIME
+            continue
+        try:
+            models = models or make_models(setting, data.images)
+            if framework == "JAX":
+                program = JaxStep(setting, distance, data, models)
+            else:
+                compiled = framework == "PyTorch compile"
+                program = torch_step.TorchStep(setting, distance, data, compiled)
+                ours = tuple(count_parameters(variables) for _, variables in models)
+                theirs = program.parameters()
+                assert ours == theirs, f"parameters: JAX {ours}, PyTorch {theirs}"
+        except ImportError as error:
+            notes[framework, distance] = harness.missing_package(error)
+        except RuntimeError as error:  # of XLA's and PyTorch's, memory among them
+            if framework == "JAX" and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            notes[framework, distance] = f"failed: {type(error).__name__}"
+            print(f"{framework}, {distance}: {error}", flush=True)
+        else:
+            programs[framework, distance] = program
+            label = f"{framework} {distance}, {' '.join(map(str, setting))}"
+            print(f"{label}: first step {program.first_s:.1f} s", flush=True)
+    return programs, notes
+
+
+def measure(setting, distances, torch_step, args, deadline) -> list[dict]:
+    """The rows of one setting."""
+    # XLA:CPU is many times slower inside a loop: one step a dispatch there.
+    steps = 1 if jax.default_backend() == "cpu" else min(10, args.steps)
+    data = make_data(setting.batch, steps)
+    wanted = wanted_programs(distances, torch_step, args)
+    programs, notes = make_programs(setting, data, wanted, torch_step, deadline)
+    seconds = harness.interleaved(programs, math.ceil(args.steps / steps), deadline)
+    base = programs.get(("JAX", "none"))
+    flops = None if base is None else base.flops()
+    peak = peak_tflops(jax.devices()[0].device_kind)
+    rows = []
+    for (framework, distance), program in programs.items():
+        taken, plain = seconds[framework, distance], seconds.get((framework, "none"))
+        per_step = statistics.median(taken) / steps
+        extra = None
+        if distance != "none" and plain is not None:
+            extra = harness.median_of(lambda a, b: a - b, taken, plain) / steps * 1e3
+        share = flops and peak and flops / per_step / (peak * 1e12)
+        rows.append(
+            {
+                **setting._asdict(),
+                "framework": framework,
+                "distance": distance,
+                "images_per_s": setting.batch / per_step,
+                "ms_per_step": per_step * 1e3,
+                "distance_ms": extra,
+                "tflops": flops and flops / per_step / 1e12,
+                "share_of_peak": share,
+                "first_step_s": program.first_s,
+                "memory_gb": program.memory_gb(),
+                "iterations": program.iterations,
+                "loss": program.losses[-1],
+                "finite": all(map(math.isfinite, program.losses)),
+            }
+        )
+    common = setting._asdict()
+    for (framework, distance), note in notes.items():
+        rows.append(
+            {**common, "framework": framework, "distance": distance, "note": note}
+        )
+    return rows
+
+
+COLUMNS = {
+    "stem": "stem",
+    "width": "width",
+    "batch": "batch",
+    "dtype": "dtype",
+    "framework": "framework",
+    "distance": "distance",
+    "images_per_s": "images/s",
+    "ms_per_step": "ms/step",
+    "distance_ms": "distance ms",
+    "tflops": "TFLOP/s",
+    "share_of_peak": "of peak",
+    "first_step_s": "first step s",
+    "memory_gb": "memory GB",
+}
+
+
+def table(rows: list[dict]) -> str:
+    """The Markdown table; a note stands in the column of images per second."""
+    lines = []
+    for row in rows:
+        shown = dict(row)
+        if "note" in row:
+            shown["images_per_s"] = row["note"]
+        if shown.get("share_of_peak") is not None:
+            shown["share_of_peak"] = f"{shown['share_of_peak']:.1%}"
+        elif "note" not in row:
+            shown["share_of_peak"] = "unknown"
+        lines.append([shown.get(key) for key in COLUMNS])
+    return harness.markdown(list(COLUMNS.values()), lines)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--batch-size", type=int, nargs="+", help="default: by machine")
+    add("--width", type=int, nargs="+", help="channels of the first stage")
+    add("--stem", nargs="+", choices=list(STEMS))
+    add("--dtype", nargs="+", choices=["float32", "bfloat16"])
+    add("--distances", nargs="+", help='keys, or "key/choice" such as w2/exact')
+    add("--steps", type=int, help="timed steps of every row")
+    add("--json", metavar="FILE", help="write the rows there too")
+    add("--no-torch", action="store_true", help="leave PyTorch out")
+    add("--torch-threads", type=int, help="of PyTorch on a CPU; default: all cores")
+    add("--compile", action="store_true", help="torch.compile also without CUDA")
+    add("--minutes", type=float, default=9, help="no new row starts after them")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints the table, checks."""
+    args, start = parse_args(), time.perf_counter()
+    backend = jax.default_backend()
+    torch_step = import_torch(args)
+    args.steps = args.steps or (8 if backend == "cpu" else 100)
+    fast = [] if backend == "cpu" else ["w2_gaussian/newton_schulz"]
+    distances = args.distances or ["w2_gaussian", *fast, "cw2_gaussian", "w2", "cw2"]
+    distances = ["none", *(d for d in distances if d != "none")]
+    for distance in distances[1:]:
+        harness.parse_distance(distance)  # a typing error shows before any compilation
+
+    settings = default_settings(backend)
+    for field, values in zip(
+        Setting._fields,
+        (args.stem, args.width, args.batch_size, args.dtype),
+        strict=True,
+    ):
+        if values:
+            settings = [s._replace(**{field: v}) for s in settings for v in values]
+    report = {
+        "device": harness.device_name(),
+        "platform": backend,
+        "versions": harness.versions("optax", "ott-jax", "torch"),
+        "load_average": harness.load_average(),
+        "torch_threads": torch_step and torch_step.torch.get_num_threads(),
+        "rows": [],
+    }
+    for setting in dict.fromkeys(settings):
+        deadline = start + 60 * args.minutes
+        report["rows"] += measure(setting, distances, torch_step, args, deadline)
+        harness.write_json(args.json, report)
+
+    installed = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    print(f"\n{report['device']} ({backend}); {installed}")
+    print(f"Load average at the start: {report['load_average']}.\n")
+    print(table(report["rows"]))
+    print(
+        "\nMedians; distance ms: with minus without it, median over rounds. TFLOP/s: "
+        "multiply-adds of the step without distance as XLA counts them, padding left "
+        "out; peak: dense bfloat16, also for float32 rows. Memory: XLA's plan, or "
+        "PyTorch's allocations on CUDA. PyTorch computes float32 convolutions in TF32 "
+        "on CUDA, as XLA does."
+    )
+    if torch_step is None and not args.no_torch:
+        print("\nPyTorch is absent: no rows of it.")
+    infinite = [row for row in report["rows"] if not row.get("finite", True)]
+    assert not infinite, f"losses that are not finite: {infinite}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The benchmarks run, in their smallest setting, and write what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.is_dir(), reason="installed without the benchmarks"
+)
+
+
+def run(command, json_file):
+    """What a benchmark prints and the JSON it writes."""
+    # Programs that run twice: compiling them without optimisation halves the test.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes"
+    script, *options = command.split()
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *options, "--json", json_file],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(Path(json_file).read_text())
+
+
+def table(text):
+    """The rows of the first Markdown table, as lists of stripped cells."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len({len(row) for row in cells[:2]}) == 1
+    return cells[0], cells[2:]
+
+
+@pytest.mark.slow
+def test_step(tmp_path):
+    text, report = run(
+        "step.py --stem imagenet --width 4 --batch-size 8 --steps 2 --no-torch "
+        "--distances w2_gaussian",
+        tmp_path / "step.json",
+    )
+    head, rows = table(text)
+    assert [row[head.index("distance")] for row in rows] == ["none", "w2_gaussian"]
+    assert all(float(row[head.index("images/s")].replace(",", "")) > 0 for row in rows)
+    assert [row["finite"] for row in report["rows"]] == [True, True]
+    assert all(row["tflops"] > 0 for row in report["rows"])
+
+
+def test_step_says_what_it_did_not_run(tmp_path):
+    # No time for any row: the table still says which there would have been.
+    text, report = run("step.py --minutes 0 --no-torch", tmp_path / "step.json")
+    head, rows = table(text)
+    assert {row[head.index("images/s")] for row in rows} == {"not run: out of time"}
+    assert len(rows) == len(report["rows"])
+
+
+def test_names_of_distances(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import harness
+
+    row, options = harness.parse_distance("w2/exact")
+    assert (row.title, options) == ("W2 (E)", {"solver": "exact"})
+    with pytest.raises(SystemExit, match="unknown distance 'w3'; known: w2"):
+        harness.parse_distance("w3")
+
+
+def test_peaks_of_devices(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import workload
+
+    kinds = ["NVIDIA H200", "NVIDIA H100 PCIe", "TPU v5 lite", "NVIDIA L40", "cpu"]
+    assert [workload.peak_tflops(kind) for kind in kinds] == [989, 756, 197, None, None]
+
+
+@pytest.mark.slow
+def test_distances(tmp_path):
+    text, report = run(
+        "distances.py --n 8 --d 16 --rounds 2 --no-assert "
+        "--distances w2/exact cw2/exact w2_gaussian cw2_gaussian l2",
+        tmp_path / "distances.json",
+    )
+    head, rows = table(text)
+    measured = [(row[0], row[head.index("classes")]) for row in rows[:7]]
+    assert measured == [
+        ("w2/exact", "–"),
+        ("cw2/exact", "10"),
+        ("cw2/exact", "100"),
+        ("w2_gaussian", "–"),
+        ("cw2_gaussian", "10"),
+        ("cw2_gaussian", "100"),
+        ("l2", "–"),
+    ]
+    assert all(row["ms"] > 0 for row in report["rows"])
+    # Two limits in ms and four ratios, for both students.
+    assert len(report["claims"]) == 12

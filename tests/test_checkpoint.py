@@ -1,0 +1,419 @@
+"""Checkpoints are whole or absent, and a run continues bit for bit from one."""
+
+import ast
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kddm_jax
+from kddm_jax import checkpoint, train_step
+from kddm_jax.checkpoint import CheckpointError
+
+
+def make_state(seed=0, features=3):
+    """A state with everything that one can hold: arrays, counters, empty nodes."""
+    draw = np.random.default_rng(seed).standard_normal
+    variables = {
+        "params": {
+            "conv": {"kernel": jnp.asarray(draw((3, features)), jnp.float32)},
+            "identity": {},
+        },
+        "batch_stats": {"mean": jnp.asarray(draw(features), jnp.float32)},
+    }
+    tx = optax.chain(
+        optax.add_decayed_weights(1e-4),  # an EmptyState
+        optax.sgd(optax.constant_schedule(0.1), momentum=0.9),  # an int32 count
+    )
+    state = train_step.create_state(variables, tx, seed=2**32 - 1, weight=1e-3)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return state.replace(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        step=state.step + 1,
+    )
+
+
+def assert_bit_equal(left, right):
+    """Same structure, dtypes and bytes: nan equals nan, 0 differs from -0."""
+    chex.assert_trees_all_equal_structs(left, right)
+    chex.assert_trees_all_equal_dtypes(left, right)
+    as_bytes = lambda tree: [
+        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)
+    ]
+    assert as_bytes(left) == as_bytes(right)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A folder with one checkpoint, to be copied."""
+    folder = tmp_path_factory.mktemp("one")
+    checkpoint.save(folder, 1, make_state(), {"epoch": 1})
+    return folder
+
+
+@pytest.fixture
+def two(one, tmp_path):
+    """A folder with two checkpoints: step 1, step 2."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(one, folder)
+    shutil.copytree(folder / "step-00000001", folder / "step-00000002")
+    return folder
+
+
+def largest_file(path):
+    return max(
+        (p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+
+
+# ---------------------------------------------------------------------------
+# Round trip.
+
+
+def test_round_trip_is_bit_equal(tmp_path):
+    state = make_state()
+    odd = jnp.asarray([np.nan, -0.0, np.inf, 1e-45], jnp.float32)
+    state = state.replace(params={**state.params, "odd": odd})
+    meta = {"history": [{"loss": 0.1 + 0.2}], "seconds": 1e-300, "none": None}
+    path = checkpoint.save(tmp_path, 7, state, meta)
+    # Into a fresh state: nothing may come from `like` but the structure.
+    like = jax.tree.map(jnp.zeros_like, state)
+    restored, found = checkpoint.restore(path, like)
+    assert_bit_equal(restored, state)
+    assert restored.step.dtype == np.int32
+    assert restored.seed.dtype == np.uint32
+    assert restored.params["identity"] == {}
+    assert found == meta
+    assert path.name == "step-00000007"
+    assert checkpoint.latest(tmp_path) == path
+
+
+def test_restored_arrays_stay_on_the_host(one):
+    restored, _ = checkpoint.restore(checkpoint.latest(one), make_state())
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(restored))
+
+
+def test_replicated_state_is_saved(tmp_path):
+    """What the step holds lies on every device; what is saved is one copy."""
+    state = make_state()
+    path = checkpoint.save(tmp_path, 1, train_step.replicate(state), {})
+    assert_bit_equal(checkpoint.restore(path, state)[0], state)
+
+
+def test_empty_tree_of_statistics(tmp_path):
+    state = make_state().replace(batch_stats={})
+    path = checkpoint.save(tmp_path, 1, state, {})
+    assert_bit_equal(checkpoint.restore(path, state)[0], state)
+
+
+def test_restore_arrays_needs_no_structure(one):
+    arrays, meta = checkpoint.restore_arrays(checkpoint.latest(one))
+    np.testing.assert_array_equal(
+        arrays["params"]["conv"]["kernel"], make_state().params["conv"]["kernel"]
+    )
+    assert meta == {"epoch": 1}
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keeps_the_newest(tmp_path, keep):
+    for step in (1, 2, 9, 10):
+        checkpoint.save(tmp_path, step, {"a": np.zeros(1)}, {"step": step}, keep=keep)
+    expected = [f"step-{step:08d}" for step in (1, 2, 9, 10)][-keep:]
+    assert names(tmp_path) == expected
+    assert checkpoint.read_meta(checkpoint.latest(tmp_path)) == {"step": 10}
+
+
+def test_same_step_again_replaces(tmp_path):
+    for value in (1.0, 2.0):
+        path = checkpoint.save(tmp_path, 1, {"a": np.full(2, value)}, {})
+    assert names(tmp_path) == ["step-00000001"]
+    np.testing.assert_array_equal(checkpoint.restore_arrays(path)[0]["a"], [2.0, 2.0])
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "absent") is None
+
+
+# ---------------------------------------------------------------------------
+# Damage.
+
+
+def truncate(path):
+    file = largest_file(path / "arrays")
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    file = largest_file(path / "arrays")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def remove_a_file(path):
+    largest_file(path / "arrays").unlink()
+
+
+def add_a_file(path):
+    (path / "arrays" / "more").write_bytes(b"")
+
+
+def alter_meta(path):
+    (path / "meta.json").write_text('{"epoch": 3}')
+
+
+def remove_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def truncate_manifest(path):
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text[: len(text) // 2])
+
+
+def other_json_manifest(path):
+    (path / "manifest.json").write_text("[]")
+
+
+def empty_folder(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+DAMAGE = [
+    truncate,
+    flip_a_bit,
+    remove_a_file,
+    add_a_file,
+    alter_meta,
+    remove_manifest,
+    truncate_manifest,
+    other_json_manifest,
+    empty_folder,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_latest_skips_a_damaged_checkpoint(two, damage):
+    damage(two / "step-00000002")
+    with pytest.warns(UserWarning, match="step-00000002.*delete the folder"):
+        found = checkpoint.latest(two)
+    assert found == two / "step-00000001"
+    assert_bit_equal(checkpoint.restore(found, make_state(1))[0], make_state())
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_not_restored(two, damage):
+    path = two / "step-00000002"
+    damage(path)
+    with pytest.raises(CheckpointError, match="step-00000002") as caught:
+        checkpoint.restore(path, make_state())
+    assert "\n" not in str(caught.value)
+
+
+def test_all_damaged_is_an_error(two):
+    truncate(two / "step-00000001")
+    remove_manifest(two / "step-00000002")
+    with (
+        pytest.warns(UserWarning, match="step-0000000"),
+        pytest.raises(CheckpointError, match="all checkpoints in .* are damaged"),
+    ):
+        checkpoint.latest(two)
+
+
+def test_whole_checkpoints_do_not_warn(two):
+    checkpoint.verify(two / "step-00000001")
+    assert checkpoint.latest(two) == two / "step-00000002"
+
+
+@pytest.mark.parametrize("path", ["absent", "."])
+def test_not_a_checkpoint(tmp_path, path):
+    with pytest.raises(CheckpointError, match="no checkpoint.*step-"):
+        checkpoint.restore(tmp_path / path, make_state())
+
+
+# ---------------------------------------------------------------------------
+# Saves that do not come to their end.
+
+
+class Killed(BaseException):
+    """Stands for a signal: no handler of errors sees it."""
+
+
+def test_killed_before_the_rename(one, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(one, folder)
+
+    def kill(self, target):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        # Orbax renames within the arrays' folder; ours is the only Path.rename of a
+        # checkpoint.
+        rename = Path.rename
+        patch.setattr(
+            Path,
+            "rename",
+            lambda self, target: (
+                kill if Path(target).name == "step-00000002" else rename
+            )(self, target),
+        )
+        with pytest.raises(Killed):
+            checkpoint.save(folder, 2, make_state(1), {})
+    assert names(folder) == ["step-00000001", "step-00000002.partial"]
+    assert checkpoint.latest(folder) == folder / "step-00000001"
+    # The next save of that step is not disturbed by what the killed one left.
+    path = checkpoint.save(folder, 2, make_state(2), {})
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    assert_bit_equal(checkpoint.restore(path, make_state())[0], make_state(2))
+
+
+def test_only_a_killed_save_is_no_checkpoint(one, tmp_path):
+    shutil.copytree(one / "step-00000001", tmp_path / "step-00000001.partial")
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("method", ["mkdir", "write_text", "rename"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_refused_by_the_disk(one, tmp_path, monkeypatch, method, code):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(one, folder)
+    refused = OSError(code, errno.errorcode[code])
+    original = getattr(Path, method)
+
+    def refuse(self, *arguments, **options):
+        if "step-00000002.partial" in self.parts and "arrays" not in str(self):
+            raise refused
+        return original(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, refuse)
+        with pytest.raises(CheckpointError, match=errno.errorcode[code]) as caught:
+            checkpoint.save(folder, 2, make_state(1), {}, keep=1)
+    assert "\n" not in str(caught.value)
+    assert "step-00000002" in str(caught.value)
+    assert "free space or choose another folder" in str(caught.value)
+    assert names(folder) == ["step-00000001"]
+    assert checkpoint.latest(folder) == folder / "step-00000001"
+
+
+def test_disk_full_while_arrays_are_written(one, tmp_path):
+    """A real limit on file sizes, which the array writer meets, not Python."""
+    resource = pytest.importorskip("resource")
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(one, folder)
+    noise = {"a": np.random.default_rng(0).standard_normal(100_000)}  # 800 kB
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(CheckpointError, match="cannot write checkpoint") as caught:
+            checkpoint.save(folder, 2, noise, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert "File too large" in str(caught.value)
+    assert names(folder) == ["step-00000001"]
+    assert checkpoint.latest(folder) == folder / "step-00000001"
+
+
+def test_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="file/checkpoints"):
+        checkpoint.save(tmp_path / "file" / "checkpoints", 1, make_state(), {})
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------
+# Another model's checkpoint.
+
+
+def test_other_shape_names_the_array(one):
+    path = checkpoint.latest(one)
+    with pytest.raises(CheckpointError, match="another model") as caught:
+        checkpoint.restore(path, make_state(features=4))
+    message = str(caught.value)
+    assert "['conv']['kernel'] has shape [3, 3], expected [3, 4]" in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def renamed(state, count):
+    """A state whose model has other layers."""
+    layers = {f"a_layer_with_a_long_name_{i}": jnp.zeros(2) for i in range(count)}
+    return state.replace(params=layers)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_other_model_names_an_array(one, count):
+    with pytest.raises(CheckpointError, match="another model") as caught:
+        checkpoint.restore(checkpoint.latest(one), renamed(make_state(), count))
+    message = str(caught.value)
+    assert "params" in message  # where
+    assert "a_layer_with_a_long_name" in message or "conv" in message  # what
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_one_layer_more_or_less(one, add):
+    state = make_state()
+    extra = {**state.params, "extra": {"bias": jnp.zeros(2)}}
+    like = state.replace(params=extra if add else {"conv": state.params["conv"]})
+    if not add:
+        like = like.replace(params={})
+    with pytest.raises(CheckpointError, match="extra" if add else "conv|params"):
+        checkpoint.restore(checkpoint.latest(one), like)
+
+
+def test_other_optimiser_is_refused(one):
+    state = make_state()
+    like = train_step.create_state(state.variables, optax.adam(1e-3))
+    with pytest.raises(CheckpointError, match="another model"):
+        checkpoint.restore(checkpoint.latest(one), like)
+
+
+# ---------------------------------------------------------------------------
+# Safety.
+
+
+def test_nothing_unpickles():
+    """No module of the package, nor the experiment, can run what a file says."""
+    package = Path(kddm_jax.__file__).parent
+    experiments = Path(__file__).parents[1] / "experiments"
+    sources = [*package.rglob("*.py"), *experiments.glob("*.py")]
+    assert len(sources) > 10
+    forbidden = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                modules = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules = {(node.module or "").split(".")[0]}
+            else:
+                modules = set()
+            assert not modules & forbidden, source
+            if isinstance(node, ast.keyword):
+                assert node.arg != "allow_pickle", source
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in forbidden, source
+
+
+def test_checkpoint_holds_no_pickle(one):
+    """Every array file is Orbax's, every record is JSON."""
+    path = checkpoint.latest(one)
+    for name in ("meta.json", "manifest.json"):
+        json.loads((path / name).read_text())
+    assert not [p for p in path.rglob("*") if p.suffix in (".pkl", ".pickle", ".npy")]

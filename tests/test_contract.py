@@ -1,0 +1,513 @@
+"""What every row of the catalogue keeps, read from the row itself.
+
+``promises`` names what only some keep: "zero" for identical clouds, "symmetric",
+"translation" and "rotation" (common to both clouds), "widths" (student and teacher
+may differ in width).
+"""
+
+from functools import cache
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    DEGENERATE,
+    FLOATS,
+    TRACES,
+    Batch,
+    arguments,
+    bound,
+    compiled,
+    float_arguments,
+    identical,
+    make_batch,
+    names,
+    options_of,
+    parameters,
+    scale,
+)
+
+import kddm_jax
+from kddm_jax import DISTANCES
+
+
+def parametrize(rows):
+    """One test for each row; a row's tests share what they compile."""
+    group = pytest.mark.xdist_group
+    return pytest.mark.parametrize(
+        "name", [pytest.param(r, marks=group(r)) for r in rows]
+    )
+
+
+ROWS = parametrize(DISTANCES)
+# Accurate enough to compare two solutions of the same problem.
+TIGHT = {"threshold": 1e-7}
+# Rows that take another number of teacher samples; all others refuse it.
+UNEQUAL_COUNTS = {
+    *("w2", "jw2", "w2_gaussian", "kl_gaussian", "mmd_linear", "mmd_rbf"),
+    *("sliced_w2", "gromov_w2"),
+}
+
+
+def promising(promise):
+    """The rows that promise, as a parameter of the test."""
+    rows = [name for name, row in DISTANCES.items() if promise in row.promises]
+    assert rows, f"no row promises {promise!r}"
+    return parametrize(rows)
+
+
+def value(name, batch, dtype=jnp.float32, **wanted):
+    out = compiled(name, **wanted)(*arguments(DISTANCES[name], batch, dtype))
+    chex.assert_shape(out, ())
+    return float(out)
+
+
+def rows_along(batch, change):
+    """The batch with its samples taken in another order, or only some of them."""
+    return batch.map(lambda z: z[change], *FLOATS, "labels")
+
+
+# -------------------------------------------------------------------- values
+
+
+@ROWS
+def test_not_negative(name):
+    for seed in range(3):
+        for shrink in (1.0, 1e-3):  # far apart and nearly identical
+            batch = make_batch(seed=seed)
+            near = identical(batch)
+            batch = Batch(
+                *(
+                    b + shrink * (a - b) if field in FLOATS else b
+                    for field, a, b in zip(Batch._fields, batch, near, strict=True)
+                )
+            )
+            assert value(name, batch) >= -1e-6 * scale(batch)
+
+
+@promising("zero")
+def test_zero_for_identical_clouds(name):
+    batch = identical(make_batch())
+    assert abs(value(name, batch)) <= 1e-6 * scale(batch)
+
+
+@ROWS
+def test_not_zero_for_different_clouds(name):
+    assert value(name, make_batch()) > 1e-3
+
+
+SWAPPED = ("y", "x", "logits_y", "logits_x", "maps_y", "maps_x")
+
+
+@promising("symmetric")
+def test_symmetric(name, x64):
+    batch = make_batch()
+    swapped = batch._replace(
+        **{a: getattr(batch, b) for a, b in zip(FLOATS, SWAPPED, strict=True)}
+    )
+    expected = value(name, batch, jnp.float64, **TIGHT)
+    got = value(name, swapped, jnp.float64, **TIGHT)
+    # Iterations treat the two sides in turn and stop at a threshold.
+    rtol = 1e-5 if "threshold" in parameters(DISTANCES[name]) else 1e-9
+    np.testing.assert_allclose(got, expected, rtol=rtol)
+
+
+@promising("translation")
+def test_common_translation_changes_nothing(name, x64):
+    batch = make_batch()
+    shift = np.linspace(-3, 5, batch.x.shape[1])
+    moved = batch.map(lambda z: z + shift, "x", "y", "maps_x", "maps_y")
+    expected = value(name, batch, jnp.float64, **TIGHT)
+    np.testing.assert_allclose(
+        value(name, moved, jnp.float64, **TIGHT), expected, rtol=1e-8
+    )
+
+
+@promising("rotation")
+def test_common_rotation_changes_nothing(name, x64):
+    batch = make_batch()
+    d = batch.x.shape[1]
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
+    turned = batch.map(lambda z: z @ basis, "x", "y", "maps_x", "maps_y")
+    expected = value(name, batch, jnp.float64, **TIGHT)
+    np.testing.assert_allclose(
+        value(name, turned, jnp.float64, **TIGHT), expected, rtol=1e-8
+    )
+
+
+@ROWS
+def test_order_of_the_samples_is_irrelevant(name, x64):
+    batch = make_batch()
+    order = np.random.default_rng(2).permutation(len(batch.labels))
+    expected = value(name, batch, jnp.float64, **TIGHT)
+    got = value(name, rows_along(batch, order), jnp.float64, **TIGHT)
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+LABELLED = [name for name, row in DISTANCES.items() if "labels" in row.inputs]
+
+
+@parametrize(LABELLED)
+def test_names_of_the_classes_are_irrelevant(name, x64):
+    if "class_cost" in parameters(DISTANCES[name]):
+        pytest.skip("there a class is a place in the logits")
+    batch = make_batch()
+    renamed = batch._replace(labels=np.array([7, 2, 0, 30], np.int32)[batch.labels])
+    expected = value(name, batch, jnp.float64, **TIGHT)
+    got = value(name, renamed, jnp.float64, **TIGHT)
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+@parametrize(LABELLED)
+def test_padding_weighs_nothing(name, x64):
+    padded = make_batch(labels=[0, 1, 1, 0, 1, -1, -1, -1])
+    # What padding holds must not matter either, but for a digit or two.
+    garbage = padded.map(lambda z: np.concatenate([z[:5], 1e3 + z[5:]]))
+    expected = value(name, padded, jnp.float64, **TIGHT)
+    np.testing.assert_allclose(
+        value(name, garbage, jnp.float64, **TIGHT), expected, rtol=1e-6
+    )
+
+
+@parametrize(LABELLED)
+def test_padding_is_the_same_as_leaving_out(name, x64):
+    padded = make_batch(labels=[0, 1, 1, 0, 1, -1, -1, -1])
+    expected = value(name, rows_along(padded, np.s_[:5]), jnp.float64, **TIGHT)
+    np.testing.assert_allclose(
+        value(name, padded, jnp.float64, **TIGHT), expected, rtol=1e-7
+    )
+
+
+# ------------------------------------------------------------- precision
+
+
+@ROWS
+def test_single_precision_follows_double(name):
+    batch = make_batch()
+    single = value(name, batch)
+    with jax.enable_x64(True):
+        double = value(name, batch, jnp.float64)
+    # The threshold of iterations, 1e-3, is met one round earlier or later.
+    np.testing.assert_allclose(single, double, rtol=1e-4, atol=1e-6 * scale(batch))
+
+
+@ROWS
+def test_type_of_the_result(name, x64):
+    batch, row = make_batch(), DISTANCES[name]
+    fn = bound(row)
+    for given, wanted in [
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.float32, jnp.float32),
+        (jnp.float64, jnp.float64),
+    ]:
+        out = jax.eval_shape(fn, *arguments(row, batch, given))
+        chex.assert_shape(out, ())
+        assert out.dtype == wanted, given
+
+
+@ROWS
+def test_one_feature_in_another_precision_is_accepted(name):
+    row = DISTANCES[name]
+    mixed = arguments(row, make_batch(), jnp.float32)
+    mixed[0] = mixed[0].astype(jnp.bfloat16)
+    assert jax.eval_shape(bound(row), *mixed).dtype == jnp.float32
+
+
+# ---------------------------------------------------------- transformations
+
+
+@ROWS
+def test_traced_once_for_one_shape(name):
+    before = TRACES.copy()
+    for seed in range(3):
+        value(name, make_batch(seed=seed))
+    assert (TRACES - before).total() <= 1
+
+
+@ROWS
+def test_eager_equals_compiled(name):
+    batch, row = make_batch(), DISTANCES[name]
+    eager = bound(row)(*arguments(row, batch))
+    chex.assert_shape(eager, ())
+    np.testing.assert_allclose(
+        eager, value(name, batch), rtol=1e-5, atol=1e-6 * scale(batch)
+    )
+
+
+@ROWS
+def test_vmap_and_pmap_equal_single_calls(name):
+    row = DISTANCES[name]
+    batches = [make_batch(seed=seed) for seed in range(2)]
+    expected = [value(name, batch) for batch in batches]
+    arrays = zip(*(arguments(row, batch) for batch in batches), strict=True)
+    stacked = [jnp.stack(pair) for pair in arrays]
+    for transform in (lambda fn: jax.jit(jax.vmap(fn)), jax.pmap):
+        # Every problem of a batch iterates until the last one has converged.
+        np.testing.assert_allclose(transform(bound(row))(*stacked), expected, rtol=1e-4)
+
+
+NUMBERS = ("epsilon", "bandwidth", "ridge", "beta")
+WITH_NUMBERS = [
+    (name, option)
+    for name, row in DISTANCES.items()
+    for option in NUMBERS
+    if option in parameters(row) and row.options.get("kernel") != "linear"
+]
+
+
+@pytest.mark.parametrize(("name", "option"), WITH_NUMBERS)
+def test_number_may_be_traced(name, option):
+    row, batch = DISTANCES[name], make_batch()
+    options = options_of(row)
+
+    @jax.jit
+    def fn(number, *arrays):
+        return row.fn(*arrays, **{**options, option: number})
+
+    expected = value(name, batch, **{option: 2.0})
+    np.testing.assert_allclose(fn(2.0, *arguments(row, batch)), expected, rtol=1e-5)
+
+
+# --------------------------------------------------------------- degenerate
+
+
+@cache
+def value_and_gradients(name):
+    """Of a row, by all its float arguments, compiled once for a shape."""
+    row = DISTANCES[name]
+    return jax.jit(jax.value_and_grad(bound(row), argnums=float_arguments(row)))
+
+
+def complaints(name, batch, out, grads):
+    """What is wrong with a value and gradients."""
+    row, rounding = DISTANCES[name], 1e-6 * scale(batch)
+    if not np.isfinite(out):
+        yield f"value {out}"
+    elif out < -rounding:
+        yield f"negative, {out} at scale {scale(batch)}"
+    identical_clouds = np.array_equal(batch.x, batch.y) and "zero" in row.promises
+    if identical_clouds and not abs(out) <= rounding:
+        yield f"not zero: {out} at scale {scale(batch)}"
+    # The gradient of the mean squared norm, 2 |x| / n, sets the unit.  Where nothing
+    # varies, ridge and bandwidth are as small as roundings: no explosion will do.
+    unit = 2 * np.abs(batch.x).max() / len(batch.x) + 1e-30
+    most = 1e-3 if np.ptp(batch.x, axis=0).any() else 1.0
+    for position, grad in zip(float_arguments(row), grads, strict=True):
+        grad, argument = np.asarray(grad, np.float32), names(row)[position]
+        if not np.isfinite(grad).all():
+            yield f"gradient of {argument}"
+        elif identical_clouds and not np.abs(grad).max() <= most * unit:
+            yield f"gradient of {argument} is {np.abs(grad).max() / unit} units"
+
+
+@pytest.mark.slow
+@ROWS
+def test_degenerate_inputs_have_finite_values_and_gradients(name):
+    wrong = []
+    for case, make in DEGENERATE.items():
+        batch = make()
+        arrays = arguments(DISTANCES[name], batch)
+        out, grads = value_and_gradients(name)(*arrays)
+        wrong += [f"{case}: {text}" for text in complaints(name, batch, out, grads)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@ROWS
+def test_half_precision_is_computed_in_single(name):
+    wrong = []
+    fn = value_and_gradients(name)
+    for case in ("n < d", "identical", "dead features", "padding", "constant"):
+        batch = DEGENERATE[case]()
+        half = arguments(DISTANCES[name], batch, jnp.bfloat16)
+        out, grads = fn(*half)
+        assert out.dtype == jnp.float32
+        wrong += [f"{case}: {text}" for text in complaints(name, batch, out, grads)]
+        widen = lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a
+        expected, _ = fn(*map(widen, half))
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6 * scale(batch))
+    assert not wrong, "\n".join(wrong)
+
+
+# ------------------------------------------------------------------- errors
+
+
+def refusal(name, *arrays, **options):
+    """The message of the ValueError, raised while tracing."""
+    row = DISTANCES[name]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        jax.eval_shape(lambda *a: row.fn(*a, **options_of(row), **options), *arrays)
+    return str(error.value)
+
+
+@ROWS
+def test_wrong_rank_is_refused_by_name(name):
+    row = DISTANCES[name]
+    for position, argument in enumerate(names(row)):
+        if argument == "key":
+            continue
+        for change in (lambda a: a[0], lambda a: a[None]):
+            arrays = arguments(row, make_batch())
+            arrays[position] = change(arrays[position])
+            message = refusal(name, *arrays)
+            assert argument in message, (argument, message)
+
+
+@ROWS
+def test_integer_features_are_refused_by_name(name):
+    row = DISTANCES[name]
+    for position in float_arguments(row):
+        arrays = arguments(row, make_batch())
+        arrays[position] = arrays[position].astype(jnp.int32)
+        assert names(row)[position] in refusal(name, *arrays)
+
+
+@ROWS
+def test_other_number_of_samples(name):
+    row = DISTANCES[name]
+    batch = make_batch(n=8, m=6)
+    if name in UNEQUAL_COUNTS:
+        assert np.isfinite(value(name, batch))
+    else:
+        message = refusal(name, *arguments(row, batch))
+        assert "8" in message, message
+        assert "6" in message, message
+
+
+@ROWS
+def test_labels_of_another_length_are_refused(name):
+    row = DISTANCES[name]
+    for position, argument in enumerate(names(row)):
+        if argument in ("x", "y", "key", "maps_x", "maps_y"):
+            continue
+        if "features" not in row.inputs and argument != "labels":
+            continue
+        arrays = arguments(row, make_batch())
+        arrays[position] = arrays[position][:-1]
+        assert argument in refusal(name, *arrays)
+
+
+@ROWS
+def test_other_width(name):
+    row = DISTANCES[name]
+    if "features" not in row.inputs:
+        pytest.skip("the row takes no features")
+    batch = make_batch()
+    narrow = arguments(row, batch._replace(x=batch.x[:, :7]))
+    if "widths" in row.promises:
+        assert np.isfinite(bound(row)(*narrow))
+    else:
+        message = refusal(name, *narrow)
+        assert "7" in message, message
+        assert "12" in message, message
+
+
+@parametrize(LABELLED)
+def test_wrong_labels_are_refused(name):
+    row = DISTANCES[name]
+    at = names(row).index("labels")
+    labels = make_batch().labels
+
+    def with_labels(new):
+        arrays = arguments(row, make_batch())
+        arrays[at] = jnp.asarray(new)
+        return arrays
+
+    assert "labels" in refusal(name, *with_labels(labels.astype(np.float32)))
+    one_hot = refusal(name, *with_labels(np.eye(4, dtype=np.int32)[labels]))
+    assert "labels" in one_hot
+    assert "argmax" in one_hot
+    if "num_classes" in parameters(row):
+        # Known outside of compiled code only.
+        fn = bound(row, num_classes=4)
+
+        def trace(new):  # all but the labels
+            arrays = arguments(row, make_batch())
+            before, after = arrays[:at], arrays[at + 1 :]
+            new = jnp.asarray(new)
+            jax.eval_shape(lambda a, b: fn(*a, new, *b), before, after)
+
+        trace(np.where(labels > 1, -1, labels))
+        with pytest.raises(ValueError, match="labels"):
+            trace(np.where(labels > 1, 4, labels))
+
+
+UNKNOWN_NAMES = ("solver", "reduction", "covariance", "method", "kernel", "direction")
+WITH_NAMES = [
+    (name, option)
+    for name, row in DISTANCES.items()
+    for option in (*UNKNOWN_NAMES, "label_cost", "metric", "beta")
+    if option in parameters(row)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), WITH_NAMES)
+def test_unknown_word_is_refused_with_the_known_ones(name, option):
+    row = DISTANCES[name]
+    options = {**options_of(row), option: "nonsense"}
+    with pytest.raises(ValueError, match=option) as error:
+        jax.eval_shape(lambda *a: row.fn(*a, **options), *arguments(row, make_batch()))
+    assert "nonsense" in str(error.value)
+    assert str(parameters(row)[option].default) in str(error.value)
+
+
+WITH_SOLVER = [name for name, row in DISTANCES.items() if "solver" in parameters(row)]
+
+
+@parametrize(WITH_SOLVER)
+def test_exact_refuses_other_numbers_of_samples(name):
+    batch = make_batch(n=8, m=6)
+    arrays = arguments(DISTANCES[name], batch)
+    message = refusal(name, *arrays, solver="exact")
+    assert "8" in message, message
+    assert "6" in message, message
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 3, 3)])
+def test_bures_refuses_what_is_no_covariance(shape):
+    with pytest.raises(ValueError, match="cov_x"):
+        kddm_jax.bures(jnp.ones(shape), jnp.eye(3))
+    with pytest.raises(ValueError, match="cov_y"):
+        kddm_jax.bures(jnp.eye(3), jnp.ones(shape))
+    with pytest.raises(ValueError, match="cov_"):
+        kddm_jax.bures(jnp.eye(3), jnp.eye(4))
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def test_catalogue_is_read_only():
+    with pytest.raises(TypeError):
+        DISTANCES["mine"] = DISTANCES["w2"]
+
+
+@ROWS
+def test_row_is_complete(name):
+    row = DISTANCES[name]
+    assert row.title
+    assert row.complexity
+    assert row.fn.__doc__
+    assert row.weight > 0
+    assert all(
+        kind in ("features", "maps", "logits", "labels", "key") for kind in row.inputs
+    )
+    assert set(row.options) <= set(parameters(row))
+    with pytest.raises(TypeError):
+        row.options["mine"] = 1  # a shared default must not change
+
+
+@ROWS
+def test_diagnosis_has_the_same_value(name):
+    row, batch = DISTANCES[name], make_batch()
+    if row.diagnose is None:
+        assert "threshold" not in parameters(row), "iterates, but tells nothing"
+        return
+    diagnose = jax.jit(lambda *a: row.diagnose(*a, **options_of(row)))
+    out, facts = diagnose(*arguments(row, batch))
+    np.testing.assert_allclose(out, value(name, batch), rtol=1e-5)
+    assert {"converged", "iterations", "marginal_error"} <= set(facts)
+    chex.assert_shape(list(facts.values()), ())
+    assert facts["converged"] == 1

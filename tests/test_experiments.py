@@ -1,0 +1,1069 @@
+"""The experiment command: what it writes, how it resumes, how it refuses mistakes.
+
+The expensive runs are made once per session, whichever worker comes first, and share
+one cache of compiled programs.
+"""
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import fields
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import kddm_jax
+from kddm_jax import DISTANCES, checkpoint, data
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import cifar  # noqa: E402
+import report  # noqa: E402
+import runs  # noqa: E402
+import settings as settings_module  # noqa: E402
+from settings import (  # noqa: E402
+    LAPTOP_DIGITS,
+    RECIPES,
+    Settings,
+    UserError,
+    parse,
+    weight_of,
+)
+
+DISTANCE_NAMES = ("w2", "w2_gaussian")
+# Teacher and student are of one shape, so that they share their compiled step.
+TINY = (
+    *("--dataset", "digits", "--recipe", "laptop"),
+    *("--teacher-model", "ResNet9", "--student-model", "ResNet9", "--width", "4"),
+    *("--teacher-epochs", "2", "--epochs", "2", "--batch-size", "32"),
+    *("--lr", "0.02"),  # gentle: rounding is not amplified from step to step
+    *("--train-images", "128", "--student-images", "128", "--test-images", "100"),
+    *("--seeds", "1", "--distances", *DISTANCE_NAMES),
+)
+
+
+# ---------------------------------------------------------------------------
+# Running the command.
+
+
+def environ(**more):
+    """Of a subprocess: this package, a plain terminal, one device, no user's data."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "KDDM_"))}
+    for name in ("XLA_FLAGS", "COLUMNS", "FORCE_COLOR", "PYTHONWARNINGS"):
+        kept.pop(name, None)
+    package = str(Path(kddm_jax.__file__).parents[1])
+    return {
+        **kept,
+        "PYTHONPATH": package,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the compiler takes half the time
+        **more,
+    }
+
+
+def command(*arguments, script=(str(EXPERIMENTS / "cifar.py"),), cwd, env=None):
+    """Runs the command as a user does."""
+    return subprocess.run(
+        [sys.executable, *script, *map(str, arguments)],
+        cwd=cwd,
+        env=env or environ(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def call(*arguments):
+    """The command's status within this process, tyro's own exit included."""
+    try:
+        return cifar.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(autouse=True)
+def settings_of_jax():
+    """Those of the subprocesses; other tests of this worker keep theirs."""
+    names = ("jax_compilation_cache_dir", "jax_disable_most_optimizations")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder that all workers of the session see."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = root / "experiments"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def once(shared, name):
+    """Gives a folder to the first who comes, as ``(folder, True)``; the rest wait."""
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder, done = shared / name, shared / f"{name}.done"
+        if done.exists():
+            yield folder, False
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder, True
+        done.touch()
+
+
+def tiny(shared, out):
+    return (*TINY, "--compilation-cache", shared / "cache", "--out", out)
+
+
+@pytest.fixture(scope="session")
+def finished(shared):
+    """Folder of a finished run; ``stdout.txt`` beside ``out/``."""
+    with once(shared, "finished") as (folder, first):
+        if first:
+            done = command(*tiny(shared, "out"), cwd=folder)
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+            (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+# Dies as by `kill -9` as soon as the first checkpoint of a distilled student stands.
+KILL = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import cifar
+save = cifar.runs.checkpoint.save
+def save_and_die(folder, *arguments, **options):
+    path = save(folder, *arguments, **options)
+    if "w2" in path.parts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path
+cifar.runs.checkpoint.save = save_and_die
+cifar.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="session")
+def resumed(shared, finished):
+    """Folder of a run that was killed and continued; ``stdout.txt``, ``killed/``."""
+    with once(shared, "resumed") as (folder, first):
+        if first:
+            line = (*tiny(shared, "out"), "--checkpoint-seconds", "0")
+            killed = command(EXPERIMENTS, *line, script=("-c", KILL), cwd=folder)
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+            shutil.copytree(folder / "out", folder / "killed")
+            done = command(*line, cwd=folder)
+            assert done.returncode == 0, done.stderr
+            (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def tree(folder):
+    """Every path below a folder, with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def table_lines(stdout):
+    return [line for line in stdout.splitlines() if "│" in line or "┃" in line]
+
+
+def final_arrays(out, name, seed=1):
+    path = checkpoint.latest(out / name / f"seed{seed}" / "checkpoints")
+    arrays, _ = checkpoint.restore_arrays(path)
+    return path.name, jax.tree_util.tree_leaves_with_path(arrays)
+
+
+def assert_same_arrays(left, right):
+    assert left[0] == right[0]
+    assert [key for key, _ in left[1]] == [key for key, _ in right[1]]
+    for (key, a), (_, b) in zip(left[1], right[1], strict=True):
+        assert a.dtype == b.dtype, key
+        assert a.tobytes() == b.tobytes(), key
+
+
+def timeless(value):
+    """Results without what two equal runs may differ in."""
+    if isinstance(value, dict):
+        skip = ("timing", "seconds", "environment", "out", "checkpoint_seconds")
+        return {k: timeless(v) for k, v in value.items() if k not in skip}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------
+# End to end.
+
+
+def test_results_are_written(finished):
+    results = results_of(finished / "out")
+    assert results["eval_images"] == 100
+    assert results["settings"]["distances"] == list(DISTANCE_NAMES)
+    assert results["settings"]["width"] == 4
+    assert [run["name"] for run in results["runs"]] == ["student", *DISTANCE_NAMES]
+    for run in results["runs"]:
+        assert run["seed"] == 1
+        assert run == json.loads(
+            (finished / "out" / run["name"] / "seed1" / "result.json").read_text()
+        )
+        history = run["history"]
+        assert [record["epoch"] for record in history] == [1, 2]
+        assert run["accuracy"] == history[-1]["test_accuracy"]
+        assert run["best_accuracy"] == max(r["test_accuracy"] for r in history)
+        assert run["best_accuracy"] == history[run["best_epoch"] - 1]["test_accuracy"]
+        assert run["timing"]["seconds"] >= run["timing"]["seconds_to_first_step"] > 0
+        for record in history:
+            # Whole images, and the mean of four batches of 32.
+            assert record["test_accuracy"] == round(record["test_accuracy"])
+            assert record["accuracy"] * 128 == pytest.approx(
+                round(record["accuracy"] * 128), abs=1e-4
+            )
+            weight, distance = run["weight"], record.get(run["name"], 0.0)
+            assert record["loss"] == pytest.approx(
+                record["task"] + weight * distance, rel=1e-5
+            )
+            assert 0.5 < record["task"] < 5  # about log(10), never nan
+    distilled = {run["name"]: run for run in results["runs"][1:]}
+    for name, run in distilled.items():
+        assert run["weight"] == DISTANCES[name].weight
+        assert run["settings"]["teacher"] == results["teacher"]["digest"]
+        assert all(record[name] > 0 for record in run["history"])
+    assert re.fullmatch("[0-9a-f]{16}", results["teacher"]["digest"])
+    assert len(results["teacher"]["history"]) == 2
+    environment = results["environment"]
+    assert environment["jax"] == jax.__version__
+    assert environment["device_count"] == 1
+    assert environment["command"].startswith("python experiments/cifar.py --dataset")
+
+
+def test_table_and_curves_are_written(finished):
+    results = results_of(finished / "out")
+    text = (finished / "out" / "table.md").read_text()
+    assert text == report.markdown(results)
+    from matplotlib import pyplot as plt
+
+    image = plt.imread(finished / "out" / "curves.png")
+    assert image.shape[:2] == (480, 1320)
+    assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 20
+
+
+def test_table_is_printed(finished):
+    stdout = (finished / "stdout.txt").read_text()
+    assert "128 images for the teacher, 128 for students, 100 to evaluate" in stdout
+    for name in ("teacher", "student seed 1", "w2 seed 1", "w2_gaussian seed 1"):
+        for epoch in (1, 2):
+            assert len(re.findall(rf"^{name}: epoch {epoch} ", stdout, re.M)) == 1
+    lines = "\n".join(table_lines(stdout))
+    results = results_of(finished / "out")
+    for run in results["runs"]:
+        assert re.search(
+            rf"│ {re.escape(run['title'])} +│ +{run['accuracy']:.2f} │", lines
+        )
+    assert re.search(rf"│ teacher +│ +{results['teacher']['accuracy']:.2f} │", lines)
+
+
+def test_lines_are_not_broken(finished):
+    """A log is searched by line, whatever the width of no terminal."""
+    stdout = (finished / "stdout.txt").read_text()
+    for line in stdout.splitlines():
+        if re.search(r"epoch \d", line):
+            assert re.search(r"images/s$", line), line
+
+
+def test_same_command_trains_nothing(shared, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("seed*/**/*")}
+    assert len(before) > 20
+    first = (finished / "stdout.txt").read_text()
+    again = command(*tiny(shared, "out"), cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert not re.search(r"epoch \d", again.stdout)
+    assert table_lines(again.stdout) == table_lines(first) != []
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("seed*/**/*")} == before
+
+
+# ---------------------------------------------------------------------------
+# Resume and determinism.
+
+
+def test_killed_run_was_in_the_middle(resumed):
+    """The test below means something only if the kill came between the epochs."""
+    killed = resumed / "killed"
+    assert (killed / "student" / "seed1" / "result.json").exists()
+    assert not (killed / "w2" / "seed1" / "result.json").exists()
+    assert not (killed / "w2_gaussian").exists()
+    latest = checkpoint.latest(killed / "w2" / "seed1" / "checkpoints")
+    assert latest.name == "step-00000001"
+    stdout = (resumed / "stdout.txt").read_text()
+    assert "w2 seed 1: epoch 2 " in stdout
+    for absent in ("teacher: epoch", "student seed 1: epoch", "w2 seed 1: epoch 1"):
+        assert absent not in stdout
+
+
+def test_killed_run_continues_bit_for_bit(finished, resumed):
+    assert_same_arrays(
+        final_arrays(resumed / "out", "w2"), final_arrays(finished / "out", "w2")
+    )
+    left, right = (
+        json.loads((folder / "out" / "w2" / "seed1" / "result.json").read_text())
+        for folder in (resumed, finished)
+    )
+    assert left["history"] == right["history"]
+    assert timeless(left) == timeless(right)
+
+
+def test_same_command_in_another_folder_gives_the_same(finished, resumed):
+    """Of these runs none was interrupted."""
+    for name, seed in (("teacher", 0), ("student", 1), ("w2_gaussian", 1)):
+        assert_same_arrays(
+            final_arrays(resumed / "out", name, seed),
+            final_arrays(finished / "out", name, seed),
+        )
+    left, right = (results_of(folder / "out") for folder in (resumed, finished))
+    assert timeless(left) == timeless(right)
+
+
+def unwanted_training(*arguments, **options):
+    raise AssertionError("something was trained")
+
+
+def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
+    """Everything a result says is in the last checkpoint."""
+    run_folder = finished / "out" / "w2" / "seed1"
+    shutil.copytree(run_folder, tmp_path / "w2" / "seed1")
+    (tmp_path / "w2" / "seed1" / "result.json").unlink()
+    settings = parse([*map(str, tiny(shared, tmp_path)), "--devices", "1"])
+    problem = runs.prepare(settings, tmp_path)
+    digest = results_of(finished / "out")["teacher"]["digest"]
+    run = next(r for r in runs.student_runs(problem, digest) if r.name == "w2")
+    model = problem.model("ResNet9", 4)
+    teacher = runs.Teacher(model, 4, {}, digest, 0.0, None)
+    result = runs.train(problem, run, model, teacher, unwanted_training)
+    assert timeless(result) == timeless(
+        json.loads((run_folder / "result.json").read_text())
+    )
+
+
+def test_two_devices_are_one(shared, finished, tmp_path, capsys):
+    """The global batch decides, not how many devices share it."""
+    assert len(jax.local_devices()) >= 2
+    shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
+    teacher = finished / "out" / "teacher" / "seed0"
+    line = (*tiny(shared, tmp_path / "out"), "--distances", "w2_gaussian")
+    status = call(*line, "--teacher", teacher, "--devices", 2)
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    assert "2 cpu device(s)" in out
+    assert "student seed 1: epoch" not in out  # finished on one device: the same run
+    one, two = results_of(finished / "out"), results_of(tmp_path / "out")
+    assert two["environment"]["device_count"] == 2
+    assert two["teacher"]["accuracy"] == one["teacher"]["accuracy"]
+    assert two["teacher"]["digest"] == one["teacher"]["digest"]
+    left, right = (
+        next(run for run in results["runs"] if run["name"] == "w2_gaussian")
+        for results in (one, two)
+    )
+    for a, b in zip(left["history"], right["history"], strict=True):
+        # An image between two classes may fall to the other.
+        assert a.pop("accuracy") == pytest.approx(b.pop("accuracy"), abs=1.5 / 128)
+        assert a.pop("test_accuracy") == pytest.approx(b.pop("test_accuracy"), abs=1.5)
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", interrupt)
+    assert call(*TINY, "--compilation-cache", "None", "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
+
+
+def test_not_finite_is_one_line(tmp_path, capsys, monkeypatch):
+    """Status 1, the step, and where to go on from."""
+    steps = {
+        "loss": np.array([[1.0], [np.nan], [2.0]]),
+        "finite": np.array([[True], [False], [True]]),
+    }
+    collected = [{k: v[i] for k, v in steps.items()} for i in range(3)]
+
+    def train(problem, run, *rest):
+        return runs._epoch_means(collected, run, epoch=2, steps=3, last="step-2")
+
+    monkeypatch.setattr(runs, "train", train)
+    assert call(*TINY, "--compilation-cache", "None", "--out", tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: teacher seed 0: loss or gradient not finite")
+    assert "at step 8 " in message  # two epochs of three, then the second
+    assert "lower --lr" in message
+    assert message.endswith("step-2\n")
+    assert message.count("\n") == 1
+
+
+def test_epoch_means_of_finite_steps():
+    collected = [
+        {"loss": np.array([1.0, 2.0]), "finite": np.array([True, True])},
+        {"loss": np.array([6.0]), "finite": np.array([True])},
+    ]
+    means = runs._epoch_means(collected, None, 0, 3, None)
+    assert means == {"loss": 3.0}
+
+
+def test_live_bar():
+    """On a terminal: one bar per run, its newest numbers, no line per epoch."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=200, color_system=None)
+    reporter = cifar.Reporter(console, live=True)
+    run = runs.Run("w2", 3, 1e-3, 2, np.arange(4), {})
+    step = {
+        "loss": np.array([1.5]),
+        "w2": np.array([0.25]),
+        "accuracy": np.array([0.5]),
+    }
+    epoch = {"epoch": 1, "loss": 1.25, "w2": 0.125, "accuracy": 0.75}
+    with reporter.progress:
+        reporter(run, epoch=0, done=1, total=4, metrics=step, speed=10.0)
+        reporter(
+            run, epoch=0, done=2, total=4, metrics={**epoch, "test_accuracy": 81.0},
+            speed=11.0,
+        )  # fmt: skip
+    shown = file.getvalue()
+    assert "w2 seed 3" in shown
+    assert "loss 1.250  distance 0.125  train 75.0 %  eval 81.0 %  11 images/s" in shown
+    assert "epoch 1" not in shown
+
+
+# ---------------------------------------------------------------------------
+# Mistakes.
+
+
+@pytest.fixture(scope="session")
+def trained(shared):
+    """Folder of a teacher's run, as a run leaves it, with untrained variables."""
+    with once(shared, "trained") as (folder, first):
+        if first:
+            settings = parse([*TINY, "--compilation-cache", "None", "--devices", "1"])
+            problem = runs.prepare(settings, folder)
+            run = runs.teacher_run(problem)
+            variables = problem.init(problem.model("ResNet9", 4), 0)
+            for dataset in ("digits", "mnist"):
+                meta = {"run": {**run.identity, "dataset": dataset}}
+                checkpoint.save(folder / dataset / "checkpoints", 2, variables, meta)
+    return folder
+
+
+def write_idx(path, array):
+    shape = np.asarray(array.shape, ">u4").tobytes()
+    header = bytes([0, 0, 8, array.ndim]) + shape
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def cifar_folder(root, label):
+    """An unpacked CIFAR-10 of two images per file."""
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir()
+    record = bytes([3, *(3072 * [0])])
+    wrong = bytes([label, *(3072 * [0])])
+    for i in range(1, 6):
+        (folder / f"data_batch_{i}.bin").write_bytes(record + record)
+    (folder / "test_batch.bin").write_bytes(record + wrong)
+    names = [f"class{i}" for i in range(10)]
+    (folder / "batches.meta.txt").write_text("\n".join(names))
+    return folder
+
+
+def cut_archive(tmp_path, trained):
+    folder = cifar_folder(tmp_path, 3)
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    for file in folder.glob("*.bin"):
+        noise = np.random.default_rng(0).integers(0, 10, 2 * 3073, np.uint8)
+        file.write_bytes(noise.tobytes())
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    shutil.rmtree(folder)
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    return ["--dataset", "cifar10", "--data-dir", tmp_path]
+
+
+def wrong_label(tmp_path, trained):
+    cifar_folder(tmp_path, 12)
+    return ["--dataset", "cifar10", "--data-dir", tmp_path]
+
+
+def other_teacher(tmp_path, trained):
+    """Data by the same name in every message, yet another teacher's."""
+    return ["--teacher", trained / "mnist"]
+
+
+def cut_teacher(tmp_path, trained):
+    """A checkpoint given by itself, cut short."""
+    path = tmp_path / "step-00000002"
+    shutil.copytree(trained / "digits" / "checkpoints" / path.name, path)
+    file = max(
+        (p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    file.write_bytes(file.read_bytes()[:-1])
+    return ["--teacher", path]
+
+
+def made_with(**changes):
+    """A folder of other settings, with a run of every kind."""
+
+    def make(tmp_path, trained):
+        out = tmp_path / "out"
+        settings = parse([*TINY, "--devices", "1"])
+        problem = runs.prepare(settings, out)
+        every = [runs.teacher_run(problem), *runs.student_runs(problem, "0" * 16)]
+        for run in every:
+            folder = run.folder(out)
+            folder.mkdir(parents=True)
+            known = {k: v for k, v in changes.items() if k in run.identity}
+            runs.write_json(folder / "run.json", {**run.identity, **known})
+            (folder / "mine").write_text("mine")
+        if "teacher" in changes:  # not trained here: given, and of this digest
+            shutil.rmtree(out / "teacher")
+            return ["--teacher", trained / "digits"]
+        return []
+
+    return make
+
+
+def out_is_a_file(tmp_path, trained):
+    (tmp_path / "out").write_text("mine")
+    return []
+
+
+def unreadable_record(tmp_path, trained):
+    folder = tmp_path / "out" / "w2" / "seed1"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{")
+    return []
+
+
+# A name, the options (or what prepares the case and gives them), and what the message
+# must say: the thing, what was found, what to do.
+MISTAKES = {
+    "dataset": ("--dataset cifar11", ["'cifar11'", "digits, cifar10"]),
+    "distance": ("--distances w3", ["'w3'", "w2, cw2"]),
+    "distance twice": ("--distances w2 w2", ["--distances", "twice", "w2"]),
+    "recipe": ("--recipe weak", ["'weak'", "paper, strong, laptop"]),
+    "model": ("--student-model ResNet50", ["student.model", "'ResNet50'", "ResNet18"]),
+    "dtype": ("--dtype float16", ["dtype", "'float16'", "bfloat16"]),
+    "schedule": ("--schedule linear", ["schedule", "'linear'", "cosine"]),
+    "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "get it again"]),
+    "label": (wrong_label, ["test_batch.bin", "label 12", "labels 0 to 9"]),
+    "no teacher": ("--teacher nowhere", ["no checkpoint", "nowhere", "--teacher out"]),
+    "teacher cut short": (cut_teacher, ["step-00000002", "damaged", "delete"]),
+    "teacher of other data": (other_teacher, ["mnist", "digits", "pass a teacher"]),
+    "teacher of other stem": (
+        lambda tmp_path, trained: ["--teacher", trained / "digits", "--stem=imagenet"],
+        ["cifar stem", "--stem cifar"],
+    ),
+    "teacher wider": (
+        lambda tmp_path, trained: ["--teacher", trained / "digits", "--width", 8],
+        ["distance w2", "64 and 32", "projectors"],
+    ),
+    "weight": ("--weight -1", ["--weight", "-1", ">= 0"]),
+    "weights": ("--weights w2 -1", ["w2", "-1", ">= 0"]),
+    "nan weight": ("--weight nan", ["--weight", "nan", ">= 0"]),
+    "nan weights": ("--weights w2 nan", ["w2", "nan", ">= 0"]),
+    "infinite weight": ("--weight inf", ["--weight", "inf", ">= 0"]),
+    "weight of none": ("--weights cw2 1", ["cw2", "w2, w2_gaussian"]),
+    "batch": (
+        "--batch-size 33 --devices 2",
+        ["--batch-size 33", "2 devices", "multiple of 2"],
+    ),
+    "devices": ("--devices 9", ["--devices 9", "has 2", "lower"]),
+    "student images": (
+        "--student-images 129",
+        ["--student-images 129", "128 images", "lower"],
+    ),
+    "train images": ("--train-images 9999", ["--train-images", "1442", "lower"]),
+    "no batch": (
+        "--student-images 31",
+        ["--student-images 31", "batch of 32", "lower --batch-size"],
+    ),
+    "held out": ("--held-out 1442", ["--held-out", "1442", "lower"]),
+    "no images": ("--student-images 0", ["--student-images", "positive", "0"]),
+    "rate": ("--lr nan", ["--lr", "positive", "nan"]),
+    "warmup": ("--warmup 2", ["--warmup", "2", "< 1"]),
+    "padding": ("--padding -1", ["--padding", "-1", ">= 0"]),
+    "decay": ("--weight-decay -1", ["--weight-decay", "-1", ">= 0"]),
+    "no seed": ("--seeds", ["--seeds", "at least one"]),
+    "seed": ("--seeds -1", ["--seeds", "-1"]),
+    "large seed": ("--seeds 4294967296", ["--seeds", "4294967296"]),
+    "seed twice": ("--seeds 1 1", ["--seeds", "twice", "1"]),
+    "other rate": (made_with(lr=0.2), ["lr=0.2", "says 0.02", "--out", "delete"]),
+    "other weight": (made_with(weight=0.5), ["w2", "weight=0.5", "--out"]),
+    "other teacher": (
+        made_with(teacher="f" * 16),
+        ["w2", "teacher=ffff", "--out"],
+    ),
+    "unreadable": (unreadable_record, ["run.json", "not readable", "--out"]),
+    "out is a file": (out_is_a_file, ["--out", "out", "choose another"]),
+    "out in a file": (
+        lambda *a: [*out_is_a_file(*a), "--out", a[0] / "out" / "below"],
+        ["--out", "below", "choose another"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
+    make, expected = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "RECORDS", {**data.RECORDS, "cifar10": (2, 2)})
+    more = make.split() if isinstance(make, str) else make(tmp_path, trained)
+    before = tree(tmp_path)
+    monkeypatch.setattr(runs, "train", unwanted_training)
+    line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
+    assert call(*line, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in expected:
+        assert re.search(part, error), (part, error)
+    # Nothing written, nothing changed.
+    assert tree(tmp_path) == before
+
+
+def test_mistakes_start_from_a_good_command(tmp_path, monkeypatch, trained):
+    """Without the mistake the command of the test above gets to training."""
+    monkeypatch.chdir(tmp_path)
+    made_with()(tmp_path, trained)
+    shutil.rmtree(tmp_path / "out" / "teacher")
+    shutil.rmtree(tmp_path / "out" / "w2")
+    shutil.rmtree(tmp_path / "out" / "w2_gaussian")
+    monkeypatch.setattr(runs, "train", unwanted_training)
+    line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
+    with pytest.raises(AssertionError, match="something was trained"):
+        call(*line)
+
+
+def test_unknown_option(tmp_path):
+    done = command(*TINY, "--epoch", "3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--epoch" in done.stdout + done.stderr
+    assert "--help" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert tree(tmp_path) == {}
+
+
+def test_missing_data_tells_where_and_how(tmp_path):
+    line = (*TINY, "--dataset", "cifar100", "--out", "out")
+    done = command(*line, "--data-dir", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cifar100 is not at hand")
+    assert "Traceback" not in done.stderr
+    assert str(tmp_path / "nowhere") in done.stderr
+    assert "cifar-100-binary.tar.gz" in done.stderr
+    assert "--dataset digits" in done.stderr
+    assert tree(tmp_path) == {}
+
+
+def test_missing_data_tells_every_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    line = (*TINY, "--compilation-cache", "None", "--dataset", "mnist")
+    assert call(*line, "--out", "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: mnist is not at hand")
+    assert str(tmp_path / "data") in error
+    assert str(tmp_path / ".cache" / "kddm_jax") in error
+    assert "--dataset digits" in error
+    assert tree(tmp_path) == {}
+
+
+def test_batch_that_the_devices_do_not_divide(tmp_path):
+    """Two devices by XLA's flag, without --devices: all of them count."""
+    env = environ(XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    line = (*TINY, "--compilation-cache", "None", "--batch-size", "33", "--out", "out")
+    done = command(*line, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --batch-size 33 does not divide among 2 devices; "
+        "choose a multiple of 2\n"
+    )
+    assert tree(tmp_path) == {}
+
+
+def test_damaged_teacher_without_an_older_one(tmp_path, trained):
+    """Warnings are lines too, not excerpts of source code."""
+    shutil.copytree(trained / "digits", tmp_path / "teacher")
+    (tmp_path / "teacher/checkpoints/step-00000002/manifest.json").unlink()
+    before = tree(tmp_path)
+    line = (*TINY, "--compilation-cache", "None", "--out", "out")
+    done = command(*line, "--teacher", "teacher", cwd=tmp_path)
+    assert done.returncode == 2
+    *warned, error = done.stderr.splitlines()
+    assert error.startswith("error: all checkpoints in teacher/checkpoints are damaged")
+    assert [line.partition(":")[0] for line in warned] == ["warning"]
+    assert "step-00000002" in warned[0]
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("given", ["digits", "digits/checkpoints"])
+def test_teacher_by_run_or_checkpoint_folder(given, trained):
+    path = trained / "digits" / "checkpoints" / "step-00000002"
+    assert runs.find_checkpoint(trained / given) == path
+    assert runs.find_checkpoint(path) == path
+
+
+# ---------------------------------------------------------------------------
+# The report.
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "student", "teacher", "images", "expected"),
+    [
+        # Two seeds: error sqrt(2) / sqrt(2) = 1; teacher sqrt(90 * 10 / 100) = 3;
+        # together 3.16, and the gap of 9 is more than twice that.
+        (84.6, [80.0, 82.0], 90.0, 100, 40.0),
+        (81.0, [80.0, 82.0], 90.0, 100, 0.0),
+        (76.5, [80.0, 82.0], 90.0, 100, -50.0),
+        (94.5, [80.0, 82.0], 90.0, 100, 150.0),
+        # A quarter of the images: sqrt(1 + 36) = 6.1, twice that exceeds 9.
+        (84.6, [80.0, 82.0], 90.0, 25, None),
+        # Seeds 16 apart: 8 sqrt(2) / sqrt(2) = 8, and 15 is less than 16.
+        (90.0, [72.0, 88.0], 95.0, 10_000, None),
+        # One seed: sqrt(25 + 22.44) = 6.9; 16 is more than 13.8, 13 is not.
+        (58.0, [50.0], 66.0, 100, 50.0),
+        (58.0, [50.0], 63.0, 100, None),
+        # A teacher that is worse, equal, or perfect like its student.
+        (60.0, [80.0], 70.0, 10_000, None),
+        (80.0, [80.0], 80.0, 10_000, None),
+        (100.0, [100.0], 100.0, 100, None),
+        (100.0, [100.0, 100.0], 100.0, 100, None),
+    ],
+)
+def test_gap_closed(accuracy, student, teacher, images, expected):
+    found = report.gap_closed(accuracy, student, teacher, images)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def small_results(teacher=90.0, given=False):
+    def run(name, title, seed, accuracy, best, weight, seconds):
+        history = [
+            {"epoch": 1, "loss": 2.0, name: 4.0, "test_accuracy": best},
+            {"epoch": 2, "loss": 1.0, name: 2.0, "test_accuracy": accuracy},
+        ]
+        return {
+            "name": name,
+            "title": title,
+            "seed": seed,
+            "accuracy": accuracy,
+            "best_accuracy": best,
+            "weight": weight,
+            "history": history,
+            "timing": {"seconds": seconds},
+            "environment": environment,
+        }
+
+    environment = {
+        "device_count": 2,
+        "device": "Some GPU",
+        "jax": "1.2.3",
+        "commit": "abc1234",
+    }
+    return {
+        "settings": {
+            "dataset": "digits",
+            "recipe": "laptop",
+            "student_model": "ResNet18",
+            "width": 16,
+            "stem": "cifar",
+            "seeds": [0, 1],
+            "held_out": 0,
+        },
+        "eval_images": 100,
+        "teacher": {
+            "model": "ResNet34",
+            "width": 32,
+            "accuracy": teacher,
+            "best_accuracy": None if given else 91.5,
+            "timing": None if given else {"seconds": 61.4},
+            "environment": None if given else environment,
+        },
+        "runs": [
+            run("student", "student", 0, 80.0, 80.5, 0.0, 10.0),
+            run("student", "student", 1, 82.0, 82.5, 0.0, 13.0),
+            run("w2", "W2 (E)", 0, 84.0, 86.0, 1e-4, 20.0),
+            run("w2", "W2 (E)", 1, 85.2, 85.2, 1e-4, 20.0),
+        ],
+        "environment": {
+            **environment,
+            "commit": "of-the-last-command",
+            "command": "python experiments/cifar.py --seeds 0 1",
+        },
+    }
+
+
+# By hand: means 81 and 84.6, standard deviations sqrt(2) and 0.6 sqrt(2), of the best
+# ones sqrt(2) and 0.4 sqrt(2); (84.6 - 81) / (90 - 81) = 40 %.
+GOLDEN = """\
+|  | last epoch % | best epoch % | gap closed | λ | seconds |
+|---|---|---|---|---|---|
+| student | 81.00 ± 1.41 | 81.50 ± 1.41 | – |  | 12 |
+| teacher | 90.00 | 91.50 |  |  | 61 |
+| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | 40 % | 0.0001 | 20 |
+
+digits, recipe laptop: ResNet34 (width 32) to ResNet18 (width 16), cifar stem; \
+accuracy on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, commit abc1234. \
+`python experiments/cifar.py --seeds 0 1`
+"""
+
+
+def test_markdown():
+    assert report.markdown(small_results()) == GOLDEN
+
+
+def test_no_gap_is_a_dash():
+    text = report.markdown(small_results(teacher=86.0))
+    assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
+    assert "%" not in text.splitlines()[4]
+
+
+def test_given_teacher_has_no_time():
+    text = report.markdown(small_results(given=True))
+    assert "| teacher | 90.00 |  |  |  |  |" in text
+
+
+def test_one_seed_has_no_spread():
+    results = small_results()
+    results["runs"] = results["runs"][::2]
+    results["settings"]["seeds"] = [0]
+    results["eval_images"] = 400  # errors of 2 and 1.5: the gap of 10 counts
+    text = report.markdown(results)
+    assert "| W2 (E) | 84.00 | 86.00 | 40 % | 0.0001 | 20 |" in text
+    assert "; 1 seed; " in text
+    assert "±" not in text
+
+
+def test_held_out_images_are_called_so():
+    results = small_results()
+    results["settings"]["held_out"] = 100
+    assert "accuracy on 100 held-out training images" in report.markdown(results)
+
+
+def test_report_is_rendered_again_from_json(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(small_results()))
+    script = (str(EXPERIMENTS / "report.py"),)
+    env = environ(PYTHONIOENCODING="utf-8")
+    done = command("results.json", script=script, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == GOLDEN.strip()
+
+
+def test_curves_of_runs_with_few_evaluations(tmp_path):
+    """The last epoch always is evaluated, others may not be."""
+    results = small_results()
+    for run in results["runs"]:
+        del run["history"][0]["test_accuracy"]
+    report.curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_terminal_table_says_what_markdown_says():
+    file = io.StringIO()
+    report.show(small_results(), Console(file=file, width=120))
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in table_lines(file.getvalue())
+    ]
+    assert rows == [list(report.COLUMNS), *map(list, report.table(small_results()))]
+
+
+# ---------------------------------------------------------------------------
+# Settings.
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_arrives(recipe):
+    found = parse(["--dataset", "cifar10", "--recipe", recipe])
+    assert found.recipe == recipe
+    for field in fields(Settings):
+        if field.name in ("dataset", "recipe"):
+            continue
+        expected = RECIPES[recipe].get(field.name, field.default)
+        if isinstance(expected, Path):
+            expected = expected.expanduser()
+        assert getattr(found, field.name) == expected, field.name
+
+
+def test_recipes_have_only_settings():
+    names = {field.name for field in fields(Settings)}
+    tables = [*RECIPES.values(), *settings_module.DATASET_SETTINGS.values()]
+    for table in (*tables, LAPTOP_DIGITS):
+        assert set(table) <= names
+
+
+def test_paper_recipe_is_the_papers():
+    """KD2M, arXiv 2504.01757, section 4 and its released code."""
+    found = parse(["--dataset", "cifar10", "--recipe", "paper"])
+    assert (found.teacher_model, found.student_model) == ("ResNet34", "ResNet18")
+    assert (found.stem, found.width) == ("imagenet", 64)
+    assert (found.batch_size, found.epochs) == (128, 15)
+    assert (found.lr, found.lr_end, found.momentum) == (1e-2, 1e-4, 0.9)
+    assert (found.weight_decay, found.nesterov) == (0.0, False)
+    assert found.schedule == "cosine-epoch"
+    assert (found.train_images, found.student_images) == (None, None)
+
+
+@pytest.mark.parametrize("form", ["--lr 0.5", "--lr=0.5"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_command_line_comes_last(recipe, form):
+    found = parse([*form.split(), "--recipe", recipe, "--width", "8"])
+    assert (found.lr, found.width) == (0.5, 8)
+    assert found.batch_size == RECIPES[recipe]["batch_size"]
+
+
+def test_digits_on_a_laptop_is_the_default():
+    found = parse([])
+    assert (found.dataset, found.recipe) == ("digits", "laptop")
+    assert found.data_dir is None
+    for name, value in LAPTOP_DIGITS.items():
+        assert getattr(found, name) == value
+    assert not found.flip  # numerals are never mirrored
+    assert found.padding == 1
+    assert found.distances == settings_module.KD2M
+
+
+def test_digits_of_another_recipe_keeps_its_epochs():
+    found = parse(["--recipe", "strong"])
+    assert found.epochs == RECIPES["strong"]["epochs"]
+    assert found.student_images is None
+    assert not found.flip
+    assert parse(["--dataset", "cifar10"]).flip
+
+
+def test_weights_come_before_weight_before_the_catalogue():
+    line = ["--distances", "w2", "cw2", "jw2"]
+    found = parse([*line, "--weights", "w2", "0.5", "cw2", "0", "--weight", "0.25"])
+    assert [weight_of(found, name) for name in found.distances] == [0.5, 0.0, 0.25]
+    found = parse([*line, "--weights", "w2", "0.5", "--scale", "teacher"])
+    assert weight_of(found, "w2") == 0.5
+    assert weight_of(found, "cw2") == DISTANCES["cw2"].weight
+    found = parse([*line, "--weight", "0"])
+    assert weight_of(found, "w2") == 0.0
+    # The catalogue's are for scaled distances; raw ones have the released code's.
+    found = parse([*line, "--scale", "None"])
+    assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
+
+
+def test_settings_as_json():
+    found = parse(["--out", "a/b", "--weights", "w2", "0.5"])
+    values = json.loads(json.dumps(settings_module.as_json(found)))
+    assert set(values) == {field.name for field in fields(Settings)}
+    assert values["out"] == "a/b"
+    assert values["weights"] == {"w2": 0.5}
+    assert values["teacher"] is None
+
+
+def described():
+    """Each setting and the text below it in the source."""
+    body = ast.parse(Path(settings_module.__file__).read_text()).body
+    (node,) = (n for n in body if getattr(n, "name", "") == "Settings")
+    return {
+        field.target.id: text.value.value
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_explains_every_option(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        parse(["--recipe", recipe, "--help"])
+    assert stop.value.code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    squeezed = re.sub(r"[\s│|]+", "", plain)
+    texts = described()
+    for field in fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in plain, field.name
+        text = re.sub(r"[\s│|]+", "", texts[field.name])
+        assert text in squeezed, field.name
+    # The recipe's own values are the defaults shown.
+    for name in ("lr", "epochs"):
+        value = getattr(parse(["--recipe", recipe]), name)
+        option = squeezed[squeezed.index(f"--{name.replace('_', '-')}") :]
+        assert f"(default:{value})" in option[:200], name
+
+
+def test_schedules():
+    """Values at the ends, in the middle, and within an epoch; ten steps per epoch."""
+
+    def rates(*line, steps):
+        settings = parse(["--lr", "0.5", "--lr-end", "0.1", *line])
+        schedule = runs.make_schedule(settings, 10, 4)
+        return [float(schedule(step)) for step in steps]
+
+    constant = rates("--schedule", "constant", steps=[0, 20, 39])
+    assert constant == pytest.approx([0.5, 0.5, 0.5])
+    cosine = ("--schedule", "cosine", "--warmup")
+    found = rates(*cosine, "0", steps=[0, 20, 40])
+    assert found == pytest.approx([0.5, 0.3, 0.1])
+    found = rates(*cosine, "0.25", steps=[0, 5, 10, 25, 40])
+    assert found == pytest.approx([0.0, 0.25, 0.5, 0.3, 0.1])
+    found = rates("--schedule", "cosine-epoch", steps=[0, 9, 20, 29])
+    assert found == pytest.approx([0.5, 0.5, 0.3, 0.3])
+
+
+def test_epoch_order_is_of_seed_and_epoch():
+    run = lambda seed: runs.Run("student", seed, 0.0, 2, np.arange(100, 170), {})
+    first = runs.epoch_order(run(0), 0, 32)
+    assert first.shape == (2, 32)  # the last 6 wait for another epoch
+    assert first.dtype == np.int32
+    assert len(np.unique(first)) == 64
+    assert set(first.ravel()) <= set(range(100, 170))
+    np.testing.assert_array_equal(first, runs.epoch_order(run(0), 0, 32))
+    assert (first != runs.epoch_order(run(0), 1, 32)).any()
+    assert (first != runs.epoch_order(run(1), 0, 32)).any()
+
+
+def test_parts_are_nested_and_disjoint():
+    settings = parse(["--train-images", "800", "--student-images", "200"])
+    settings = type(settings)(**{**vars(settings), "held_out": 300})
+    digits = data.load("digits")
+    parts = runs.split(digits, settings)
+    assert (len(parts.teacher), len(parts.student)) == (800, 200)
+    assert set(parts.student) <= set(parts.teacher)
+    assert len(parts.eval_labels) == 300
+    # What is evaluated on is in nobody's training set.
+    training = {digits.train_images[i].tobytes() for i in parts.teacher}
+    held_out = {image.tobytes() for image in parts.eval_images}
+    assert not training & held_out
+    np.testing.assert_array_equal(np.bincount(digits.train_labels[parts.student]), 20)
+
+
+def test_settings_errors_are_user_errors():
+    with pytest.raises(UserError, match="unknown stem"):
+        parse(["--stem", "other"])

@@ -1,0 +1,486 @@
+"""Nuclear norms, matrix square roots and class masks against NumPy in float64."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from jax.test_util import check_grads
+
+from kddm_jax import linalg
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+METHODS = ["svd", "newton_schulz"]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def with_singular_values(values, n, m, seed=0):
+    """A random n x m matrix of the singular values given, and its singular vectors."""
+    u, _ = np.linalg.qr(normal(n, len(values), seed=seed))
+    v, _ = np.linalg.qr(normal(m, len(values), seed=seed + 1))
+    return (u * np.asarray(values)) @ v.T, u, v
+
+
+def with_eigenvalues(values, seed=0):
+    q, _ = np.linalg.qr(normal(len(values), len(values), seed=seed))
+    return (q * np.asarray(values)) @ q.T, q
+
+
+def isometry(matrix, cutoff):
+    """U_r V_r^T, of the singular values above ``cutoff`` times the largest."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    keep = s > cutoff * s[0]
+    return u[:, keep] @ vt[keep]
+
+
+def check_derivatives(fn, *arrays, eps=1e-4, rtol=1e-5):
+    """Forward and reverse mode against central differences; jitted: compiles once."""
+    arrays = tuple(jnp.asarray(a) for a in arrays)
+    check_grads(jax.jit(fn), arrays, 1, ("fwd", "rev"), eps=eps, rtol=rtol)
+
+
+def value_and_gradients(fn, *arrays):
+    argnums = tuple(range(len(arrays)))
+    return jax.jit(jax.value_and_grad(fn, argnums))(*map(jnp.asarray, arrays))
+
+
+def relative(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+# -------------------------------------------------------------- nuclear norm
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 6), (6, 3), (1, 1)])
+@pytest.mark.parametrize("method", METHODS)
+def test_nuclear_norm_value_and_derivative(shape, method, x64):
+    matrix = normal(*shape)
+    norm = lambda m: linalg.nuclear_norm(m, method=method)
+    value, (gradient,) = value_and_gradients(norm, matrix)
+    # Newton-Schulz stops at its 36 steps: 1e-6 for these condition numbers
+    rtol = 1e-12 if method == "svd" else 1e-6
+    np.testing.assert_allclose(value, np.linalg.norm(matrix, "nuc"), rtol=rtol)
+    np.testing.assert_allclose(gradient, isometry(matrix, 1e-9), atol=100 * rtol)
+    if method == "svd":
+        check_derivatives(norm, matrix)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(2.0, 2.0, 2.0, 2.0), (3.0, 1.0, 1.0, 1e-3), (1.0, 0.5, 1e-4, 1e-4)],
+    ids=["all equal", "repeated", "tiny and repeated"],
+)
+def test_nuclear_norm_derivative_at_repeated_singular_values(values, x64):
+    matrix, u, v = with_singular_values(values, 4, 4)
+    _, (gradient,) = value_and_gradients(linalg.nuclear_norm, matrix)
+    np.testing.assert_allclose(gradient, u @ v.T, atol=1e-9)
+    # The curvature is 1 / (s_i + s_j): the step stays well below the smallest value.
+    check_derivatives(linalg.nuclear_norm, matrix, eps=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 7), (7, 4)])
+def test_nuclear_norm_drops_null_directions(shape, x64):
+    """At rank two, the subgradient of least norm: U_r V_r^T and nothing else."""
+    matrix, u, v = with_singular_values((3.0, 1.0), *shape)
+    _, (gradient,) = value_and_gradients(linalg.nuclear_norm, matrix)
+    np.testing.assert_allclose(gradient, u @ v.T, atol=1e-12)
+    # Within its row and column space the norm is smooth.
+    inside = lambda core: linalg.nuclear_norm(
+        jnp.asarray(matrix) + linalg.matmul(linalg.matmul(u, core), v.T)
+    )
+    check_derivatives(inside, np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize(("smallest", "kept"), [(1e-4, True), (1e-9, False)])
+def test_nuclear_norm_cutoff_in_float32(smallest, kept):
+    matrix = jnp.diag(jnp.array([1.0, smallest], jnp.float32))
+    gradient = jax.grad(linalg.nuclear_norm)(matrix)
+    np.testing.assert_allclose(gradient, np.diag([1.0, float(kept)]), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nuclear_norm_of_dead_features_in_float32(method):
+    """Dead rows and columns get no gradient; the rest is that of the live block."""
+    live = normal(12, 12)
+    matrix = np.zeros((20, 16))
+    matrix[:12, :12] = live
+    norm = lambda m: linalg.nuclear_norm(m, method=method)
+    value, (gradient,) = value_and_gradients(norm, np.float32(matrix))
+    np.testing.assert_allclose(value, np.linalg.norm(live, "nuc"), rtol=1e-5)
+    np.testing.assert_allclose(gradient[12:], 0, atol=1e-6)
+    np.testing.assert_allclose(gradient[:, 12:], 0, atol=1e-6)
+    assert relative(gradient[:12, :12], isometry(live, 1e-9)) < 4e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nuclear_norm_is_homogeneous(method):
+    base = jnp.float32(normal(3, 4))
+    fn = jax.jit(jax.value_and_grad(lambda m: linalg.nuclear_norm(m, method=method)))
+    value, gradient = fn(base)
+    for scale in (1e-12, 1e12):
+        scaled, scaled_gradient = fn(scale * base)
+        np.testing.assert_allclose(scaled, scale * value, rtol=1e-5)
+        np.testing.assert_allclose(scaled_gradient, gradient, atol=1e-5)
+    nothing, none = fn(0 * base)
+    assert nothing == 0
+    np.testing.assert_array_equal(none, np.zeros((3, 4)))
+
+
+# Relative errors stated in the docstring.  "Aligned" is a student near its teacher,
+# "classes" has blocks whose scales differ thirty times.
+@pytest.mark.parametrize(("inputs", "bound"), [("aligned", 4e-4), ("classes", 5e-3)])
+def test_newton_schulz_keeps_its_stated_error(inputs, bound):
+    n, d = 64, 256
+    x = normal(n, d)
+    y = x + 0.1 * normal(n, d, seed=1)
+    if inputs == "classes":
+        x, y = (z * np.repeat([1.0, 30.0], n // 2)[:, None] for z in (x, y))
+        same = np.kron(np.eye(2), np.ones((n // 2, n // 2)))
+    else:
+        same = np.ones((n, n))
+    matrix = same * (x @ y.T)
+    norm = lambda m: linalg.nuclear_norm(m, method="newton_schulz")
+    value, (gradient,) = value_and_gradients(norm, np.float32(matrix))
+    np.testing.assert_allclose(value, np.linalg.norm(matrix, "nuc"), rtol=bound)
+    assert relative(gradient, isometry(matrix, 1e-12)) < bound
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nuclear_norm_vmaps_and_jits(method):
+    stack = jnp.float32(normal(3, 4, 5))
+    one = jax.jit(jax.value_and_grad(lambda m: linalg.nuclear_norm(m, method=method)))
+    together = jax.jit(jax.vmap(one))(stack)
+    apart = [one(m) for m in stack]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart)
+    chex.assert_trees_all_close(together, expected, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------- nuclear norm of a product
+
+
+SHAPES = [(4, 4, 6), (6, 6, 4), (3, 7, 5), (7, 3, 5), (7, 9, 4), (1, 5, 3)]
+
+
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_cross_nuclear_norm_value_and_derivative(n, m, d, x64):
+    x, y = normal(n, d), normal(m, d, seed=1)
+    value, gradients = value_and_gradients(linalg.cross_nuclear_norm, x, y)
+    product = x @ y.T
+    polar = isometry(product, 1e-9)
+    np.testing.assert_allclose(value, np.linalg.norm(product, "nuc"), rtol=1e-12)
+    np.testing.assert_allclose(gradients[0], polar @ y, atol=1e-9)
+    np.testing.assert_allclose(gradients[1], polar.T @ x, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES[:4])
+def test_cross_nuclear_norm_derivative_is_that_of_its_value(n, m, d, x64):
+    x, y = normal(n, d), normal(m, d, seed=1)
+    check_derivatives(linalg.cross_nuclear_norm, x, y)
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 6), (6, 4)])
+def test_cross_nuclear_norm_derivative_at_repeated_singular_values(n, d, x64):
+    q, _ = np.linalg.qr(normal(6, 4))
+    x = q if n > d else q.T  # all singular values of x x^T that are not 0 are 1
+    _, gradients = value_and_gradients(linalg.cross_nuclear_norm, x, x)
+    np.testing.assert_allclose(gradients, (x, x), atol=1e-12)
+    check_derivatives(linalg.cross_nuclear_norm, x, x)
+
+
+@pytest.mark.parametrize("side", ["student", "both"])
+def test_cross_nuclear_norm_with_dead_features(side, x64):
+    """Fewer samples than live features: smooth, and the derivative is the true one."""
+    x, y = normal(3, 8), normal(3, 8, seed=1)
+    x[:, 5:] = 0
+    if side == "both":
+        y[:, 5:] = 0
+    check_derivatives(linalg.cross_nuclear_norm, x, y)
+
+
+@pytest.mark.parametrize("side", ["student", "both", "everywhere"])
+def test_cross_nuclear_norm_with_dead_features_of_many_samples(side, x64):
+    """More samples than features: a kink, where the least subgradient is taken."""
+    x, y = normal(9, 6), normal(9, 6, seed=1)
+    x[:, 4:] = 0
+    if side == "both":
+        y[:, 4:] = 0
+    if side == "everywhere":
+        x[:] = 0
+    _, gradients = value_and_gradients(linalg.cross_nuclear_norm, x, y)
+    product = x @ y.T
+    polar = isometry(product, 1e-9) if product.any() else np.zeros_like(product)
+    np.testing.assert_allclose(gradients[0], polar @ y, atol=1e-10)
+    np.testing.assert_allclose(gradients[1], polar.T @ x, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "d"), [(16, 48), (48, 16)])
+def test_cross_nuclear_norm_of_a_collapsed_student_in_float32(n, d):
+    """A student of rank one: its gradient is not filled with arbitrary directions."""
+    x = np.outer(normal(n), normal(d, seed=1))
+    y = normal(n, d, seed=2)
+    _, (gradient, _) = value_and_gradients(
+        linalg.cross_nuclear_norm, np.float32(x), np.float32(y)
+    )
+    assert relative(gradient, isometry(x @ y.T, 1e-9) @ y) < 1e-4
+
+
+def test_cross_nuclear_norm_by_newton_schulz():
+    x, y = normal(10, 20), normal(8, 20, seed=1)
+    fn = lambda x, y: linalg.cross_nuclear_norm(x, y, method="newton_schulz")
+    value, (gradient, _) = value_and_gradients(fn, np.float32(x), np.float32(y))
+    product = x @ y.T
+    np.testing.assert_allclose(value, np.linalg.norm(product, "nuc"), rtol=1e-5)
+    assert relative(gradient, isometry(product, 1e-9) @ y) < 4e-4
+
+
+def test_cross_nuclear_norm_vmaps_and_jits():
+    x, y = jnp.float32(normal(3, 6, 4)), jnp.float32(normal(3, 5, 4, seed=1))
+    one = jax.jit(jax.value_and_grad(linalg.cross_nuclear_norm, argnums=(0, 1)))
+    together = jax.jit(jax.vmap(one))(x, y)
+    apart = [one(*pair) for pair in zip(x, y, strict=True)]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart)
+    chex.assert_trees_all_close(together, expected, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------- square roots
+
+
+EIGENVALUES = {
+    "generic": (0.3, 1.0, 2.5, 4.0),
+    "identity": (1.0, 1.0, 1.0, 1.0),
+    "repeated": (2.0, 2.0, 5.0, 5.0),
+    "tiny": (1e-10, 1e-6, 1.0, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", EIGENVALUES)
+def test_sqrtm_psd_value_and_derivative(name, x64):
+    """R dR + dR R = dA, solved by SciPy."""
+    cov, _ = with_eigenvalues(EIGENVALUES[name])
+    root = scipy.linalg.sqrtm(cov).real
+    direction = normal(4, 4, seed=3)
+    direction = direction + direction.T
+    push = lambda a, da: jax.jvp(jax.jit(linalg.sqrtm_psd), (a,), (da,))
+    value, tangent = push(jnp.asarray(cov), jnp.asarray(direction))
+    np.testing.assert_allclose(value, root, atol=1e-9)
+    expected = scipy.linalg.solve_sylvester(root, root, direction)
+    # The tiny root, 1e-5, is itself good to 1e-11: 1e-6 of its derivative.
+    assert relative(tangent, expected) < (1e-5 if name == "tiny" else 1e-9)
+    if name != "tiny":  # a finite difference would step over it
+        check_derivatives(linalg.sqrtm_psd, cov)
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0, 1.0, 4.0), (0.0, 0.0, 0.0, 0.0)])
+def test_sqrtm_psd_at_zero_eigenvalues(values, x64):
+    cov, q = with_eigenvalues(values)
+    jacobian = jax.jit(jax.jacrev(linalg.sqrtm_psd))(jnp.asarray(cov))
+    chex.assert_tree_all_finite(jacobian)
+    forward = jax.jit(jax.jacfwd(linalg.sqrtm_psd))(jnp.asarray(cov))
+    np.testing.assert_allclose(jacobian, forward, atol=1e-8)
+    null, live = q[:, :2], q[:, 2:]
+    push = lambda d: np.einsum("ijkl,kl->ij", jacobian, d)
+    np.testing.assert_allclose(push(null @ null.T), 0, atol=1e-6)
+    if any(values):
+        root = q * np.sqrt(values) @ q.T
+        for direction in (live @ live.T, live @ null.T + null @ live.T):
+            tangent = push(direction)
+            np.testing.assert_allclose(
+                root @ tangent + tangent @ root, direction, atol=1e-6
+            )
+
+
+def test_sqrtm_psd_in_float32():
+    x = normal(5, 12)
+    cov = x.T @ x  # rank 5 of 12
+    root = np.asarray(jax.jit(linalg.sqrtm_psd)(jnp.float32(cov)))
+    np.testing.assert_allclose(root @ root, cov, atol=1e-4)
+    np.testing.assert_allclose(root, root.T, atol=1e-5)
+    trace = lambda c: jnp.trace(linalg.sqrtm_psd(c))
+    _, (gradient,) = value_and_gradients(trace, np.float32(cov))
+    # d Tr R = Tr(R^+ dA) / 2 on the range
+    expected = scipy.linalg.pinvh(scipy.linalg.sqrtm(cov).real, rtol=1e-3) / 2
+    assert relative(gradient, expected) < 1e-3
+
+
+def test_sqrtm_psd_symmetrises_and_clips(x64):
+    cov, _ = with_eigenvalues((0.5, 1.0, 2.0))
+    skewed = cov + 0.1 * np.array([[0, 1, 0], [-1, 0, 0], [0, 0, 0]])
+    fn = jax.jit(linalg.sqrtm_psd)
+    np.testing.assert_allclose(fn(skewed), fn(cov), atol=1e-12)
+    negative, q = with_eigenvalues((-1e-9, 1.0, 4.0))
+    root = fn(negative)
+    np.testing.assert_allclose(root, (q * [0, 1, 2]) @ q.T, atol=1e-9)
+
+
+def test_sqrtm_psd_vmaps_and_jits():
+    stack = jnp.stack([jnp.float32(with_eigenvalues(v)[0]) for v in [(1, 2), (3, 3)]])
+    one = jax.jit(jax.jacrev(linalg.sqrtm_psd))
+    together = jax.vmap(one)(stack)
+    apart = jnp.stack([one(c) for c in stack])
+    chex.assert_trees_all_close(together, apart, atol=1e-5)
+
+
+# ------------------------------------------------------- distances and classes
+
+
+def test_squared_distances(x64):
+    x, y = normal(5, 3), normal(4, 3, seed=1)
+    expected = ((x[:, None] - y[None]) ** 2).sum(-1)
+    costs = jax.jit(linalg.squared_distances)(x, y)
+    np.testing.assert_allclose(costs, expected, rtol=1e-12, atol=1e-12)
+    check_derivatives(linalg.squared_distances, x, y)
+
+
+def test_squared_distances_far_from_the_origin():
+    """The shift saves the digits that ||x||^2 + ||y||^2 - 2 x.y would lose."""
+    x, y = normal(6, 3), normal(4, 3, seed=1)
+    offset = 1e4
+    far = linalg.squared_distances(jnp.float32(x + offset), jnp.float32(y + offset))
+    rounded = (np.float32(z + offset).astype(float) for z in (x, y))
+    rounded_x, rounded_y = rounded
+    expected = ((rounded_x[:, None] - rounded_y[None]) ** 2).sum(-1)
+    np.testing.assert_allclose(far, expected, rtol=1e-4, atol=1e-4)
+
+
+LABELS = {
+    "unbalanced": [0, 2, 2, 0, 2, 7],
+    "padded": [1, -1, 1, 3, -1, -2],
+    "one class": [4, 4, 4, 4, 4, 4],
+    "all different": [5, 4, 3, 2, 1, 0],
+    "all padding": [-1, -1, -1, -1, -1, -1],
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "weighted", "sum"])
+@pytest.mark.parametrize("name", LABELS)
+def test_classes_against_a_loop(name, reduction):
+    labels = LABELS[name]
+    groups = linalg.classes(jnp.array(labels), reduction=reduction, dtype=jnp.float32)
+    chex.assert_type(list(groups), jnp.float32)
+    present = sorted({c for c in labels if c >= 0})
+    valid = sum(c >= 0 for c in labels)
+    for i, label in enumerate(labels):
+        size = labels.count(label) if label >= 0 else 1
+        share = {
+            "mean": 1 / max(len(present), 1),
+            "weighted": size / max(valid, 1),
+            "sum": 1,
+        }[reduction]
+        same = [float(label >= 0 and label == other) for other in labels]
+        np.testing.assert_array_equal(groups.same[i], same)
+        assert groups.counts[i] == size
+        expected = share / size if label >= 0 else 0.0
+        np.testing.assert_allclose(groups.weights[i], expected, rtol=1e-6)
+    mass = {"mean": 1, "weighted": 1, "sum": len(present)}[reduction]
+    np.testing.assert_allclose(groups.mass, mass if present else 0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_class_means_against_a_loop(name):
+    labels = np.array(LABELS[name])
+    x = normal(6, 3)
+    groups = linalg.classes(jnp.array(labels), reduction="mean", dtype=jnp.float32)
+    means = linalg.class_means(jnp.float32(x), groups)
+    for i, label in enumerate(labels):
+        expected = x[labels == label].mean(0) if label >= 0 else np.zeros(3)
+        np.testing.assert_allclose(means[i], expected, atol=1e-6)
+
+
+def test_classes_jit_and_vmap_without_a_second_trace():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def means(labels, x):
+        groups = linalg.classes(labels, reduction="mean", dtype=x.dtype)
+        return linalg.class_means(x, groups)
+
+    x = jnp.float32(normal(6, 3))
+    batch = jnp.array(list(LABELS.values()))
+    one_by_one = jnp.stack([means(labels, x) for labels in batch])
+    together = jax.vmap(means, in_axes=(0, None))(batch, x)
+    chex.assert_trees_all_close(together, one_by_one, atol=1e-6)
+
+
+# ---------------------------------------------------------- constant, safe_sqrt
+
+
+def test_constant_has_a_zero_derivative_in_both_modes(x64):
+    x = jnp.array([1.0, -2.0])
+    square = lambda x: jnp.sum(linalg.constant(x) * x)
+    chex.assert_trees_all_equal(jax.grad(square)(x), x)
+    _, tangent = jax.jvp(square, (x,), (jnp.ones(2),))
+    assert tangent == -1
+    _, tangent = jax.jvp(jax.jit(linalg.constant), (x,), (jnp.ones(2),))
+    chex.assert_trees_all_equal(tangent, jnp.zeros(2))
+    chex.assert_trees_all_equal(jax.vmap(jax.grad(square))(x[:, None]), x[:, None])
+
+
+def test_safe_sqrt(x64):
+    x = jnp.array([-1.0, 0.0, 1e-30, 4.0])
+    np.testing.assert_allclose(linalg.safe_sqrt(x), [0, 0, 1e-15, 2], rtol=1e-15)
+    slope = jax.vmap(jax.jit(jax.grad(linalg.safe_sqrt)))(x)
+    np.testing.assert_allclose(slope, [0, 0, 5e14, 0.25], rtol=1e-12)
+    x = jnp.array([-1.0, 0.0, 0.25, 4.0])
+    curvature = jax.vmap(jax.grad(jax.grad(linalg.safe_sqrt)))(x)
+    np.testing.assert_allclose(curvature, [0, 0, -2, -1 / 32], rtol=1e-12)
+
+
+def test_matmul_keeps_full_precision():
+    jaxpr = jax.make_jaxpr(linalg.matmul)(jnp.ones((2, 3)), jnp.ones((3, 2)))
+    (product,) = (e for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general")
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
+# -------------------------------------------------------------------- messages
+
+
+X = jnp.ones((4, 3))
+MESSAGES = {
+    "method": (lambda: linalg.nuclear_norm(X, method="lu"), "'svd'.*'lu'"),
+    "vector": (lambda: linalg.nuclear_norm(X[0]), r"\[n, m\].*\[3\].*vmap"),
+    "widths": (lambda: linalg.cross_nuclear_norm(X, X.T), r"\[4, 3\] and \[3, 4\]"),
+    "cross method": (lambda: linalg.cross_nuclear_norm(X, X, method=""), "method"),
+    "reduction": (
+        lambda: linalg.classes(jnp.zeros(4, int), reduction="max", dtype=X.dtype),
+        "'mean', 'weighted', 'sum'; got 'max'",
+    ),
+    "not a string": (lambda: linalg.check_choice("kernel", 3, ("rbf",)), "kernel.*3"),
+    "ints": (lambda: linalg.as_float("x", jnp.ones(3, int)), "x must be floating, got"),
+    "rank": (lambda: linalg.check_pair(X[0], X), r"x must have shape .*\[3\].*pool"),
+    "empty": (lambda: linalg.check_pair(X, X[:0]), r"y must have shape .*\[0, 3\]"),
+    "projectors": (lambda: linalg.check_pair(X, X[:, :2]), "3 and 2.*projectors"),
+    "rows": (lambda: linalg.check_pair(X, X[:2], same_rows=True), "4 and 2 rows"),
+    "one-hot": (lambda: linalg.check_labels(X, 4), r"\[n\]=\[4\].*\[4, 3\].*argmax"),
+    "float labels": (lambda: linalg.check_labels(X[:, 0], 4), "integers.*float32"),
+    "too large": (
+        lambda: linalg.check_labels(jnp.array([0, 9]), 2, num_classes=9),
+        "below num_classes=9, got 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages(name):
+    call, message = MESSAGES[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_as_float_casts_up(dtype):
+    assert linalg.as_float("x", jnp.ones(2, dtype)).dtype == jnp.float32
+
+
+def test_check_pair_takes_the_wider_dtype(x64):
+    with jax.numpy_dtype_promotion("standard"):  # the one promotion that is meant
+        x, y = linalg.check_pair(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((4, 3)))
+    assert x.dtype == y.dtype == jnp.float64
+
+
+def test_check_labels_leaves_traced_values_alone():
+    check = lambda labels: linalg.check_labels(labels, 2, num_classes=3)
+    chex.assert_trees_all_equal(jax.jit(check)(jnp.array([7, -1])), jnp.array([7, -1]))

@@ -1,0 +1,417 @@
+"""The distillation loss: its terms, who gets a gradient, and any number of devices."""
+
+from functools import partial
+
+import chex
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from kddm_jax import DISTANCES, Distance, Term, distill_loss
+from kddm_jax.distances import paired_l2, wasserstein
+from kddm_jax.losses import carries_weights, cross_entropy, get_distance
+
+N, D, K = 16, 6, helpers.NUM_CLASSES
+BATCH = helpers.make_batch(N, D).map(np.float32)
+LABELS = jnp.asarray(BATCH.labels)
+KEY = jax.random.key(3)
+
+
+def arrays(row, batch=BATCH):
+    """Student and teacher features (maps where the row compares maps), logits."""
+    if "maps" in row.inputs:
+        return batch.maps_x, batch.maps_y, batch.logits_x, batch.logits_y
+    return batch.x, batch.y, batch.logits_x, batch.logits_y
+
+
+def loss_of(name, **options):
+    """distill_loss of (student, teacher, student logits, teacher logits, labels)."""
+    options = {**helpers.options_of(DISTANCES[name]), **options}
+
+    def fn(x, y, s, t, labels=LABELS):
+        return distill_loss(x, y, labels, s, t, distance=name, key=KEY, **options)
+
+    return fn
+
+
+def simple(x=BATCH.x, y=BATCH.y, labels=LABELS, s=BATCH.logits_x, t=None, **options):
+    """A loss without compilation to speak of."""
+    return distill_loss(x, y, labels, s, t, **{"distance": "l2", **options})
+
+
+def numpy_cross_entropy(logits, labels):
+    logits = np.asarray(logits, np.float64)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return -np.mean([row[c] for row, c in zip(logs, labels, strict=True) if c >= 0])
+
+
+# ---------------------------------------------------------- value and gradients
+
+
+def test_default_weight():
+    loss, terms = simple()
+    np.testing.assert_allclose(loss, terms["task"] + 1e-3 * terms["l2"], rtol=1e-6)
+    assert Term("l2").weight == 1e-3
+
+
+def test_padding_has_no_part():
+    """Rows labelled -1 change nothing in cross-entropy and class-conditional rows."""
+    labels = np.array([0, 1, 1, 2, 0, 1, -1, -1])
+    batch = BATCH.map(lambda z: z[:8])
+    options = {"distance": "cw2_gaussian", "weight": 0.1}
+    fn = jax.jit(jax.value_and_grad(lambda x, s: _padded(x, s, batch, labels, options)))
+    loss, gradient = fn(batch.x, batch.logits_x)
+    other = batch.map(lambda z: np.concatenate([z[:6], 9 * z[6:] + 1]))
+    moved, _ = fn(other.x, other.logits_x)
+    np.testing.assert_allclose(moved, loss, rtol=1e-6)
+    np.testing.assert_array_equal(gradient[6:], 0)
+    short = batch.map(lambda z: z[:6])
+    direct = distill_loss(short.x, short.y, labels[:6], short.logits_x, **options)[0]
+    np.testing.assert_allclose(loss, direct, rtol=1e-5)
+
+
+def _padded(x, s, batch, labels, options):
+    return distill_loss(x, batch.y, jnp.asarray(labels), s, **options)[0]
+
+
+def test_cross_entropy():
+    labels = np.array([3, -1, 0, 2])
+    logits = BATCH.logits_x[:4]
+    expected = numpy_cross_entropy(logits, labels)
+    np.testing.assert_allclose(cross_entropy(logits, labels), expected, rtol=1e-5)
+    assert cross_entropy(logits, np.full(4, -1)) == 0
+    half = cross_entropy(jnp.bfloat16(logits), labels)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, expected, rtol=1e-2)
+
+
+def test_diagnostics_are_terms():
+    fn = jax.jit(loss_of("w2", solver="exact"))
+    _, terms = fn(*arrays(DISTANCES["w2"]))
+    stats = ("converged", "iterations", "marginal_error")
+    assert set(terms) == {"task", "w2", *(f"w2/{stat}" for stat in stats)}
+    assert terms["w2/converged"] == 1
+
+
+# ------------------------------------------------------------------------- terms
+
+
+def test_terms_with_layers_names_and_options():
+    student = {"features": BATCH.x, "block1": BATCH.x[:, :3], "unused": None}
+    teacher = {"features": BATCH.y, "stage1": BATCH.y[:, :3]}
+    terms = [
+        Term("l2", weight=0.5),
+        Term("l2", weight=0.25, layers=("block1", "stage1")),
+        Term("mmd_rbf", weight=jnp.array(2.0), options={"bandwidth": 1.5}),
+        Term(wasserstein, weight=0.1, options={"solver": "exact"}, name="mine"),
+        Term(DISTANCES["mmd_linear"], weight=0.0, name="means"),
+    ]
+    loss, values = jax.jit(partial(simple, student, teacher, distance=terms))()
+    assert {"task", "l2", "l2@block1", "mmd_rbf", "mine", "means"} == set(values)
+    l2 = lambda x, y: np.mean(np.sum((x - y) ** 2, axis=1))
+    np.testing.assert_allclose(values["l2"], l2(BATCH.x, BATCH.y), rtol=1e-5)
+    first = l2(BATCH.x[:, :3], BATCH.y[:, :3])
+    np.testing.assert_allclose(values["l2@block1"], first, rtol=1e-5)
+    expected = (
+        values["task"]
+        + 0.5 * values["l2"]
+        + 0.25 * values["l2@block1"]
+        + 2 * values["mmd_rbf"]
+        + 0.1 * values["mine"]
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [
+        "l2",
+        DISTANCES["l2"],
+        paired_l2,
+        lambda x, y: paired_l2(x, y),
+        partial(paired_l2),
+        Term("l2", weight=0.3),
+        (Term("l2", weight=0.3),),
+    ],
+    ids=["key", "row", "function", "lambda", "partial", "Term", "Terms"],
+)
+def test_ways_to_name_a_distance(distance):
+    own = {} if carries_weights(distance) else {"weight": 0.3}
+    expected, _ = simple(weight=0.3)
+    actual, terms = simple(distance=distance, **own)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert len(terms) == 2
+
+
+def test_no_terms_is_cross_entropy():
+    loss, terms = simple({}, {}, distance=())
+    assert set(terms) == {"task"}
+    assert loss == terms["task"]
+
+
+def test_get_distance_keeps_rows():
+    row = Distance(paired_l2, title="mine")
+    assert get_distance(row) is row
+    assert get_distance("w2") is DISTANCES["w2"]
+    assert get_distance(paired_l2).title == "paired_l2"
+
+
+def test_only_compared_layers_are_used():
+    """Layers that no term compares may be anything: they are not even gathered."""
+    student = {"features": BATCH.x, "rubbish": object()}
+    simple(student, BATCH.y)
+
+
+# -------------------------------------------------------------- scale and weight
+
+
+@pytest.mark.parametrize("name", ["l2", "w2_gaussian", "mmd_linear"])
+def test_scale_by_the_teacher(name):
+    """Rescaling both networks changes nothing; the divisor is the deviation."""
+
+    @jax.jit
+    def distance(x, y, scale):
+        return loss_of(name, scale="teacher")(scale * x, scale * y, s, t)[1][name]
+
+    x, y, s, t = arrays(DISTANCES[name])
+    raw = jax.jit(loss_of(name))(x, y, s, t)[1][name]
+    deviation = np.mean(np.sum((y - y.mean(0)) ** 2, axis=1))
+    np.testing.assert_allclose(distance(x, y, 1.0), raw / deviation, rtol=1e-5)
+    for scale in (1e-3, 1e3):
+        np.testing.assert_allclose(distance(x, y, scale), raw / deviation, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mmd_rbf", "kl_gaussian"])
+def test_scale_leaves_distances_without_units(name):
+    inputs = arrays(DISTANCES[name])
+    assert "squared" not in DISTANCES[name].promises
+    raw, scaled = (
+        jax.jit(loss_of(name, scale=scale))(*inputs)[1][name]
+        for scale in (None, "teacher")
+    )
+    assert raw == scaled
+
+
+def test_scale_of_a_constant_teacher_is_finite():
+    ones = np.ones_like(BATCH.x)
+    fn = lambda x: simple(x, ones, scale="teacher", weight=1e-12)[0]
+    for x in (ones, 2 * ones):
+        chex.assert_tree_all_finite(jax.value_and_grad(fn)(x))
+
+
+def test_a_new_weight_does_not_retrace():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def loss(weight, term_weight, x):
+        first, _ = simple(x, weight=weight, task_weight=weight)
+        second, _ = simple(x, distance=[Term("l2", weight=term_weight)])
+        return first + second
+
+    values = [loss(w, w, BATCH.x) for w in (0.0, 0.5, 1.0)]
+    np.testing.assert_allclose(values[2] - values[1], values[1] - values[0], rtol=1e-4)
+
+
+def test_vmap_over_weight():
+    weights = jnp.array([0.0, 0.1, 3.0])
+    fn = jax.value_and_grad(lambda w, x: simple(x, weight=w)[0], argnums=(0, 1))
+    together = jax.jit(jax.vmap(fn, in_axes=(0, None)))(weights, BATCH.x)
+    apart = [fn(w, BATCH.x) for w in weights]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart)
+    chex.assert_trees_all_close(together, expected, rtol=1e-5, atol=1e-6)
+
+
+# ----------------------------------------------------------------------- devices
+
+
+DEVICES = 2
+
+
+def differentiate(params, batch, name, axis_name=None):
+    """((loss, terms), gradients by params and by the teacher)."""
+    x, y, s, t, labels = batch
+
+    def loss(params, y, t):
+        features = x * (1 + params["scale"])
+        logits = s + params["bias"]
+        options = {"weight": 0.5, "task_weight": 2.0, "axis_name": axis_name}
+        return loss_of(name, **options)(features, y, logits, t, labels)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(params, y, t)
+
+
+def averaged(params, *batch, name):
+    values, (gradient, _, _) = differentiate(params, batch, name, "devices")
+    return values, jax.lax.pmean(gradient, "devices")
+
+
+def by_pmap(name):
+    fn = jax.pmap(
+        partial(averaged, name=name),
+        axis_name="devices",
+        in_axes=(None, 0, 0, 0, 0, 0),
+        out_axes=None,
+        devices=jax.devices()[:DEVICES],
+    )
+    split = lambda z: z.reshape(DEVICES, -1, *z.shape[1:])
+    return lambda params, *batch: fn(params, *map(split, batch))
+
+
+def by_shard_map(name):
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
+    spec = PartitionSpec("devices")
+    return jax.jit(
+        jax.shard_map(
+            partial(averaged, name=name),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *[spec] * 5),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )
+
+
+# shard_map for one row of each kind: gathered, per sample, labelled, by transport.
+DEVICE_ROWS = [(by_pmap, name) for name in DISTANCES] + [
+    (by_shard_map, name) for name in ("mmd_rbf", "l2", "cw2_gaussian", "w2")
+]
+
+
+@pytest.mark.parametrize(("mapped", "name"), DEVICE_ROWS)
+def test_every_row_on_one_device_and_on_two(mapped, name):
+    """CE + weight * distance of the global batch; the teacher gets no gradient."""
+    row = DISTANCES[name]
+    x, y, s, t = arrays(row)
+    params = {
+        "scale": np.linspace(-0.2, 0.3, D, dtype=np.float32),
+        "bias": np.linspace(0.5, -0.5, K, dtype=np.float32),
+    }
+    scaled = lambda z: z * (1 + params["scale"])
+    moved = BATCH.map(scaled, "x", "maps_x")
+    moved = moved.map(lambda z: z + params["bias"], "logits_x")
+
+    @jax.jit
+    def on_one(params, *batch):
+        distance = row.fn(
+            *helpers.arguments(row, moved._replace(key=3)), **helpers.options_of(row)
+        )
+        return differentiate(params, batch, name), distance
+
+    batch = (x, y, s, t, LABELS)
+    ((loss, terms), (gradient, *teacher)), distance = on_one(params, *batch)
+    task = numpy_cross_entropy(moved.logits_x, BATCH.labels)
+    np.testing.assert_allclose(terms["task"], task, rtol=1e-5)
+    np.testing.assert_allclose(terms[name], distance, rtol=1e-5)
+    np.testing.assert_allclose(loss, 2 * task + 0.5 * distance, rtol=1e-5)
+    chex.assert_tree_all_finite((terms, gradient))
+    for zeros in teacher:
+        np.testing.assert_array_equal(zeros, np.zeros_like(zeros))
+    assert np.any(gradient["bias"])
+    compared = {"features", "maps"} & set(row.inputs)
+    assert bool(np.any(gradient["scale"])) == bool(compared)
+
+    (loss_on_two, terms_on_two), gradient_on_two = mapped(name)(params, *batch)
+    shards = [float(shard.data) for shard in loss_on_two.addressable_shards]
+    assert len(shards) == DEVICES
+    assert shards[0] == shards[1]
+    np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
+    chex.assert_trees_all_close(terms_on_two, terms, rtol=1e-5, atol=1e-5)
+    for key, one in gradient.items():
+        # 1e-5 of the largest: sums of a batch are taken in another order
+        largest = float(np.max(np.abs(one)))
+        np.testing.assert_allclose(gradient_on_two[key], one, atol=1e-5 * largest)
+
+
+def test_a_plain_jax_network_learns():
+    """No framework: parameters in a dictionary, gradient descent by hand."""
+    rng = np.random.default_rng(0)
+    images = jnp.float32(rng.normal(size=(N, 5)))
+    init = lambda *shape: jnp.float32(rng.normal(size=shape) / np.sqrt(shape[0]))
+    params = {"hidden": init(5, D), "head": init(D, K)}
+
+    def apply(params, images):
+        features = jax.nn.relu(images @ params["hidden"])
+        return features, features @ params["head"]
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            features, logits = apply(params, images)
+            return distill_loss(
+                features, BATCH.y, LABELS, logits, distance="w2_gaussian", weight=0.1
+            )[0]
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), value
+
+    losses = []
+    for _ in range(30):
+        params, value = step(params)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ---------------------------------------------------------------------- messages
+
+
+LAYERED = {"features": BATCH.x, "block": BATCH.x}
+MESSAGES = {
+    "negative weight": ({"weight": -0.1}, r"weight of l2 .* >= 0, got -0\.1"),
+    "NaN weight": ({"weight": float("nan")}, "weight of l2 .* got nan"),
+    "task weight": ({"task_weight": -1}, "task_weight must be a number >= 0, got -1"),
+    "term's weight": ({"distance": [Term("l2", -1.0)]}, "weight of l2 .* got -1.0"),
+    "unknown": ({"distance": "emd"}, r"unknown distance 'emd'; known: .*w2.*cw2.*l2"),
+    "type": ({"distance": 3}, "must be a key of DISTANCES.*got int"),
+    "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.projectors"),
+    "teacher's logits": ({"distance": "jw2"}, "'jw2' needs teacher_logits, got None"),
+    "key": (
+        {"distance": Distance(lambda x, y, key: x.sum(), inputs=("features", "key"))},
+        "needs key=jax.random.key",
+    ),
+    "scale": ({"scale": "student"}, "scale must be None or \"teacher\", got 'student'"),
+    "weight with Terms": (
+        {"distance": [Term("l2")], "weight": 0.1},
+        "Terms carries its own weights and options; got also weight",
+    ),
+    "options with Terms": (
+        {"distance": Term("w2"), "solver": "exact"},
+        "carries its own weights and options; got also solver",
+    ),
+    "not a Term": ({"distance": ["l2"]}, r"must hold Terms, got str; write Term\('l2'"),
+    "duplicates": (
+        {"distance": [Term("l2"), Term("l2")]},
+        "different names, got l2, l2",
+    ),
+    "student's layer": (
+        {"x": LAYERED, "distance": [Term("l2", layers=("stem", "features"))]},
+        "student_features has no layer 'stem', only features, block",
+    ),
+    "teacher's layer": (
+        {"y": {"maps": BATCH.y}},
+        r"teacher_features has no layer 'features', only maps; .*layers=\(",
+    ),
+    "inputs": (
+        {"distance": Distance(paired_l2, inputs=("images",))},
+        "inputs of a Distance are features, .*; got 'images'",
+    ),
+    "not a scalar": (
+        {"distance": lambda x, y: (x - y).sum(0)},
+        r"must return a scalar, got shape \[6\]",
+    ),
+    "labels": (
+        {"labels": jax.nn.one_hot(LABELS, K)},
+        r"labels must have shape \[n\]=\[16\], got \[16, 4\]; pass argmax",
+    ),
+    "label values": ({"num_classes": 2}, "labels must lie below num_classes=2"),
+    "logits": ({"s": LABELS}, r"student_logits must have shape \[n, k\], got \[16\]"),
+    "option": ({"distance": "w2", "solver": "emd"}, "solver must be one of .*'emd'"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages(name):
+    options, message = MESSAGES[name]
+    with pytest.raises(ValueError, match=message):
+        simple(**options)

@@ -1,0 +1,236 @@
+"""Conventions that a reviewer would forget: layers, names, docstrings, imports."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import pytest
+
+import kddm_jax
+from kddm_jax import DISTANCES
+
+# Found without importing: every module must be checked, also one that fails to import.
+ROOT = Path(importlib.util.find_spec("kddm_jax").origin).parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+# A module imports modules of lower layers only.
+LAYERS = [
+    {"linalg"},
+    {"transport", "alignment", "quality"},
+    {"logits"},
+    {"distances"},
+    {"losses"},
+    {"train_step", "testing"},
+    {"__init__"},
+]
+# These stand alone, whatever their layer would allow.
+ALLOWED = {
+    "quality": {"linalg"},
+    "alignment": {"linalg"},
+    "transport": {"linalg"},
+    "convolution": set(),
+    "resnet": {"convolution"},
+    "projectors": set(),
+    "convert": set(),
+    "augment": set(),
+    "data": set(),
+    "checkpoint": set(),
+}
+OURS_OUTSIDE = {"experiments", "benchmarks", "examples", "tests"}
+
+
+def imports(source):
+    """Absolute names of all that a source text of the package imports, anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                module = f"kddm_jax.{module}".rstrip(".")
+            if module == "kddm_jax":  # from kddm_jax import losses
+                names |= {f"kddm_jax.{alias.name}" for alias in node.names}
+            else:
+                names.add(module)
+    return names
+
+
+def below(module):
+    """The modules of ours that a module may import."""
+    if module in ALLOWED:
+        return ALLOWED[module]
+    for depth, layer in enumerate(LAYERS):
+        if module in layer:
+            return set().union(*LAYERS[:depth])
+    raise AssertionError(f"{module} has no layer: write it into LAYERS or ALLOWED")
+
+
+def violations(module, source):
+    found = []
+    for name in sorted(imports(source)):
+        top, *rest = name.split(".")
+        if top == "kddm_jax" and (not rest or rest[0] not in below(module)):
+            found.append(f"{module} imports {name}")
+        if top in OURS_OUTSIDE:
+            found.append(f"{module} imports {name}, which is outside the package")
+        if top in ("ott", "jaxopt") and module != "transport":
+            found.append(f"{module} imports {name}; only transport may")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_downwards(module):
+    source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    assert violations(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("linalg", "import kddm_jax.losses"),
+        ("linalg", "from kddm_jax.transport import Costs"),
+        ("linalg", "from . import losses"),
+        ("distances", "from .losses import Term"),
+        ("distances", "def f():\n    from kddm_jax import train_step"),
+        ("distances", "import ott"),
+        ("losses", "from kddm_jax import Distance"),  # the package itself
+        ("losses", "from kddm_jax.testing import assert_finite_gradients"),
+        ("resnet", "from kddm_jax.linalg import matmul"),
+        ("data", "from kddm_jax.augment import normalize"),
+        ("train_step", "from experiments.settings import Settings"),
+    ],
+)
+def test_an_upward_import_is_found(module, source):
+    assert len(violations(module, source)) == 1
+
+
+# ------------------------------------------------------------------ public names
+
+
+FUNCTIONS = [n for n in kddm_jax.__all__ if inspect.isfunction(getattr(kddm_jax, n))]
+ARRAYS = (jax.Array, jax.Array | None, kddm_jax.losses.Features)
+
+
+def test_all_is_sorted_and_exists():
+    assert kddm_jax.__all__ == sorted(set(kddm_jax.__all__))
+    for name in kddm_jax.__all__:
+        assert hasattr(kddm_jax, name), f"{name} is in __all__ but does not exist"
+
+
+def test_every_public_import_is_in_all():
+    source = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name
+        for node in source.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == set(kddm_jax.__all__)
+
+
+@pytest.mark.parametrize("name", kddm_jax.__all__)
+def test_every_public_name_has_a_docstring(name):
+    if name != "DISTANCES":
+        doc = inspect.getdoc(getattr(kddm_jax, name))
+        assert doc
+        assert doc.splitlines()[0].endswith(".")
+
+
+def sections(doc):
+    """Heading -> text of a Google docstring."""
+    parts = re.split(r"^(\w+):$", doc, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_documented(name):
+    function = getattr(kddm_jax, name)
+    parts = sections(inspect.getdoc(function))
+    assert {"Args", "Returns", "Raises", "References", "Examples"} <= set(parts)
+    assert ">>>" in parts["Examples"]
+    documented = re.findall(r"^  \*{0,2}(\w+):", parts["Args"], flags=re.MULTILINE)
+    assert documented == list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arrays_are_positional_and_options_keyword_only(name):
+    signature = inspect.signature(getattr(kddm_jax, name))
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            assert parameter.annotation in ARRAYS, f"{parameter} is not an array"
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            assert parameter.default is not parameter.empty, f"{parameter}: no default"
+        else:
+            assert parameter.kind is parameter.VAR_KEYWORD
+
+
+# --------------------------------------------------------------------- catalogue
+
+
+def test_catalogue_is_read_only():
+    assert isinstance(DISTANCES, Mapping)
+    with pytest.raises(TypeError):
+        DISTANCES["mine"] = DISTANCES["l2"]
+    for row in DISTANCES.values():
+        with pytest.raises(TypeError):
+            row.options["solver"] = "exact"
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_rows_are_complete(name):
+    row = DISTANCES[name]
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", name)
+    assert row.title
+    assert row.complexity
+    assert getattr(kddm_jax, row.fn.__name__) is row.fn
+    assert row.fn.__name__ in kddm_jax.__all__
+    assert set(row.inputs) <= {"features", "maps", "logits", "labels", "key"}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_rows_fit_their_functions(name):
+    row = DISTANCES[name]
+    parameters = inspect.signature(row.fn).parameters
+    kinds = [p.kind for p in parameters.values()]
+    pairs = sum(kind in ("features", "maps", "logits") for kind in row.inputs)
+    arrays = [k for k in kinds if k is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert len(arrays) == len(row.inputs) + pairs
+    for option in row.options:
+        assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_rows_have_different_titles():
+    titles = [row.title for row in DISTANCES.values()]
+    assert len(set(titles)) == len(titles)
+
+
+# ------------------------------------------------------------------ light imports
+
+
+# Frameworks and plots never; ott (and with it jaxopt) once a solver runs.
+HEAVY = ("tensorflow", "torch", "sklearn", "matplotlib", "ott", "jaxopt")
+
+
+def test_import_is_light():
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore'); import kddm_jax; "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        cwd=ROOT.parent,
+    )
+    assert done.stdout.strip() == "[]"

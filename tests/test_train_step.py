@@ -1,0 +1,485 @@
+"""The train step: it learns, on any number of devices, and is compiled once."""
+
+from typing import NamedTuple
+
+import chex
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from kddm_jax import DISTANCES, Term
+from kddm_jax.augment import make_augment
+from kddm_jax.resnet import linen_apply
+from kddm_jax.train_step import (
+    AXIS,
+    create_state,
+    make_eval_step,
+    make_train_step,
+    parallel,
+    replicate,
+    scan_steps,
+    shard,
+)
+
+N, SIDE, K = 16, 4, helpers.NUM_CLASSES
+TX = optax.sgd(0.1, momentum=0.9)
+AUGMENT = make_augment(mean=(0.5,), std=(0.25,), padding=1)
+NORMALIZE = lambda image: AUGMENT(None, image, train=False)
+
+RNG = np.random.default_rng(0)
+# Pixels that tell the classes, unbalanced: what one batch can be learnt from.
+LABELS = np.array([0] * 8 + [1] * 5 + [2] * 2 + [3], np.int32)
+IMAGES = RNG.integers(0, 256, (N, SIDE, SIDE, 1)).astype(np.uint8)
+
+
+class Outputs(NamedTuple):
+    logits: jax.Array
+    features: jax.Array
+    maps: dict[str, jax.Array]
+
+
+class Net(nn.Module):
+    """A layer, BatchNorm over all devices, a layer: compiles in a second."""
+
+    axis_name: str | None = None
+    width: int = 12
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        x = images.reshape(images.shape[0], -1)
+        # BatchNorm follows: a bias would have no gradient but rounding errors.
+        x = nn.Dense(self.width, use_bias=False, name="first")(x)
+        x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
+        features = nn.relu(x)
+        maps = {"map": features.reshape(-1, 2, 2, self.width // 4)}
+        return Outputs(nn.Dense(K, name="head")(features), features, maps)
+
+
+def variables_of(seed):
+    variables = jax.jit(Net().init)(jax.random.key(seed), jnp.zeros((1, SIDE, SIDE, 1)))
+    return jax.device_get(variables)
+
+
+STUDENT, TEACHER = variables_of(1), variables_of(2)
+STUDENT_APPLY = linen_apply(Net(axis_name=AXIS))
+TEACHER_APPLY = linen_apply(Net())
+DEVICES = jax.devices()
+
+
+def term_of(name, weight):
+    row = DISTANCES[name]
+    layers = ("map", "map") if "maps" in row.inputs else None
+    options = helpers.options_of(row, K)
+    return Term(name, weight, layers=layers, options=options, name=name)
+
+
+def make_step(student=STUDENT_APPLY, **options):
+    options = {"distance": "l2", **options}
+    options = {"augment": AUGMENT, **options}
+    return make_train_step(student, TEACHER_APPLY, TX, **options)
+
+
+def on_devices(step, count, **options):
+    """(state, teacher, images, labels) -> (state, metrics), state not donated."""
+    mapped = parallel(
+        step, in_axes=(None, None, 0, 0), devices=DEVICES[:count], **options
+    )
+
+    def run(state, teacher, images=IMAGES, labels=LABELS):
+        return mapped(state, teacher, *shard((images, labels), count))
+
+    return run
+
+
+def on_all(tree, count):
+    return replicate(tree, DEVICES[:count])
+
+
+def start(count=2, **options):
+    """State and teacher, replicated."""
+    state = create_state(STUDENT, TX, **{"weight": 0.05, "seed": 7, **options})
+    return on_all(state, count), on_all(TEACHER, count)
+
+
+@pytest.fixture(scope="module")
+def l2_step():
+    """The compiled step that most tests share: paired l2 on two devices."""
+    return on_devices(make_step(), 2)
+
+
+def assert_close(actual, expected, *, tolerance=1e-5, least=1e-3):
+    """Per tensor: max|difference| <= tolerance * max|expected|, or of ``least``."""
+
+    def compare(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        largest = max(float(np.max(np.abs(b))), least)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
+
+    chex.assert_trees_all_equal_structs(actual, expected)
+    jax.tree.map(compare, actual, expected)
+
+
+def assert_shards_equal(tree, count=2):
+    for leaf in jax.tree.leaves(tree):
+        shards = [np.asarray(s.data) for s in leaf.addressable_shards]
+        assert len(shards) == count
+        for other in shards[1:]:
+            np.testing.assert_array_equal(shards[0], other)
+
+
+def differs(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return any(np.any(np.asarray(x) != np.asarray(y)) for x, y in pairs)
+
+
+# ---------------------------------------------------------------------- learning
+
+
+def test_overfits_one_batch():
+    """Cross-entropy, distance and accuracy of sixteen images."""
+    plain = lambda key, image: NORMALIZE(image)
+    step = on_devices(make_step(augment=plain), 2)
+    state, teacher = start()
+    history = []
+    for _ in range(60):
+        state, metrics = step(state, teacher)
+        history.append(jax.device_get(metrics))
+    assert history[-1]["loss"] < 0.2 * history[0]["loss"]
+    assert history[-1]["task"] < 0.2 * history[0]["task"]
+    assert history[-1]["l2"] < history[0]["l2"]
+    assert history[-1]["accuracy"] == 1
+    assert state.step == 60
+
+
+def test_learns_from_labels_alone():
+    """On one device, without pmap and without a teacher: how teachers are made."""
+    plain = lambda key, image: NORMALIZE(image)
+    apply = linen_apply(Net())
+    step = make_train_step(apply, None, TX, augment=plain, axis_name=None)
+    step, state = jax.jit(step), create_state(STUDENT, TX)
+    history = []
+    for _ in range(40):
+        state, metrics = step(state, {}, IMAGES, LABELS)
+        history.append(float(metrics["loss"]))
+    assert history[-1] < 0.3 * history[0]
+    assert set(metrics) == {"loss", "task", "accuracy", "finite"}
+
+
+def test_metrics_are_those_of_the_global_batch(l2_step):
+    state, teacher = start()
+    _, metrics = l2_step(state, teacher)
+    assert set(metrics) == {"loss", "task", "l2", "accuracy", "finite"}
+    chex.assert_shape(list(metrics.values()), ())
+    assert_shards_equal(metrics)
+    expected = metrics["task"] + 0.05 * metrics["l2"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+    key = jax.random.fold_in(jax.random.key(7), 0)
+
+    @jax.jit
+    def forward():
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(N))
+        inputs = jax.vmap(AUGMENT)(keys, IMAGES)
+        outputs, _ = linen_apply(Net())(STUDENT, inputs, train=True)
+        return outputs, Net().apply(TEACHER, inputs).features  # in evaluation mode
+
+    outputs, taught = forward()
+    accuracy = np.mean(np.argmax(outputs.logits, 1) == LABELS)
+    np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
+    l2 = np.mean(np.sum((outputs.features - taught) ** 2, axis=1))
+    np.testing.assert_allclose(metrics["l2"], l2, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------- devices
+
+
+def test_every_row_on_one_device_is_on_two():
+    """All rows in one program, where the weights choose: it compiles only twice."""
+
+    def step(weights, state, teacher, images, labels):
+        terms = [term_of(name, weights[i]) for i, name in enumerate(DISTANCES)]
+        return make_step(distance=terms)(state, teacher, images, labels)
+
+    axes = (None, None, None, 0, 0)
+    results = {name: {} for name in DISTANCES}
+    for count in (1, 2):
+        mapped = parallel(step, in_axes=axes, devices=DEVICES[:count])
+        batch = shard((IMAGES, LABELS), count)
+        for i, name in enumerate(DISTANCES):
+            weights = np.zeros(len(DISTANCES), np.float32)
+            weights[i] = 0.05
+            state, teacher = start(count)
+            for _ in range(2):
+                state, metrics = mapped(on_all(weights, count), state, teacher, *batch)
+            assert_shards_equal((state, metrics), count)
+            results[name][count] = jax.device_get((state, metrics))
+    for name, result in results.items():
+        (one, metrics), (two, metrics_on_two) = result[1], result[2]
+        assert metrics["finite"], name
+        assert metrics[name] != 0, name
+        assert differs(one.params, STUDENT["params"]), name
+        assert_close(two, one)
+        # Not iterations: at the threshold, rounding decides on the last ten.
+        own = ["loss", "task", name, "accuracy", "finite"]
+        pick = lambda every, own=own: {key: every[key] for key in own}
+        assert_close(pick(metrics_on_two), pick(metrics))
+    updates = [result[1][0].params["first"]["kernel"] for result in results.values()]
+    assert len(np.unique(np.stack(updates), axis=0)) > len(updates) // 2
+
+
+def test_augmentation_does_not_depend_on_the_number_of_devices():
+    """And it changes from image to image, step to step and seed to seed."""
+    same = np.broadcast_to(IMAGES[:1], IMAGES.shape)
+
+    def student(variables, images, *, train):
+        # What it sees comes back as its statistics, from all devices.
+        flat = images.reshape(images.shape[0], -1)
+        outputs = Outputs(flat @ variables["params"], flat, {})
+        return outputs, jax.lax.all_gather(images, AXIS, tiled=True)
+
+    def seen_by(count):
+        step = make_train_step(student, None, TX, augment=AUGMENT)
+        step = on_devices(step, count)
+
+        def seen(seed=7, steps=0):
+            images = jnp.zeros((N, SIDE, SIDE, 1))
+            variables = {"params": jnp.ones((SIDE * SIDE, K)), "batch_stats": images}
+            state = create_state(variables, TX, seed=seed)
+            state = state.replace(step=jnp.int32(steps))
+            new, _ = step(on_all(state, count), on_all({}, count), same)
+            return np.asarray(new.batch_stats)
+
+        return seen
+
+    on_one, on_two = seen_by(1), seen_by(2)
+    images = on_one()
+    np.testing.assert_array_equal(images, on_two())
+    assert len(np.unique(images.reshape(N, -1), axis=0)) > 4
+    assert np.any(images != on_one(seed=8))
+    assert np.any(images != on_one(steps=1))
+
+
+def test_unsynchronised_statistics_would_be_noticed():
+    """The comparison can fail: BatchNorm of each device by itself."""
+    results = []
+    for count in (1, 2):
+        step = on_devices(make_step(linen_apply(Net())), count)
+        state, _ = step(*start(count))
+        results.append(jax.device_get(state.params))
+    with pytest.raises(AssertionError):
+        assert_close(results[1], results[0])
+
+
+# ---------------------------------------------------------------- one compilation
+
+
+@pytest.fixture
+def compilations():
+    """The programs compiled while the test runs."""
+    seen = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_one_trace_and_one_compilation(compilations):
+    """Steps, batches, seeds, weights and teachers: the same program."""
+    step = on_devices(chex.assert_max_traces(make_step(), n=1), 2)
+    first, teacher = start(seed=1, weight=0.1)
+    other, _ = start(seed=2, weight=10.0)
+    another_teacher = on_all(variables_of(3), 2)
+    state, metrics = step(first, teacher)
+    jax.block_until_ready(state)
+    assert compilations  # the listener listens
+    compilations.clear()
+    for _ in range(2):
+        state, _ = step(state, teacher, IMAGES[::-1].copy())
+    _, other_metrics = step(other, teacher)
+    _, taught = step(first, another_teacher)
+    assert compilations == []
+    # Each of them matters.
+    assert other_metrics["loss"] > metrics["loss"]
+    assert other_metrics["l2"] != metrics["l2"]
+    assert taught["l2"] != metrics["l2"]
+    assert taught["task"] == metrics["task"]
+
+
+def test_scan_is_single_steps(l2_step):
+    steps = 3
+    rng = np.random.default_rng(1)
+    indices = np.stack([rng.permutation(2 * N)[:N] for _ in range(steps)])
+    images = np.concatenate([IMAGES, IMAGES[::-1]])
+    labels = np.concatenate([LABELS, LABELS[::-1]])
+    scanned = parallel(scan_steps(make_step()), in_axes=(None, None, None, None, 1))
+    # [steps, N] -> [steps, devices, N / devices]
+    split = indices.reshape(steps, 2, -1)
+    state, teacher = start()
+    data = replicate((images, labels))
+    many, metrics = scanned(state, teacher, *data, split)
+    chex.assert_tree_shape_prefix(metrics, (steps,))
+    for i in range(steps):
+        state, one = l2_step(state, teacher, images[indices[i]], labels[indices[i]])
+        assert_close(jax.tree.map(lambda m, i=i: m[i], metrics), one)
+    assert_close(many, state)
+    assert many.step == steps
+    # A single row makes no loop, with the same shapes.
+    _, last = scanned(state, teacher, *data, split[:1])
+    chex.assert_tree_shape_prefix(last, (1,))
+
+
+def test_donation_and_replicate():
+    """The step reuses the state's memory; the caller's arrays live on."""
+    step = on_devices(make_step(), 2, donate=(0,))
+    initial = jax.device_put(create_state(STUDENT, TX, weight=0.05), DEVICES[0])
+    state, teacher = replicate(initial), replicate(TEACHER)
+    assert_shards_equal(state)
+    old = state
+    state, _ = step(state, teacher)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((initial, teacher)))
+    chex.assert_trees_all_equal(initial.params, STUDENT["params"])
+    step(state, teacher)
+    # A second student from the same initial state
+    again, _ = step(replicate(initial), teacher)
+    assert again.step == 1
+
+
+def test_replicating_twice_keeps_the_first():
+    first = replicate({"a": np.arange(3.0)})
+    second = replicate(first)
+    jax.tree.map(lambda a: a.delete(), second)
+    np.testing.assert_array_equal(first["a"], np.arange(3.0))
+
+
+# -------------------------------------------------------------------- non-finite
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_non_finite_step_returns_the_old_state(broken, l2_step):
+    state, teacher = start()
+    state, _ = l2_step(state, teacher)
+    before = jax.device_get(state)
+    if broken == "loss":
+        step, bad = l2_step, state.replace(weight=on_all(jnp.float32(jnp.inf), 2))
+    else:  # a finite value, sqrt(0), of infinite slope
+        kink = lambda x, y: jnp.sqrt(jnp.sum((x - jax.lax.stop_gradient(x)) ** 2))
+        step, bad = on_devices(make_step(distance=kink), 2), state
+    after, metrics = step(bad, teacher)
+    assert not metrics["finite"]
+    assert bool(np.isfinite(metrics["loss"])) == (broken == "gradient")
+    after_on_host = jax.device_get(after).replace(weight=before.weight)
+    chex.assert_trees_all_equal(after_on_host, before)
+    # A later step with a sound weight goes on.
+    recovered, metrics = l2_step(after.replace(weight=state.weight), teacher)
+    assert metrics["finite"]
+    assert recovered.step == before.step + 1
+
+
+# ----------------------------------------------------------------------- teacher
+
+
+def test_teacher_is_an_argument_in_evaluation_mode(l2_step):
+    """Its statistics, not the batch's, and they stay as they are."""
+    state, teacher = start()
+    before = jax.device_get(teacher)
+    _, metrics = l2_step(state, teacher)
+    chex.assert_trees_all_equal(jax.device_get(teacher), before)
+    shifted = jax.tree.map(lambda a: a + 1, before["batch_stats"])
+    moved = on_all({**before, "batch_stats": shifted}, 2)
+    _, moved_metrics = l2_step(state, moved)
+    assert moved_metrics["l2"] != metrics["l2"]
+    assert moved_metrics["task"] == metrics["task"]
+
+
+def test_student_statistics_are_updated(l2_step):
+    state, teacher = start()
+    new, _ = l2_step(state, teacher)
+    assert differs(new.batch_stats, state.batch_stats)
+    assert new.step == 1
+    assert new.seed == state.seed
+    assert new.weight == state.weight
+
+
+def test_weight_of_the_step_overrides_the_states():
+    step = on_devices(make_step(weight=0.5), 2)
+    _, metrics = step(*start(weight=100.0))
+    expected = metrics["task"] + 0.5 * metrics["l2"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+
+
+# -------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_counts(count):
+    labels = LABELS.copy()
+    labels[[0, 3, 9, 15]] = -1
+    evaluate = parallel(
+        make_eval_step(TEACHER_APPLY, normalize=NORMALIZE),
+        in_axes=(None, 0, 0),
+        devices=DEVICES[:count],
+    )
+    sums = evaluate(on_all(TEACHER, count), *shard((IMAGES, labels), count))
+    assert_shards_equal(sums, count)
+    logits = Net().apply(TEACHER, jax.vmap(NORMALIZE)(IMAGES)).logits
+    logits = np.asarray(logits, np.float64)[labels >= 0]
+    valid = labels[labels >= 0]
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert sums["count"] == 12
+    assert sums["correct"] == np.sum(logits.argmax(1) == valid)
+    loss = -logs[np.arange(12), valid].sum()
+    np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
+
+
+def test_evaluation_without_an_axis():
+    evaluate = make_eval_step(TEACHER_APPLY, normalize=NORMALIZE, axis_name=None)
+    sums = jax.jit(evaluate)(TEACHER, IMAGES, np.full(N, -1))
+    chex.assert_trees_all_equal(
+        jax.device_get(sums), {"count": 0, "correct": 0, "loss": np.float32(0)}
+    )
+
+
+# ----------------------------------------------------------------- small functions
+
+
+def test_shard():
+    batch = {"images": np.arange(12).reshape(6, 2), "labels": np.arange(6)}
+    split = shard(batch, 3)
+    np.testing.assert_array_equal(split["labels"], [[0, 1], [2, 3], [4, 5]])
+    assert split["images"].shape == (3, 2, 2)
+    np.testing.assert_array_equal(split["images"].reshape(6, 2), batch["images"])
+
+
+def test_shard_refuses_an_uneven_batch():
+    with pytest.raises(ValueError, match="batch of 6 does not divide among 4 devices"):
+        shard(np.zeros((6, 2)), 4)
+
+
+@pytest.mark.parametrize("distance", ["w2", [Term("l2")], lambda x, y: x.sum()])
+def test_a_distance_needs_a_teacher(distance):
+    with pytest.raises(ValueError, match=r"teacher_apply is None.*or distance=\(\)"):
+        make_train_step(STUDENT_APPLY, None, TX, augment=AUGMENT, distance=distance)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan")])
+def test_create_state_refuses_a_weight(weight):
+    with pytest.raises(ValueError, match="weight must be a number >= 0, got"):
+        create_state(STUDENT, TX, weight=weight)
+
+
+def test_create_state():
+    state = create_state({"params": STUDENT["params"]}, TX, seed=5, weight=0.25)
+    assert state.batch_stats == {}
+    assert set(state.variables) == {"params", "batch_stats"}
+    assert (state.step, state.seed, state.weight) == (0, 5, 0.25)
+    chex.assert_type(
+        [state.step, state.seed, state.weight], [jnp.int32, jnp.uint32, jnp.float32]
+    )
