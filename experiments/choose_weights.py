@@ -16,7 +16,7 @@ from pathlib import Path
 import cifar  # sets the environment before JAX is imported
 import runs
 from rich.table import Table
-from settings import UserError, as_json, parse
+from settings import UserError, as_json, check, parse
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -25,6 +25,8 @@ def choose(settings, grid, console) -> dict[str, object]:
     """Trains a student per distance, lambda and seed; averages over seeds."""
     if not settings.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
+    for weight in grid:
+        check(dataclasses.replace(settings, weights=None, weight=weight))
     settings = dataclasses.replace(settings, weights=None)
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
     problem = runs.prepare(settings, out)
@@ -50,7 +52,11 @@ def choose(settings, grid, console) -> dict[str, object]:
                 row = accuracy[run.name]
                 share = reached / len(settings.seeds)
                 row[f"{weight:g}"] = row.get(f"{weight:g}", 0.0) + share
-    best = {name: float(max(row, key=row.get)) for name, row in accuracy.items()}
+    best = {
+        name: float(max(row, key=row.get))
+        for name, row in accuracy.items()
+        if max(row.values()) > 0  # else every lambda was too large
+    }
     chosen = {
         "settings": as_json(settings),
         "held_out_accuracy": accuracy,

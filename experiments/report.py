@@ -128,8 +128,40 @@ def caption(results: dict[str, object]) -> str:
         f"{'s' if seeds > 1 else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}. "
-        f"`{results['environment']['command']}`"
+        f"`{_command(settings)}`"
     )
+
+
+PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress")
+
+
+def _command(settings):
+    """The command that gives these settings, without the places of one machine."""
+    from settings import as_json, defaults
+
+    plain = as_json(defaults(settings["dataset"], settings["recipe"]))
+    words = ["python experiments/cifar.py", "--dataset", settings["dataset"]]
+    if settings["recipe"] != "laptop":
+        words += ["--recipe", settings["recipe"]]
+    for name, value in settings.items():
+        if name in PLACES or value == _plain(plain.get(name)):
+            continue
+        option = name.replace("_", "-")
+        words.append(f"--no-{option}" if value is False else f"--{option}")
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, dict):
+            words += [str(part) for pair in value.items() for part in pair]
+        elif isinstance(value, list | tuple):
+            words += [str(part) for part in value]
+        else:
+            words.append(str(value))
+    return " ".join(words)
+
+
+def _plain(value):
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _all(environments, name):

@@ -44,22 +44,28 @@ class RunError(Exception):
     """A run had to stop; one line says where and what to continue from."""
 
 
+def _commit() -> str:
+    """The checkout's commit, "unknown" without git."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
 def environment(devices) -> dict[str, object]:
     """What numbers are measured with."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     cpu = f"CPU ({os.cpu_count()} cores)"
-    kind = cpu if devices[0].platform == "cpu" else devices[0].device_kind
     return {
-        "command": shlex.join(["python", "experiments/cifar.py", *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "unknown",
-        "device": kind,
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "device": cpu if devices[0].platform == "cpu" else devices[0].device_kind,
         "device_count": len(devices),
         "jax": jax.__version__,
         "python": platform.python_version(),
@@ -430,9 +436,11 @@ def train(
 
     Raises:
       RunError: loss or gradient were not finite.
+      UserError: the folder's run was made by other settings.
       CheckpointError: checkpoints cannot be written, or all are damaged.
     """
     settings, folder = problem.settings, run.folder(problem.out)
+    check_folder(run, problem.out)
     result_path = folder / "result.json"
     if result_path.exists():
         return json.loads(result_path.read_text())
@@ -460,20 +468,17 @@ def train(
     first_step = None
     for epoch in range(len(history), run.epochs):
         order = epoch_order(run, epoch, settings.batch_size)
-        collected, epoch_began = [], time.monotonic()
+        collected, epoch_began, counted = [], time.monotonic(), 0
         for start in range(0, steps, length):
             rows = order[start : start + length]  # [length, batch]
             shares = rows.reshape(length, len(problem.devices), -1).swapaxes(0, 1)
             state, metrics = program(state, fixed, *problem.resident, shares)
             collected.append(metrics)
-            if first_step is None:
+            counted += rows.size
+            if first_step is None:  # compiling is no part of the speed
                 jax.block_until_ready(metrics)
                 first_step = time.monotonic() - began
                 epoch_began, counted = time.monotonic(), 0
-            elif start == 0:
-                counted = 0
-            else:
-                counted += len(rows) * settings.batch_size
             if len(collected) > 1:  # look one dispatch back: the device never waits
                 report(
                     run,

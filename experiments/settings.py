@@ -220,31 +220,35 @@ def _require(condition, message):
 
 def check(settings: Settings) -> None:
     """Answers what can be wrong with settings alone."""
+    _check_distances(settings)
+    _check_choices(settings)
+    _check_ranges(settings)
+
+
+def _check_distances(settings):
     from kddm_jax import DISTANCES
 
-    for name in settings.distances:
-        _require(
-            name in DISTANCES,
-            f"unknown distance {name!r}; known: {', '.join(DISTANCES)}",
-        )
-    repeated = len(set(settings.distances)) < len(settings.distances)
-    _require(not repeated, f"--distances names one twice: {settings.distances}")
+    names = settings.distances
+    for name in names:
+        known = ", ".join(DISTANCES)
+        _require(name in DISTANCES, f"unknown distance {name!r}; known: {known}")
+    _require(len(set(names)) == len(names), f"--distances names one twice: {names}")
     given = {**(settings.weights or {}), "--weight": settings.weight or 0.0}
     for name, value in given.items():
         finite = math.isfinite(value) and value >= 0
         _require(finite, f"weight of {name} must be a number >= 0, got {value}")
     for name in settings.weights or {}:
         _require(
-            name in settings.distances,
+            name in names,
             f"--weights names {name!r}, which is not among --distances "
-            f"({', '.join(settings.distances)})",
+            f"({', '.join(names)})",
         )
-    for field in ("teacher_model", "student_model"):
-        value = getattr(settings, field)
-        _require(
-            value in MODELS, f"unknown {field} {value!r}; known: {', '.join(MODELS)}"
-        )
+
+
+def _check_choices(settings):
     for field, known in {
+        "teacher_model": MODELS,
+        "student_model": MODELS,
         "stem": ("cifar", "imagenet"),
         "dtype": ("float32", "bfloat16"),
         "schedule": ("cosine-epoch", "cosine", "constant"),
@@ -253,6 +257,9 @@ def check(settings: Settings) -> None:
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)
         _require(value in known, f"unknown {field} {value!r}; known: {names}")
+
+
+def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
         "steps_per_dispatch eval_every train_images student_images test_images"
@@ -272,11 +279,11 @@ def check(settings: Settings) -> None:
             f"--{field.replace('_', '-')} must be >= 0"
             f"{'' if below else ' and < 1'}, got {value}",
         )
-    _require(settings.seeds, "--seeds needs at least one seed")
-    outside = [seed for seed in settings.seeds if not 0 <= seed < 2**32]
+    seeds = settings.seeds
+    _require(seeds, "--seeds needs at least one seed")
+    outside = [seed for seed in seeds if not 0 <= seed < 2**32]
     _require(not outside, f"--seeds must be in [0, 2**32), got {outside}")
-    repeated = len(set(settings.seeds)) < len(settings.seeds)
-    _require(not repeated, f"--seeds names one twice: {settings.seeds}")
+    _require(len(set(seeds)) == len(seeds), f"--seeds names one twice: {seeds}")
 
 
 def weight_of(settings: Settings, distance: str) -> float:

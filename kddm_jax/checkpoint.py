@@ -62,9 +62,12 @@ def save(
 
     Raises:
       CheckpointError: the disk refused; earlier checkpoints are intact.
+      ValueError: ``keep < 1``.
     """
     import orbax.checkpoint as ocp  # 1.5 s: only runs that save pay for it
 
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
     target = Path(folder).absolute() / f"step-{step:08d}"
     partial = target.with_suffix(".partial")
     host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))

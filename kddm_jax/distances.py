@@ -55,26 +55,25 @@ def _cost_floor(x, y):
     return jnp.finfo(x.dtype).eps * scale
 
 
-def _wasserstein(
-    x, y, *, solver="sinkhorn", epsilon=None, threshold=1e-3, max_iterations=2000
-):
-    x, y = check_pair(x, y)
-    debias = solver == "sinkhorn"
+def _solve(x, y, xy, self_cost, a, b, same=None, **solver):
+    """Solves for a cost; debiasing also needs the costs within each cloud."""
+    debias = solver.get("solver", "sinkhorn") == "sinkhorn"
     costs = Costs(
-        xy=squared_distances(x, y),
-        xx=squared_distances(x, x) if debias else None,
-        yy=squared_distances(y, y) if debias else None,
-        a=_uniform(x),
-        b=_uniform(y),
+        xy=xy,
+        xx=self_cost(0) if debias else None,
+        yy=self_cost(1) if debias else None,
+        a=a,
+        b=b,
+        same=same,
     )
-    return transport_cost(
-        costs,
-        solver=solver,
-        epsilon=epsilon,
-        threshold=threshold,
-        max_iterations=max_iterations,
-        floor=_cost_floor(x, y),
-    )
+    return transport_cost(costs, floor=_cost_floor(x, y), **solver)
+
+
+def _wasserstein(x, y, **solver):
+    x, y = check_pair(x, y)
+    within = lambda side: squared_distances(*((x, x), (y, y))[side])
+    between = squared_distances(x, y)
+    return _solve(x, y, between, within, _uniform(x), _uniform(y), **solver)
 
 
 def wasserstein(
@@ -131,38 +130,13 @@ def wasserstein(
     )[0]
 
 
-def _class_wasserstein(
-    x,
-    y,
-    labels,
-    *,
-    num_classes=None,
-    reduction="mean",
-    solver="sinkhorn",
-    epsilon=None,
-    threshold=1e-3,
-    max_iterations=2000,
-):
+def _class_wasserstein(x, y, labels, *, num_classes=None, reduction="mean", **solver):
     x, y, groups = _labelled(x, y, labels, num_classes, reduction)
-    debias = solver == "sinkhorn"
     # Solved at mass 1; "sum" is rescaled.  All-padding batches have mass 0.
-    weights = groups.weights / jnp.maximum(groups.mass, 1)
-    costs = Costs(
-        xy=squared_distances(x, y),
-        xx=squared_distances(x, x) if debias else None,
-        yy=squared_distances(y, y) if debias else None,
-        a=weights,
-        b=weights,
-        same=groups.same,
-    )
-    value, stats = transport_cost(
-        costs,
-        solver=solver,
-        epsilon=epsilon,
-        threshold=threshold,
-        max_iterations=max_iterations,
-        floor=_cost_floor(x, y),
-    )
+    a = groups.weights / jnp.maximum(groups.mass, 1)
+    within = lambda side: squared_distances(*((x, x), (y, y))[side])
+    between = squared_distances(x, y)
+    value, stats = _solve(x, y, between, within, a, a, groups.same, **solver)
     return groups.mass * value, stats
 
 
@@ -253,17 +227,7 @@ LABEL_COSTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 
 
 def _joint_wasserstein(
-    x,
-    y,
-    logits_x,
-    logits_y,
-    *,
-    beta="max",
-    label_cost="probs",
-    solver="sinkhorn",
-    epsilon=None,
-    threshold=1e-3,
-    max_iterations=2000,
+    x, y, logits_x, logits_y, *, beta="max", label_cost="probs", **solver
 ):
     x, y = check_pair(x, y)
     logits_x, logits_y = check_pair(logits_x, logits_y, names=("logits_x", "logits_y"))
@@ -281,23 +245,14 @@ def _joint_wasserstein(
     features = squared_distances(x, y)
     scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, dtype)
     scale = constant(scale)
-    labels = lambda s, t: scale * LABEL_COSTS[label_cost](s, t)
-    debias = solver == "sinkhorn"
-    costs = Costs(
-        xy=features + labels(logits_x, logits_y),
-        xx=squared_distances(x, x) + labels(logits_x, logits_x) if debias else None,
-        yy=squared_distances(y, y) + labels(logits_y, logits_y) if debias else None,
-        a=_uniform(x),
-        b=_uniform(y),
-    )
-    return transport_cost(
-        costs,
-        solver=solver,
-        epsilon=epsilon,
-        threshold=threshold,
-        max_iterations=max_iterations,
-        floor=_cost_floor(x, y),
-    )
+    label = LABEL_COSTS[label_cost]
+
+    def within(side):
+        features, logits = ((x, logits_x), (y, logits_y))[side]
+        return squared_distances(features, features) + scale * label(logits, logits)
+
+    between = features + scale * label(logits_x, logits_y)
+    return _solve(x, y, between, within, _uniform(x), _uniform(y), **solver)
 
 
 def joint_wasserstein(
@@ -330,7 +285,9 @@ def joint_wasserstein(
       beta: weight of the label cost; ``"max"`` is the largest feature cost as a
         constant (the released code's scaling, up to a factor).
       label_cost: ``"probs"``, squared distance of softmax outputs, in [0, 2];
-        ``"logits"``, of raw logits; ``"kl"``, ``KL(student_i || teacher_j)``.
+        ``"logits"``, of raw logits; ``"kl"``, ``KL(student_i || teacher_j)``, which
+        is not symmetric, so that the debiased value may fall below zero at a large
+        ``epsilon``.
       solver: as in `wasserstein`.
       epsilon: as in `wasserstein`, from the joint cost.
       threshold: as in `wasserstein`.
@@ -675,7 +632,8 @@ def class_gaussian_kl(
     shift = valid * (mean_x - mean_y)
     p, q = _directed([valid * (x - mean_x), valid * (y - mean_y)], direction)
     single = groups.counts < 2
-    kernel = _class_diagonal_kl if covariance == "diag" else _class_full_kl
+    wide = _class_full_kl if x.shape[0] <= x.shape[1] else _class_full_kl_tall
+    kernel = _class_diagonal_kl if covariance == "diag" else wide
     return jnp.sum(groups.weights * kernel(shift, p, q, groups, single, ridge))
 
 
@@ -693,6 +651,24 @@ def _class_diagonal_kl(shift, p, q, groups, single, ridge):
         own = class_means(centered**2, groups)
         variances.append(jnp.where(single[:, None], pooled[None, :], own) + ridge)
     return _diagonal_kl(shift**2, *variances)
+
+
+def _class_full_kl_tall(shift, p, q, groups, single, ridge):
+    """The divergence of each sample's class, ``[n]``, one d x d problem a sample.
+
+    For more samples than features, where a class may have full rank: the n x n form
+    below would divide round-off by a small ridge.
+    """
+    pooled = (~single).astype(p.dtype) / jnp.maximum(jnp.sum(~single), 1)
+    own = groups.same / groups.counts[:, None]
+    shares = jnp.where(single[:, None], pooled[None, :], own)  # [n, n]
+
+    def of_sample(sample):
+        share, moved = sample
+        root = jnp.sqrt(share)[:, None]
+        return _full_kl(moved[None, :], root * p, root * q, ridge)[0]
+
+    return jax.lax.map(of_sample, (shares, shift))
 
 
 # Full covariances have a class axis in d x d form, but not in n x n form.  With
@@ -822,8 +798,9 @@ def class_mmd(
       labels: int, shape ``[n]``; negative ones carry no weight.
       num_classes: checks concrete labels, nothing else.
       kernel: ``"rbf"`` or ``"linear"``.
-      bandwidth: sigma of the rbf kernel; None gives each class the mean of its own
-        three distance matrices, constants.
+      bandwidth: sigma of the rbf kernel, one for all classes; None is the mean over
+        the same-class entries of the three distance matrices, a constant.  (A class
+        of one sample has no scale of its own.)
       reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
         frequency, ``"sum"`` (the released code).
 
@@ -851,10 +828,9 @@ def class_mmd(
     x, y = valid * x, valid * y
     squares = _all_squares(x, y)
     within = lambda pairs: jnp.sum(groups.same * pairs, axis=1)  # [n]
-    rows = sum(within(safe_sqrt(s)) for s in squares)
-    total = matmul(groups.same, rows)  # of each sample's class
-    sigma = _bandwidth(bandwidth, total / (3 * groups.counts**2), x, y)
-    sigma = jnp.broadcast_to(sigma, rows.shape)[:, None]
+    total = sum(jnp.sum(within(safe_sqrt(s))) for s in squares)
+    pairs = 3 * jnp.maximum(jnp.sum(groups.same), 1)
+    sigma = _bandwidth(bandwidth, total / pairs, x, y)
     within_x, within_y, between = (
         within(jnp.exp(-s / (2 * sigma**2))) / groups.counts for s in squares
     )

@@ -309,7 +309,7 @@ def nuclear_norm(matrix: jax.Array, *, method: str = "svd") -> jax.Array:
       Array(7., dtype=float32)
     """
     check_choice("method", method, _POLAR)
-    matrix = jnp.asarray(matrix)
+    matrix = as_float("matrix", matrix)
     if matrix.ndim != 2:
         raise ValueError(
             f"matrix must have shape [n, m], got {list(matrix.shape)}; "
@@ -378,6 +378,7 @@ def cross_nuclear_norm(x: jax.Array, y: jax.Array, *, method: str = "svd") -> ja
       Array(5., dtype=float32)
     """
     check_choice("method", method, _POLAR)
+    x, y = as_float("x", x), as_float("y", y)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
             "x and y must have shapes [n, d] and [m, d], "

@@ -17,6 +17,7 @@ from kddm_jax.distances import DISTANCES, Distance
 from kddm_jax.linalg import as_float, check_labels, check_number
 
 DEFAULT_WEIGHT = 1e-3
+RESERVED = ("task", "loss", "accuracy", "finite")  # the step's own metrics
 Features = jax.Array | Mapping[str, jax.Array]
 
 
@@ -204,12 +205,20 @@ def _arguments(row, term, batch, key):
     return [array for kind in row.inputs for array in known[kind]]
 
 
-def _teacher_deviation(arrays):
-    """mean_i ||y_i - mean||^2 of the teacher's features, away from zero."""
-    y = as_float("teacher_features", arrays[1])
-    deviation = jnp.mean(jnp.sum((y - jnp.mean(y, axis=0, keepdims=True)) ** 2, axis=1))
-    least = jnp.finfo(y.dtype).tiny ** 0.5
-    return jax.lax.stop_gradient(jnp.maximum(deviation, least))
+def _per_deviation(value, y, labels):
+    """Divides by mean_i ||y_i - mean||^2 of the labelled samples, a constant.
+
+    A teacher that is constant over the batch has no scale: then the term is zero.
+    """
+    y = as_float("teacher_features", y)
+    valid = (labels >= 0).astype(y.dtype)[:, None]
+    count = jnp.maximum(jnp.sum(valid), 1)
+    mean = jnp.sum(valid * y, axis=0, keepdims=True) / count
+    deviation = jnp.sum(valid * (y - mean) ** 2) / count
+    rounding = jnp.finfo(y.dtype).eps * jnp.sum(valid * y * y) / count
+    deviation = jax.lax.stop_gradient(deviation)
+    known = deviation > rounding + jnp.finfo(y.dtype).tiny ** 0.5
+    return jnp.where(known, value / jnp.where(known, deviation, 1), 0)
 
 
 def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
@@ -233,7 +242,8 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
     if local_only:
         value, stats = jax.lax.pmean((value, stats), axis_name)
     if scale == "teacher" and "squared" in row.promises:
-        value = value / _teacher_deviation(_arguments(row, term, gathered, key))
+        teacher = gathered["teacher"][_layers(term)[1]]
+        value = _per_deviation(value, teacher, gathered["labels"])
     return value, stats
 
 
@@ -273,7 +283,8 @@ def distill_loss(
       student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
         without layers compares ``"features"``.
       teacher_features: the same of the teacher, of the same images.
-      labels: int, ``[n]``; negative ones are padding.
+      labels: int, ``[n]``; negative ones are padding to the cross-entropy and to
+        distances that take labels; other distances count every row.
       student_logits: ``[n, k]``.
       teacher_logits: ``[n, k]``; needed by distances of predictions only.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, or a
@@ -282,7 +293,8 @@ def distill_loss(
       task_weight: of the cross-entropy.
       scale: ``"teacher"`` divides squared distances (rows that promise "squared") by
         the teacher's mean squared deviation, which makes the weight dimensionless;
-        distances that have no scale stay as they are.  None leaves all.
+        distances that have no scale stay as they are.  None leaves all.  A fixed
+        ``beta`` or ``epsilon`` is not scaled along.
       key: for random distances.
       num_classes: checks concrete labels.
       axis_name: of the mapped axis that holds the devices' shares of the batch.

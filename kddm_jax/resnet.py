@@ -3,7 +3,8 @@
 He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385: a stem,
 four stages of basic blocks `relu(x + bn(conv(relu(bn(conv(x))))))` with widths w, 2w,
 4w, 8w, global average pooling, a linear classifier. Padding and initialisation are
-torchvision's, and so are the parameter names: `layer1_0/conv2/kernel` is torchvision's
+torchvision's (but the classifier's bias starts at zero, and Flax averages the biased
+variance), and so are the parameter names: `layer1_0/conv2/kernel` is torchvision's
 `layer1.0.conv2.weight`. Images are NHWC and already normalised.
 """
 

@@ -344,5 +344,5 @@ def parallel(
         in_axes=in_axes,
         out_axes=None,
         donate_argnums=donate,
-        devices=devices,
+        devices=jax.local_devices() if devices is None else devices,
     )

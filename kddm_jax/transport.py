@@ -265,10 +265,10 @@ SOLVERS: Mapping[str, Callable] = MappingProxyType(
 def transport_cost(
     costs: Costs,
     *,
-    solver: str,
-    epsilon: float | jax.Array | None,
-    threshold: float,
-    max_iterations: int,
+    solver: str = "sinkhorn",
+    epsilon: float | jax.Array | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 2000,
     floor: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, Stats]:
     r"""Solves a transport problem by one of `SOLVERS`.

@@ -354,6 +354,13 @@ def mmd(x, y, *, kernel="rbf", bandwidth=None):
 
 
 def class_mmd(x, y, labels, *, kernel="rbf", bandwidth=None, reduction="mean"):
-    """sum_c w_c MMD^2 of the class; a default bandwidth is the class's own."""
+    """sum_c w_c MMD^2 of the class; by default one bandwidth, of same-class pairs."""
+    if bandwidth is None:
+        entries = []
+        for c in classes(labels):
+            a, b = x[labels == c], y[labels == c]
+            for pair in ((a, a), (b, b), (a, b)):
+                entries.append(np.sqrt(squared_distances(*pair)).ravel())
+        bandwidth = np.concatenate(entries).mean()
     distance = lambda x, y: mmd(x, y, kernel=kernel, bandwidth=bandwidth)
     return class_loop(distance, x, y, labels, reduction)

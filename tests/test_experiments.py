@@ -821,7 +821,7 @@ def small_results(teacher=90.0, given=False):
         "environment": {
             **environment,
             "commit": "of-the-last-command",
-            "command": "python experiments/cifar.py --seeds 0 1",
+            "command": "python experiments/cifar.py --out /home/me --seeds 0 1",
         },
     }
 
@@ -837,7 +837,7 @@ GOLDEN = """\
 
 digits, recipe laptop: ResNet34 (width 32) to ResNet18 (width 16), cifar stem; \
 accuracy on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, commit abc1234. \
-`python experiments/cifar.py --seeds 0 1`
+`python experiments/cifar.py --dataset digits --seeds 0 1`
 """
 
 

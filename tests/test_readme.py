@@ -7,6 +7,7 @@ import pytest
 
 from kddm_jax import DISTANCES
 
+ROOT = Path(__file__).parents[1]
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -29,3 +30,13 @@ def test_snippet_runs_and_prints_what_it_says(index, capsys):
 def test_the_catalogue_is_whole():
     rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
     assert rows == list(DISTANCES)
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_tables_are_rendered_from_their_json(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import report
+
+    text = (ROOT / page).read_text()
+    assert report.BLOCK.search(text), "a page of results has a table"
+    assert report.fill(ROOT / page) == text
