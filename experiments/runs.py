@@ -62,8 +62,9 @@ def _commit() -> str:
 def environment(devices) -> dict[str, object]:
     """What numbers are measured with."""
     cpu = f"CPU ({os.cpu_count()} cores)"
+    script = f"experiments/{Path(sys.argv[0]).name}"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
         "commit": _commit(),
         "device": cpu if devices[0].platform == "cpu" else devices[0].device_kind,
         "device_count": len(devices),
