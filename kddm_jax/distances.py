@@ -710,17 +710,18 @@ def _all_squares(x, y):
     """Squared distances within x, within y and between, free of round-off below 0.
 
     A kernel is flat at distance zero, so that clipping takes no gradient away; a
-    negative square over a tiny bandwidth would blow the exponential up.
+    negative square over a tiny bandwidth would blow the exponential up.  Diagonals
+    keep their round-off: that of identical clouds cancels.
     """
-    off_x, off_y = (1 - jnp.eye(z.shape[0], dtype=z.dtype) for z in (x, y))
-    pairs = off_x * squared_distances(x, x), off_y * squared_distances(y, y)
-    return [jnp.maximum(s, 0) for s in (*pairs, squared_distances(x, y))]
+    pairs = ((x, x), (y, y), (x, y))
+    return [jnp.maximum(squared_distances(*pair), 0) for pair in pairs]
 
 
 def _bandwidth(bandwidth, mean_distance, x, y):
     """The number given, or the mean distance, away from its round-off; a constant."""
     if bandwidth is None:
-        least = safe_sqrt(_cost_floor(x, y)) + jnp.finfo(x.dtype).tiny ** 0.25
+        # four standard roundings of a distance
+        least = 4 * safe_sqrt(_cost_floor(x, y)) + jnp.finfo(x.dtype).tiny ** 0.25
         return constant(jnp.maximum(mean_distance, least))
     cure = "; None takes the mean distance"
     check_number("bandwidth", bandwidth, positive=True, cure=cure)

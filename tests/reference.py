@@ -216,7 +216,9 @@ def covariance(x):
 def root_by_eigenvectors(a):
     """V diag(sqrt(max(l, 0))) V^T: right for rank-deficient matrices too."""
     values, vectors = np.linalg.eigh((a + a.T) / 2)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # the root of a round-off eigenvalue, 1e-16, would be 1e-8
+    values[values < 1e-14 * values.max()] = 0
+    return (vectors * np.sqrt(values)) @ vectors.T
 
 
 def bures(cov_x, cov_y):
