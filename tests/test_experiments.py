@@ -44,6 +44,9 @@ from settings import (  # noqa: E402
     weight_of,
 )
 
+# One worker runs them all: another would only wait for the runs that they share.
+pytestmark = pytest.mark.xdist_group("experiments")
+
 DISTANCE_NAMES = ("w2", "w2_gaussian")
 # Teacher and student are of one shape, so that they share their compiled step.
 TINY = (
