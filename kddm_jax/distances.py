@@ -990,7 +990,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "mmd_rbf": Distance(
             mmd,
             title="MMD rbf",
-            weight=1.0,
+            weight=0.1,
             complexity="n² d",
             promises=_RIGID,
         ),
