@@ -104,6 +104,7 @@ def test_exact_class_wasserstein(reduction):
         close(call("class_wasserstein", x, y, labels, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "reduction"),
     [*(("sinkhorn", r) for r in REDUCTIONS), ("entropic", "mean"), ("entropic", "sum")],

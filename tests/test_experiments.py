@@ -316,6 +316,7 @@ def test_same_command_trains_nothing(shared, finished):
 # Resume and determinism.
 
 
+@pytest.mark.slow
 def test_killed_run_was_in_the_middle(resumed):
     """The test below means something only if the kill came between the epochs."""
     killed = resumed / "killed"
@@ -330,6 +331,7 @@ def test_killed_run_was_in_the_middle(resumed):
         assert absent not in stdout
 
 
+@pytest.mark.slow
 def test_killed_run_continues_bit_for_bit(finished, resumed):
     assert_same_arrays(
         final_arrays(resumed / "out", "w2"), final_arrays(finished / "out", "w2")
@@ -342,6 +344,7 @@ def test_killed_run_continues_bit_for_bit(finished, resumed):
     assert timeless(left) == timeless(right)
 
 
+@pytest.mark.slow
 def test_same_command_in_another_folder_gives_the_same(finished, resumed):
     """Of these runs none was interrupted."""
     for name, seed in (("teacher", 0), ("student", 1), ("w2_gaussian", 1)):
@@ -374,6 +377,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_devices_are_one(shared, finished, tmp_path, capsys):
     """The global batch decides, not how many devices share it."""
     assert len(jax.local_devices()) >= 2

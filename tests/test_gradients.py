@@ -55,8 +55,13 @@ def is_new(row, variant):
     return not variant or any(usual[k] != word for k, word in variant.items())
 
 
+# Each row as it is by default; with its options, in the slow run.
 CASES = [
-    pytest.param(name, variant, batch, id="-".join([name, *variant.values(), shape]))
+    pytest.param(
+        *(name, variant, batch),
+        id="-".join([name, *variant.values(), shape]),
+        marks=[pytest.mark.slow] if variant else [],
+    )
     for name, row in DISTANCES.items()
     for variant in VARIANTS
     if is_new(row, variant)
@@ -91,7 +96,6 @@ def of_one_matrix(row, batch, **options):
     return fn, jnp.concatenate(matrices, axis=1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant", "batch"), CASES)
 def test_gradient_is_that_of_the_value(name, variant, batch):
     row = DISTANCES[name]

@@ -279,6 +279,7 @@ DEVICE_ROWS = [(by_pmap, name) for name in DISTANCES] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mapped", "name"), DEVICE_ROWS)
 def test_every_row_on_one_device_and_on_two(mapped, name):
     """CE + weight * distance of the global batch; the teacher gets no gradient."""

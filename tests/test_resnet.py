@@ -216,6 +216,7 @@ def test_initial_values():
     assert not np.array_equal(init(jax.random.key(1))[0], kernel)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_around_it():
     images = random_images(4, 8, 1)
     model = ResNet9(width=4, dtype=jnp.bfloat16)
@@ -267,6 +268,7 @@ def test_training_updates_batch_stats():
         )
 
 
+@pytest.mark.slow
 def test_batch_norm_over_two_devices_is_that_of_the_whole_batch():
     images = random_images(8, 8, 1)
     # Halves of unlike statistics: without synchronisation they would not agree.
