@@ -91,6 +91,7 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         f"{settings.dataset}: {len(parts.teacher)} images for the teacher, "
         f"{len(parts.student)} for students, {len(parts.eval_labels)} to evaluate on; "
         f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
+        f"{'; images are streamed from the host' if problem.streams else ''}"
     )
 
     # --- teacher, then students ------------------------------------------------

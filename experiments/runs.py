@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from settings import Settings, UserError, as_json, weight_of
 
-from kddm_jax import DISTANCES, augment, checkpoint, data, resnet, train_step
+from kddm_jax import DISTANCES, augment, checkpoint, data, resnet, stream, train_step
 
 EVAL_BATCH = 500
 # What decides a teacher's result, and a student's beside the teacher itself.
@@ -144,10 +144,35 @@ class Problem:
         return len(self.dataset.class_names)
 
     @cached_property
+    def streams(self) -> bool:
+        """Whether the training images are too large to lie on every device."""
+        limit = self.settings.stream_above
+        limit = 1e6 * limit if limit is not None else device_memory(self.devices[0]) / 4
+        return self.dataset.train_images.nbytes > limit
+
+    @cached_property
     def resident(self) -> tuple[jax.Array, jax.Array]:
         """All training images (uint8) and labels, on every device."""
         pair = (self.dataset.train_images, self.dataset.train_labels)
         return train_step.replicate(pair, self.devices)
+
+    def dispatches(self, order: np.ndarray, length: int) -> Iterator[tuple]:
+        """Images, labels and indices of an epoch's dispatches, ``length`` steps each.
+
+        Streamed or resident, one program reads both: ``scan_steps`` looks its images
+        up among those it is given, all or only its own.
+        """
+        count = len(self.devices)
+        rows = stream.reads(order, length=length, shares=range(count), of=count)
+        if not self.streams:
+            for shares in rows:
+                yield *self.resident, shares
+            return
+        own = np.arange(rows[0, 0].size, dtype=np.int32).reshape(rows[0, 0].shape)
+        own = np.broadcast_to(own, rows[0].shape)  # [devices, length, b]
+        dataset = self.dataset
+        for pair in stream.stream(dataset.train_images, dataset.train_labels, rows):
+            yield *pair, own
 
     @cached_property
     def augment(self) -> Callable:
@@ -177,6 +202,14 @@ class Problem:
             self.programs[key] = jax.jit(model.init)
         image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
         return jax.device_get(self.programs[key](jax.random.key(seed), image))
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes of a device's memory; a CPU's is the machine's."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def prepare(settings: Settings, out: Path) -> Problem:
@@ -407,9 +440,10 @@ def _train_program(problem, run, model, teacher, tx, length):
             distance=run.name if distilled else (),
             **({"scale": problem.settings.scale} if distilled else {}),
         )
+        images = 0 if problem.streams else None
         problem.programs[key] = train_step.parallel(
             train_step.scan_steps(step),
-            in_axes=(None, None, None, None, 0),
+            in_axes=(None, None, images, images, 0),
             donate=(0,),
             devices=problem.devices,
         )
@@ -470,12 +504,10 @@ def train(
     for epoch in range(len(history), run.epochs):
         order = epoch_order(run, epoch, settings.batch_size)
         collected, epoch_began, counted = [], time.monotonic(), 0
-        for start in range(0, steps, length):
-            rows = order[start : start + length]  # [length, batch]
-            shares = rows.reshape(length, len(problem.devices), -1).swapaxes(0, 1)
-            state, metrics = program(state, fixed, *problem.resident, shares)
+        for inputs in problem.dispatches(order, length):
+            state, metrics = program(state, fixed, *inputs)
             collected.append(metrics)
-            counted += rows.size
+            counted += length * settings.batch_size
             if first_step is None:  # compiling is no part of the speed
                 jax.block_until_ready(metrics)
                 first_step = time.monotonic() - began
@@ -484,7 +516,7 @@ def train(
                 report(
                     run,
                     epoch=epoch,
-                    done=epoch * steps + start,
+                    done=epoch * steps + (len(collected) - 1) * length,
                     total=run.epochs * steps,
                     metrics=collected[-2],
                     speed=counted / max(time.monotonic() - epoch_began, 1e-6),

@@ -104,6 +104,9 @@ class Settings:
 
     devices: int | None = None
     """None: all."""
+    stream_above: float | None = None
+    """Megabytes of training images above which they stay in host memory and are read
+    ahead; None: a quarter of the device's memory."""
     steps_per_dispatch: int | None = None
     """Steps compiled as one program; None: one on a CPU, up to 50 elsewhere."""
     eval_every: int = 1
@@ -270,9 +273,11 @@ def _check_ranges(settings):
             value is None or value > 0,
             f"--{field.replace('_', '-')} must be positive, got {value}",
         )
-    not_negative = "held_out padding lr_end weight_decay momentum warmup"
+    not_negative = "held_out padding lr_end weight_decay momentum warmup stream_above"
     for field in not_negative.split():
         value = getattr(settings, field)
+        if value is None:
+            continue
         below = value < 1 or field not in ("momentum", "warmup")
         _require(
             value >= 0 and below,

@@ -100,3 +100,15 @@ def test_distances(tmp_path):
     assert all(row["ms"] > 0 for row in report["rows"])
     # Two limits in ms and four ratios, for both students.
     assert len(report["claims"]) == 12
+
+
+@pytest.mark.slow
+def test_stream(tmp_path):
+    text, report = run(
+        "stream.py --images 512 --width 4 --batch-size 64 --rounds 3 --least 0",
+        tmp_path / "stream.json",
+    )
+    head, rows = table(text)
+    assert head == ["images", "images/s"]
+    assert [row[0] for row in rows] == ["resident", "streamed"]
+    assert report["ratio"] > 0

@@ -20,6 +20,7 @@ import tarfile
 from dataclasses import fields
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -402,6 +403,26 @@ def test_two_devices_are_one(shared, finished, tmp_path, capsys):
         assert a.pop("accuracy") == pytest.approx(b.pop("accuracy"), abs=1.5 / 128)
         assert a.pop("test_accuracy") == pytest.approx(b.pop("test_accuracy"), abs=1.5)
         assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_streamed_run_is_the_resident_one(shared, finished, tmp_path):
+    """Images above the limit are read ahead: the same numbers, to the last bit."""
+    folder = tmp_path / "out"
+    line = (*tiny(shared, folder), "--distances", "w2_gaussian")
+    for run in ("student", "teacher"):
+        shutil.copytree(finished / "out" / run, folder / run)
+    done = command(*line, "--stream-above", 0.001, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "images are streamed from the host" in done.stdout
+    one, two = (root / "w2_gaussian" / "seed1" for root in (finished / "out", folder))
+    left, right = (json.loads((r / "result.json").read_text()) for r in (one, two))
+    assert left["history"] == right["history"]
+    arrays = [
+        checkpoint.restore_arrays(checkpoint.latest(r / "checkpoints"))[0]
+        for r in (one, two)
+    ]
+    chex.assert_trees_all_equal(*arrays)
 
 
 def test_interrupt_is_one_line(tmp_path, capsys, monkeypatch):

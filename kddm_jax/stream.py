@@ -1,0 +1,91 @@
+"""Batches of a data set too large for the device, read ahead by Grain.
+
+The images stay where they are, in host memory or in a memory-mapped file, and each
+dispatch gets its own: Grain's threads gather the rows of the next ones while the
+device computes.  Which images make a batch is the caller's, as an array of indices, so
+a streamed run sees the same batches in the same order as one whose images lie on the
+device, and continues at any epoch.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def reads(order: np.ndarray, *, length: int, shares: range, of: int) -> np.ndarray:
+    """Which images each device reads for each dispatch.
+
+    Args:
+      order: indices of an epoch's batches, shape ``[steps, b]``.
+      length: steps in one dispatch; divides ``steps``.
+      shares: which of the ``of`` equal shares of each batch to read: those of this
+        process's devices.
+      of: number of devices of all processes; divides ``b``.
+
+    Returns:
+      Indices, shape ``[steps / length, len(shares), length, b / of]``.
+
+    Raises:
+      ValueError: ``length`` does not divide the steps, or ``of`` the batch.
+
+    Examples:
+      >>> order = np.arange(8).reshape(2, 4)  # two batches of four
+      >>> reads(order, length=1, shares=range(1, 2), of=2).tolist()
+      [[[[2, 3]]], [[[6, 7]]]]
+    """
+    steps, batch = order.shape
+    if steps % length or batch % of:
+        raise ValueError(
+            f"order has shape [{steps}, {batch}]: length={length} must divide the "
+            f"steps and of={of} the batch"
+        )
+    by_device = order.reshape(steps // length, length, of, batch // of)
+    return by_device.swapaxes(1, 2)[:, shares.start : shares.stop]
+
+
+class _Dispatches:
+    """Grain's random-access source: one element is what one dispatch needs."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray):
+        self.images, self.labels, self.rows = images, labels, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        devices = len(self.rows[i])
+        at = self.rows[i].reshape(devices, -1)  # [devices, length * b]
+        # In the order they lie: a memory-mapped file is read forwards.
+        forward = np.argsort(at, axis=None)
+        images = np.empty((at.size, *self.images.shape[1:]), self.images.dtype)
+        images[forward] = self.images[at.ravel()[forward]]
+        return images.reshape(*at.shape, *images.shape[1:]), self.labels[at]
+
+
+def stream(
+    images: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    *,
+    threads: int = 2,
+    ahead: int = 4,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Reads the images of one dispatch after the other, some ahead of time.
+
+    Args:
+      images: ``[n, h, w, c]``, an array or a memory-mapped file.
+      labels: ``[n]``.
+      rows: indices from `reads`, ``[dispatches, devices, length, b]``.
+      threads: that read.
+      ahead: dispatches held ready.
+
+    Yields:
+      Images ``[devices, length * b, h, w, c]`` and labels ``[devices, length * b]``,
+      a device's steps one after the other.
+    """
+    # Imported here: Grain takes a second, and most sets lie on the device.
+    import grain
+
+    source = grain.MapDataset.source(_Dispatches(images, labels, rows))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    yield from source.to_iter_dataset(options)
