@@ -43,6 +43,7 @@ from settings import (  # noqa: E402
     parse,
     weight_of,
 )
+from teacher import Teacher, find_checkpoint  # noqa: E402
 
 # One worker runs them all: another would only wait for the runs that they share.
 pytestmark = pytest.mark.xdist_group("experiments")
@@ -367,7 +368,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     digest = results_of(finished / "out")["teacher"]["digest"]
     run = next(r for r in runs.student_runs(problem, digest) if r.name == "w2")
     model = problem.model("ResNet9", 4)
-    teacher = runs.Teacher(model, 4, {}, digest, 0.0, None)
+    teacher = Teacher(model, 4, {}, digest, 0.0, None)
     result = runs.train(problem, run, model, teacher, unwanted_training)
     assert timeless(result) == timeless(
         json.loads((run_folder / "result.json").read_text())
@@ -736,8 +737,8 @@ def test_damaged_teacher_without_an_older_one(tmp_path, trained):
 @pytest.mark.parametrize("given", ["digits", "digits/checkpoints"])
 def test_teacher_by_run_or_checkpoint_folder(given, trained):
     path = trained / "digits" / "checkpoints" / "step-00000002"
-    assert runs.find_checkpoint(trained / given) == path
-    assert runs.find_checkpoint(path) == path
+    assert find_checkpoint(trained / given) == path
+    assert find_checkpoint(path) == path
 
 
 # ---------------------------------------------------------------------------
