@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -35,10 +36,10 @@ class Teacher:
 
 def _variables_of(problem, path, model):
     """Parameters and statistics of a run's checkpoint, whatever its optimiser."""
-    arrays, meta = checkpoint.restore_arrays(path)
+    arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)
     found = {k: arrays.get(k, {}) for k in ("params", "batch_stats")}
-    return checkpoint.match(path, found, like), meta
+    return checkpoint.match(path, found, like)
 
 
 def _digest(variables):
@@ -62,13 +63,52 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def teacher_shape(problem: runs.Problem) -> tuple[str, int, Path | None]:
+@dataclass(frozen=True)
+class Source:
+    """Where the teacher comes from; its arrays are read and hashed once.
+
+    Attributes:
+      problem: data, devices, settings.
+      model: the network.
+      width: its width.
+      given: the checkpoint of ``--teacher``; None: a run of this command.
+    """
+
+    problem: runs.Problem
+    model: resnet.ResNet
+    width: int
+    given: Path | None
+
+    @property
+    def _folder(self) -> Path:
+        return runs.teacher_run(self.problem).folder(self.problem.out)
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is something to read."""
+        return self.given is not None or (self._folder / "result.json").exists()
+
+    @cached_property
+    def variables(self):
+        """Those of the given checkpoint, or of the finished run; on the host."""
+        path = self.given or find_checkpoint(self._folder)
+        return _variables_of(self.problem, path, self.model)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the variables: students of another teacher are other runs."""
+        return _digest(self.variables)
+
+
+def find_teacher(problem: runs.Problem) -> Source:
     """Architecture and width of the teacher, and its checkpoint if one is given."""
     settings = problem.settings
     if settings.teacher is None:
-        return settings.teacher_model, settings.teacher_width or settings.width, None
+        width = settings.teacher_width or settings.width
+        return Source(
+            problem, problem.model(settings.teacher_model, width), width, None
+        )
     path = find_checkpoint(settings.teacher)
-    checkpoint.verify(path)
     made = checkpoint.read_meta(path).get("run", {})
     if made.get("dataset") != settings.dataset:
         raise UserError(
@@ -86,31 +126,21 @@ def teacher_shape(problem: runs.Problem) -> tuple[str, int, Path | None]:
             f"--teacher {path} has the {made.get('stem')} stem; pass "
             f"--stem {made.get('stem')}"
         )
-    model = made.get("teacher_model") or made.get("student_model")
-    return model, made["width"], path
+    name = made.get("teacher_model") or made.get("student_model")
+    return Source(problem, problem.model(name, made["width"]), made["width"], path)
 
 
-def known_digest(problem: runs.Problem) -> str:
+def known_digest(source: Source) -> str:
     """Digest of the teacher to come, where it is trained already."""
-    name, width, path = teacher_shape(problem)
-    if path is None:
-        folder = runs.teacher_run(problem).folder(problem.out)
-        if not (folder / "result.json").exists():
-            return "not trained yet"
-        path = find_checkpoint(folder)
-    variables, _ = _variables_of(problem, path, problem.model(name, width))
-    return _digest(variables)
+    return source.digest if source.trained else "not trained yet"
 
 
-def load_teacher(problem: runs.Problem, report) -> Teacher:
+def load_teacher(source: Source, report) -> Teacher:
     """Trains the teacher, or takes the checkpoint that was given."""
-    name, width, path = teacher_shape(problem)
-    model, result = problem.model(name, width), None
-    if path is None:
+    problem, model, result = source.problem, source.model, None
+    if source.given is None:
         run = runs.teacher_run(problem)
         result = runs.train(problem, run, model, None, report)
-        path = find_checkpoint(run.folder(problem.out))
-    variables, _ = _variables_of(problem, path, model)
-    replicated = train_step.replicate(variables, problem.devices)
+    replicated = train_step.replicate(source.variables, problem.devices)
     accuracy = runs.evaluate(problem, model, replicated)
-    return Teacher(model, width, replicated, _digest(variables), accuracy, result)
+    return Teacher(model, source.width, replicated, source.digest, accuracy, result)

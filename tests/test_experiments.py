@@ -43,7 +43,13 @@ from settings import (  # noqa: E402
     parse,
     weight_of,
 )
-from teacher import Teacher, find_checkpoint  # noqa: E402
+from teacher import (  # noqa: E402
+    Teacher,
+    find_checkpoint,
+    find_teacher,
+    known_digest,
+    load_teacher,
+)
 
 # One worker runs them all: another would only wait for the runs that they share.
 pytestmark = pytest.mark.xdist_group("experiments")
@@ -739,6 +745,21 @@ def test_teacher_by_run_or_checkpoint_folder(given, trained):
     path = trained / "digits" / "checkpoints" / "step-00000002"
     assert find_checkpoint(trained / given) == path
     assert find_checkpoint(path) == path
+
+
+def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
+    """Reading 85 MB of arrays means hashing them, too."""
+    read, restore = [], checkpoint.restore_arrays
+    monkeypatch.setattr(
+        checkpoint, "restore_arrays", lambda path: read.append(path) or restore(path)
+    )
+    monkeypatch.setattr(runs, "evaluate", lambda *arguments: 12.5)
+    line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
+    problem = runs.prepare(parse([*map(str, line)]), tmp_path)
+    source = find_teacher(problem)
+    teacher = load_teacher(source, unwanted_training)
+    assert (teacher.digest, teacher.accuracy) == (known_digest(source), 12.5)
+    assert [path.name for path in read] == ["step-00000002"]
 
 
 # ---------------------------------------------------------------------------
