@@ -17,6 +17,7 @@ import cifar  # sets the environment before JAX is imported
 import runs
 from rich.table import Table
 from settings import UserError, as_json, check, parse
+from teacher import find_teacher, load_teacher
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -30,10 +31,11 @@ def choose(settings, grid, console) -> dict[str, object]:
     settings = dataclasses.replace(settings, weights=None)
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
     problem = runs.prepare(settings, out)
-    runs.check_distances(problem, runs.teacher_shape(problem)[1])
+    source = find_teacher(problem)
+    runs.check_distances(problem, source.width)
     reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
     with reporter.progress:
-        teacher = runs.load_teacher(problem, reporter)
+        teacher = load_teacher(source, reporter)
         model = problem.model(settings.student_model, settings.width)
         accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
         for weight in grid:

@@ -22,6 +22,7 @@ import runs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from settings import Settings, UserError, as_json, parse
+from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax.checkpoint import CheckpointError
 from kddm_jax.data import DataError
@@ -75,11 +76,11 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
 
     # --- all that can be wrong, before anything is trained or written ----------
     problem = runs.prepare(settings, out)
-    _, teacher_width, given = runs.teacher_shape(problem)
-    runs.check_distances(problem, teacher_width)
-    if given is None:
+    source = find_teacher(problem)
+    runs.check_distances(problem, source.width)
+    if source.given is None:
         runs.check_folder(runs.teacher_run(problem), out)
-    for run in runs.student_runs(problem, runs.known_digest(problem)):
+    for run in runs.student_runs(problem, known_digest(source)):
         runs.check_folder(run, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,7 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     live = settings.progress and console.is_terminal
     reporter = Reporter(console, live)
     with reporter.progress:
-        teacher = runs.load_teacher(problem, reporter)
+        teacher = load_teacher(source, reporter)
         reporter.progress.console.print(f"teacher: {teacher.accuracy:.2f} %")
         results = []
         student = problem.model(settings.student_model, settings.width)

@@ -44,6 +44,13 @@ from settings import (  # noqa: E402
     parse,
     weight_of,
 )
+from teacher import (  # noqa: E402
+    Teacher,
+    find_checkpoint,
+    find_teacher,
+    known_digest,
+    load_teacher,
+)
 
 # One worker runs them all: another would only wait for the runs that they share.
 pytestmark = pytest.mark.xdist_group("experiments")
@@ -371,7 +378,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     digest = results_of(finished / "out")["teacher"]["digest"]
     run = next(r for r in runs.student_runs(problem, digest) if r.name == "w2")
     model = problem.model("ResNet9", 4)
-    teacher = runs.Teacher(model, 4, {}, digest, 0.0, None)
+    teacher = Teacher(model, 4, {}, digest, 0.0, None)
     result = runs.train(problem, run, model, teacher, unwanted_training)
     assert timeless(result) == timeless(
         json.loads((run_folder / "result.json").read_text())
@@ -761,8 +768,23 @@ def test_damaged_teacher_without_an_older_one(tmp_path, trained):
 @pytest.mark.parametrize("given", ["digits", "digits/checkpoints"])
 def test_teacher_by_run_or_checkpoint_folder(given, trained):
     path = trained / "digits" / "checkpoints" / "step-00000002"
-    assert runs.find_checkpoint(trained / given) == path
-    assert runs.find_checkpoint(path) == path
+    assert find_checkpoint(trained / given) == path
+    assert find_checkpoint(path) == path
+
+
+def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
+    """Reading 85 MB of arrays means hashing them, too."""
+    read, restore = [], checkpoint.restore_arrays
+    monkeypatch.setattr(
+        checkpoint, "restore_arrays", lambda path: read.append(path) or restore(path)
+    )
+    monkeypatch.setattr(runs, "evaluate", lambda *arguments: 12.5)
+    line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
+    problem = runs.prepare(parse([*map(str, line)]), tmp_path)
+    source = find_teacher(problem)
+    teacher = load_teacher(source, unwanted_training)
+    assert (teacher.digest, teacher.accuracy) == (known_digest(source), 12.5)
+    assert [path.name for path in read] == ["step-00000002"]
 
 
 # ---------------------------------------------------------------------------

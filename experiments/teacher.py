@@ -1,0 +1,146 @@
+"""The teacher: trained by this command, or given as a checkpoint."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+import runs
+from settings import UserError
+
+from kddm_jax import checkpoint, resnet, train_step
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network that students follow.
+
+    Attributes:
+      model: the network.
+      width: its width.
+      variables: on the devices.
+      digest: of its arrays: students of another teacher are other runs.
+      accuracy: on the evaluation images, in percent.
+      result: of its run, None for a given checkpoint.
+    """
+
+    model: resnet.ResNet
+    width: int
+    variables: object
+    digest: str
+    accuracy: float
+    result: dict[str, object] | None
+
+
+def _variables_of(problem, path, model):
+    """Parameters and statistics of a run's checkpoint, whatever its optimiser."""
+    arrays, _ = checkpoint.restore_arrays(path)
+    like = problem.init(model, 0)
+    found = {k: arrays.get(k, {}) for k in ("params", "batch_stats")}
+    return checkpoint.match(path, found, like)
+
+
+def _digest(variables):
+    digest = hashlib.sha256()
+    for key, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(key).encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint, from its own folder, a run's, or one of checkpoints."""
+    if (path / "meta.json").exists():
+        return path
+    for folder in (path / "checkpoints", path):
+        found = checkpoint.latest(folder)
+        if found is not None:
+            return found
+    raise UserError(
+        f"no checkpoint in {path}; pass a run's folder (such as "
+        "runs/digits-laptop/teacher/seed0), or leave --teacher out to train one"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the teacher comes from; its arrays are read and hashed once.
+
+    Attributes:
+      problem: data, devices, settings.
+      model: the network.
+      width: its width.
+      given: the checkpoint of ``--teacher``; None: a run of this command.
+    """
+
+    problem: runs.Problem
+    model: resnet.ResNet
+    width: int
+    given: Path | None
+
+    @property
+    def _folder(self) -> Path:
+        return runs.teacher_run(self.problem).folder(self.problem.out)
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is something to read."""
+        return self.given is not None or (self._folder / "result.json").exists()
+
+    @cached_property
+    def variables(self):
+        """Those of the given checkpoint, or of the finished run; on the host."""
+        path = self.given or find_checkpoint(self._folder)
+        return _variables_of(self.problem, path, self.model)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the variables: students of another teacher are other runs."""
+        return _digest(self.variables)
+
+
+def find_teacher(problem: runs.Problem) -> Source:
+    """Architecture and width of the teacher, and its checkpoint if one is given."""
+    settings = problem.settings
+    if settings.teacher is None:
+        width = settings.teacher_width or settings.width
+        return Source(
+            problem, problem.model(settings.teacher_model, width), width, None
+        )
+    path = find_checkpoint(settings.teacher)
+    made = checkpoint.read_meta(path).get("run", {})
+    if made.get("dataset") != settings.dataset:
+        raise UserError(
+            f"--teacher {path} was trained on {made.get('dataset')}, "
+            f"this run is on {settings.dataset}; pass a teacher of the same data"
+        )
+    if settings.held_out and made.get("held_out") != settings.held_out:
+        raise UserError(
+            f"--held-out {settings.held_out}: --teacher {path} was trained with "
+            f"held_out={made.get('held_out')} and may have seen these images; "
+            "train one with the same --held-out"
+        )
+    if made.get("stem") != settings.stem:
+        raise UserError(
+            f"--teacher {path} has the {made.get('stem')} stem; pass "
+            f"--stem {made.get('stem')}"
+        )
+    name = made.get("teacher_model") or made.get("student_model")
+    return Source(problem, problem.model(name, made["width"]), made["width"], path)
+
+
+def known_digest(source: Source) -> str:
+    """Digest of the teacher to come, where it is trained already."""
+    return source.digest if source.trained else "not trained yet"
+
+
+def load_teacher(source: Source, report) -> Teacher:
+    """Trains the teacher, or takes the checkpoint that was given."""
+    problem, model, result = source.problem, source.model, None
+    if source.given is None:
+        run = runs.teacher_run(problem)
+        result = runs.train(problem, run, model, None, report)
+    replicated = train_step.replicate(source.variables, problem.devices)
+    accuracy = runs.evaluate(problem, model, replicated)
+    return Teacher(model, source.width, replicated, source.digest, accuracy, result)
