@@ -32,7 +32,7 @@ def choose(settings, grid, console) -> dict[str, object]:
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
     problem = runs.prepare(settings, out)
     source = find_teacher(problem)
-    runs.check_distances(problem, source.width)
+    runs.check_distances(problem, source.model)
     reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
     with reporter.progress:
         teacher = load_teacher(source, reporter)

@@ -12,9 +12,12 @@ import os
 # into 800 ms when another job keeps a core busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import contextlib
+import fcntl
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import report
@@ -69,15 +72,28 @@ def _last(value):
     return value if isinstance(value, float) else value[-1]
 
 
+@contextlib.contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Refuses a folder in which another command is at work."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--out {out}: another command is at work in this folder; "
+                "wait for its end, or choose another --out"
+            ) from error
+        yield
+
+
 def run_all(settings: Settings, console: Console) -> dict[str, object]:
     """Runs the experiment: teacher, students alone, distilled students."""
-    began = time.monotonic()
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}"
 
     # --- all that can be wrong, before anything is trained or written ----------
     problem = runs.prepare(settings, out)
     source = find_teacher(problem)
-    runs.check_distances(problem, source.width)
+    runs.check_distances(problem, source.model)
     if source.given is None:
         runs.check_folder(runs.teacher_run(problem), out)
     for run in runs.student_runs(problem, known_digest(source)):
@@ -86,8 +102,14 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another") from error
+    with only_one(out):
+        return _train_all(problem, source, console)
 
-    parts = problem.parts
+
+def _train_all(problem, source, console):
+    """Trains what is not trained yet, writes and shows the table."""
+    began = time.monotonic()
+    settings, out, parts = problem.settings, problem.out, problem.parts
     console.print(
         f"{settings.dataset}: {len(parts.teacher)} images for the teacher, "
         f"{len(parts.student)} for students, {len(parts.eval_labels)} to evaluate on; "
@@ -154,7 +176,8 @@ def answer_errors(work) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"error: {what}", file=sys.stderr)
         return 2
     except runs.RunError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
+from flax import linen as nn
 from settings import Settings, UserError, as_json, weight_of
 
 from kddm_jax import DISTANCES, augment, checkpoint, data, resnet, stream, train_step
@@ -33,7 +35,7 @@ EVAL_BATCH = 500
 # What decides a teacher's result, and a student's beside the teacher itself.
 SHARED_FIELDS = (
     *("dataset", "train_images", "test_images", "held_out", "eval_every"),
-    *("stem", "dtype", "padding", "flip", "batch_size"),
+    *("stem", "dtype", "padding", "flip", "degrees", "shift", "zoom", "batch_size"),
     *("lr", "lr_end", "schedule", "warmup", "momentum", "nesterov", "weight_decay"),
 )
 TEACHER_FIELDS = (*SHARED_FIELDS, "teacher_model", "teacher_epochs")
@@ -185,12 +187,16 @@ class Problem:
             std=self.dataset.std,
             padding=self.settings.padding,
             flip=self.settings.flip,
+            degrees=self.settings.degrees,
+            shift=self.settings.shift,
+            zoom=self.settings.zoom,
             dtype=jnp.dtype(self.settings.dtype),
         )
 
-    def model(self, name: str, width: int) -> resnet.ResNet:
+    def model(self, name: str, width: int) -> nn.Module:
         """A network whose BatchNorm sees the global batch."""
-        return getattr(resnet, name)(
+        return models.build(
+            name,
             num_classes=self.num_classes,
             stem=self.settings.stem,
             width=width,
@@ -198,7 +204,7 @@ class Problem:
             axis_name=train_step.AXIS,
         )
 
-    def init(self, model: resnet.ResNet, seed: int):
+    def init(self, model: nn.Module, seed: int):
         """Fresh variables, on the host."""
         key = ("init", model)
         if key not in self.programs:  # tracing and compiling it takes seconds
@@ -245,24 +251,25 @@ def prepare(settings: Settings, out: Path) -> Problem:
     return problem
 
 
-def check_distances(problem: Problem, teacher_width: int) -> None:
+def check_distances(problem: Problem, teacher: nn.Module) -> None:
     """Traces every distance on the shapes to come: its errors, before any training."""
-    n, k = problem.settings.batch_size, problem.num_classes
-    of = jax.ShapeDtypeStruct
-    width = 8 * problem.settings.width
+    settings = problem.settings
+    image = problem.dataset.train_images.shape[1:]
+    student = problem.model(settings.student_model, settings.width)
+    x, y = (
+        models.shapes(name, model, image, settings.batch_size)
+        for name, model in ((settings.student_model, student), ("teacher", teacher))
+    )
     shapes = {
-        "features": [
-            of((n, width), jnp.float32),
-            of((n, 8 * teacher_width), jnp.float32),
-        ],
-        "logits": [of((n, k), jnp.float32)] * 2,
-        "labels": [of((n,), jnp.int32)],
-        "key": [jax.eval_shape(lambda: jax.random.key(0))],
+        "features": (x["features"], y["features"]),
+        "logits": (x["logits"], y["logits"]),
+        "labels": (jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32),),
+        "key": (jax.eval_shape(lambda: jax.random.key(0)),),
     }
-    for name in problem.settings.distances:
+    for name in settings.distances:
         row = DISTANCES[name]
         if not set(row.inputs) <= set(shapes):
-            continue  # maps: their shapes are the networks' affair
+            continue  # maps: which layers is not settled by the row
         arrays = [array for kind in row.inputs for array in shapes[kind]]
         try:
             jax.eval_shape(lambda *a, row=row: row.fn(*a, **row.options), *arrays)
@@ -406,7 +413,7 @@ def epoch_order(run: Run, epoch: int, batch_size: int) -> np.ndarray:
     return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
 
 
-def evaluate(problem: Problem, model: resnet.ResNet, variables) -> float:
+def evaluate(problem: Problem, model: nn.Module, variables) -> float:
     """Accuracy on the evaluation images, in percent."""
     if model not in problem.programs:
         step = train_step.make_eval_step(
@@ -456,7 +463,7 @@ def _train_program(problem, run, model, teacher, tx, length):
 def train(
     problem: Problem,
     run: Run,
-    model: resnet.ResNet,
+    model: nn.Module,
     teacher: "Teacher | None",
     report: Callable[..., None],
 ) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
-MODELS = ("ResNet9", "ResNet18", "ResNet34")
+MODELS = ("ResNet9", "ResNet18", "ResNet34", "TeacherMLP", "StudentMLP")
 
 
 class UserError(Exception):
@@ -54,9 +54,10 @@ class Settings:
     teacher: Path | None = None
     """Checkpoint (or run folder) of a trained teacher; None trains one."""
     teacher_model: str = "ResNet34"
-    """ResNet9, ResNet18 or ResNet34."""
+    """ResNet9, ResNet18, ResNet34, TeacherMLP, StudentMLP, or module:function, which
+    is called with num_classes and, where it has them, stem, width, dtype, axis_name."""
     student_model: str = "ResNet18"
-    """ResNet9, ResNet18 or ResNet34."""
+    """As --teacher-model."""
     stem: str = "cifar"
     """cifar (3x3) or imagenet (7x7/2 and max pooling)."""
     width: int = 64
@@ -91,6 +92,12 @@ class Settings:
     """Pixels of the random crop."""
     flip: bool = True
     """Random horizontal flip."""
+    degrees: float = 0.0
+    """Random rotation, at most this."""
+    shift: float = 0.0
+    """Random displacement, at most this share of the image."""
+    zoom: float = 0.0
+    """Random change of scale, at most this share."""
 
     train_images: int | None = None
     """Images that the teacher sees, a stratified choice; None: all."""
@@ -173,6 +180,15 @@ DATASET_SETTINGS: dict[str, dict[str, object]] = {
     "digits": {"padding": 1, "flip": False},
     "mnist": {"padding": 2, "flip": False},
 }
+# The released code's first benchmark, two perceptrons on MNIST.
+PAPER_MNIST = {
+    "teacher_model": "TeacherMLP",
+    "student_model": "StudentMLP",
+    "padding": 0,
+    "degrees": 10.0,
+    "shift": 0.1,
+    "zoom": 0.1,
+}
 LAPTOP_DIGITS = {
     "train_images": None,
     "test_images": None,
@@ -189,6 +205,8 @@ def defaults(dataset: str, recipe: str) -> Settings:
     values = {**RECIPES[recipe], **DATASET_SETTINGS.get(dataset, {})}
     if (dataset, recipe) == ("digits", "laptop"):
         values.update(LAPTOP_DIGITS)
+    if (dataset, recipe) == ("mnist", "paper"):
+        values.update(PAPER_MNIST)
     return Settings(**{**values, "dataset": dataset, "recipe": recipe})
 
 
@@ -250,8 +268,6 @@ def _check_distances(settings):
 
 def _check_choices(settings):
     for field, known in {
-        "teacher_model": MODELS,
-        "student_model": MODELS,
         "stem": ("cifar", "imagenet"),
         "dtype": ("float32", "bfloat16"),
         "schedule": ("cosine-epoch", "cosine", "constant"),
@@ -260,6 +276,15 @@ def _check_choices(settings):
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)
         _require(value in known, f"unknown {field} {value!r}; known: {names}")
+
+    for field in ("teacher_model", "student_model"):
+        value = getattr(settings, field)
+        module, colon, function = value.partition(":")
+        _require(
+            value in MODELS or (module and function),
+            f"unknown {field} {value!r}; known: {', '.join(MODELS)}, or a function of "
+            "yours as module:function",
+        )
 
 
 def _check_ranges(settings):
@@ -273,12 +298,15 @@ def _check_ranges(settings):
             value is None or value > 0,
             f"--{field.replace('_', '-')} must be positive, got {value}",
         )
-    not_negative = "held_out padding lr_end weight_decay momentum warmup stream_above"
+    not_negative = (
+        "held_out padding lr_end weight_decay momentum warmup stream_above "
+        "degrees shift zoom"
+    )
     for field in not_negative.split():
         value = getattr(settings, field)
         if value is None:
             continue
-        below = value < 1 or field not in ("momentum", "warmup")
+        below = value < 1 or field not in ("momentum", "warmup", "shift", "zoom")
         _require(
             value >= 0 and below,
             f"--{field.replace('_', '-')} must be >= 0"

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import runs
+from flax import linen as nn
 from settings import UserError
 
-from kddm_jax import checkpoint, resnet, train_step
+from kddm_jax import checkpoint, train_step
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Teacher:
       result: of its run, None for a given checkpoint.
     """
 
-    model: resnet.ResNet
+    model: nn.Module
     width: int
     variables: object
     digest: str
@@ -75,7 +76,7 @@ class Source:
     """
 
     problem: runs.Problem
-    model: resnet.ResNet
+    model: nn.Module
     width: int
     given: Path | None
 

@@ -1,4 +1,4 @@
-"""Random crop, horizontal flip and normalisation of one image.
+"""Random crop, flip, rotation, zoom and normalisation of one image.
 
 Each function takes one image ``[h, w, c]``, its key first where it is random, and
 is batched by ``jax.vmap`` outside.  Images stay ``uint8`` until they are normalised,
@@ -86,6 +86,68 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
+def random_affine(
+    key: jax.Array, image: jax.Array, *, degrees: float, shift: float, zoom: float
+) -> jax.Array:
+    """Turns, enlarges and moves an image about its centre, each by a random amount.
+
+    The pixel at ``q`` comes from ``p = c + R(-angle) (q - c - t) / s``, ``c`` the
+    centre, by bilinear interpolation; what lies outside is black.  The angle is
+    uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height and
+    width, ``s`` on ``[1 - zoom, 1 + zoom]``.
+
+    Args:
+      key: random key.
+      image: image, shape ``[h, w, c]``, ``uint8`` or floating.
+      degrees: largest angle.
+      shift: largest displacement, as a share of height and of width.
+      zoom: largest change of scale, below 1.
+
+    Returns:
+      The image, shape ``[h, w, c]``, dtype of ``image`` (``uint8`` is rounded).
+
+    Raises:
+      ValueError: if ``image`` is not of rank 3, or a number is negative or
+        ``zoom >= 1``.
+
+    Examples:
+      >>> image = jnp.full((9, 9, 1), 200, jnp.uint8)
+      >>> turned = random_affine(
+      ...     jax.random.key(0), image, degrees=45.0, shift=0.0, zoom=0.0
+      ... )
+      >>> int(turned[4, 4, 0]), int(turned[0, 0, 0])  # the centre stays
+      (200, 0)
+    """
+    _check_image(image)
+    _check_affine(degrees, shift, zoom)
+    h, w, channels = image.shape
+    low = jnp.array([-degrees, -shift, -shift, -zoom])
+    turn, down, right, grow = jax.random.uniform(key, (4,), minval=low, maxval=-low)
+    angle, scale = jnp.deg2rad(turn), 1 + grow
+    places = jnp.arange(h, dtype=jnp.float32), jnp.arange(w, dtype=jnp.float32)
+    rows, columns = jnp.meshgrid(*places, indexing="ij")
+    y = (rows - (h - 1) / 2 - down * h) / scale  # [h, w]
+    x = (columns - (w - 1) / 2 - right * w) / scale
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    source = [cos * y + sin * x + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2]
+    pixels = image.astype(jnp.float32)
+    moved = [
+        jax.scipy.ndimage.map_coordinates(pixels[..., c], source, order=1)
+        for c in range(channels)
+    ]
+    moved = jnp.stack(moved, axis=-1)
+    if jnp.issubdtype(image.dtype, jnp.integer):
+        moved = jnp.round(moved)
+    return moved.astype(image.dtype)
+
+
+def _check_affine(degrees: float, shift: float, zoom: float) -> None:
+    for name, value in (("degrees", degrees), ("shift", shift), ("zoom", zoom)):
+        if not value >= 0 or (name == "zoom" and value >= 1):
+            below = " and < 1" if name == "zoom" else ""
+            raise ValueError(f"{name} must be >= 0{below}, got {value}")
+
+
 def normalize(
     image: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
@@ -146,15 +208,21 @@ def make_augment(
     std: Sequence[float],
     padding: int = 4,
     flip: bool = True,
+    degrees: float = 0.0,
+    shift: float = 0.0,
+    zoom: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Callable[..., jax.Array]:
-    """Makes the recipe of one data set: crop, flip, normalise.
+    """Makes the recipe of one data set: affine map, crop, flip, normalise.
 
     Args:
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
       std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.
       padding: zeros on each side before the crop; 0 leaves the crop out.
       flip: whether to mirror; digits, for example, must not be.
+      degrees: of `random_affine`; with ``shift`` and ``zoom`` 0 it is left out.
+      shift: of `random_affine`.
+      zoom: of `random_affine`.
       dtype: floating dtype of the result; computed in ``float32``.
 
     Returns:
@@ -177,6 +245,7 @@ def make_augment(
     """
     _check_statistics(mean, std)
     _check_padding(padding)
+    _check_affine(degrees, shift, zoom)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating, got {jnp.dtype(dtype)}")
 
@@ -190,6 +259,11 @@ def make_augment(
             )
         if train:
             crop_key, flip_key = jax.random.split(key)
+            if degrees or shift or zoom:
+                affine_key = jax.random.fold_in(key, 1)
+                image = random_affine(
+                    affine_key, image, degrees=degrees, shift=shift, zoom=zoom
+                )
             image = random_crop(crop_key, image, padding=padding)
             if flip:
                 image = random_flip(flip_key, image)

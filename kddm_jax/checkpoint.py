@@ -6,8 +6,11 @@ and renamed last, so that a killed save leaves nothing that looks like a checkpo
 Older ones go only after the new one stands.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -74,7 +77,9 @@ def save(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        ocp.PyTreeCheckpointer().save(partial / _ARRAYS, host)
+        _check_space(partial, host)
+        with _silent("absl"):
+            ocp.PyTreeCheckpointer().save(partial / _ARRAYS, host)
         (partial / _META).write_text(json.dumps(dict(meta), indent=1))
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
@@ -92,6 +97,27 @@ def save(
     for old in _steps(target.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _check_space(folder, tree):
+    """Before Orbax starts: its threads answer a full disk by a hundred lines."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed:,} bytes are needed, the disk has {free:,} left"
+        )
+
+
+@contextlib.contextmanager
+def _silent(name):
+    """Orbax logs a page for what it then raises: the error alone is enough."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _sync(folder):

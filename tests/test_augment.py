@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kddm_jax.augment import make_augment, normalize, random_crop, random_flip
+from kddm_jax.augment import (
+    make_augment,
+    normalize,
+    random_affine,
+    random_crop,
+    random_flip,
+)
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -312,3 +318,90 @@ def test_recipe_errors(case):
     with pytest.raises(ValueError, match=message) as caught:
         make_augment(**options)
     assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------- affine
+
+
+def affine(image, **options):
+    keys = jax.random.split(jax.random.key(3), 200)
+    options = {"degrees": 0.0, "shift": 0.0, "zoom": 0.0, **options}
+    move = lambda key: random_affine(key, image, **options)
+    return np.asarray(jax.jit(jax.vmap(move))(keys))
+
+
+def centre_and_second_moment(images):
+    weight = np.asarray(images, float)[..., 0]
+    h, w = weight.shape[1:]
+    y, x = np.mgrid[:h, :w] - np.array([(h - 1) / 2, (w - 1) / 2])[:, None, None]
+    total = weight.sum((1, 2))
+    mean = lambda z: (weight * z).sum((1, 2)) / total
+    return mean(y), mean(x), mean(y * y), mean(x * x), mean(x * y)
+
+
+def blob(h=33, w=33, sy=2.0, sx=2.0):
+    y, x = np.mgrid[:h, :w] - np.array([(h - 1) / 2, (w - 1) / 2])[:, None, None]
+    return (1000 * np.exp(-((y / sy) ** 2 + (x / sx) ** 2) / 2))[..., None]
+
+
+def single(image):
+    return jnp.asarray(image, jnp.float32)
+
+
+def test_affine_without_range_changes_nothing():
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3)), "uint8")
+    moved = affine(image)
+    assert moved.dtype == np.uint8
+    np.testing.assert_array_equal(moved, np.broadcast_to(image, moved.shape))
+
+
+def test_affine_shifts_by_at_most_a_share_in_both_directions():
+    y, x, *_ = centre_and_second_moment(affine(single(blob(33, 49)), shift=0.1))
+    for moved, side in ((y, 33), (x, 49)):
+        assert np.abs(moved).max() <= 0.1 * side + 0.05
+        assert moved.min() < -0.08 * side
+        assert moved.max() > 0.08 * side
+
+
+def test_affine_zooms_about_the_centre():
+    y, x, yy, *_ = centre_and_second_moment(affine(single(blob()), zoom=0.3))
+    np.testing.assert_allclose([y, x], 0, atol=1e-3)
+    # Bilinear interpolation blurs by at most a quarter of a pixel, squared.
+    scale = np.sqrt(yy / 4)
+    assert 0.69 < scale.min() < 0.75
+    assert 1.25 < scale.max() < 1.34
+
+
+def test_affine_turns_both_ways_by_at_most_the_angle():
+    turned = affine(single(blob(sy=5.0, sx=1.0)), degrees=20.0)
+    _, _, yy, xx, xy = centre_and_second_moment(turned)
+    angle = np.rad2deg(0.5 * np.arctan2(2 * xy, yy - xx))
+    assert np.abs(angle).max() <= 20.5
+    assert angle.min() < -17
+    assert angle.max() > 17
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"degrees": -1.0}, "degrees"),
+        ({"shift": -0.1}, "shift"),
+        ({"zoom": 1.0}, "zoom"),
+    ],
+)
+def test_affine_out_of_range_is_refused(options, name):
+    with pytest.raises(ValueError, match=name):
+        affine(jnp.zeros((3, 3, 1)), **options)
+    with pytest.raises(ValueError, match=name):
+        make_augment(mean=(0.5,), std=(0.5,), **options)
+
+
+def test_recipe_with_an_affine_map_is_affine_then_normalise():
+    image = jnp.asarray(blob(9, 9, 2.0, 1.0).clip(0, 255), "uint8")
+    key, options = jax.random.key(5), {"degrees": 30.0, "shift": 0.2, "zoom": 0.1}
+    recipe = make_augment(mean=(0.5,), std=(0.25,), padding=0, flip=False, **options)
+    moved = random_affine(jax.random.fold_in(key, 1), image, **options)
+    assert not np.array_equal(moved, image)
+    np.testing.assert_allclose(
+        recipe(key, image), normalize(moved, (0.5,), (0.25,)), rtol=1e-6
+    )

@@ -604,12 +604,50 @@ def unreadable_record(tmp_path, trained):
 
 # A name, the options (or what prepares the case and gives them), and what the message
 # must say: the thing, what was found, what to do.
+def a_model(*lines):
+    """A function of the user's own, in the working folder."""
+
+    def make(tmp_path, trained):
+        (tmp_path / "mine.py").write_text("\n".join(lines) + "\n")
+        sys.modules.pop("mine", None)
+        return ["--student-model", "mine:make"]
+
+    return make
+
+
 MISTAKES = {
     "dataset": ("--dataset cifar11", ["'cifar11'", "digits, cifar10"]),
     "distance": ("--distances w3", ["'w3'", "w2, cw2"]),
     "distance twice": ("--distances w2 w2", ["--distances", "twice", "w2"]),
     "recipe": ("--recipe weak", ["'weak'", "paper, strong, laptop"]),
     "model": ("--student-model ResNet50", ["student.model", "'ResNet50'", "ResNet18"]),
+    "model of no module": (
+        "--student-model nowhere:make",
+        ["'nowhere:make'", "No module named 'nowhere'", "working folder"],
+    ),
+    "model without name": (
+        "--student-model kddm_jax.mlp:Nothing",
+        ["'kddm_jax.mlp:Nothing'", "Nothing", "working folder"],
+    ),
+    "model without classes": (
+        "--student-model kddm_jax.augment:normalize",
+        ["kddm_jax.augment:normalize", "num_classes"],
+    ),
+    "model that is none": (
+        a_model("def make(num_classes): return num_classes"),
+        ["mine:make", "gives int", "flax.linen.Module"],
+    ),
+    "model that gives one array": (
+        a_model(
+            "from flax import linen as nn",
+            "class make(nn.Module):",
+            "    num_classes: int = 3",
+            "    @nn.compact",
+            "    def __call__(self, images, train=False):",
+            "        return nn.Dense(self.num_classes)(images[:, 0, 0])",
+        ),
+        ["mine:make", r"\[8, 8, 1\]", "logits, features and maps"],
+    ),
     "dtype": ("--dtype float16", ["dtype", "'float16'", "bfloat16"]),
     "schedule": ("--schedule linear", ["schedule", "'linear'", "cosine"]),
     "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "get it again"]),
@@ -674,6 +712,7 @@ MISTAKES = {
 def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     make, expected = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the working folder is added
     monkeypatch.setattr(data, "RECORDS", {**data.RECORDS, "cifar10": (2, 2)})
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
@@ -686,7 +725,122 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     for part in expected:
         assert re.search(part, error), (part, error)
     # Nothing written, nothing changed.
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # a model's, Python's
     assert tree(tmp_path) == before
+
+
+def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
+    """The second is refused while the first is at work, and welcome afterwards."""
+    out = tmp_path / "out"
+    line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", out)
+
+    def train(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", train)
+    out.mkdir()
+    with cifar.only_one(out):
+        assert call(*line) == 2
+    error = capsys.readouterr().err
+    assert re.match(r"error: --out .*out: another command is at work", error), error
+    assert error.count("\n") == 1
+    assert call(*line) == 130
+
+
+# Ends as by Ctrl-C, or meets a disk that takes no more, once a checkpoint stands.
+TROUBLE = """
+import os, shutil, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+what = sys.argv.pop(1)
+import cifar
+save = cifar.runs.checkpoint.save
+def save_then_trouble(folder, *arguments, **options):
+    path = save(folder, *arguments, **options)
+    if what == "ctrl-c":
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        full = shutil.disk_usage(folder)._replace(free=4096)
+        shutil.disk_usage = lambda folder: full
+    return path
+cifar.runs.checkpoint.save = save_then_trouble
+sys.exit(cifar.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [
+        ("ctrl-c", 130, "stopped; the same command continues"),
+        ("no space", 2, r"error: cannot write .* 4,096 left; free space"),
+    ],
+)
+def test_trouble_loses_nothing(what, status, message, shared, finished, tmp_path):
+    """One line, the last checkpoint whole; afterwards the command ends as ever."""
+    line = (*tiny(shared, "out"), "--checkpoint-seconds", "0", "--distances")
+    trouble = (EXPERIMENTS, what, *line)
+    done = command(*trouble, script=("-c", TROUBLE), cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert re.search(message, done.stderr)
+    assert done.stderr.count("\n") == 1
+    checkpoints = tmp_path / "out" / "teacher" / "seed0" / "checkpoints"
+    assert checkpoint.latest(checkpoints).name == "step-00000001"
+    done = command(*line, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "teacher: epoch 1" not in done.stdout
+    left, right = (
+        json.loads((folder / "teacher" / "seed0" / "result.json").read_text())
+        for folder in (finished / "out", tmp_path / "out")
+    )
+    assert left["history"] == right["history"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--no-such-option", "1"), ["no-such-option"]),
+        (("--epochs", "many"), ["--epochs", "many"]),
+        (("--out", "/sys/kddm"), ["--out", "/sys/kddm", "choose another"]),
+        (("--dataset", "cifar10"), ["cifar10 is not at hand", "--dataset digits"]),
+    ],
+)
+def test_mistake_in_the_real_command(options, parts, tmp_path):
+    done = command(*TINY, "--compilation-cache", "None", *options, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+MODEL_OF_MINE = """
+from flax import linen as nn
+from kddm_jax.resnet import Outputs
+
+class Mine(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.relu(nn.Dense(16)(images.reshape(images.shape[0], -1)))
+        return Outputs(nn.Dense(self.num_classes)(x), x, {"hidden": x})
+"""
+
+
+def test_model_of_mine_is_teacher_and_student(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "networks.py").write_text(MODEL_OF_MINE)
+    mine = ("--teacher-model", "networks:Mine", "--student-model", "networks:Mine")
+    line = (*TINY, *mine, "--compilation-cache", "None", "--devices", 1)
+    assert call(*line, "--distances", "w2_gaussian", "--out", "out") == 0
+    results = results_of(tmp_path / "out")
+    assert results["teacher"]["model"] == "Mine"
+    assert results["settings"]["student_model"] == "networks:Mine"
+    assert [r["name"] for r in results["runs"]] == ["student", "w2_gaussian"]
+    last = results["runs"][1]["history"][-1]
+    assert last["w2_gaussian"] < results["runs"][1]["history"][0]["w2_gaussian"]
 
 
 def test_mistakes_start_from_a_good_command(tmp_path, monkeypatch, trained):

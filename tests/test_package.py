@@ -36,6 +36,8 @@ ALLOWED = {
     "transport": {"linalg"},
     "convolution": set(),
     "resnet": {"convolution"},
+    "mlp": {"resnet"},
+    "stream": set(),
     "projectors": set(),
     "convert": set(),
     "augment": set(),

@@ -1,0 +1,93 @@
+"""Networks by name, or anybody's as ``module:function``."""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from settings import MODELS, UserError
+
+from kddm_jax import mlp, resnet
+
+
+def _find(name: str):
+    """The function that makes a network."""
+    if name in MODELS:
+        return getattr(mlp if name.endswith("MLP") else resnet, name)
+    module, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # as `python -m` has it
+        sys.path.append(str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"model {name!r}: {error}; the module is looked for in the working folder "
+            "and among the installed packages"
+        ) from error
+
+
+def build(name: str, **options: object) -> nn.Module:
+    """Makes a network.
+
+    Args:
+      name: a known name, or ``module:function``.  The function is called with those
+        of the options that it has: ``num_classes``, which it must have, ``stem``,
+        ``width``, ``dtype``, ``axis_name``.
+      **options: their values.
+
+    Returns:
+      A Linen module whose ``__call__(images, train=...)`` gives something with
+      ``logits``, ``features`` and ``maps``.
+
+    Raises:
+      UserError: there is no such function, it does not take ``num_classes``, refuses
+        an option, or gives something else.
+    """
+    make = _find(name)
+    known = inspect.signature(make).parameters
+    if "num_classes" not in known:
+        raise UserError(f"model {name!r} does not take num_classes; add the argument")
+    try:
+        model = make(**{k: v for k, v in options.items() if k in known})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model {name!r} gives {type(model).__name__}, not a flax.linen.Module; "
+            "wrap yours in one"
+        )
+    return model
+
+
+def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
+    """Shapes of what a network makes of a batch, without computing anything.
+
+    Args:
+      name: as the command has it, for errors.
+      model: the network.
+      image: ``(h, w, c)``.
+      batch: number of images.
+
+    Returns:
+      Its outputs, of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      UserError: it does not take such images or gives no logits, features and maps.
+    """
+    images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
+    try:
+        outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+        return {
+            "features": outputs.features,
+            "logits": outputs.logits,
+            "maps": dict(outputs.maps),
+        }
+    except (TypeError, ValueError, AttributeError) as error:
+        text = str(error).splitlines()[0]
+        raise UserError(
+            f"model {name!r} on images {list(image)}: {text}; it must take (images, "
+            "train=...) and give logits, features and maps"
+        ) from error
