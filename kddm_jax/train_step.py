@@ -110,6 +110,19 @@ def _augment_batch(augment, key, images, axis_name):
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
+def _only_head(params, head):
+    """The same parameters; the gradient reaches the named modules alone."""
+    if missing := [name for name in head if name not in params]:
+        raise ValueError(
+            f"head names {', '.join(missing)}; the student's modules are "
+            f"{', '.join(params)}"
+        )
+    return {
+        name: tree if name in head else jax.lax.stop_gradient(tree)
+        for name, tree in params.items()
+    }
+
+
 def _all_finite(tree):
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite))
@@ -123,6 +136,7 @@ def make_train_step(
     augment: Augment,
     distance: object = (),
     weight: float | jax.Array | None = None,
+    head: Sequence[str] | None = None,
     axis_name: str | None = AXIS,
     **loss_options: object,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -137,6 +151,10 @@ def make_train_step(
         see the same one.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
       weight: lambda; None takes the state's, which no other value retraces.
+      head: names of the student's top modules which alone learn from its logits (from
+        cross-entropy and distances of predictions); all others learn from distances
+        of features only, as in feature-only distillation (arXiv 2511.14981).  None:
+        everything learns from everything.
       axis_name: of the mapped axis; None for a single device without pmap.
       **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``solver``, ...
 
@@ -148,7 +166,8 @@ def make_train_step(
       finite, the old state comes back and ``finite`` is False.
 
     Raises:
-      ValueError: a distance without a teacher.
+      ValueError: a distance without a teacher; an unknown module in ``head``, when
+        the step is traced.
     """
     own_weights = carries_weights(distance)
     if teacher_apply is None and not (own_weights and len(distance) == 0):
@@ -169,11 +188,17 @@ def make_train_step(
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
             outputs, batch_stats = student_apply(variables, inputs, train=True)
+            logits = outputs.logits
+            if head is not None:
+                # The same numbers once more, which XLA computes once; their gradient
+                # ends at the head.
+                alone = {**variables, "params": _only_head(params, head)}
+                logits = student_apply(alone, inputs, train=True)[0].logits
             loss, terms = distill_loss(
                 _layers_of(outputs),
                 teacher_features,
                 labels,
-                outputs.logits,
+                logits,
                 teacher_logits,
                 distance=distance,
                 weight=None if own_weights else lam,
@@ -181,7 +206,7 @@ def make_train_step(
                 axis_name=axis_name,
                 **loss_options,
             )
-            return loss, (terms, batch_stats, outputs.logits)
+            return loss, (terms, batch_stats, logits)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (terms, batch_stats, logits)), grads = grad_fn(state.params)
