@@ -110,17 +110,41 @@ def _augment_batch(augment, key, images, axis_name):
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
-def _only_head(params, head):
-    """The same parameters; the gradient reaches the named modules alone."""
+def _gradients(forward, objective, params, head):
+    """``(loss, terms), batch_stats, logits`` and the gradient of the loss.
+
+    ``forward(params) -> ((logits, layers), batch_stats)`` and ``objective((logits,
+    layers)) -> (loss, terms)``.
+    """
+    if head is None:
+
+        def loss_fn(params):
+            outputs, batch_stats = forward(params)
+            loss, terms = objective(outputs)
+            return loss, (terms, batch_stats, outputs[0])
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (terms, batch_stats, logits)), grads = grad_fn(params)
+        return loss, terms, batch_stats, logits, grads
+
     if missing := [name for name in head if name not in params]:
         raise ValueError(
             f"head names {', '.join(missing)}; the student's modules are "
             f"{', '.join(params)}"
         )
-    return {
-        name: tree if name in head else jax.lax.stop_gradient(tree)
-        for name, tree in params.items()
+    # One forward pass, two ways back: from the logits to the head, of which XLA
+    # computes nothing else, and from the layers to the rest.
+    outputs, pull_back, batch_stats = jax.vjp(forward, params, has_aux=True)
+    grad_fn = jax.value_and_grad(objective, has_aux=True)
+    (loss, terms), (by_logits, by_layers) = grad_fn(outputs)
+    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    (of_logits,) = pull_back((by_logits, zero(by_layers)))
+    (of_layers,) = pull_back((zero(by_logits), by_layers))
+    grads = {
+        name: jax.tree.map(jnp.add, tree, of_logits[name]) if name in head else tree
+        for name, tree in of_layers.items()
     }
+    return loss, terms, batch_stats, outputs[0], grads
 
 
 def _all_finite(tree):
@@ -185,17 +209,15 @@ def make_train_step(
             teacher_features, teacher_logits = _layers_of(teacher), teacher.logits
         lam = state.weight if weight is None else weight
 
-        def loss_fn(params):
+        def forward(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
             outputs, batch_stats = student_apply(variables, inputs, train=True)
-            logits = outputs.logits
-            if head is not None:
-                # The same numbers once more, which XLA computes once; their gradient
-                # ends at the head.
-                alone = {**variables, "params": _only_head(params, head)}
-                logits = student_apply(alone, inputs, train=True)[0].logits
-            loss, terms = distill_loss(
-                _layers_of(outputs),
+            return (outputs.logits, _layers_of(outputs)), batch_stats
+
+        def objective(outputs):
+            logits, layers = outputs
+            return distill_loss(
+                layers,
                 teacher_features,
                 labels,
                 logits,
@@ -206,10 +228,10 @@ def make_train_step(
                 axis_name=axis_name,
                 **loss_options,
             )
-            return loss, (terms, batch_stats, logits)
 
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (terms, batch_stats, logits)), grads = grad_fn(state.params)
+        loss, terms, batch_stats, logits, grads = _gradients(
+            forward, objective, state.params, head
+        )
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         if axis_name is not None:
             # Every device differentiates the same global loss: average, never sum.
