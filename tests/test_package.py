@@ -37,7 +37,7 @@ ALLOWED = {
     "convolution": set(),
     "resnet": {"convolution"},
     "projectors": set(),
-    "convert": set(),
+    "convert": {"resnet", "checkpoint"},
     "augment": set(),
     "data": set(),
     "checkpoint": set(),
