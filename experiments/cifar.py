@@ -94,6 +94,8 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
         f"{'; images are streamed from the host' if problem.streams else ''}"
     )
+    for who, weights in problem.starts.items():
+        console.print(f"{who} starts from {weights}")
 
     # --- teacher, then students ------------------------------------------------
     live = settings.progress and console.is_terminal
@@ -134,7 +136,8 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         console.print(
             f"The teacher ({teacher.accuracy:.2f} %) is no better than the student "
             f"alone ({alone:.2f} %): there is nothing to distil. The paper recipe "
-            "needs ImageNet weights; without them use --recipe strong."
+            "needs ImageNet weights (--pretrained-teacher, --pretrained-student); "
+            "without them use --recipe strong."
         )
     console.print(f"{out}/results.json, table.md, curves.png")
     return summary
