@@ -213,7 +213,8 @@ def curves(results: dict[str, object], path: Path) -> None:
     )
     right.set_yscale("log")
     left.legend(fontsize="small")
-    right.legend(fontsize="small")
+    if right.lines:  # distilled students
+        right.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

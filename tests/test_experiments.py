@@ -1150,6 +1150,13 @@ def test_curves_of_runs_with_few_evaluations(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_without_distilled_students(tmp_path):
+    results = small_results()
+    del results["runs"][2:]
+    report.curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_weights_are_named_without_their_place():
     results = small_results()
     results["settings"]["pretrained_teacher"] = "/home/me/resnet18.safetensors"
