@@ -1,4 +1,7 @@
-"""ResNet18 and ResNet34 in PyTorch, with the stems and widths of `kddm_jax.resnet`."""
+"""ResNet18 and ResNet34 in PyTorch, with the stems and widths of `kddm_jax.resnet`.
+
+The names of parameters and statistics are torchvision's.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +44,15 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, 2, 1) if imagenet else nn.Identity()
-        blocks, channels = [], width
-        for stage, count in enumerate(BLOCKS[name]):
+        channels = width
+        for stage, count in enumerate(BLOCKS[name], start=1):
+            blocks = []
             for block in range(count):
-                features = width * 2**stage
-                stride = 2 if stage > 0 and block == 0 else 1
+                features = width * 2 ** (stage - 1)
+                stride = 2 if stage > 1 and block == 0 else 1
                 blocks.append(BasicBlock(channels, features, stride))
                 channels = features
-        self.blocks = nn.Sequential(*blocks)
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -57,7 +61,8 @@ class ResNet(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives logits ``[b, k]`` and features ``[b, 8 * width]``."""
         x = self.pool(F.relu(self.bn1(self.conv1(images))))
-        features = self.blocks(x).float().mean((2, 3))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        features = x.float().mean((2, 3))
         return self.fc(features), features
 
 

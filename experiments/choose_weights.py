@@ -33,6 +33,8 @@ def choose(settings, grid, console) -> dict[str, object]:
     problem = runs.prepare(settings, out)
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
+    for who, weights in problem.starts.items():
+        console.print(f"{who} starts from {weights}")
     reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
     with reporter.progress:
         teacher = load_teacher(source, reporter)

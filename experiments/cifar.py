@@ -116,6 +116,8 @@ def _train_all(problem, source, console):
         f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
         f"{'; images are streamed from the host' if problem.streams else ''}"
     )
+    for who, weights in problem.starts.items():
+        console.print(f"{who} starts from {weights}")
 
     # --- teacher, then students ------------------------------------------------
     live = settings.progress and console.is_terminal
@@ -156,7 +158,8 @@ def _train_all(problem, source, console):
         console.print(
             f"The teacher ({teacher.accuracy:.2f} %) is no better than the student "
             f"alone ({alone:.2f} %): there is nothing to distil. The paper recipe "
-            "needs ImageNet weights; without them use --recipe strong."
+            "needs ImageNet weights (--pretrained-teacher, --pretrained-student); "
+            "without them use --recipe strong."
         )
     console.print(f"{out}/results.json, table.md, curves.png")
     return summary

@@ -133,6 +133,7 @@ def caption(results: dict[str, object]) -> str:
 
 
 PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress")
+FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by name
 
 
 def _command(settings):
@@ -154,6 +155,8 @@ def _command(settings):
             words += [str(part) for pair in value.items() for part in pair]
         elif isinstance(value, list | tuple):
             words += [str(part) for part in value]
+        elif name in FILES:
+            words.append(Path(value).name)
         else:
             words.append(str(value))
     return " ".join(words)
@@ -210,7 +213,8 @@ def curves(results: dict[str, object], path: Path) -> None:
     )
     right.set_yscale("log")
     left.legend(fontsize="small")
-    right.legend(fontsize="small")
+    if right.lines:  # distilled students
+        right.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

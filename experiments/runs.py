@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import optax
+import pretrained
 from flax import linen as nn
 from settings import Settings, UserError, as_json, weight_of
 
@@ -144,6 +145,11 @@ class Problem:
     programs: dict[object, Callable] = field(default_factory=dict)
 
     @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.dataset.train_images.shape[-1]
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the data set."""
         return len(self.dataset.class_names)
@@ -154,6 +160,23 @@ class Problem:
         limit = self.settings.stream_above
         limit = 1e6 * limit if limit is not None else device_memory(self.devices[0]) / 4
         return self.dataset.train_images.nbytes > limit
+
+    @cached_property
+    def starts(self) -> dict[str, pretrained.Pretrained]:
+        """What "teacher" and "student" start from, where a file is given."""
+        given = self.settings
+        width = given.teacher_width or given.width
+        networks = {
+            "teacher": (given.pretrained_teacher, given.teacher_model, width),
+            "student": (given.pretrained_student, given.student_model, given.width),
+        }
+        return {
+            who: pretrained.load(
+                f"--pretrained-{who}", path, self.model(name, width), self.channels
+            )
+            for who, (path, name, width) in networks.items()
+            if path is not None
+        }
 
     @cached_property
     def resident(self) -> tuple[jax.Array, jax.Array]:
@@ -248,6 +271,7 @@ def prepare(settings: Settings, out: Path) -> Problem:
                 f"--{option}-images {images} is less than one batch of "
                 f"{settings.batch_size}; raise it or lower --batch-size"
             )
+    _ = problem.starts  # read now: a file may not fit
     return problem
 
 
@@ -292,6 +316,7 @@ class Run:
       epochs: to train.
       indices: of the training images it sees.
       identity: what decides its result, as JSON values.
+      start: weights of a file that it starts from, None for fresh ones.
     """
 
     name: str
@@ -300,6 +325,7 @@ class Run:
     epochs: int
     indices: np.ndarray
     identity: dict[str, object]
+    start: pretrained.Pretrained | None = None
 
     def folder(self, out: Path) -> Path:
         """Where it lives."""
@@ -311,29 +337,30 @@ class Run:
         return DISTANCES[self.name].title if self.name in DISTANCES else self.name
 
 
-def _identity(settings, names, **more):
+def _identity(settings, names, start, **more):
     values = as_json(settings)
-    return {**{name: values[name] for name in names}, **more}
+    digest = start.sha256 if start else None
+    return {**{name: values[name] for name in names}, "pretrained": digest, **more}
 
 
 def teacher_run(problem: Problem) -> Run:
     """The teacher's run."""
-    settings = problem.settings
+    settings, start = problem.settings, problem.starts.get("teacher")
+    width = settings.teacher_width or settings.width
     return Run(
         name="teacher",
         seed=0,
         weight=0.0,
         epochs=settings.teacher_epochs,
         indices=problem.parts.teacher,
-        identity=_identity(
-            settings, TEACHER_FIELDS, width=settings.teacher_width or settings.width
-        ),
+        identity=_identity(settings, TEACHER_FIELDS, start, width=width),
+        start=start,
     )
 
 
 def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Students alone, then distilled ones; those of one distance follow each other."""
-    settings = problem.settings
+    settings, start = problem.settings, problem.starts.get("student")
     for name in ("student", *settings.distances):
         distilled = name != "student"
         more = {}
@@ -348,7 +375,8 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
                 weight=more.get("weight", 0.0),
                 epochs=settings.epochs,
                 indices=problem.parts.student,
-                identity=_identity(settings, STUDENT_FIELDS, seed=seed, **more),
+                identity=_identity(settings, STUDENT_FIELDS, start, seed=seed, **more),
+                start=start,
             )
 
 
@@ -496,9 +524,10 @@ def train(
     steps = len(run.indices) // settings.batch_size
     schedule = make_schedule(settings, steps, run.epochs)
     tx = make_optimizer(settings, schedule)
-    state = train_step.create_state(
-        problem.init(model, run.seed), tx, seed=run.seed, weight=run.weight
+    variables = (
+        run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
     )
+    state = train_step.create_state(variables, tx, seed=run.seed, weight=run.weight)
     history, seconds, last = [], 0.0, checkpoint.latest(folder / "checkpoints")
     if last is not None:
         state, meta = checkpoint.restore(last, state)
@@ -558,7 +587,7 @@ def train(
                 "history": history,
                 "seconds": spent,
                 "num_classes": problem.num_classes,
-                "channels": problem.dataset.train_images.shape[-1],
+                "channels": problem.channels,
             }
             last = checkpoint.save(folder / "checkpoints", epoch + 1, state, meta)
             saved = now

@@ -58,6 +58,11 @@ class Settings:
     is called with num_classes and, where it has them, stem, width, dtype, axis_name."""
     student_model: str = "ResNet18"
     """As --teacher-model."""
+    pretrained_teacher: Path | None = None
+    """Weights of a torchvision ResNet (.safetensors, .npz, .pth) that the teacher
+    starts from: grown if it is deeper, the head replaced if it has other classes."""
+    pretrained_student: Path | None = None
+    """The same for every student."""
     stem: str = "cifar"
     """cifar (3x3) or imagenet (7x7/2 and max pooling)."""
     width: int = 64
@@ -135,7 +140,8 @@ _SGD = {
     "scale": "teacher",
 }
 RECIPES: dict[str, dict[str, object]] = {
-    # KD2M's (arXiv 2504.01757): torchvision's ImageNet weights are part of it.
+    # KD2M's (arXiv 2504.01757): ImageNet weights are part of it (--pretrained-teacher,
+    # --pretrained-student), images being normalised by the data set's own statistics.
     "paper": {
         "stem": "imagenet",
         "width": 64,
@@ -276,6 +282,11 @@ def _check_choices(settings):
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)
         _require(value in known, f"unknown {field} {value!r}; known: {names}")
+    _require(
+        settings.teacher is None or settings.pretrained_teacher is None,
+        f"--teacher {settings.teacher} is trained already; leave out either it or "
+        f"--pretrained-teacher {settings.pretrained_teacher}",
+    )
 
     for field in ("teacher_model", "student_model"):
         value = getattr(settings, field)

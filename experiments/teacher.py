@@ -52,16 +52,13 @@ def _digest(variables):
 
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint, from its own folder, a run's, or one of checkpoints."""
-    if (path / "meta.json").exists():
-        return path
-    for folder in (path / "checkpoints", path):
-        found = checkpoint.latest(folder)
-        if found is not None:
-            return found
-    raise UserError(
-        f"no checkpoint in {path}; pass a run's folder (such as "
-        "runs/digits-laptop/teacher/seed0), or leave --teacher out to train one"
-    )
+    found = checkpoint.find(path)
+    if found is None:
+        raise UserError(
+            f"no checkpoint in {path}; pass a run's folder (such as "
+            "runs/digits-laptop/teacher/seed0), or leave --teacher out to train one"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,20 @@ class Source:
         return _digest(self.variables)
 
 
+def _check_converted(problem, path, meta):
+    """Of converted weights only the shapes are known, not what they were trained on."""
+    for what, wanted in {
+        "num_classes": problem.num_classes,
+        "channels": problem.channels,
+    }.items():
+        if meta[what] != wanted:
+            raise UserError(
+                f"--teacher {path} has {what}={meta[what]}, this data has {wanted}; "
+                "fine-tune these weights instead: --pretrained-teacher "
+                f"{meta['converted_from']}"
+            )
+
+
 def find_teacher(problem: runs.Problem) -> Source:
     """Architecture and width of the teacher, and its checkpoint if one is given."""
     settings = problem.settings
@@ -110,8 +121,11 @@ def find_teacher(problem: runs.Problem) -> Source:
             problem, problem.model(settings.teacher_model, width), width, None
         )
     path = find_checkpoint(settings.teacher)
-    made = checkpoint.read_meta(path).get("run", {})
-    if made.get("dataset") != settings.dataset:
+    meta = checkpoint.read_meta(path)
+    made = meta.get("run", {})
+    if "converted_from" in meta and made.get("dataset") is None:
+        _check_converted(problem, path, meta)
+    elif made.get("dataset") != settings.dataset:
         raise UserError(
             f"--teacher {path} was trained on {made.get('dataset')}, "
             f"this run is on {settings.dataset}; pass a teacher of the same data"

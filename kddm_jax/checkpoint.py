@@ -187,6 +187,25 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def find(path: Path) -> Path | None:
+    """Finds the checkpoint that a path stands for.
+
+    Args:
+      path: of a checkpoint, of a folder of checkpoints, or of a run's folder.
+
+    Returns:
+      The checkpoint itself, or the folder's newest that is whole; None where there is
+      none at all.
+
+    Raises:
+      CheckpointError: there are checkpoints in the folder, and all are damaged.
+    """
+    path = Path(path)
+    if (path / _META).exists():
+        return path
+    return latest(path / "checkpoints") or latest(path)
+
+
 def read_meta(path: Path) -> dict[str, object]:
     """Reads a checkpoint's JSON record.
 

@@ -73,8 +73,8 @@ class BasicBlock(nn.Module):
 
 # torchvision's choices: normal with variance 2 / (k * k * features) for convolutions,
 # uniform in +- 1 / sqrt(d) for the classifier.
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _conv(
@@ -89,7 +89,7 @@ def _conv(
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
         dtype=dtype,
-        kernel_init=_conv_init,
+        kernel_init=conv_init,
         conv_general_dilated=conv_general_dilated,
         name=name,
     )
@@ -195,7 +195,7 @@ class ResNet(nn.Module):
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
         logits = nn.Dense(
-            self.num_classes, dtype=dtype, kernel_init=_dense_init, name="fc"
+            self.num_classes, dtype=dtype, kernel_init=dense_init, name="fc"
         )(features)
         return Outputs(logits, features, maps)
 

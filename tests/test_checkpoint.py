@@ -246,6 +246,17 @@ def test_not_a_checkpoint(tmp_path, path):
         checkpoint.restore(tmp_path / path, make_state())
 
 
+def test_find_by_any_of_its_folders(two, tmp_path):
+    """The checkpoint itself, those of a run, the run's; the newest of several."""
+    older, newest = two / "step-00000001", two / "step-00000002"
+    assert checkpoint.find(older) == older
+    assert checkpoint.find(two) == newest
+    shutil.copytree(two, tmp_path / "run" / "checkpoints")
+    found = checkpoint.find(tmp_path / "run")
+    assert found == tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert checkpoint.find(tmp_path / "nowhere") is None
+
+
 # ---------------------------------------------------------------------------
 # Saves that do not come to their end.
 

@@ -27,12 +27,13 @@ import pytest
 from rich.console import Console
 
 import kddm_jax
-from kddm_jax import DISTANCES, checkpoint, data
+from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import cifar  # noqa: E402
+import pretrained  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 import settings as settings_module  # noqa: E402
@@ -514,6 +515,54 @@ def trained(shared):
     return folder
 
 
+def weights_file(folder, seed=0, **architecture):
+    """A file of torchvision's names; like TINY's networks, but of colours and 7."""
+    fitting = {"blocks": (1, 1, 1, 1), "stem": "cifar", "width": 4, "num_classes": 7}
+    given = convert.Architecture(**{**fitting, **architecture})
+    rng = np.random.default_rng(seed)
+    variables = jax.tree.map(
+        lambda of: rng.uniform(0.1, 0.2, of.shape).astype(np.float32), given.shapes()
+    )
+    path = folder / f"weights{seed}.npz"
+    convert.save(path, variables)
+    return path
+
+
+def with_weights(who, **architecture):
+    """The option that starts a network from such a file."""
+    return lambda tmp_path, trained: [
+        f"--pretrained-{who}",
+        weights_file(tmp_path, **architecture),
+    ]
+
+
+def damaged_weights(tmp_path, trained):
+    path = weights_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    return ["--pretrained-teacher", path]
+
+
+def started_from_others(tmp_path, trained):
+    """A student's folder that other weights began."""
+    return [*made_with(pretrained="f" * 64)(tmp_path, trained)]
+
+
+def started_afresh(tmp_path, trained):
+    """Folders of no file, as they were before there was the option."""
+    made_with()(tmp_path, trained)
+    for path in (tmp_path / "out").rglob("run.json"):
+        found = json.loads(path.read_text())
+        del found["pretrained"]
+        runs.write_json(path, found)
+    return ["--pretrained-student", weights_file(tmp_path)]
+
+
+def converted_teacher(tmp_path, trained):
+    """A checkpoint made from such a file: of other classes than the digits."""
+    convert.convert(weights_file(tmp_path, channels=1), tmp_path / "converted")
+    return ["--teacher", tmp_path / "converted"]
+
+
 def write_idx(path, array):
     shape = np.asarray(array.shape, ">u4").tobytes()
     header = bytes([0, 0, 8, array.ndim]) + shape
@@ -648,6 +697,10 @@ MISTAKES = {
         ),
         ["mine:make", r"\[8, 8, 1\]", "logits, features and maps"],
     ),
+    "weights for another kind": (
+        "--student-model StudentMLP --pretrained-student weights.npz",
+        ["--pretrained-student weights.npz", "StudentMLP", "choose a ResNet"],
+    ),
     "dtype": ("--dtype float16", ["dtype", "'float16'", "bfloat16"]),
     "schedule": ("--schedule linear", ["schedule", "'linear'", "cosine"]),
     "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "get it again"]),
@@ -662,6 +715,48 @@ MISTAKES = {
     "teacher wider": (
         lambda tmp_path, trained: ["--teacher", trained / "digits", "--width", 8],
         ["distance w2", "64 and 32", "projectors"],
+    ),
+    "teacher of other classes": (
+        converted_teacher,
+        ["converted", "num_classes=7", "10", "--pretrained-teacher weights0.npz"],
+    ),
+    "trained teacher and weights": (
+        "--teacher a --pretrained-teacher b.npz",
+        ["--teacher a", "leave out", "--pretrained-teacher b.npz"],
+    ),
+    "no weights": (
+        "--pretrained-student nowhere.npz",
+        ["--pretrained-student", "cannot read nowhere.npz", "No such file"],
+    ),
+    "weights cut short": (damaged_weights, ["weights0.npz: damaged", "get it again"]),
+    "weights in a folder": (
+        lambda tmp_path, trained: ["--pretrained-teacher", trained / "digits"],
+        ["--pretrained-teacher", "digits is a folder", "python -m kddm_jax.convert"],
+    ),
+    "weights of other stem": (
+        with_weights("teacher", stem="imagenet"),
+        ["--pretrained-teacher", "imagenet stem", "--stem imagenet"],
+    ),
+    "weights wider": (
+        with_weights("student", width=6),
+        ["--pretrained-student", "width 6", "the student 4", "--width 6"],
+    ),
+    "weights deeper": (
+        with_weights("student", blocks=(1, 1, 2, 1)),
+        ["--pretrained-student", r"\(1, 1, 2, 1\)", "ResNet9", "--student-model"],
+    ),
+    "weights of other channels": (
+        with_weights("student", channels=2),
+        ["--pretrained-student", "2 channels", "these have 1"],
+    ),
+    "weights not of a ResNet": (
+        lambda tmp_path, trained: ["--pretrained-student", trained / "a.txt"],
+        ["--pretrained-student", "a.txt", ".safetensors, .npz, .pth"],
+    ),
+    "other weights": (started_from_others, ["pretrained=ffff", "None", "--out"]),
+    "weights after all": (
+        started_afresh,
+        ["student", "pretrained=None", "this command says [0-9a-f]{64};", "--out"],
     ),
     "weight": ("--weight -1", ["--weight", "-1", ">= 0"]),
     "weights": ("--weights w2 -1", ["w2", "-1", ">= 0"]),
@@ -942,6 +1037,124 @@ def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------
+# Weights of a file.
+
+
+def fitted(path, seed, blocks=(1, 1, 1, 1)):
+    """What a network of the digits starts from, step by step."""
+    grown, head = jax.random.split(jax.random.key(seed))
+    variables = convert.grow(grown, convert.load(path), blocks)
+    return convert.replace_head(head, convert.sum_channels(variables), 10)
+
+
+def assert_same_tree(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """Variables that runs start from: each run ends there, as by a mistake."""
+    found = []
+
+    def stop(variables, *arguments, **options):
+        found.append(variables)
+        raise runs.RunError("seen enough")
+
+    monkeypatch.setattr(runs.train_step, "create_state", stop)
+    return found
+
+
+def test_runs_start_from_the_file(trained, tmp_path, capsys, states):
+    path = weights_file(tmp_path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    line = (*TINY, "--compilation-cache", "None", "--out", tmp_path / "out")
+    assert call(*line, "--pretrained-teacher", path) == 1
+    said = f"weights0.npz (sha256 {digest[:8]})"
+    summed = "first convolution summed over the colours for grey images"
+    replaced = "7 classes: head replaced by one for 10"
+    spoken = f"starts from {said}; {summed}; {replaced}\n"
+    out = capsys.readouterr().out
+    assert f"teacher {spoken}" in out
+    assert "student starts" not in out
+    given = ("--teacher", trained / "digits", "--pretrained-student", path)
+    assert call(*line, *given) == 1
+    out = capsys.readouterr().out
+    assert f"student {spoken}" in out
+    assert "teacher starts" not in out
+    teacher, student = states
+    assert_same_tree(teacher, fitted(path, 0))
+    assert_same_tree(student, fitted(path, 1))
+    for name, seed in (("teacher", 0), ("student", 1)):
+        record = tmp_path / "out" / name / f"seed{seed}" / "run.json"
+        assert json.loads(record.read_text())["pretrained"] == digest
+
+
+def test_another_file_is_another_run(tmp_path, capsys, states):
+    paths = [weights_file(tmp_path, seed) for seed in (0, 1)]
+    first, other = (hashlib.sha256(p.read_bytes()).hexdigest() for p in paths)
+    line = (*TINY, "--compilation-cache", "None", "--out", tmp_path / "out")
+    assert call(*line, "--pretrained-teacher", paths[0]) == 1
+    shutil.move(paths[0], tmp_path / "renamed.npz")  # the same, by another name
+    assert call(*line, "--pretrained-teacher", tmp_path / "renamed.npz") == 1
+    capsys.readouterr()
+    assert call(*line, "--pretrained-teacher", paths[1]) == 2
+    error = capsys.readouterr().err
+    assert f"was made with pretrained={first}, this command says {other}" in error
+    assert call(*line) == 2
+    assert f"{first}, this command says None" in capsys.readouterr().err
+    assert len(states) == 2
+
+
+def test_weights_are_grown(tmp_path):
+    path = weights_file(tmp_path, num_classes=10, channels=3)
+    model = resnet.ResNet18(width=4)
+    weights = pretrained.load("--pretrained-teacher", path, model, 3)
+    assert weights.changes == (
+        "ResNet9 grown to ResNet18, the added blocks start as the identity",
+    )
+    assert str(weights).endswith(f"); {weights.changes[0]}")
+    key = jax.random.split(jax.random.key(5))[0]
+    expected = convert.grow(key, convert.load(path), (2, 2, 2, 2))
+    assert_same_tree(weights.variables_of(5), expected)
+
+
+def test_weights_that_fit_are_left_alone(tmp_path):
+    path = weights_file(tmp_path, num_classes=10, channels=1)
+    model = resnet.ResNet9(width=4)
+    weights = pretrained.load("--pretrained-teacher", path, model, 1)
+    assert weights.changes == ()
+    assert_same_tree(weights.variables_of(3), convert.load(path))
+    assert re.fullmatch(r"weights0\.npz \(sha256 [0-9a-f]{8}\)", str(weights))
+
+
+def test_students_of_one_seed_share_their_head(tmp_path):
+    path = weights_file(tmp_path)
+    weights = pretrained.load("--x", path, resnet.ResNet9(width=4), 3)
+    head = lambda seed: weights.variables_of(seed)["params"]["fc"]["kernel"]
+    np.testing.assert_array_equal(head(1), head(1))
+    assert (head(1) != head(2)).any()
+
+
+def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
+    """By way of a file and back: the same arrays."""
+    convert.convert(trained / "digits", tmp_path / "a.safetensors")
+    convert.convert(tmp_path / "a.safetensors", tmp_path / "converted")
+    monkeypatch.setattr(runs, "evaluate", lambda *arguments: 12.5)
+    found = []
+    for folder in (trained / "digits", tmp_path / "converted"):
+        line = (*TINY, "--compilation-cache", "None", "--teacher", folder)
+        problem = runs.prepare(parse([*map(str, line)]), tmp_path)
+        found.append(load_teacher(find_teacher(problem), unwanted_training))
+    assert found[0].digest == found[1].digest
+    assert (found[1].model, found[1].width) == (found[0].model, 4)
+    settings = parse([*map(str, line), "--held-out", "100"])
+    with pytest.raises(UserError, match="may have seen these images"):
+        find_teacher(runs.prepare(settings, tmp_path))
+
+
+# ---------------------------------------------------------------------------
 # The report.
 
 
@@ -1093,6 +1306,20 @@ def test_curves_of_runs_with_few_evaluations(tmp_path):
         del run["history"][0]["test_accuracy"]
     report.curves(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_without_distilled_students(tmp_path):
+    results = small_results()
+    del results["runs"][2:]
+    report.curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_named_without_their_place():
+    results = small_results()
+    results["settings"]["pretrained_teacher"] = "/home/me/resnet18.safetensors"
+    text = report.markdown(results)
+    assert "--seeds 0 1 --pretrained-teacher resnet18.safetensors`" in text
 
 
 def test_terminal_table_says_what_markdown_says():

@@ -39,7 +39,7 @@ ALLOWED = {
     "mlp": {"resnet"},
     "stream": set(),
     "projectors": set(),
-    "convert": set(),
+    "convert": {"resnet", "checkpoint"},
     "augment": set(),
     "data": set(),
     "checkpoint": set(),
