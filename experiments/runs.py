@@ -38,6 +38,7 @@ SHARED_FIELDS = (
     *("dataset", "train_images", "test_images", "held_out", "eval_every"),
     *("stem", "dtype", "padding", "flip", "degrees", "shift", "zoom", "batch_size"),
     *("lr", "lr_end", "schedule", "warmup", "momentum", "nesterov", "weight_decay"),
+    "optimizer",
 )
 TEACHER_FIELDS = (*SHARED_FIELDS, "teacher_model", "teacher_epochs")
 STUDENT_FIELDS = (
@@ -402,6 +403,10 @@ def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
     total = steps_per_epoch * epochs
     if settings.schedule == "constant":
         return optax.constant_schedule(settings.lr)
+    if settings.schedule == "onecycle":  # torch's OneCycleLR, with its defaults
+        return optax.cosine_onecycle_schedule(
+            total, settings.lr, pct_start=0.3, div_factor=25.0, final_div_factor=1e4
+        )
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0 if settings.warmup else settings.lr,
@@ -420,7 +425,9 @@ def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
 
 
 def make_optimizer(settings: Settings, schedule) -> optax.GradientTransformation:
-    """SGD as torch.optim.SGD has it: the decay joins the gradient before momentum."""
+    """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum."""
+    if settings.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=settings.weight_decay)
     sgd = optax.sgd(schedule, settings.momentum, settings.nesterov)
     if not settings.weight_decay:
         return sgd

@@ -78,13 +78,16 @@ class Settings:
     """Epochs of each student."""
     batch_size: int = 128
     """Global batch, over all devices."""
+    optimizer: str = "sgd"
+    """sgd or adamw."""
     lr: float = 1e-2
-    """Peak learning rate of SGD with momentum."""
+    """Peak learning rate."""
     lr_end: float = 1e-4
     """Learning rate at the end of the cosine."""
     schedule: str = "cosine-epoch"
     """cosine-epoch (constant within an epoch, the released code's), cosine (per step,
-    after --warmup), constant (the released baseline's)."""
+    after --warmup), onecycle (cosine up in the first 30 %, then down to nearly
+    nothing), constant (the released baseline's)."""
     warmup: float = 0.0
     """Share of the steps in which the rate rises from zero (cosine only)."""
     momentum: float = 0.9
@@ -92,7 +95,7 @@ class Settings:
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: float = 0.0
-    """L2 penalty, on all parameters, as torch.optim.SGD."""
+    """On all parameters: an L2 penalty, as torch.optim.SGD, or AdamW's decay."""
     padding: int = 4
     """Pixels of the random crop."""
     flip: bool = True
@@ -276,7 +279,8 @@ def _check_choices(settings):
     for field, known in {
         "stem": ("cifar", "imagenet"),
         "dtype": ("float32", "bfloat16"),
-        "schedule": ("cosine-epoch", "cosine", "constant"),
+        "optimizer": ("sgd", "adamw"),
+        "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
         "scale": (None, "teacher"),
     }.items():
         value = getattr(settings, field)

@@ -1466,6 +1466,19 @@ def test_schedules():
     assert found == pytest.approx([0.0, 0.25, 0.5, 0.3, 0.1])
     found = rates("--schedule", "cosine-epoch", steps=[0, 9, 20, 29])
     assert found == pytest.approx([0.5, 0.5, 0.3, 0.3])
+    found = rates("--schedule", "onecycle", steps=[0, 6, 12, 26, 40])
+    assert found == pytest.approx([0.02, 0.26, 0.5, 0.25, 2e-6], rel=1e-4)
+
+
+def test_adamw_decays_apart_from_its_moments():
+    line = ["--optimizer", "adamw", "--lr", "0.5", "--weight-decay", "0.1"]
+    settings = parse(line)
+    tx = runs.make_optimizer(settings, 0.5)
+    params = {"w": np.float32([2.0, -1.0])}
+    gradient = {"w": np.float32([3.0, 0.0])}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    # A first step of Adam is of size lr; the decay is lr * 0.1 * w.
+    np.testing.assert_allclose(updates["w"], [-0.5 - 0.1, 0.05], rtol=1e-4)
 
 
 def test_epoch_order_is_of_seed_and_epoch():
