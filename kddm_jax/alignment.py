@@ -48,8 +48,21 @@ def _rounding(x):
     return (10 * jnp.finfo(x.dtype).eps) ** 2 * constant(jnp.sum(x * x))
 
 
-def _normalized(x):
-    """Centred and of unit Frobenius norm; zero for constant features."""
+def normalized(x: jax.Array) -> jax.Array:
+    """Centres features and divides them by their Frobenius norm.
+
+    Args:
+      x: features, shape ``[n, d]``.
+
+    Returns:
+      Shape ``[n, d]``, of norm 1; zeros for features that are constant but for
+      round-off.
+
+    Examples:
+      >>> normalized(jnp.array([[1.0], [3.0]]))
+      Array([[-0.7071],
+             [ 0.7071]], dtype=float32)
+    """
     centred = x - jnp.mean(x, axis=0, keepdims=True)
     return _unit(centred, axis=(0, 1), floor=_rounding(x))
 
@@ -97,7 +110,7 @@ def procrustes(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.Arr
     """
     x, y = _pair_of(x, y)
     if normalize:
-        x, y = _normalized(x), _normalized(y)
+        x, y = normalized(x), normalized(y)
     cross = cross_nuclear_norm(x.T, y.T)
     return jnp.sum(x * x) + jnp.sum(y * y) - 2 * cross
 
@@ -128,7 +141,7 @@ def feature_gram(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.A
     """
     x, y = _pair_of(x, y)
     if normalize:
-        x, y = _normalized(x), _normalized(y)
+        x, y = normalized(x), normalized(y)
     return jnp.sum((matmul(x, x.T) - matmul(y, y.T)) ** 2)
 
 
@@ -181,7 +194,7 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
             f"debiased=True needs at least 4 samples, got {n}; use debiased=False"
         )
     grams = []
-    for features in (_normalized(x), _normalized(y)):
+    for features in (normalized(x), normalized(y)):
         gram = matmul(features, features.T)
         if debiased:
             gram = _unit(_u_centred(gram), axis=(0, 1), floor=_rounding(gram))

@@ -53,6 +53,10 @@ def largest_feature_cost(x, y):
 # ---------------------------------------------------------------- transport
 
 
+def uniform(n):
+    return np.full(n, 1 / n)
+
+
 def exact(cost):
     """min <P, C> over plans with uniform marginals."""
     n, m = cost.shape
@@ -62,12 +66,13 @@ def exact(cost):
     return linear_programme(cost)
 
 
-def linear_programme(cost):
-    """min <P, C>, P 1 = 1/n, P^T 1 = 1/m, P >= 0, as a linear programme."""
+def linear_programme(cost, a=None, b=None):
+    """min <P, C>, P 1 = a, P^T 1 = b, P >= 0, as a linear programme; uniform a, b."""
     n, m = cost.shape
+    a, b = uniform(n) if a is None else a, uniform(m) if b is None else b
     rows = np.kron(np.eye(n), np.ones((1, m)))
     columns = np.kron(np.ones((1, n)), np.eye(m))
-    marginals = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    marginals = np.concatenate([a, b])
     solution = linprog(
         cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=marginals, method="highs"
     )
@@ -80,14 +85,15 @@ def logsumexp(a, axis):
     return np.squeeze(top, axis) + np.log(np.exp(a - top).sum(axis))
 
 
-def sinkhorn_plan(cost, epsilon, tolerance=1e-12):
-    """P = a_i b_j exp((f_i + g_j - C_ij) / eps) with both marginals, uniform a, b.
+def sinkhorn_plan(cost, epsilon, a=None, b=None, tolerance=1e-12):
+    """P = a_i b_j exp((f_i + g_j - C_ij) / eps) with marginals a, b, else uniform.
 
     Sinkhorn's iterations, then Newton's on the dual: near a permutation the former
     need millions.
     """
     n, m = cost.shape
-    log_a, log_b = np.full(n, -np.log(n)), np.full(m, -np.log(m))
+    log_a = np.log(uniform(n) if a is None else a)
+    log_b = np.log(uniform(m) if b is None else b)
     marginals = np.exp(np.concatenate([log_a, log_b]))
     g = np.zeros(m)
     for _ in range(1000):
@@ -492,3 +498,75 @@ def wkd_features(maps_x, maps_y, *, grid=1, ratio=2.0):
         (mean_x, std_x), (mean_y, std_y) = moments
         total += ratio * ((mean_x - mean_y) ** 2).sum() + ((std_x - std_y) ** 2).sum()
     return total / len(maps_x) / grid**2
+
+
+# --------------------------------------------------------------- predictions
+
+
+def discrete_kl(p, q):
+    """sum_k p_k log(p_k / q_k)."""
+    return (p * np.log(p / q)).sum(-1)
+
+
+def kd(
+    logits_x,
+    logits_y,
+    *,
+    temperature=4.0,
+    standardize=False,
+    direction="teacher||student",
+):
+    """T^2 times the mean KL of predictions at temperature T."""
+    if standardize:
+        logits_x, logits_y = (
+            (z - z.mean(1)[:, None]) / (z.std(1, ddof=1)[:, None] + 1e-6)
+            for z in (logits_x, logits_y)
+        )
+    s, t = softmax(logits_x / temperature), softmax(logits_y / temperature)
+    divergence = discrete_kl(t, s) if direction[0] == "t" else discrete_kl(s, t)
+    return temperature**2 * divergence.mean()
+
+
+def unrolled_sinkhorn(cost, epsilon, a, b, iterations):
+    """So many rounds of v = b / K^T u, u = a / K v, from u = 1/k."""
+    kernel, u = np.exp(-cost / epsilon), np.full(len(a), 1 / len(a))
+    for _ in range(iterations):
+        v = b / (kernel.T @ u + 1e-8)
+        u = a / (kernel @ v + 1e-8)
+    return u[:, None] * kernel * v
+
+
+def wkd_logits(
+    logits_x,
+    logits_y,
+    labels,
+    *,
+    class_cost,
+    temperature,
+    gamma=1.0,
+    epsilon=0.05,
+    iterations=None,
+):
+    """Image by image: the label's class apart, the others by transport."""
+    values = []
+    for s, t, label in zip(logits_x, logits_y, labels, strict=True):
+        if label < 0:
+            continue
+        others = np.delete(np.arange(len(s)), label)
+        cost = class_cost[np.ix_(others, others)]
+        p, q = (softmax(z[others] / temperature) for z in (s, t))
+        plan = (
+            sinkhorn_plan(cost, epsilon, p, q)
+            if iterations is None
+            else unrolled_sinkhorn(cost, epsilon, p, q, iterations)
+        )
+        target = -softmax(t)[label] * np.log(softmax(s)[label])
+        values.append(target + gamma * (plan * cost).sum())
+    return np.mean(values)
+
+
+def class_cost_cka(features, *, kappa=1.0):
+    """1 - exp(-kappa (1 - CKA)) of every pair of classes."""
+    return np.array(
+        [[1 - np.exp(-kappa * cka(a, b)) for b in features] for a in features]
+    )
