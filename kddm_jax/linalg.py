@@ -81,6 +81,9 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------
 # Arguments: what every distance asks of its arrays, checked while tracing.
 
+# Of a divergence; the first is the released code's.
+DIRECTIONS = ("student||teacher", "teacher||student")
+
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``known``.
@@ -96,6 +99,38 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in known:
         choices = ", ".join(repr(k) for k in known)
         raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+
+
+def as_released(
+    compat: str | None, **options: tuple[object, object, object]
+) -> list[object]:
+    """Chooses a function's options: its own, or those that released code has fixed.
+
+    Args:
+      compat: None or ``"released"``.
+      **options: name -> (what the caller gave, the default, the released value).
+
+    Returns:
+      The values in their order: given ones, or under ``"released"`` the released.
+
+    Raises:
+      ValueError: an unknown ``compat``, or an option that contradicts it.
+
+    Examples:
+      >>> as_released("released", reduction=("mean", "mean", "sum"))
+      ['sum']
+    """
+    if compat not in (None, "released"):
+        raise ValueError(f'compat must be None or "released", got {compat!r}')
+    if compat is None:
+        return [given for given, _, _ in options.values()]
+    for name, (given, default, released) in options.items():
+        if not any(given is v or given == v for v in (default, released)):
+            raise ValueError(
+                f'compat="released" means {name}={released!r}, got {name}={given!r}; '
+                "leave out one of the two"
+            )
+    return [released for _, _, released in options.values()]
 
 
 def check_number(name: str, value: object, *, positive: bool, cure: str = "") -> None:

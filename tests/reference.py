@@ -8,7 +8,7 @@ by the number of samples.
 """
 
 import numpy as np
-from scipy.linalg import sqrtm
+from scipy.linalg import orthogonal_procrustes, sqrtm
 from scipy.optimize import linear_sum_assignment, linprog
 
 # --------------------------------------------------------------------- costs
@@ -53,6 +53,10 @@ def largest_feature_cost(x, y):
 # ---------------------------------------------------------------- transport
 
 
+def uniform(n):
+    return np.full(n, 1 / n)
+
+
 def exact(cost):
     """min <P, C> over plans with uniform marginals."""
     n, m = cost.shape
@@ -62,12 +66,13 @@ def exact(cost):
     return linear_programme(cost)
 
 
-def linear_programme(cost):
-    """min <P, C>, P 1 = 1/n, P^T 1 = 1/m, P >= 0, as a linear programme."""
+def linear_programme(cost, a=None, b=None):
+    """min <P, C>, P 1 = a, P^T 1 = b, P >= 0, as a linear programme; uniform a, b."""
     n, m = cost.shape
+    a, b = uniform(n) if a is None else a, uniform(m) if b is None else b
     rows = np.kron(np.eye(n), np.ones((1, m)))
     columns = np.kron(np.ones((1, n)), np.eye(m))
-    marginals = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    marginals = np.concatenate([a, b])
     solution = linprog(
         cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=marginals, method="highs"
     )
@@ -80,14 +85,15 @@ def logsumexp(a, axis):
     return np.squeeze(top, axis) + np.log(np.exp(a - top).sum(axis))
 
 
-def sinkhorn_plan(cost, epsilon, tolerance=1e-12):
-    """P = a_i b_j exp((f_i + g_j - C_ij) / eps) with both marginals, uniform a, b.
+def sinkhorn_plan(cost, epsilon, a=None, b=None, tolerance=1e-12):
+    """P = a_i b_j exp((f_i + g_j - C_ij) / eps) with marginals a, b, else uniform.
 
     Sinkhorn's iterations, then Newton's on the dual: near a permutation the former
     need millions.
     """
     n, m = cost.shape
-    log_a, log_b = np.full(n, -np.log(n)), np.full(m, -np.log(m))
+    log_a = np.log(uniform(n) if a is None else a)
+    log_b = np.log(uniform(m) if b is None else b)
     marginals = np.exp(np.concatenate([log_a, log_b]))
     g = np.zeros(m)
     for _ in range(1000):
@@ -366,3 +372,201 @@ def class_mmd(x, y, labels, *, kernel="rbf", bandwidth=None, reduction="mean"):
         bandwidth = np.concatenate(entries).mean()
     distance = lambda x, y: mmd(x, y, kernel=kernel, bandwidth=bandwidth)
     return class_loop(distance, x, y, labels, reduction)
+
+
+# ------------------------------------------------------------------ alignment
+
+
+def normalized(x):
+    """Centred, of Frobenius norm one."""
+    centred = x - x.mean(0)
+    return centred / np.linalg.norm(centred)
+
+
+def procrustes(x, y, *, normalize=True):
+    """min_Q ||x - y Q||^2, the narrower side padded with zeros; Q by SciPy."""
+    x, y = (normalized(x), normalized(y)) if normalize else (x, y)
+    width = max(x.shape[1], y.shape[1])
+    x, y = (np.pad(z, [(0, 0), (0, width - z.shape[1])]) for z in (x, y))
+    rotation, _ = orthogonal_procrustes(y, x)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(width), atol=1e-9)
+    return ((x - y @ rotation) ** 2).sum()
+
+
+def feature_gram(x, y, *, normalize=True):
+    """sum_ij (<x_i, x_j> - <y_i, y_j>)^2."""
+    x, y = (normalized(x), normalized(y)) if normalize else (x, y)
+    inner = lambda z: np.array([[a @ b for b in z] for a in z])
+    return ((inner(x) - inner(y)) ** 2).sum()
+
+
+def hsic(k, l):
+    """Tr(K H L H) with H the centring matrix, up to a factor."""
+    centring = np.eye(len(k)) - 1 / len(k)
+    return np.trace(k @ centring @ l @ centring)
+
+
+def hsic_debiased(k, l):
+    """Song et al., equation 5, up to a factor."""
+    n = len(k)
+    k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))
+    return (
+        np.trace(k @ l)
+        + k.sum() * l.sum() / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (k @ l).sum()
+    )
+
+
+def cka(x, y, *, debiased=False):
+    """1 - HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))."""
+    measure = hsic_debiased if debiased else hsic
+    k, l = x @ x.T, y @ y.T
+    return 1 - measure(k, l) / np.sqrt(measure(k, k) * measure(l, l))
+
+
+def linear_projection(x, y):
+    """min_W mean (x W - y)^2."""
+    weights = np.linalg.lstsq(x, y, rcond=None)[0]
+    return ((x @ weights - y) ** 2).mean()
+
+
+def similarity_preserving(x, y):
+    """||G_x - G_y||^2 / n^2, rows of G = x x^T divided by their norms."""
+    rows = lambda g: g / np.linalg.norm(g, axis=1)[:, None]
+    return ((rows(x @ x.T) - rows(y @ y.T)) ** 2).mean()
+
+
+def cells(size, count):
+    """Slices of adaptive pooling."""
+    return [
+        slice(int(np.floor(k * size / count)), int(np.ceil((k + 1) * size / count)))
+        for k in range(count)
+    ]
+
+
+def adaptive_pool(image, height, width):
+    """Averages of an image ``[h, w, c]`` over a grid of adaptive cells."""
+    return np.array(
+        [
+            [
+                image[rows, columns].mean((0, 1))
+                for columns in cells(len(image[0]), width)
+            ]
+            for rows in cells(len(image), height)
+        ]
+    )
+
+
+def nst(maps_x, maps_y, *, kernel="poly"):
+    """Per image, over its channels of norm 1: mean k_xx + mean k_yy - 2 mean k_xy."""
+    values = []
+    for pair in zip(maps_x, maps_y, strict=True):
+        size = np.minimum(pair[0].shape[:2], pair[1].shape[:2])
+        channels = [adaptive_pool(image, *size) for image in pair]
+        channels = [image.reshape(-1, image.shape[-1]).T for image in channels]
+        f, g = (c / np.linalg.norm(c, axis=1)[:, None] for c in channels)
+        squares = [squared_distances(a, b).ravel() for a, b in ((f, f), (g, g), (f, g))]
+        variance = np.concatenate(squares).mean()
+        k = {
+            "poly": lambda a, b: (a @ b.T) ** 2,
+            "linear": lambda a, b: a @ b.T,
+            "rbf": lambda a, b, v=variance: np.exp(-squared_distances(a, b) / (2 * v)),
+        }[kernel]
+        values.append(k(f, f).mean() + k(g, g).mean() - 2 * k(f, g).mean())
+    return np.mean(values)
+
+
+def wkd_features(maps_x, maps_y, *, grid=1, ratio=2.0):
+    """Cell by cell: ratio ||mean difference||^2 + ||deviation difference||^2."""
+    total = 0.0
+    for pair in zip(maps_x, maps_y, strict=True):
+        moments = []
+        for image in pair:
+            parts = [
+                image[rows, columns].reshape(-1, image.shape[-1])
+                for rows in cells(image.shape[0], grid)
+                for columns in cells(image.shape[1], grid)
+            ]
+            mean = np.array([part.mean(0) for part in parts])
+            variance = np.array(
+                [
+                    part.var(0, ddof=1) if len(part) > 1 else 0 * part[0]
+                    for part in parts
+                ]
+            )
+            moments.append((mean, np.sqrt(variance + 1e-5)))
+        (mean_x, std_x), (mean_y, std_y) = moments
+        total += ratio * ((mean_x - mean_y) ** 2).sum() + ((std_x - std_y) ** 2).sum()
+    return total / len(maps_x) / grid**2
+
+
+# --------------------------------------------------------------- predictions
+
+
+def discrete_kl(p, q):
+    """sum_k p_k log(p_k / q_k)."""
+    return (p * np.log(p / q)).sum(-1)
+
+
+def kd(
+    logits_x,
+    logits_y,
+    *,
+    temperature=4.0,
+    standardize=False,
+    direction="teacher||student",
+):
+    """T^2 times the mean KL of predictions at temperature T."""
+    if standardize:
+        logits_x, logits_y = (
+            (z - z.mean(1)[:, None]) / (z.std(1, ddof=1)[:, None] + 1e-6)
+            for z in (logits_x, logits_y)
+        )
+    s, t = softmax(logits_x / temperature), softmax(logits_y / temperature)
+    divergence = discrete_kl(t, s) if direction[0] == "t" else discrete_kl(s, t)
+    return temperature**2 * divergence.mean()
+
+
+def unrolled_sinkhorn(cost, epsilon, a, b, iterations):
+    """So many rounds of v = b / K^T u, u = a / K v, from u = 1/k."""
+    kernel, u = np.exp(-cost / epsilon), np.full(len(a), 1 / len(a))
+    for _ in range(iterations):
+        v = b / (kernel.T @ u + 1e-8)
+        u = a / (kernel @ v + 1e-8)
+    return u[:, None] * kernel * v
+
+
+def wkd_logits(
+    logits_x,
+    logits_y,
+    labels,
+    *,
+    class_cost,
+    temperature,
+    gamma=1.0,
+    epsilon=0.05,
+    iterations=None,
+):
+    """Image by image: the label's class apart, the others by transport."""
+    values = []
+    for s, t, label in zip(logits_x, logits_y, labels, strict=True):
+        if label < 0:
+            continue
+        others = np.delete(np.arange(len(s)), label)
+        cost = class_cost[np.ix_(others, others)]
+        p, q = (softmax(z[others] / temperature) for z in (s, t))
+        plan = (
+            sinkhorn_plan(cost, epsilon, p, q)
+            if iterations is None
+            else unrolled_sinkhorn(cost, epsilon, p, q, iterations)
+        )
+        target = -softmax(t)[label] * np.log(softmax(s)[label])
+        values.append(target + gamma * (plan * cost).sum())
+    return np.mean(values)
+
+
+def class_cost_cka(features, *, kappa=1.0):
+    """1 - exp(-kappa (1 - CKA)) of every pair of classes."""
+    return np.array(
+        [[1 - np.exp(-kappa * cka(a, b)) for b in features] for a in features]
+    )
