@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax.linalg import (
-    HIGHEST,
+    adaptive_cells,
     as_float,
+    average_pool,
     check_choice,
     check_number,
     check_pair,
@@ -333,28 +334,6 @@ def _check_maps(maps_x, maps_y, *, same_channels):
     return maps_x.astype(dtype), maps_y.astype(dtype)
 
 
-def _cells(size, count):
-    """Which of ``size`` positions each of ``count`` adaptive cells covers, [g, h].
-
-    Cell k runs from floor(k size / count) to ceil((k + 1) size / count), as adaptive
-    pooling has it: cells overlap where ``count`` does not divide ``size``.
-    """
-    k, position = np.arange(count)[:, None], np.arange(size)[None, :]
-    start, stop = k * size // count, -((k + 1) * size // -count)
-    return ((position >= start) & (position < stop)).astype(np.float64)
-
-
-def _pool(maps, grid):
-    """Averages over a grid of adaptive cells, ``[b, h, w, c] -> [b, g, g', c]``."""
-    average = lambda inside: inside / inside.sum(1, keepdims=True)
-    rows, columns = (
-        jnp.asarray(average(_cells(size, count)), maps.dtype)
-        for size, count in zip(maps.shape[1:3], grid, strict=True)
-    )
-    pooled = jnp.einsum("gh,bhwc->bgwc", rows, maps, precision=HIGHEST)
-    return jnp.einsum("kw,bgwc->bgkc", columns, pooled, precision=HIGHEST)
-
-
 # Kernels of one image: its channels are the samples, [h w, c] with columns of norm 1.
 def _poly_nst(x, y):
     """Kernel (u^T v)^2: its mean over pairs is that of products of second moments."""
@@ -425,7 +404,7 @@ def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Ar
     size = tuple(np.minimum(maps_x.shape[1:3], maps_y.shape[1:3]).tolist())
     channels = []
     for maps in (maps_x, maps_y):
-        pooled = maps if maps.shape[1:3] == size else _pool(maps, size)
+        pooled = average_pool(maps, size)
         flat = pooled.reshape(maps.shape[0], -1, maps.shape[3])  # [b, h w, c]
         channels.append(_unit(flat, axis=1))
     return jnp.mean(jax.vmap(NST_KERNELS[kernel])(*channels))
@@ -436,8 +415,8 @@ def _cell_moments(maps, grid):
     # The variance does not see this shift, but its round-off does.
     shift = constant(jnp.mean(maps, axis=(1, 2), keepdims=True))
     shifted = maps - shift
-    mean, square = _pool(shifted, (grid, grid)), _pool(shifted**2, (grid, grid))
-    pixels = [_cells(size, grid).sum(1) for size in maps.shape[1:3]]
+    mean, square = (average_pool(z, (grid, grid)) for z in (shifted, shifted**2))
+    pixels = [adaptive_cells(size, grid).sum(1) for size in maps.shape[1:3]]
     count = np.multiply.outer(*pixels)  # [g, g]
     # A cell of one pixel has no variance: 0, not 0 / 0.
     unbiased = jnp.asarray(count / np.maximum(count - 1, 1), maps.dtype)

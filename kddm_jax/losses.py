@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from kddm_jax.distances import DISTANCES, Distance
-from kddm_jax.linalg import as_float, check_labels, check_number
+from kddm_jax.linalg import (
+    as_float,
+    average_pool,
+    check_choice,
+    check_labels,
+    check_number,
+)
 
 DEFAULT_WEIGHT = 1e-3
 RESERVED = ("task", "loss", "accuracy", "finite")  # the step's own metrics
@@ -30,6 +36,10 @@ class Term(NamedTuple):
       layers: student and teacher key, where features are mappings layer -> array.
       options: keyword arguments of the distance.
       name: in the loss's terms; None takes the key or the function's name.
+      view: how a distance of features reads maps ``[n, h, w, c]`` or tokens ``[n, t,
+        c]``: ``"pool"`` averages them over positions, ``"positions"`` takes every
+        position as a sample (of its image's label), the larger map averaged down to
+        the smaller one's grid.
     """
 
     distance: str | Distance | Callable[..., jax.Array]
@@ -37,6 +47,10 @@ class Term(NamedTuple):
     layers: tuple[str, str] | None = None
     options: Mapping[str, object] = MappingProxyType({})
     name: str | None = None
+    view: str = "pool"
+
+
+VIEWS = ("pool", "positions")
 
 
 def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
@@ -129,6 +143,7 @@ def _as_terms(distance, weight, options):
             )
     for name, term in zip(names, terms, strict=True):
         check_number(f"weight of {name}", term.weight, positive=False)
+        check_choice("view", term.view, VIEWS)
     return terms
 
 
@@ -183,15 +198,48 @@ def _layers(term):
     return (DEFAULT_LAYER, DEFAULT_LAYER) if term.layers is None else term.layers
 
 
+def _grids_alike(pair):
+    """Maps of one grid, the smaller one along each side; tokens must match."""
+    if all(array.ndim == 4 for array in pair):
+        grid = tuple(
+            min(sides) for sides in zip(*(a.shape[1:3] for a in pair), strict=True)
+        )
+        pair = [average_pool(as_float("maps", array), grid) for array in pair]
+    if pair[0].shape[1:-1] != pair[1].shape[1:-1]:
+        raise ValueError(
+            "positions of student and teacher must correspond, got "
+            f"{list(pair[0].shape)} and {list(pair[1].shape)}; give both as "
+            '[n, h, w, c], or use view="pool"'
+        )
+    return pair
+
+
+def _matrices(pair, labels, view):
+    """Features ``[n, d]`` of both sides and their labels, whatever the layer's rank."""
+    if all(array.ndim <= 2 for array in pair):
+        return pair, labels
+    if view == "pool":
+        average = lambda a: jnp.mean(a, axis=tuple(range(1, a.ndim - 1)))
+        return [
+            a if a.ndim == 2 else average(as_float("maps", a)) for a in pair
+        ], labels
+    pair = _grids_alike(pair)
+    flat = [array.reshape(-1, array.shape[-1]) for array in pair]
+    return flat, jnp.repeat(labels, len(flat[0]) // len(labels))
+
+
 def _arguments(row, term, batch, key):
     """The arrays that the row's function takes, in its order."""
     student, teacher = _layers(term)
     pair = [batch["student"][student], batch["teacher"][teacher]]
+    features, labels = pair, batch["labels"]
+    if "features" in row.inputs:
+        features, labels = _matrices(pair, labels, term.view)
     known = {
-        "features": pair,
+        "features": features,
         "maps": pair,
         "logits": [batch["student_logits"], batch["teacher_logits"]],
-        "labels": [batch["labels"]],
+        "labels": [labels],
         "key": [key],
     }
     for kind in row.inputs:
@@ -242,8 +290,10 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
     if local_only:
         value, stats = jax.lax.pmean((value, stats), axis_name)
     if scale == "teacher" and "squared" in row.promises:
-        teacher = gathered["teacher"][_layers(term)[1]]
-        value = _per_deviation(value, teacher, gathered["labels"])
+        student, teacher = _layers(term)
+        pair = [gathered["student"][student], gathered["teacher"][teacher]]
+        (_, y), labels = _matrices(pair, gathered["labels"], term.view)
+        value = _per_deviation(value, y, labels)
     return value, stats
 
 
@@ -281,7 +331,7 @@ def distill_loss(
 
     Args:
       student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
-        without layers compares ``"features"``.
+        without layers compares ``"features"``; see `Term` for maps and tokens.
       teacher_features: the same of the teacher, of the same images.
       labels: int, ``[n]``; negative ones are padding to the cross-entropy and to
         distances that take labels; other distances count every row.

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kddm_jax.linalg import average_pool
+
 NAME = "projectors"
 Variables = Mapping[str, object]
 
@@ -43,11 +45,20 @@ def _conv(features, kernel, name):
     return nn.Conv(features, (kernel, kernel), use_bias=False, name=name)
 
 
+def _on_grid(maps, grid):
+    """The maps, averaged along the sides that are longer than the grid's."""
+    if grid is None:
+        return maps
+    return average_pool(maps, tuple(map(min, maps.shape[1:3], grid)))
+
+
 class ConvProjector(nn.Module):
     """A 1x1 convolution of maps, without bias: the same linear map at every position.
 
     Attributes:
       features: the teacher's width.
+      grid: height and width that maps are averaged down to first, None to keep theirs:
+        the teacher's, where it is smaller.
 
     Examples:
       >>> maps, projector = jnp.ones((4, 2, 2, 8)), ConvProjector(features=16)
@@ -57,11 +68,12 @@ class ConvProjector(nn.Module):
     """
 
     features: int
+    grid: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, maps: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps ``[b, h, w, c_student]`` to ``[b, h, w, features]``."""
-        return _conv(self.features, 1, "conv")(maps)
+        """Maps ``[b, h, w, c_student]`` to ``[b, *grid, features]``."""
+        return _conv(self.features, 1, "conv")(_on_grid(maps, self.grid))
 
 
 class ThreeLayerProjector(nn.Module):
@@ -69,6 +81,7 @@ class ThreeLayerProjector(nn.Module):
 
     Attributes:
       features: the teacher's width.
+      grid: as of `ConvProjector`.
       axis_name: mapped axis over which BatchNorm averages its statistics in training.
 
     References:
@@ -83,12 +96,13 @@ class ThreeLayerProjector(nn.Module):
     """
 
     features: int
+    grid: tuple[int, int] | None = None
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, maps: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps ``[b, h, w, c_student]`` to ``[b, h, w, features]``."""
-        x = maps
+        """Maps ``[b, h, w, c_student]`` to ``[b, *grid, features]``."""
+        x = _on_grid(maps, self.grid)
         for i, kernel in ((1, 1), (2, 3)):
             x = _conv(2 * self.features, kernel, f"conv{i}")(x)
             norm = nn.BatchNorm(

@@ -99,6 +99,68 @@ def test_diagnostics_are_terms():
 # ------------------------------------------------------------------------- terms
 
 
+def of_maps(distance, x, y, view, **options):
+    """The value of one distance of features on maps or tokens."""
+    term = Term(distance, 1.0, ("m", "m"), options, name="it", view=view)
+    labels = LABELS[: len(x)]
+    fn = lambda x, y: distill_loss(
+        {"m": x}, {"m": y}, labels, jnp.zeros((len(x), K)), distance=[term]
+    )[1]["it"]
+    return jax.jit(fn)(x, y)
+
+
+def test_maps_are_pooled_for_distances_of_features():
+    x, y = BATCH.maps_x, BATCH.maps_y
+    expected = np.sum((x.mean((1, 2)) - y.mean((1, 2))) ** 2, axis=1).mean()
+    np.testing.assert_allclose(of_maps("l2", x, y, "pool"), expected, rtol=1e-5)
+    # A layer of another rank is pooled on its own side.
+    flat = of_maps("l2", x, y.mean((1, 2)), "pool")
+    np.testing.assert_allclose(flat, expected, rtol=1e-5)
+
+
+def test_positions_are_samples_of_their_image_s_label():
+    x, y = BATCH.maps_x, BATCH.maps_y  # 3 x 3
+    expected = np.sum((x - y) ** 2, axis=-1).mean()
+    np.testing.assert_allclose(of_maps("l2", x, y, "positions"), expected, rtol=1e-5)
+    rows = [z.reshape(-1, D) for z in (x, y)]
+    labels = np.repeat(BATCH.labels, 9)
+    by_class = DISTANCES["cw2_gaussian"].fn(*rows, labels)
+    got = of_maps("cw2_gaussian", x, y, "positions")
+    np.testing.assert_allclose(got, by_class, rtol=1e-4)
+
+
+def test_larger_map_is_averaged_down_to_the_smaller():
+    x = np.repeat(np.repeat(BATCH.maps_x, 2, axis=1), 2, axis=2)  # 6 x 6
+    x[:, ::2] += 1.0
+    x[:, 1::2] -= 1.0
+    expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "positions")
+    got = of_maps("l2", x, BATCH.maps_y, "positions")
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_tokens_are_positions():
+    x, y = (z.reshape(N, 9, D) for z in (BATCH.maps_x, BATCH.maps_y))
+    expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "positions")
+    np.testing.assert_allclose(of_maps("l2", x, y, "positions"), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"positions .*\[16, 9, 6\] and \[16, 4, 6\]"):
+        of_maps("l2", x, y[:, :4], "positions")
+
+
+def test_scale_of_positions_is_their_own_spread():
+    x, y = BATCH.maps_x, BATCH.maps_y
+    term = Term("l2", 1.0, ("m", "m"), name="it", view="positions")
+    value = simple({"m": x}, {"m": y}, distance=[term], scale="teacher")[1]["it"]
+    rows = y.reshape(-1, D)
+    spread = np.sum((rows - rows.mean(0)) ** 2, axis=1).mean()
+    expected = np.sum((x - y) ** 2, axis=-1).mean() / spread
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_unknown_view_is_refused():
+    with pytest.raises(ValueError, match="view .*'pixels'"):
+        simple(distance=[Term("l2", view="pixels")])
+
+
 def test_terms_with_layers_names_and_options():
     student = {"features": BATCH.x, "block1": BATCH.x[:, :3], "unused": None}
     teacher = {"features": BATCH.y, "stage1": BATCH.y[:, :3]}

@@ -38,7 +38,7 @@ ALLOWED = {
     "resnet": {"convolution"},
     "mlp": {"resnet"},
     "stream": set(),
-    "projectors": set(),
+    "projectors": {"linalg"},
     "convert": {"resnet", "checkpoint"},
     "augment": set(),
     "data": set(),

@@ -57,6 +57,17 @@ def test_three_layers_equal_numpy():
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["conv", "conv3"])
+def test_maps_are_averaged_down_to_the_grid_first(kind):
+    """Along the sides where the grid is smaller: 4 x 3 on 2 x 5 is 2 x 3."""
+    make = PROJECTORS[kind]
+    variables, out = run(make(features=2, grid=(2, 5)), MAPS)
+    halved = (MAPS[:, ::2] + MAPS[:, 1::2]) / 2
+    expected = jax.jit(make(features=2).apply)(variables, halved)
+    assert out.shape == (5, 2, 3, 2)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6)
+
+
 class Outputs(NamedTuple):
     logits: jax.Array
     features: jax.Array
