@@ -121,6 +121,7 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
             "accuracy": teacher.accuracy,
             "best_accuracy": trained and trained["best_accuracy"],
             "digest": teacher.digest,
+            "pretrained": trained and trained["settings"].get("pretrained"),
             "history": trained and trained["history"],
             "timing": trained and trained["timing"],
             "environment": trained and trained["environment"],
