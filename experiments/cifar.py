@@ -143,6 +143,7 @@ def _train_all(problem, source, console):
             "accuracy": teacher.accuracy,
             "best_accuracy": trained and trained["best_accuracy"],
             "digest": teacher.digest,
+            "pretrained": trained and trained["settings"].get("pretrained"),
             "history": trained and trained["history"],
             "timing": trained and trained["timing"],
             "environment": trained and trained["environment"],

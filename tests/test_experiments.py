@@ -270,6 +270,7 @@ def test_results_are_written(finished):
         assert all(record[name] > 0 for record in run["history"])
     assert re.fullmatch("[0-9a-f]{16}", results["teacher"]["digest"])
     assert len(results["teacher"]["history"]) == 2
+    assert results["teacher"]["pretrained"] is None
     environment = results["environment"]
     assert environment["jax"] == jax.__version__
     assert environment["device_count"] == 1
