@@ -119,11 +119,17 @@ def caption(results: dict[str, object]) -> str:
     made = [environment for environment in made if environment]
     part = "held-out training" if settings["held_out"] else "test"
     seeds = len(settings["seeds"])
+    names = (teacher["model"], settings["student_model"])
+    widths = (teacher["width"], settings["width"])
+    residual = [name.startswith("ResNet") for name in names]
+    pair = [
+        f"{name} (width {width})" if of_width else name
+        for name, width, of_width in zip(names, widths, residual, strict=True)
+    ]
+    stem = f", {settings['stem']} stem" if any(residual) else ""
     return (
         f"{settings['dataset']}, recipe {settings['recipe']}: "
-        f"{teacher['model']} (width {teacher['width']}) to "
-        f"{settings['student_model']} (width {settings['width']}), "
-        f"{settings['stem']} stem; accuracy on "
+        f"{pair[0]} to {pair[1]}{stem}; accuracy on "
         f"{results['eval_images']} {part} images; {seeds} seed"
         f"{'s' if seeds > 1 else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
