@@ -53,8 +53,9 @@ class Reporter:
         name = run.name if run.name == "teacher" else f"{run.name} seed {run.seed}"
         last = lambda key: float(_last(metrics[key]))
         parts = [f"loss {last('loss'):.3f}"]
-        if run.name in metrics:
-            parts.append(f"distance {last(run.name):.3g}")
+        distance = report.distance_of(metrics, run.name)
+        if distance is not None:
+            parts.append(f"distance {float(_last(distance)):.3g}")
         parts.append(f"train {100 * last('accuracy'):.1f} %")
         if "test_accuracy" in metrics:
             parts.append(f"eval {metrics['test_accuracy']:.1f} %")

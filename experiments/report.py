@@ -151,7 +151,7 @@ def _command(settings):
     if settings["recipe"] != "laptop":
         words += ["--recipe", settings["recipe"]]
     for name, value in settings.items():
-        if name in PLACES or value == _plain(plain.get(name)):
+        if name in PLACES or _plain(value) == _plain(plain.get(name)):
             continue
         option = name.replace("_", "-")
         words.append(f"--no-{option}" if value is False else f"--{option}")
@@ -187,6 +187,12 @@ def show(results: dict[str, object], console: Console) -> None:
     console.print(view)
 
 
+def distance_of(record: dict[str, object], name: str) -> object | None:
+    """The distance of a run's record, summed over its layers; None without any."""
+    layers = [value for key, value in record.items() if key.split("@")[0] == name]
+    return sum(layers) if layers else None
+
+
 def curves(results: dict[str, object], path: Path) -> None:
     """Draws test accuracy and distance against the epoch, means over seeds."""
     import matplotlib as mpl
@@ -209,7 +215,9 @@ def curves(results: dict[str, object], path: Path) -> None:
         style = {"color": "black", "linestyle": "--"} if name == "student" else {}
         left.plot(epochs, accuracy, label=runs[0]["title"], **style)
         if name != "student":
-            distance = np.mean([[r[name] for r in run["history"]] for run in runs], 0)
+            distance = np.mean(
+                [[distance_of(r, name) for r in run["history"]] for run in runs], 0
+            )
             every = [r["epoch"] for r in runs[0]["history"]]
             right.plot(every, distance / distance[0], label=runs[0]["title"])
     left.axhline(results["teacher"]["accuracy"], color="grey", label="teacher")

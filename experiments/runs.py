@@ -13,26 +13,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import methods
 import models
 import numpy as np
 import optax
 import pretrained
 from flax import linen as nn
-from settings import Settings, UserError, as_json, weight_of
+from settings import FEATURE_ONLY, Settings, UserError, as_json, weight_of
 
-from kddm_jax import DISTANCES, augment, checkpoint, data, resnet, stream, train_step
+from kddm_jax import augment, checkpoint, data, resnet, stream, train_step
+from kddm_jax.losses import carries_weights
+from kddm_jax.projectors import without_projectors
 
 if TYPE_CHECKING:
     from teacher import Teacher
 
 EVAL_BATCH = 500
+ALONE = ("teacher", "student")  # runs without a teacher
 # What decides a teacher's result, and a student's beside the teacher itself.
 SHARED_FIELDS = (
     *("dataset", "train_images", "test_images", "held_out", "eval_every"),
@@ -43,7 +47,11 @@ SHARED_FIELDS = (
 TEACHER_FIELDS = (*SHARED_FIELDS, "teacher_model", "teacher_epochs")
 STUDENT_FIELDS = (
     *SHARED_FIELDS,
-    *("student_model", "width", "epochs", "student_images", "scale"),
+    *("student_model", "width", "epochs", "student_images"),
+)
+DISTILLED_FIELDS = (
+    *STUDENT_FIELDS,
+    *("scale", "layers", "projector", "view", "head"),
 )
 
 
@@ -144,6 +152,8 @@ class Problem:
     devices: list[jax.Device]
     parts: Split
     programs: dict[object, Callable] = field(default_factory=dict)
+    shapes: tuple[methods.Shapes, methods.Shapes] | None = None
+    chosen_layers: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -277,29 +287,27 @@ def prepare(settings: Settings, out: Path) -> Problem:
 
 
 def check_distances(problem: Problem, teacher: nn.Module) -> None:
-    """Traces every distance on the shapes to come: its errors, before any training."""
+    """Traces every method on the shapes to come: its errors, before any training."""
     settings = problem.settings
     image = problem.dataset.train_images.shape[1:]
     student = problem.model(settings.student_model, settings.width)
-    x, y = (
+    problem.shapes = tuple(
         models.shapes(name, model, image, settings.batch_size)
         for name, model in ((settings.student_model, student), ("teacher", teacher))
     )
-    shapes = {
-        "features": (x["features"], y["features"]),
-        "logits": (x["logits"], y["logits"]),
-        "labels": (jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32),),
-        "key": (jax.eval_shape(lambda: jax.random.key(0)),),
-    }
     for name in settings.distances:
-        row = DISTANCES[name]
-        if not set(row.inputs) <= set(shapes):
-            continue  # maps: which layers is not settled by the row
-        arrays = [array for kind in row.inputs for array in shapes[kind]]
-        try:
-            jax.eval_shape(lambda *a, row=row: row.fn(*a, **row.options), *arrays)
-        except ValueError as error:
-            raise UserError(f"distance {name}: {error}") from error
+        method = method_of(problem, name, weight_of(settings, name))
+        methods.check(name, method, *problem.shapes, settings.batch_size)
+
+
+def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
+    """How the student of a name learns; alone, or with a teacher."""
+    settings = problem.settings
+    if name in ALONE:
+        return methods.Method()
+    if name == FEATURE_ONLY and not settings.layers:
+        settings = replace(settings, layers=problem.chosen_layers)
+    return methods.make(settings, name, weight, *problem.shapes, {})
 
 
 # ---------------------------------------------------------------------------
@@ -311,7 +319,7 @@ class Run:
     """A network to train and how.
 
     Attributes:
-      name: "teacher", "student" or a key of the catalogue.
+      name: "teacher", "student" or a method.
       seed: of initialisation, order and augmentation.
       weight: lambda.
       epochs: to train.
@@ -330,18 +338,19 @@ class Run:
 
     def folder(self, out: Path) -> Path:
         """Where it lives."""
-        return out / self.name / f"seed{self.seed}"
+        return out / self.name.replace(":", ".") / f"seed{self.seed}"
 
     @property
     def title(self) -> str:
         """Its name in tables."""
-        return DISTANCES[self.name].title if self.name in DISTANCES else self.name
+        return self.name if self.name in ALONE else methods.title(self.name)
 
 
 def _identity(settings, names, start, **more):
     values = as_json(settings)
     digest = start.sha256 if start else None
-    return {**{name: values[name] for name in names}, "pretrained": digest, **more}
+    identity = {**{name: values[name] for name in names}, "pretrained": digest, **more}
+    return json.loads(json.dumps(identity))  # as it is read back
 
 
 def teacher_run(problem: Problem) -> Run:
@@ -363,9 +372,9 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Students alone, then distilled ones; those of one distance follow each other."""
     settings, start = problem.settings, problem.starts.get("student")
     for name in ("student", *settings.distances):
-        distilled = name != "student"
-        more = {}
-        if distilled:
+        fields, more = STUDENT_FIELDS, {}
+        if name not in ALONE:
+            fields = DISTILLED_FIELDS
             more = {"distance": name, "weight": weight_of(settings, name)}
             if teacher_digest is not None:
                 more["teacher"] = teacher_digest
@@ -376,7 +385,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
                 weight=more.get("weight", 0.0),
                 epochs=settings.epochs,
                 indices=problem.parts.student,
-                identity=_identity(settings, STUDENT_FIELDS, start, seed=seed, **more),
+                identity=_identity(settings, fields, start, seed=seed, **more),
                 start=start,
             )
 
@@ -472,18 +481,20 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
     return 100 * correct / len(labels)
 
 
-def _train_program(problem, run, model, teacher, tx, length):
-    """The compiled steps; runs that differ in seed or lambda share it."""
-    key = (run.name, run.epochs, length)
+def _train_program(problem, run, method, model, teacher, tx, length):
+    """The compiled steps; runs that differ in seed, or lambda alone, share it."""
+    own_weights = run.weight if carries_weights(method.distance) else None
+    key = (run.name, run.epochs, length, own_weights)
     if key not in problem.programs:
-        distilled = run.name in DISTANCES
+        distilled = run.name not in ALONE
         step = train_step.make_train_step(
-            resnet.linen_apply(model),
+            methods.apply_of(method, resnet.linen_apply(model)),
             resnet.linen_apply(teacher.model) if distilled else None,
             tx,
             augment=problem.augment,
-            distance=run.name if distilled else (),
-            **({"scale": problem.settings.scale} if distilled else {}),
+            distance=method.distance,
+            head=method.head,
+            **method.options,
         )
         images = 0 if problem.streams else None
         problem.programs[key] = train_step.parallel(
@@ -534,6 +545,10 @@ def train(
     variables = (
         run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
     )
+    method = method_of(problem, run.name, run.weight)
+    if method.projectors:
+        key = jax.random.fold_in(jax.random.key(run.seed), 1)
+        variables = methods.with_projectors(method, variables, key, problem.shapes[0])
     state = train_step.create_state(variables, tx, seed=run.seed, weight=run.weight)
     history, seconds, last = [], 0.0, checkpoint.latest(folder / "checkpoints")
     if last is not None:
@@ -543,8 +558,8 @@ def train(
 
     # --- epochs ------------------------------------------------------------------
     length = _steps_per_dispatch(settings, steps)
-    program = _train_program(problem, run, model, teacher, tx, length)
-    fixed = teacher.variables if run.name in DISTANCES else None
+    program = _train_program(problem, run, method, model, teacher, tx, length)
+    fixed = None if run.name in ALONE else teacher.variables
     began = saved = time.monotonic()
     first_step = None
     for epoch in range(len(history), run.epochs):
@@ -576,7 +591,8 @@ def train(
         }
         final = epoch + 1 == run.epochs
         if final or (epoch + 1) % settings.eval_every == 0:
-            record["test_accuracy"] = evaluate(problem, model, state.variables)
+            deployed = without_projectors(state.variables)
+            record["test_accuracy"] = evaluate(problem, model, deployed)
         history.append(record)
         report(
             run,

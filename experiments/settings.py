@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+FEATURE_ONLY = "feature_only"
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 MODELS = ("ResNet9", "ResNet18", "ResNet34", "TeacherMLP", "StudentMLP")
 
@@ -39,7 +40,8 @@ class Settings:
     """Folder of the results; None is runs/<dataset>-<recipe>."""
 
     distances: tuple[str, ...] = KD2M
-    """Keys of the catalogue, one distilled student each."""
+    """One distilled student for each: keys of the catalogue, a distance of your own as
+    module:NAME, or feature_only (labels reach the head alone)."""
     seeds: tuple[int, ...] = (0,)
     """One student alone and one per distance for each."""
     weight: float | None = None
@@ -50,6 +52,19 @@ class Settings:
     scale: str | None = None
     """teacher: divide squared distances by the teacher's mean squared deviation, which
     makes lambda dimensionless; None: raw values, as in the paper."""
+
+    layers: tuple[str, ...] = ()
+    """Pairs of layers that every distance compares, STUDENT:TEACHER or
+    STUDENT:TEACHER:WEIGHT, in place of the pooled features; feature_only without any
+    takes the teacher's layers of highest quality."""
+    projector: str | None = None
+    """dense, conv (1x1) or conv3 (three layers): learned maps of the student's layers
+    to the teacher's width; None: none."""
+    view: str = "pool"
+    """Maps in distances of features: pool (their average) or positions (every position
+    is a sample)."""
+    head: tuple[str, ...] = ("fc",)
+    """The student's modules that alone learn from labels in feature_only."""
 
     teacher: Path | None = None
     """Checkpoint (or run folder) of a trained teacher; None trains one."""
@@ -260,8 +275,13 @@ def _check_distances(settings):
 
     names = settings.distances
     for name in names:
-        known = ", ".join(DISTANCES)
-        _require(name in DISTANCES, f"unknown distance {name!r}; known: {known}")
+        module, _, attribute = name.partition(":")
+        own = bool(module and attribute)
+        known = ", ".join((*DISTANCES, FEATURE_ONLY, "one of yours as module:NAME"))
+        _require(
+            name in DISTANCES or name == FEATURE_ONLY or own,
+            f"unknown distance {name!r}; known: {known}",
+        )
     _require(len(set(names)) == len(names), f"--distances names one twice: {names}")
     given = {**(settings.weights or {}), "--weight": settings.weight or 0.0}
     for name, value in given.items():
@@ -282,6 +302,8 @@ def _check_choices(settings):
         "optimizer": ("sgd", "adamw"),
         "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
         "scale": (None, "teacher"),
+        "projector": (None, "dense", "conv", "conv3"),
+        "view": ("pool", "positions"),
     }.items():
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)
@@ -342,7 +364,11 @@ def weight_of(settings: Settings, distance: str) -> float:
         return settings.weights[distance]
     if settings.weight is not None:
         return settings.weight
-    return DISTANCES[distance].weight if settings.scale else RELEASED_WEIGHT
+    if distance == FEATURE_ONLY:
+        return 1.0
+    if not settings.scale:
+        return RELEASED_WEIGHT
+    return DISTANCES[distance].weight if distance in DISTANCES else 1.0
 
 
 def as_json(settings: Settings) -> dict[str, object]:

@@ -144,15 +144,14 @@ def _find(layers, name):
 
 
 def init_projectors(
-    key: jax.Array, projectors: Mapping[str, nn.Module], outputs: object
+    key: jax.Array, projectors: Mapping[str, nn.Module], layers: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, object]]:
     """Makes the projectors' variables.
 
     Args:
       key: random key.
       projectors: a module for each student layer that is projected.
-      outputs: of the student on any batch, arrays or `jax.ShapeDtypeStruct`: an
-        object with ``features`` and ``maps``.
+      layers: the student's on any batch by name, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
       ``{"params": {layer: ...}, "batch_stats": {layer: ...}}``, for
@@ -162,7 +161,6 @@ def init_projectors(
       ValueError: the network has no such layer.
     """
     made: dict[str, dict[str, object]] = {"params": {}, "batch_stats": {}}
-    layers = _layers(outputs)
     for i, (name, projector) in enumerate(sorted(projectors.items())):
         layer = _find(layers, name)
         zeros = jnp.zeros((1, *layer.shape[1:]), layer.dtype)

@@ -381,6 +381,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     run = next(r for r in runs.student_runs(problem, digest) if r.name == "w2")
     model = problem.model("ResNet9", 4)
     teacher = Teacher(model, 4, {}, digest, 0.0, None)
+    runs.check_distances(problem, model)
     result = runs.train(problem, run, model, teacher, unwanted_training)
     assert timeless(result) == timeless(
         json.loads((run_folder / "result.json").read_text())

@@ -99,7 +99,8 @@ def variables_of(model, seed):
 def student():
     variables = variables_of(STUDENT, 1)
     outputs = jax.eval_shape(STUDENT.apply, variables, jnp.zeros((2, 4, 4, 1)))
-    own = init_projectors(jax.random.key(2), CHOSEN, outputs)
+    layers = {"features": outputs.features, **outputs.maps}
+    own = init_projectors(jax.random.key(2), CHOSEN, layers)
     assert set(own["params"]) == {"features", "map"}
     assert set(own["batch_stats"]) == {"map"}  # a linear map has no statistics
     return add_projectors(variables, own)

@@ -1,0 +1,268 @@
+"""How a student learns from its teacher: which layers, by what, through what.
+
+A method is a key of the catalogue, one's own distance as ``module:NAME``, or
+``feature_only``: no label reaches the backbone (arXiv 2511.14981).
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from settings import FEATURE_ONLY, Settings, UserError
+
+from kddm_jax import DISTANCES, Distance, Term, distill_loss
+from kddm_jax.losses import get_distance
+from kddm_jax.projectors import (
+    PROJECTORS,
+    add_projectors,
+    init_projectors,
+    projected_apply,
+)
+
+Shapes = Mapping[str, object]  # of models.shapes: "features", "logits", "maps"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the train step is told.
+
+    Attributes:
+      distance: a row of the catalogue or Terms, as `distill_loss` takes it.
+      options: of `distill_loss`.
+      projectors: a module for each student layer that is projected.
+      head: the student's modules that alone learn from labels; None: all do.
+    """
+
+    distance: object = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    projectors: Mapping[str, nn.Module] = field(default_factory=dict)
+    head: tuple[str, ...] | None = None
+
+
+def find(name: str) -> Distance:
+    """A row of the catalogue, or one's own distance.
+
+    Args:
+      name: a key, or ``module:NAME``, a `Distance` or a function of ``(x, y)``.
+
+    Returns:
+      The row.
+
+    Raises:
+      UserError: there is no such distance.
+    """
+    if name in DISTANCES:
+        return DISTANCES[name]
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # as `python -m` has it
+        sys.path.append(str(Path.cwd()))
+    try:
+        return get_distance(getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"distance {name!r}: {error}; the module is looked for in the working "
+            "folder and among the installed packages"
+        ) from error
+
+
+def title(name: str) -> str:
+    """What a method is called in tables."""
+    if name == FEATURE_ONLY:
+        return "features only"
+    return find(name).title or name
+
+
+def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+    """All layers of a network, in the order of their depth, pooled features last."""
+    return {**shapes["maps"], "features": shapes["features"]}
+
+
+def pairs(settings: Settings) -> list[tuple[str, str, float]]:
+    """``--layers`` as (student's, teacher's, weight)."""
+    found = []
+    for text in settings.layers:
+        student, colon, rest = text.partition(":")
+        teacher, _, weight = rest.partition(":")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            number = -1.0
+        if not (student and colon and teacher) or not number >= 0:
+            raise UserError(
+                f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
+                "such as stage4_block2:stage4_block3:0.5"
+            )
+        found.append((student, teacher, number))
+    return found
+
+
+def _projector(kind: str, x, y) -> nn.Module:
+    """From a student's layer to a teacher's."""
+    if len(x.shape) == 2:
+        return PROJECTORS["dense"](y.shape[-1])
+    grid = tuple(y.shape[1:3]) if len(y.shape) == 4 else (1, 1)
+    options = {"axis_name": "batch"} if kind == "conv3" else {}
+    return PROJECTORS[kind](y.shape[-1], grid=grid, **options)
+
+
+def _check_layer(option: str, who: str, name: str, shapes: Shapes):
+    layers = layers_of(shapes)
+    if name not in layers:
+        raise UserError(
+            f"{option}: the {who} has no layer {name!r}; it has {', '.join(layers)}"
+        )
+    return layers[name]
+
+
+def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
+    """A term per pair of layers, and the projectors that they need."""
+    terms, projectors = [], {}
+    for student, teacher, weight in chosen:
+        of_student = _check_layer("--layers", "student", student, x)
+        of_teacher = _check_layer("--layers", "teacher", teacher, y)
+        terms.append(make_term(student, teacher, weight, of_teacher))
+        if settings.projector is not None:
+            kind = "dense" if len(of_student.shape) == 2 else settings.projector
+            projectors[student] = _projector(kind, of_student, of_teacher)
+    return tuple(terms), projectors
+
+
+def _named(row, name):
+    """The row so that its value is called by the method's name."""
+    if name in DISTANCES:
+        return name
+    fn = functools.wraps(row.fn)(lambda *arrays, **options: row.fn(*arrays, **options))
+    fn.__name__ = name
+    return row._replace(fn=fn)
+
+
+def make(
+    settings: Settings,
+    name: str,
+    weight: float,
+    student: Shapes,
+    teacher: Shapes,
+    options: Mapping[str, object],
+) -> Method:
+    """Makes a method for two networks.
+
+    Args:
+      settings: of the command.
+      name: of the method.
+      weight: lambda.
+      student: shapes of the student's layers.
+      teacher: shapes of the teacher's layers.
+      options: of the distance, beyond the catalogue's.
+
+    Returns:
+      The method.
+
+    Raises:
+      UserError: a layer that a network does not have.
+    """
+    if name == FEATURE_ONLY:
+        return _feature_only(settings, weight, student, teacher)
+    row, chosen = find(name), pairs(settings)
+    layered = {"features", "maps"} & set(row.inputs)
+    if not chosen and "maps" in row.inputs:  # the last ones
+        chosen = [(list(student["maps"])[-1], list(teacher["maps"])[-1], 1.0)]
+    if not layered or not (chosen or settings.projector):
+        return Method(_named(row, name), {"scale": settings.scale, **options})
+
+    def term(of_student, of_teacher, share, _):
+        return Term(
+            row,
+            weight * share,
+            layers=(of_student, of_teacher),
+            options=options,
+            name=name if len(chosen) < 2 else f"{name}@{of_student}",
+            view=settings.view,
+        )
+
+    chosen = chosen or [("features", "features", 1.0)]
+    terms, projectors = _terms(settings, chosen, term, student, teacher)
+    return Method(terms, {"scale": settings.scale}, projectors)
+
+
+def _feature_only(settings, weight, student, teacher):
+    """(lambda / K) sum_k mean (projected student - teacher)^2; labels for the head."""
+    chosen = pairs(settings)
+
+    def term(of_student, of_teacher, share, layer):
+        # l2 sums over channels, the method averages over every element.
+        return Term(
+            "l2",
+            weight * share / len(chosen) / layer.shape[-1],
+            layers=(of_student, of_teacher),
+            name=f"{FEATURE_ONLY}@{of_student}",
+            view="positions",
+        )
+
+    terms, projectors = _terms(settings, chosen, term, student, teacher)
+    return Method(terms, {}, projectors, head=settings.head)
+
+
+def check(
+    name: str, method: Method, student: Shapes, teacher: Shapes, batch: int
+) -> None:
+    """Traces a method on the shapes to come: its errors, before any training.
+
+    Args:
+      name: of the method.
+      method: to check.
+      student: shapes of the student's layers.
+      teacher: shapes of the teacher's layers.
+      batch: size of a batch.
+
+    Raises:
+      UserError: it does not take such layers.
+    """
+
+    def loss(x, y, s, t, labels):
+        return distill_loss(
+            x, y, labels, s, t,
+            distance=method.distance, key=jax.random.key(0), **method.options,
+        )  # fmt: skip
+
+    x, y = layers_of(student), layers_of(teacher)
+    try:
+        for layer, projector in method.projectors.items():
+            x[layer] = jax.eval_shape(
+                lambda a, p=projector: p.init_with_output(jax.random.key(0), a)[0],
+                x[layer],
+            )
+        labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        jax.eval_shape(loss, x, y, student["logits"], teacher["logits"], labels)
+    except (ValueError, TypeError) as error:
+        text = str(error).splitlines()[0]
+        cure = ", that is --projector dense" if "projectors" in text else ""
+        raise UserError(f"distance {name}: {text}{cure}") from error
+
+
+def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
+    """The student's variables with those of the method's projectors.
+
+    Args:
+      method: how it learns.
+      variables: of the student.
+      key: of the projectors' draw.
+      student: shapes of its layers.
+
+    Returns:
+      The tree that `apply_of` takes; unchanged without projectors.
+    """
+    if not method.projectors:
+        return variables
+    own = init_projectors(key, method.projectors, layers_of(student))
+    return jax.device_get(add_projectors(variables, own))
+
+
+def apply_of(method: Method, apply: Callable) -> Callable:
+    """The student's apply function, its layers projected where the method says."""
+    return projected_apply(apply, method.projectors) if method.projectors else apply
