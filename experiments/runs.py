@@ -282,7 +282,6 @@ def prepare(settings: Settings, out: Path) -> Problem:
                 f"--{option}-images {images} is less than one batch of "
                 f"{settings.batch_size}; raise it or lower --batch-size"
             )
-    _ = problem.starts  # read now: a file may not fit
     return problem
 
 

@@ -674,18 +674,15 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
       CheckpointError: a checkpoint is damaged, or cannot be written.
     """
     _refuse(target, overwrite)
-    if target.suffix:
-        _format(target)  # before anything is read
     variables = load(source)
     found = architecture(variables)
     if target.suffix:
         save(target, variables, overwrite=overwrite)
         return found
+    meta = {**_record(source, found), "converted_from": source.name}
     if source.is_dir():
-        meta = {"run": checkpoint.read_meta(checkpoint.find(source))["run"]}
-    else:
-        meta = _record(source, found)
-    meta["converted_from"] = source.name
+        known = checkpoint.read_meta(checkpoint.find(source))
+        meta["run"] = known.get("run", meta["run"])
     _save_checkpoint(target, variables, meta, overwrite)
     return found
 

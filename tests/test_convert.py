@@ -551,7 +551,8 @@ def torch_network(torch, monkeypatch, name, stem, x):
 
 
 @needs_torch
-@pytest.mark.parametrize(("stem", "size"), [("imagenet", 65), ("cifar", 17)])
+# Even sizes: on odd ones "SAME" padding is torch's.
+@pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("cifar", 16)])
 @pytest.mark.parametrize("name", ["resnet18", "resnet34"])
 def test_logits_equal_pytorch(torch, monkeypatch, name, stem, size):
     x = images(size, batch=4)
@@ -704,7 +705,21 @@ def test_command_keeps_what_is_known_of_the_training(run_folder, small, tmp_path
     arrays, meta = checkpoint.restore_arrays(checkpoint.find(tmp_path / "student"))
     assert_same(arrays, small)
     run = checkpoint.read_meta(checkpoint.find(run_folder))["run"]
-    assert meta == {"run": run, "converted_from": "seed0"}
+    assert meta == {
+        "run": run,
+        "num_classes": 5,
+        "channels": 3,
+        "converted_from": "seed0",
+    }
+
+
+def test_command_takes_checkpoints_of_others(small, tmp_path):
+    """Saved by somebody's own program, with a record of its own."""
+    checkpoint.save(tmp_path / "mine", 7, small, {"epoch": 7})
+    assert call(tmp_path / "mine", tmp_path / "converted") == 0
+    meta = checkpoint.read_meta(checkpoint.find(tmp_path / "converted"))
+    assert meta["run"]["teacher_model"] == "ResNet9"
+    assert meta["run"]["dataset"] is None
 
 
 def refused(tmp_path, capsys, *arguments):
@@ -774,11 +789,11 @@ def test_command_refuses_another_networks_checkpoint(tmp_path, capsys):
 
 def test_command_as_a_user_calls_it(small, tmp_path):
     convert.save(tmp_path / "a.npz", small)
-    root = str(Path(convert.__file__).parents[1])
+    paths = [str(Path(convert.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "kddm_jax.convert", "a.npz", "b.safetensors"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=120,
