@@ -78,13 +78,17 @@ def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
       UserError: it does not take such images or gives no logits, features and maps.
     """
     images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
+    names = []  # in their order: what comes out of a trace is sorted
+
+    def trace(key, images):
+        outputs, _ = model.init_with_output(key, images)
+        names.extend(outputs.maps)
+        return outputs.features, outputs.logits, dict(outputs.maps)
+
     try:
-        outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
-        return {
-            "features": outputs.features,
-            "logits": outputs.logits,
-            "maps": dict(outputs.maps),
-        }
+        features, logits, maps = jax.eval_shape(trace, jax.random.key(0), images)
+        maps = {name: maps[name] for name in names}
+        return {"features": features, "logits": logits, "maps": maps}
     except (TypeError, ValueError, AttributeError) as error:
         text = str(error).splitlines()[0]
         raise UserError(

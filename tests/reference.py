@@ -569,4 +569,43 @@ def class_cost_cka(features, *, kappa=1.0):
     """1 - exp(-kappa (1 - CKA)) of every pair of classes."""
     return np.array(
         [[1 - np.exp(-kappa * cka(a, b)) for b in features] for a in features]
+
+
+# ---------------------------------------------------------- knowledge quality
+
+
+def knowledge_quality(features, labels, *, n_train, diagonal=False, log_const=None):
+    """(S, I, E, Q) of arXiv:2511.14981, sample by sample."""
+    groups = [features[labels == c] for c in classes(labels)]
+    unit = lambda x: x / np.sqrt((x**2).sum())
+    alignments = lambda x, y: np.array([[abs(unit(a) @ unit(b)) for b in y] for a in x])
+
+    within, between, smallest, entropies, gaps = [], [], [], [], []
+    for i, group in enumerate(groups):
+        own = alignments(group, group)
+        off = own[~np.eye(len(own), dtype=bool)]
+        within.append((own if diagonal else off).mean())
+        smallest.append(off.min())
+
+        s = np.linalg.svd(group - group.mean(0), compute_uv=False)
+        p = s**2 / (s**2).sum()
+        p = p[p > 1e-14]
+        h = -(p * np.log(p)).sum()
+        entropies.append(h / np.log(log_const or len(group) - 1))
+
+        others = [other for j, other in enumerate(groups) if j != i]
+        between += [alignments(group, other).mean() for other in others]
+        gaps.append(np.sqrt(squared_distances(group, np.concatenate(others)).min()))
+
+    lengths = [np.mean([np.sqrt(a @ a) for a in group]) for group in groups]
+    n, d = np.concatenate(groups).shape
+    packing = (n_train / np.pi) ** (1 / min(n, d))
+    separation = np.mean(within) - np.mean(between)
+    information = (1 - np.mean(smallest)) * np.mean(entropies)
+    efficiency = packing * 2 * np.mean(gaps) / np.mean(lengths)
+    return (
+        separation,
+        information,
+        efficiency,
+        separation + np.sqrt(information * efficiency),
     )
