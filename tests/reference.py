@@ -569,6 +569,7 @@ def class_cost_cka(features, *, kappa=1.0):
     """1 - exp(-kappa (1 - CKA)) of every pair of classes."""
     return np.array(
         [[1 - np.exp(-kappa * cka(a, b)) for b in features] for a in features]
+    )
 
 
 # ---------------------------------------------------------- knowledge quality
