@@ -20,11 +20,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import layers
 import report
 import runs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from settings import Settings, UserError, as_json, parse
+from settings import FEATURE_ONLY, Settings, UserError, as_json, parse
 from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax.checkpoint import CheckpointError
@@ -126,6 +127,8 @@ def _train_all(problem, source, console):
     with reporter.progress:
         teacher = load_teacher(source, reporter)
         reporter.progress.console.print(f"teacher: {teacher.accuracy:.2f} %")
+        if FEATURE_ONLY in settings.distances and not settings.layers:
+            layers.choose(problem, teacher, reporter.progress.console)
         results = []
         student = problem.model(settings.student_model, settings.width)
         for run in runs.student_runs(problem, teacher.digest):

@@ -187,6 +187,38 @@ def show(results: dict[str, object], console: Console) -> None:
     console.print(view)
 
 
+def show_quality(record: dict[str, object], console: Console) -> None:
+    """Prints the quality of the teacher's layers; those chosen are marked."""
+    view = Table("layer", "S", "I", "E", "Q", "followed by", title="knowledge quality")
+    followers = {pair.split(":")[1]: pair.split(":")[0] for pair in record["pairs"]}
+    for layer, quality in record["layers"].items():
+        numbers = [f"{quality[letter]:.3f}" for letter in "SIEQ"]
+        view.add_row(layer, *numbers, followers.get(layer, ""))
+    console.print(view)
+
+
+def quality_plot(record: dict[str, object], path: Path) -> None:
+    """Draws quality and its parts against the teacher's layer."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers = list(record["layers"])
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for letter, style in (("Q", "-o"), ("S", ":"), ("I", "--"), ("E", "-.")):
+        values = [record["layers"][layer][letter] for layer in layers]
+        axes.plot(values, style, label=letter, markersize=3)
+    chosen = [layers.index(pair.split(":")[1]) for pair in record["pairs"]]
+    best = [record["layers"][layers[i]]["Q"] for i in chosen]
+    axes.plot(chosen, best, "kx", markersize=9, label="chosen")
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize="small")
+    axes.set(ylabel="quality", title="the teacher's layers, from the first to the last")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def distance_of(record: dict[str, object], name: str) -> object | None:
     """The distance of a run's record, summed over its layers; None without any."""
     layers = [value for key, value in record.items() if key.split("@")[0] == name]

@@ -51,7 +51,7 @@ STUDENT_FIELDS = (
 )
 DISTILLED_FIELDS = (
     *STUDENT_FIELDS,
-    *("scale", "layers", "projector", "view", "head"),
+    *("scale", "layers", "projector", "view", "head", "quality_images"),
 )
 
 
@@ -295,6 +295,8 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
         for name, model in ((settings.student_model, student), ("teacher", teacher))
     )
     for name in settings.distances:
+        if name == FEATURE_ONLY and not settings.layers:
+            continue  # its layers are chosen once there is a teacher
         method = method_of(problem, name, weight_of(settings, name))
         methods.check(name, method, *problem.shapes, settings.batch_size)
 

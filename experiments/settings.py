@@ -63,6 +63,8 @@ class Settings:
     view: str = "pool"
     """Maps in distances of features: pool (their average) or positions (every position
     is a sample)."""
+    quality_images: int = 5000
+    """Training images, as many of each class, on which layers are rated."""
     head: tuple[str, ...] = ("fc",)
     """The student's modules that alone learn from labels in feature_only."""
 
@@ -199,6 +201,25 @@ RECIPES: dict[str, dict[str, object]] = {
         "test_images": 2000,
     },
 }
+# Features alone teach the backbone (arXiv 2511.14981): ResNet34 to ResNet9, AdamW,
+# one cycle; the student alone and KD beside it.  The paper does not augment.
+RECIPES["feature_only"] = {
+    "stem": "cifar",
+    "width": 16,
+    "student_model": "ResNet9",
+    "distances": ("kd", FEATURE_ONLY),
+    "projector": "conv",
+    "optimizer": "adamw",
+    "schedule": "onecycle",
+    "lr": 7.5e-3,
+    "weight_decay": 0.01,
+    "padding": 0,
+    "flip": False,
+    "batch_size": 128,
+    "epochs": 50,
+    "teacher_epochs": 50,
+    "scale": "teacher",
+}
 # Numerals are never mirrored; 8 x 8 pixels bear a shift of one.
 DATASET_SETTINGS: dict[str, dict[str, object]] = {
     "digits": {"padding": 1, "flip": False},
@@ -327,7 +348,8 @@ def _check_choices(settings):
 def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
-        "steps_per_dispatch eval_every train_images student_images test_images"
+        "steps_per_dispatch eval_every train_images student_images test_images "
+        "quality_images"
     )
     for field in positive.split():
         value = getattr(settings, field)

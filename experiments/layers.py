@@ -1,0 +1,115 @@
+"""Which layers of the teacher a feature-only student follows: those of highest quality.
+
+The released code of arXiv 2511.14981 has lists of layers; here they are chosen by the
+quality of the teacher at hand.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import methods
+import numpy as np
+import report
+import runs
+from rich.console import Console
+from settings import FEATURE_ONLY, UserError, weight_of
+
+from kddm_jax import data, resnet
+from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
+
+# The students' layers in the paper; of another network, four at equal distances.
+STUDENT_LAYERS = {
+    "ResNet9": tuple(f"stage{stage}_block1" for stage in (1, 2, 3, 4)),
+    "MobileNetV2": ("block3", "block6", "block13", "block17"),
+    "ViT": ("block2", "block4", "block6", "block8"),
+}
+COUNT = 4
+WIDEST = 262_144  # features of a sample; larger maps are max-pooled, as in the paper
+BATCH = 250
+
+
+def student_layers(problem: runs.Problem) -> tuple[str, ...]:
+    """The student's layers that learn, from the first to the last."""
+    name = problem.settings.student_model
+    if name in STUDENT_LAYERS:
+        return STUDENT_LAYERS[name]
+    own = [layer for layer in problem.shapes[0]["maps"] if layer != "stem"]
+    if len(own) < COUNT:
+        return tuple(own)
+    return tuple(own[(i + 1) * len(own) // COUNT - 1] for i in range(COUNT))
+
+
+def _pool(maps, shape):
+    """Halves the sides until a sample has no more than the widest features."""
+    while len(shape) == 3 and np.prod(shape) > WIDEST and min(shape[:2]) > 1:
+        maps = -jax.lax.reduce_window(
+            -maps, np.inf, jax.lax.min, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        )
+        shape = maps.shape[1:]
+    return maps
+
+
+def features_of(problem: runs.Problem, teacher, layer: str, chosen: np.ndarray):
+    """A layer's features of some training images, ``[n, d]``, on the host."""
+    apply = resnet.linen_apply(teacher.model)
+
+    def one(variables, images):
+        normal = lambda image: problem.augment(None, image, train=False)
+        outputs, _ = apply(variables, jax.vmap(normal)(images), train=False)
+        found = {"features": outputs.features, **outputs.maps}[layer]
+        pooled = _pool(found.astype(jnp.float32), found.shape[1:])
+        return pooled.reshape(len(images), -1)
+
+    program, parts = jax.jit(one), []
+    variables = jax.device_get(teacher.variables)
+    for start in range(0, len(chosen), BATCH):
+        images = problem.dataset.train_images[chosen[start : start + BATCH]]
+        short = BATCH - len(images)
+        images = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)))
+        parts.append(np.asarray(program(variables, images))[: BATCH - short])
+    return np.concatenate(parts)
+
+
+def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:
+    """The quality of every layer of the teacher, from the first to the last."""
+    labels = problem.dataset.train_labels
+    count = min(problem.settings.quality_images, len(problem.parts.teacher))
+    seen = problem.parts.teacher
+    chosen = np.sort(seen[data.balanced_subset(labels[seen], count, seed=0)])
+    return {
+        layer: knowledge_quality(
+            features_of(problem, teacher, layer, chosen),
+            labels[chosen],
+            n_train=len(seen),
+        )
+        for layer in methods.layers_of(problem.shapes[1])
+    }
+
+
+def choose(problem: runs.Problem, teacher, console: Console) -> None:
+    """Rates the teacher's layers, prints, writes and draws it, and sets the pairs."""
+    quality = rate(problem, teacher)
+    own = student_layers(problem)
+    maps = {layer: q for layer, q in quality.items() if layer != "features"}
+    if len(maps) < len(own):
+        raise UserError(
+            f"feature_only: the teacher has {len(maps)} layers, the student follows "
+            f"{len(own)}; name the pairs by --layers"
+        )
+    best = select_layers(maps, len(own))
+    problem.chosen_layers = tuple(
+        f"{student}:{layer}" for student, layer in zip(own, best, strict=True)
+    )
+    settings = problem.settings
+    method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))
+    methods.check(FEATURE_ONLY, method, *problem.shapes, settings.batch_size)
+    out = Path(problem.out)
+    record = {
+        "images": settings.quality_images,
+        "layers": {layer: dict(q._asdict()) for layer, q in quality.items()},
+        "pairs": problem.chosen_layers,
+    }
+    runs.write_json(out / "quality.json", record)
+    report.show_quality(record, console)
+    report.quality_plot(record, out / "quality.png")
