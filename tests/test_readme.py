@@ -16,15 +16,16 @@ def test_there_are_snippets():
     assert len(BLOCKS) >= 2
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)))
-def test_snippet_runs_and_prints_what_it_says(index, capsys):
-    block = BLOCKS[index]
-    exec(compile(block, f"README block {index}", "exec"), {"__name__": "readme"})
-    printed = capsys.readouterr().out.split("\n")
-    promised = re.findall(r"print\(.*\)  # (.*)", block)
-    assert promised, "a snippet shows at least one printed value"
-    for expected in promised:
-        assert expected in printed
+def test_snippets_run_and_print_what_they_say(capsys):
+    """One after the other, as somebody types them."""
+    names = {"__name__": "readme"}
+    for i, block in enumerate(BLOCKS):
+        exec(compile(block, f"README block {i}", "exec"), names)
+        printed = capsys.readouterr().out.split("\n")
+        promised = re.findall(r"print\(.*\)  # (.*)", block)
+        assert promised, "a snippet shows at least one printed value"
+        for expected in promised:
+            assert expected in printed
 
 
 def test_the_catalogue_is_whole():
