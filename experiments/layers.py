@@ -55,7 +55,7 @@ def features_of(problem: runs.Problem, teacher, layer: str, chosen: np.ndarray):
     apply = resnet.linen_apply(teacher.model)
 
     def one(variables, images):
-        normal = lambda image: problem.augment(None, image, train=False)
+        normal = lambda image: problem.normalize(None, image)
         outputs, _ = apply(variables, jax.vmap(normal)(images), train=False)
         found = {"features": outputs.features, **outputs.maps}[layer]
         pooled = _pool(found.astype(jnp.float32), found.shape[1:])

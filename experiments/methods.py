@@ -17,7 +17,7 @@ from flax import linen as nn
 from settings import FEATURE_ONLY, Settings, UserError
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
-from kddm_jax.losses import get_distance
+from kddm_jax.losses import carries_weights, get_distance
 from kddm_jax.projectors import (
     PROJECTORS,
     add_projectors,
@@ -261,6 +261,14 @@ def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
         return variables
     own = init_projectors(key, method.projectors, layers_of(student))
     return jax.device_get(add_projectors(variables, own))
+
+
+def teacher_layers(method: Method) -> tuple[str, ...]:
+    """The teacher's maps that a method compares, beside features and logits."""
+    if not carries_weights(method.distance):
+        return ()
+    layers = {term.layers[1] for term in method.distance}
+    return tuple(sorted(layers - {"features"}))
 
 
 def apply_of(method: Method, apply: Callable) -> Callable:

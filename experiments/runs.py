@@ -25,6 +25,7 @@ import models
 import numpy as np
 import optax
 import pretrained
+import views
 from flax import linen as nn
 from settings import FEATURE_ONLY, Settings, UserError, as_json, weight_of
 
@@ -47,7 +48,7 @@ SHARED_FIELDS = (
 TEACHER_FIELDS = (*SHARED_FIELDS, "teacher_model", "teacher_epochs")
 STUDENT_FIELDS = (
     *SHARED_FIELDS,
-    *("student_model", "width", "epochs", "student_images"),
+    *("student_model", "width", "epochs", "student_images", "views"),
 )
 DISTILLED_FIELDS = (
     *STUDENT_FIELDS,
@@ -161,6 +162,14 @@ class Problem:
         return self.dataset.train_images.shape[-1]
 
     @property
+    def memory(self) -> int:
+        """Bytes of a device's memory; a CPU's is the machine's."""
+        stats = self.devices[0].memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the data set."""
         return len(self.dataset.class_names)
@@ -169,7 +178,7 @@ class Problem:
     def streams(self) -> bool:
         """Whether the training images are too large to lie on every device."""
         limit = self.settings.stream_above
-        limit = 1e6 * limit if limit is not None else device_memory(self.devices[0]) / 4
+        limit = 1e6 * limit if limit is not None else self.memory / 4
         return self.dataset.train_images.nbytes > limit
 
     @cached_property
@@ -195,7 +204,25 @@ class Problem:
         pair = (self.dataset.train_images, self.dataset.train_labels)
         return train_step.replicate(pair, self.devices)
 
-    def dispatches(self, order: np.ndarray, length: int) -> Iterator[tuple]:
+    @cached_property
+    def views(self) -> views.Views | None:
+        """Fixed views of the students' images, where asked for."""
+        if self.settings.views is None:
+            return None
+        dataset = self.dataset
+        return views.Views(
+            *(self.settings, dataset.train_images, dataset.train_labels),
+            indices=self.parts.student,
+        )
+
+    @cached_property
+    def resident_views(self) -> tuple[jax.Array, jax.Array]:
+        """All views (uint8) and labels, on every device."""
+        return train_step.replicate(self.views.pair, self.devices)
+
+    def dispatches(
+        self, order: np.ndarray, length: int, *, of_views: bool = False
+    ) -> Iterator[tuple]:
         """Images, labels and indices of an epoch's dispatches, ``length`` steps each.
 
         Streamed or resident, one program reads both: ``scan_steps`` looks its images
@@ -203,9 +230,10 @@ class Problem:
         """
         count = len(self.devices)
         rows = stream.reads(order, length=length, shares=range(count), of=count)
-        if not self.streams:
+        if of_views or not self.streams:
+            resident = self.resident_views if of_views else self.resident
             for shares in rows:
-                yield *self.resident, shares
+                yield *resident, shares
             return
         own = np.arange(rows[0, 0].size, dtype=np.int32).reshape(rows[0, 0].shape)
         own = np.broadcast_to(own, rows[0].shape)  # [devices, length, b]
@@ -227,6 +255,11 @@ class Problem:
             dtype=jnp.dtype(self.settings.dtype),
         )
 
+    def normalize(self, key: None, image: jax.Array) -> jax.Array:
+        """Of one image, nothing else."""
+        del key
+        return self.augment(None, image, train=False)
+
     def model(self, name: str, width: int) -> nn.Module:
         """A network whose BatchNorm sees the global batch."""
         return models.build(
@@ -245,14 +278,6 @@ class Problem:
             self.programs[key] = jax.jit(model.init)
         image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
         return jax.device_get(self.programs[key](jax.random.key(seed), image))
-
-
-def device_memory(device: jax.Device) -> int:
-    """Bytes of a device's memory; a CPU's is the machine's."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def prepare(settings: Settings, out: Path) -> Problem:
@@ -281,6 +306,14 @@ def prepare(settings: Settings, out: Path) -> Problem:
             raise UserError(
                 f"--{option}-images {images} is less than one batch of "
                 f"{settings.batch_size}; raise it or lower --batch-size"
+            )
+    if settings.views is not None:
+        pixels = dataset.train_images[0].nbytes * len(problem.parts.student)
+        if pixels * settings.views > problem.memory / 4:
+            raise UserError(
+                f"--views {settings.views}: {pixels * settings.views / 1e9:.1f} GB of "
+                f"images, a quarter of the memory is {problem.memory / 4e9:.1f} GB; "
+                "lower it, or leave it out"
             )
     return problem
 
@@ -463,7 +496,7 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
     if model not in problem.programs:
         step = train_step.make_eval_step(
             resnet.linen_apply(model),
-            normalize=lambda image: problem.augment(None, image, train=False),
+            normalize=lambda image: problem.normalize(None, image),
         )
         problem.programs[model] = train_step.parallel(
             step, in_axes=(None, 0, 0), devices=problem.devices
@@ -482,24 +515,47 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
     return 100 * correct / len(labels)
 
 
+def _on_views(problem, run):
+    """Whether a run sees fixed views; the teacher itself never does."""
+    return problem.views is not None and run.name != "teacher"
+
+
+def _what_teaches(problem, run, method, teacher):
+    """What the steps take of the teacher: nothing, its variables, or its outputs."""
+    if run.name in ALONE:
+        return None
+    if not _on_views(problem, run):
+        return teacher.variables
+    named = methods.teacher_layers(method)
+    key = ("outputs", named)
+    if key not in problem.programs:
+        outputs = problem.views.outputs(problem, teacher, named)
+        problem.programs[key] = train_step.replicate(outputs, problem.devices)
+    return problem.programs[key]
+
+
 def _train_program(problem, run, method, model, teacher, tx, length):
     """The compiled steps; runs that differ in seed, or lambda alone, share it."""
     own_weights = run.weight if carries_weights(method.distance) else None
     key = (run.name, run.epochs, length, own_weights)
     if key not in problem.programs:
-        distilled = run.name not in ALONE
+        distilled, of_views = run.name not in ALONE, _on_views(problem, run)
+        teacher_apply = None
+        if distilled:
+            known = train_step.known_outputs
+            teacher_apply = known if of_views else resnet.linen_apply(teacher.model)
         step = train_step.make_train_step(
             methods.apply_of(method, resnet.linen_apply(model)),
-            resnet.linen_apply(teacher.model) if distilled else None,
+            teacher_apply,
             tx,
-            augment=problem.augment,
+            augment=problem.normalize if of_views else problem.augment,
             distance=method.distance,
             head=method.head,
             **method.options,
         )
-        images = 0 if problem.streams else None
+        images = 0 if problem.streams and not of_views else None
         problem.programs[key] = train_step.parallel(
-            train_step.scan_steps(step),
+            train_step.scan_steps(step, known=distilled and of_views),
             in_axes=(None, None, images, images, 0),
             donate=(0,),
             devices=problem.devices,
@@ -560,13 +616,16 @@ def train(
     # --- epochs ------------------------------------------------------------------
     length = _steps_per_dispatch(settings, steps)
     program = _train_program(problem, run, method, model, teacher, tx, length)
-    fixed = None if run.name in ALONE else teacher.variables
+    fixed = _what_teaches(problem, run, method, teacher)
+    of_views = _on_views(problem, run)
     began = saved = time.monotonic()
     first_step = None
     for epoch in range(len(history), run.epochs):
         order = epoch_order(run, epoch, settings.batch_size)
         collected, epoch_began, counted = [], time.monotonic(), 0
-        for inputs in problem.dispatches(order, length):
+        if of_views:
+            order = problem.views.order(order, run.seed, epoch)
+        for inputs in problem.dispatches(order, length, of_views=of_views):
             state, metrics = program(state, fixed, *inputs)
             collected.append(metrics)
             counted += length * settings.batch_size

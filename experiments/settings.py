@@ -124,6 +124,10 @@ class Settings:
     zoom: float = 0.0
     """Random change of scale, at most this share."""
 
+    views: int | None = None
+    """Fixed augmented views of each image, on which the teacher is run once for all
+    students; None: new ones at every step."""
+
     train_images: int | None = None
     """Images that the teacher sees, a stratified choice; None: all."""
     student_images: int | None = None
@@ -349,7 +353,7 @@ def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
         "steps_per_dispatch eval_every train_images student_images test_images "
-        "quality_images"
+        "quality_images views"
     )
     for field in positive.split():
         value = getattr(settings, field)

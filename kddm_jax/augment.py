@@ -202,6 +202,48 @@ def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
         )
 
 
+def distort(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    padding: int = 4,
+    flip: bool = True,
+    degrees: float = 0.0,
+    shift: float = 0.0,
+    zoom: float = 0.0,
+) -> jax.Array:
+    """Maps an image by chance: affine map, crop, flip; what is 0 or False is left out.
+
+    Args:
+      key: random key.
+      image: image, shape ``[h, w, c]``, any dtype.
+      padding: of `random_crop`.
+      flip: whether `random_flip` has a part.
+      degrees: of `random_affine`.
+      shift: of `random_affine`.
+      zoom: of `random_affine`.
+
+    Returns:
+      The image, shape ``[h, w, c]``, dtype of ``image``.
+
+    Raises:
+      ValueError: if ``image`` is not of rank 3 or a number is out of range.
+
+    Examples:
+      >>> image = jnp.ones((8, 8, 1), jnp.uint8)
+      >>> distort(jax.random.key(0), image, padding=2).dtype
+      dtype('uint8')
+    """
+    crop_key, flip_key = jax.random.split(key)
+    if degrees or shift or zoom:
+        affine_key = jax.random.fold_in(key, 1)
+        image = random_affine(
+            affine_key, image, degrees=degrees, shift=shift, zoom=zoom
+        )
+    image = random_crop(crop_key, image, padding=padding)
+    return random_flip(flip_key, image) if flip else image
+
+
 def make_augment(
     *,
     mean: Sequence[float],
@@ -248,6 +290,13 @@ def make_augment(
     _check_affine(degrees, shift, zoom)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating, got {jnp.dtype(dtype)}")
+    options = {
+        "padding": padding,
+        "flip": flip,
+        "degrees": degrees,
+        "shift": shift,
+        "zoom": zoom,
+    }
 
     def augment(
         key: jax.Array | None, image: jax.Array, *, train: bool = True
@@ -258,15 +307,7 @@ def make_augment(
                 "itself, pass the pixels as they were read"
             )
         if train:
-            crop_key, flip_key = jax.random.split(key)
-            if degrees or shift or zoom:
-                affine_key = jax.random.fold_in(key, 1)
-                image = random_affine(
-                    affine_key, image, degrees=degrees, shift=shift, zoom=zoom
-                )
-            image = random_crop(crop_key, image, padding=padding)
-            if flip:
-                image = random_flip(flip_key, image)
+            image = distort(key, image, **options)
         return normalize(image, mean, std).astype(dtype)
 
     return augment

@@ -253,7 +253,28 @@ def make_train_step(
     return step
 
 
-def scan_steps(step: Callable) -> Callable:
+def known_outputs(
+    outputs: Outputs, images: jax.Array, *, train: bool
+) -> tuple[Outputs, Variables]:
+    """The apply function of a teacher whose outputs are known.
+
+    With it as ``teacher_apply``, what the step takes as the teacher's variables are the
+    teacher's outputs on this very batch: an object with ``logits``, ``features`` and
+    ``maps``.  Images must then be fixed views, not augmented anew at every step.
+
+    Args:
+      outputs: of the teacher on this batch.
+      images: ignored.
+      train: ignored.
+
+    Returns:
+      ``(outputs, {})``.
+    """
+    del images, train
+    return outputs, {}
+
+
+def scan_steps(step: Callable, *, known: bool = False) -> Callable:
     """Makes several steps one program, over data that stay on the device.
 
     For accelerators, where it saves the host's part of every step.  XLA:CPU runs
@@ -262,6 +283,8 @@ def scan_steps(step: Callable) -> Callable:
 
     Args:
       step: from `make_train_step`.
+      known: whether the step's teacher is `known_outputs`: then ``f`` takes the
+        teacher's outputs on all images in place of its variables.
 
     Returns:
       ``f(state, teacher_variables, images, labels, indices) -> (state, metrics)``:
@@ -273,8 +296,14 @@ def scan_steps(step: Callable) -> Callable:
     def scanned(state, teacher_variables, images, labels, indices):
         def body(state, index):
             # Without the barrier XLA:CPU repeats the lookup in every consumer.
-            batch = jax.lax.optimization_barrier((images[index], labels[index]))
-            return step(state, teacher_variables, *batch)
+            batch = images[index], labels[index]
+            teacher = teacher_variables
+            if known:
+                teacher = jax.tree.map(lambda table: table[index], teacher_variables)
+                batch, teacher = jax.lax.optimization_barrier((batch, teacher))
+            else:
+                batch = jax.lax.optimization_barrier(batch)
+            return step(state, teacher, *batch)
 
         if indices.shape[0] > 1:
             return jax.lax.scan(body, state, indices)
