@@ -700,7 +700,8 @@ MISTAKES = {
         ["mine:make", r"\[8, 8, 1\]", "logits, features and maps"],
     ),
     "weights for another kind": (
-        "--student-model StudentMLP --pretrained-student weights.npz",
+        "--teacher-model StudentMLP --student-model StudentMLP "
+        "--pretrained-student weights.npz",
         ["--pretrained-student weights.npz", "StudentMLP", "choose a ResNet"],
     ),
     "dtype": ("--dtype float16", ["dtype", "'float16'", "bfloat16"]),
