@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import layers
+import methods
 import report
 import runs
 from rich.console import Console
@@ -129,6 +130,8 @@ def _train_all(problem, source, console):
         reporter.progress.console.print(f"teacher: {teacher.accuracy:.2f} %")
         if FEATURE_ONLY in settings.distances and not settings.layers:
             layers.choose(problem, teacher, reporter.progress.console)
+        if any(methods.needs_class_cost(name) for name in settings.distances):
+            problem.class_cost = layers.class_cost(problem, teacher)
         results = []
         student = problem.model(settings.student_model, settings.width)
         for run in runs.student_runs(problem, teacher.digest):

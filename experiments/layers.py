@@ -1,7 +1,8 @@
-"""Which layers of the teacher a feature-only student follows: those of highest quality.
+"""What is made of the teacher's layers before a student trains.
 
-The released code of arXiv 2511.14981 has lists of layers; here they are chosen by the
-quality of the teacher at hand.
+A feature-only student follows those of highest quality (the released code of arXiv
+2511.14981 has lists of layers; here they are chosen by the teacher at hand), and WKD-L
+moves probability between classes at a price that the teacher's last layer sets.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from settings import FEATURE_ONLY, UserError, weight_of
 
 from kddm_jax import data, resnet
+from kddm_jax.logits import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
 # The students' layers in the paper; of another network, four at equal distances.
@@ -27,6 +29,7 @@ STUDENT_LAYERS = {
 COUNT = 4
 WIDEST = 262_144  # features of a sample; larger maps are max-pooled, as in the paper
 BATCH = 250
+COST_IMAGES = 50  # of each class, for the price between classes
 
 
 def student_layers(problem: runs.Problem) -> tuple[str, ...]:
@@ -113,3 +116,26 @@ def choose(problem: runs.Problem, teacher, console: Console) -> None:
     runs.write_json(out / "quality.json", record)
     report.show_quality(record, console)
     report.quality_plot(record, out / "quality.png")
+
+
+def class_cost(problem: runs.Problem, teacher) -> np.ndarray:
+    """The price of moving probability from class to class, ``[k, k]``.
+
+    Rows are every position of the teacher's last map, as WKD's released code has it on
+    CIFAR, of as many images of each class.
+    """
+    labels, seen = problem.dataset.train_labels, problem.parts.teacher
+    classes = problem.num_classes
+    fewest = np.bincount(labels[seen], minlength=classes).min()
+    each = min(COST_IMAGES, fewest)
+    if not each:
+        raise UserError(
+            "wkd_logits: the teacher has seen no image of some class, so that it has "
+            "no price; raise --train-images"
+        )
+    by_class = [seen[labels[seen] == c][:each] for c in range(classes)]
+    maps = list(problem.shapes[1]["maps"].items())
+    name, shape = maps[-1] if maps else ("features", problem.shapes[1]["features"])
+    features = features_of(problem, teacher, name, np.concatenate(by_class))
+    rows = features.reshape(classes, -1, shape.shape[-1])
+    return np.asarray(class_cost_cka(jnp.asarray(rows)))

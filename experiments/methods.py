@@ -6,6 +6,7 @@ A method is a key of the catalogue, one's own distance as ``module:NAME``, or
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,15 @@ def find(name: str) -> Distance:
             f"distance {name!r}: {error}; the module is looked for in the working "
             "folder and among the installed packages"
         ) from error
+
+
+def needs_class_cost(name: str) -> bool:
+    """Whether a method asks for a price between classes, which the teacher sets."""
+    if name == FEATURE_ONLY:
+        return False
+    row = find(name)
+    known = inspect.signature(row.fn).parameters
+    return "class_cost" in known and "class_cost" not in row.options
 
 
 def title(name: str) -> str:

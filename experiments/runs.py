@@ -155,6 +155,7 @@ class Problem:
     programs: dict[object, Callable] = field(default_factory=dict)
     shapes: tuple[methods.Shapes, methods.Shapes] | None = None
     chosen_layers: tuple[str, ...] = ()
+    class_cost: np.ndarray | None = None
 
     @property
     def channels(self) -> int:
@@ -341,7 +342,12 @@ def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
         return methods.Method()
     if name == FEATURE_ONLY and not settings.layers:
         settings = replace(settings, layers=problem.chosen_layers)
-    return methods.make(settings, name, weight, *problem.shapes, {})
+    options = {}
+    if methods.needs_class_cost(name):
+        cost = problem.class_cost  # until there is a teacher, its shape alone matters
+        k = problem.num_classes
+        options["class_cost"] = np.zeros((k, k)) if cost is None else cost
+    return methods.make(settings, name, weight, *problem.shapes, options)
 
 
 # ---------------------------------------------------------------------------
