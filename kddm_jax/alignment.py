@@ -30,18 +30,11 @@ from kddm_jax.linalg import (
     cross_nuclear_norm,
     matmul,
     squared_distances,
+    unit,
 )
 
 # ---------------------------------------------------------------------------
 # Normalisation.
-
-
-def _unit(x, axis, floor=0.0):
-    """``x`` over its norm along ``axis``; zero where that norm is round-off."""
-    squares = jnp.sum(x * x, axis=axis, keepdims=True)
-    # Below the root of the smallest number 1 / norm^3 of the derivative overflows.
-    known = squares > floor + jnp.finfo(x.dtype).tiny ** 0.5
-    return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
 
 
 def _rounding(x):
@@ -65,7 +58,7 @@ def normalized(x: jax.Array) -> jax.Array:
              [ 0.7071]], dtype=float32)
     """
     centred = x - jnp.mean(x, axis=0, keepdims=True)
-    return _unit(centred, axis=(0, 1), floor=_rounding(x))
+    return unit(centred, axis=(0, 1), floor=_rounding(x))
 
 
 def _pair_of(x, y):
@@ -198,9 +191,9 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
     for features in (normalized(x), normalized(y)):
         gram = matmul(features, features.T)
         if debiased:
-            gram = _unit(_u_centred(gram), axis=(0, 1), floor=_rounding(gram))
+            gram = unit(_u_centred(gram), axis=(0, 1), floor=_rounding(gram))
         else:
-            gram = _unit(gram, axis=(0, 1))
+            gram = unit(gram, axis=(0, 1))
         grams.append(gram)
     return jnp.sum((grams[0] - grams[1]) ** 2) / 2
 
@@ -215,7 +208,8 @@ def _regression_error(x, y):
 def _regress(x, y):
     """The residual of the least-squares fit and its map, of minimal norm."""
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    keep = s > max(x.shape) * jnp.finfo(x.dtype).eps * jnp.max(s)
+    cutoff = max(x.shape) * jnp.finfo(x.dtype).eps * jnp.max(s)
+    keep = ~(s <= cutoff)  # NaN stays
     u = jnp.where(keep[None, :], u, 0)
     seen = matmul(u.T, y)
     inverse = jnp.where(keep, 1 / jnp.where(keep, s, 1), 0)
@@ -298,8 +292,8 @@ def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     x, y = _pair_of(x, y)
     # A common factor of all features cancels; taken out, no square overflows.
-    x, y = _unit(x, axis=(0, 1)), _unit(y, axis=(0, 1))
-    gram_x, gram_y = (_unit(matmul(z, z.T), axis=1) for z in (x, y))
+    x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
+    gram_x, gram_y = (unit(matmul(z, z.T), axis=1) for z in (x, y))
     return jnp.mean((gram_x - gram_y) ** 2)
 
 
@@ -406,7 +400,7 @@ def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Ar
     for maps in (maps_x, maps_y):
         pooled = average_pool(maps, size)
         flat = pooled.reshape(maps.shape[0], -1, maps.shape[3])  # [b, h w, c]
-        channels.append(_unit(flat, axis=1))
+        channels.append(unit(flat, axis=1))
     return jnp.mean(jax.vmap(NST_KERNELS[kernel])(*channels))
 
 

@@ -64,7 +64,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """Takes the square root with a zero derivative where ``x <= 0``.
 
     Args:
-      x: array of any shape; negative entries count as zero.
+      x: array of any shape; negative entries count as zero, NaN stays.
 
     Returns:
       ``sqrt(max(x, 0))``, same shape.
@@ -74,8 +74,32 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
       Array([0.  , 0.25], dtype=float32)
     """
     # `where` twice: the inner one keeps 0/0 out of the derivative.
-    positive = x > 0
+    positive = ~(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def unit(
+    x: jax.Array, *, axis: int | tuple[int, ...], floor: jax.Array | float = 0.0
+) -> jax.Array:
+    """Divides by the norm along axes; zero, with derivative zero, where it vanishes.
+
+    Args:
+      x: array of any shape.
+      axis: over which the norm is taken.
+      floor: squared norm up to which ``x`` counts as round-off.
+
+    Returns:
+      ``x / norm``, same shape.
+
+    Examples:
+      >>> unit(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=1)
+      Array([[0.6, 0.8],
+             [0. , 0. ]], dtype=float32)
+    """
+    squares = jnp.sum(x * x, axis=axis, keepdims=True)
+    # Below the root of the smallest number 1 / norm^3 of the derivative overflows.
+    known = ~(squares <= floor + jnp.finfo(x.dtype).tiny ** 0.5)  # NaN stays
+    return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
 
 
 # ---------------------------------------------------------------------------
@@ -579,6 +603,33 @@ def class_means(x: jax.Array, groups: Classes) -> jax.Array:
       Array([2., 2., 7.], dtype=float32)
     """
     return matmul(groups.same, x) / groups.counts[:, None]
+
+
+def labelled_pair(
+    x: jax.Array,
+    y: jax.Array,
+    labels: jax.Array,
+    num_classes: int | None,
+    reduction: str,
+) -> tuple[jax.Array, jax.Array, Classes]:
+    """Checks what a class-conditional distance takes and masks its classes.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``.
+      labels: int, shape ``[n]``; negative ones are padding.
+      num_classes: if given, concrete labels must lie below it.
+      reduction: as in `classes`.
+
+    Returns:
+      ``(x, y, groups)``, the features as float32 or float64.
+
+    Raises:
+      ValueError: shapes, dtypes, labels, unknown ``reduction``.
+    """
+    x, y = check_pair(x, y, same_rows=True)
+    labels = check_labels(labels, x.shape[0], num_classes=num_classes)
+    return x, y, classes(labels, reduction=reduction, dtype=x.dtype)
 
 
 # ---------------------------------------------------------------------------

@@ -12,8 +12,6 @@ References:
   distillation, 2024 (arXiv 2412.08139).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +29,7 @@ from kddm_jax.linalg import (
     matmul,
     safe_sqrt,
 )
+from kddm_jax.transport import Stats
 
 NAMES = ("logits_x", "logits_y")
 
@@ -44,6 +43,22 @@ def _standardized(logits):
     count = max(logits.shape[1] - 1, 1)
     variance = jnp.sum(centred * centred, axis=1, keepdims=True) / count
     return centred / (safe_sqrt(variance) + 1e-6)
+
+
+def _divergence(log_p, log_q):
+    """KL(p || q) of every image: the sum of p (r - 1 - log r) with r = q / p.
+
+    No term is negative, and none cancels where the predictions nearly agree.
+    """
+    p, log_ratio = jnp.exp(log_p), log_q - log_p
+    near = jnp.abs(log_ratio) < 1
+    small = jnp.where(near, log_ratio, 0)
+    terms = jnp.where(
+        near,
+        p * (jnp.expm1(small) - small),
+        jnp.exp(log_q) - p - p * log_ratio,
+    )
+    return jnp.sum(terms, axis=1)
 
 
 def kd(
@@ -95,20 +110,11 @@ def kd(
     temperature = jnp.asarray(temperature, s.dtype)
     log_s, log_t = (jax.nn.log_softmax(z / temperature) for z in (s, t))
     log_p, log_q = (log_s, log_t) if direction == DIRECTIONS[0] else (log_t, log_s)
-    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
-    return temperature**2 * jnp.mean(divergence)
+    return temperature**2 * jnp.mean(_divergence(log_p, log_q))
 
 
 # ---------------------------------------------------------------------------
 # Transport between the classes of two predictions.
-
-
-class _Stats(NamedTuple):
-    """What the solver says of its work: floats, without derivative."""
-
-    converged: jax.Array
-    iterations: jax.Array
-    marginal_error: jax.Array
 
 
 MOST_ITERATIONS = 2000
@@ -146,7 +152,7 @@ def _scalings(p, q, kernel):
     u, v, _, count, error = jax.lax.while_loop(unfinished, update, first)
     count = jnp.asarray(count, p.dtype)
     met = jnp.asarray(error <= _tolerance(p.dtype), p.dtype)
-    return u, v, _Stats(met, count, error)
+    return u, v, Stats(met, count, error)
 
 
 # The plan P = diag(u) K diag(v) with marginals p, q; d log u = a and d log v = b solve
@@ -203,7 +209,7 @@ def _unrolled_plan_cost(p, q, present, cost, kernel, iterations):
     start = present / jnp.sum(present, axis=1, keepdims=True)
     u, v = jax.lax.fori_loop(0, iterations, update, (start, 0 * q))
     columns = jnp.sum(jnp.abs(v * matmul(u, kernel) - q), axis=1)
-    stats = _Stats(
+    stats = Stats(
         jnp.ones((), p.dtype),
         jnp.asarray(iterations, p.dtype),
         constant(jnp.max(columns)),
@@ -232,23 +238,38 @@ def _check_class_cost(class_cost, epsilon, k, dtype):
     return constant(class_cost), constant(jnp.asarray(epsilon, dtype))
 
 
-def _wkd_logits(
-    logits_x,
-    logits_y,
-    labels,
-    *,
-    class_cost,
-    temperature,
-    gamma=1.0,
-    epsilon=0.05,
-    iterations=None,
-    compat=None,
-):
+def _check_predictions(logits_x, logits_y, labels):
     s, t = check_pair(logits_x, logits_y, names=NAMES, same_rows=True)
     n, k = s.shape
     if k < 2:
         raise ValueError(f"logits_x must have two classes at least, got {k}")
     labels = check_labels(labels, n, num_classes=k)
+    own = labels[:, None] == jnp.arange(k)[None, :]  # [n, k], nothing for padding
+    valid = labels >= 0
+    s, t = (jnp.where(valid[:, None], z, 0) for z in (s, t))  # it may hold anything
+    return s, t, own, valid
+
+
+def _target_term(s, t, own):
+    """The label's cross-entropy times the teacher's probability of it, ``[n]``."""
+    terms = -jax.nn.softmax(t) * jax.nn.log_softmax(s)
+    return jnp.sum(jnp.where(own, terms, 0), axis=1)
+
+
+def wkd_logits_stats(
+    logits_x: jax.Array,
+    logits_y: jax.Array,
+    labels: jax.Array,
+    *,
+    class_cost: jax.Array,
+    temperature: float | jax.Array,
+    gamma: float | jax.Array = 1.0,
+    epsilon: float | jax.Array = 0.05,
+    iterations: int | None = None,
+    compat: str | None = None,
+) -> tuple[jax.Array, Stats]:
+    """Computes `wkd_logits` and what its solver says, ``(value, stats)``."""
+    s, t, own, valid = _check_predictions(logits_x, logits_y, labels)
     (iterations,) = as_released(compat, iterations=(iterations, None, 10))
     if iterations is not None and iterations < 1:
         raise ValueError(
@@ -257,14 +278,10 @@ def _wkd_logits(
         )
     check_number("temperature", temperature, positive=True)
     check_number("gamma", gamma, positive=False)
-    cost, epsilon = _check_class_cost(class_cost, epsilon, k, s.dtype)
-    valid = (labels >= 0)[:, None]
-    own = labels[:, None] == jnp.arange(k)[None, :]  # [n, k], nothing for padding
-    s, t = jnp.where(valid, s, 0), jnp.where(valid, t, 0)  # padding may hold anything
+    cost, epsilon = _check_class_cost(class_cost, epsilon, s.shape[1], s.dtype)
+    temperature, gamma = (jnp.asarray(z, s.dtype) for z in (temperature, gamma))
 
-    target = jnp.sum(jnp.where(own, _target_term(s, t), 0), axis=1)
-    # The label's column is not cut out but emptied: every image keeps one cost.
-    temperature = jnp.asarray(temperature, s.dtype)
+    # The label's column is not cut out but emptied: every image keeps the one cost.
     p, q = (jax.nn.softmax(jnp.where(own, -jnp.inf, z / temperature)) for z in (s, t))
     kernel = jnp.exp(-cost / epsilon)
     if iterations is None:
@@ -272,13 +289,8 @@ def _wkd_logits(
     else:
         present = 1 - own.astype(s.dtype)
         moved, stats = _unrolled_plan_cost(p, q, present, cost, kernel, iterations)
-    weights = valid[:, 0].astype(s.dtype) / jnp.maximum(jnp.sum(valid), 1)
-    gamma = jnp.asarray(gamma, s.dtype)
-    return jnp.sum(weights * (target + gamma * moved)), stats
-
-
-def _target_term(s, t):
-    return -jax.nn.softmax(t) * jax.nn.log_softmax(s)
+    weights = valid.astype(s.dtype) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sum(weights * (_target_term(s, t, own) + gamma * moved)), stats
 
 
 def wkd_logits(
@@ -334,7 +346,7 @@ def wkd_logits(
       >>> wkd_logits(s, t, jnp.array([2]), **options)  # all from class 1 to class 0
       Array(1.001, dtype=float32)
     """
-    return _wkd_logits(
+    return wkd_logits_stats(
         logits_x,
         logits_y,
         labels,

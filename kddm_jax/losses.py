@@ -5,6 +5,7 @@ Arrays in, scalars out: no framework, so it composes with Flax, Equinox and plai
 functions, under jit, grad, vmap, pmap and shard_map.  The teacher gets no gradient.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -269,15 +270,43 @@ def _per_deviation(value, y, labels):
     return jnp.where(known, value / jnp.where(known, deviation, 1), 0)
 
 
+def _options(row, term, num_classes):
+    """Keyword arguments of the row's function; those it cannot do without must be."""
+    options = {**row.options, **term.options}
+    known = inspect.signature(row.fn).parameters
+    if num_classes is not None and "num_classes" in known:
+        options.setdefault("num_classes", num_classes)
+    needed = [p.name for p in known.values() if p.kind is p.KEYWORD_ONLY]
+    needed = [name for name in needed if known[name].default is inspect.Parameter.empty]
+    missing = [name for name in needed if name not in options]
+    if missing:
+        raise ValueError(
+            f"distance {_term_name(term)!r} needs the option {', '.join(missing)}; "
+            "pass it as a keyword, or in Term(..., options={...})"
+        )
+    return options
+
+
+def _over_devices(value, stats, row, labels, axis_name):
+    """The mean of all images, padding left out, and the worst that a device says."""
+    count = jnp.ones((), value.dtype)
+    if "labels" in row.inputs:
+        count = jnp.sum(labels >= 0).astype(value.dtype)
+    total, images = jax.lax.pmean((count * value, count), axis_name)
+    # neither has a derivative by axis, which diagnostics have no need of
+    worst = lambda name: jax.lax.pmin if name == "converged" else jax.lax.pmax
+    stats = jax.lax.stop_gradient(stats)
+    stats = {name: worst(name)(stat, axis_name) for name, stat in stats.items()}
+    return total / jnp.maximum(images, 1e-6), stats
+
+
 def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
     """Value and diagnostics of a term: of the global batch if there is an axis."""
     row = get_distance(term.distance)
     # A mean over images needs no gathering: the mean of the devices' means is it.
     local_only = axis_name is not None and row.per_sample
     arrays = _arguments(row, term, local if local_only else gathered, key)
-    options = {**row.options, **term.options}
-    if num_classes is not None and "labels" in row.inputs:
-        options.setdefault("num_classes", num_classes)
+    options = _options(row, term, num_classes)
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
@@ -288,7 +317,8 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
             f"got shape {list(jnp.shape(value))}"
         )
     if local_only:
-        value, stats = jax.lax.pmean((value, stats), axis_name)
+        labels = local["labels"]
+        value, stats = _over_devices(value, stats, row, labels, axis_name)
     if scale == "teacher" and "squared" in row.promises:
         student, teacher = _layers(term)
         pair = [gathered["student"][student], gathered["teacher"][teacher]]

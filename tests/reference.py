@@ -10,6 +10,7 @@ by the number of samples.
 import numpy as np
 from scipy.linalg import orthogonal_procrustes, sqrtm
 from scipy.optimize import linear_sum_assignment, linprog
+from scipy.spatial.distance import cdist
 
 # --------------------------------------------------------------------- costs
 
@@ -208,6 +209,63 @@ def joint_wasserstein(
 def paired_l2(x, y):
     """(1/n) sum_i ||x_i - y_i||^2."""
     return ((x - y) ** 2).sum(1).mean()
+
+
+# ----------------------------------------- along directions, and within clouds
+
+
+def sliced_wasserstein(x, y, directions):
+    """Mean over the columns of ``directions`` of W2^2 along them."""
+    along = lambda z, direction: (z @ direction)[:, None]
+    return np.mean([wasserstein(along(x, d), along(y, d)) for d in directions.T])
+
+
+METRICS = {
+    "euclidean": lambda x: cdist(x, x),
+    "sqeuclidean": lambda x: cdist(x, x, "sqeuclidean"),
+    "cosine": lambda x: cdist(x, x, "cosine"),
+}
+
+
+def gromov_energy(a, b, plan):
+    """sum_ijkl (A_ik - B_jl)^2 P_ij P_kl."""
+    differences = (a[:, None, :, None] - b[None, :, None, :]) ** 2  # i, j, k, l
+    return np.einsum("ijkl,ij,kl->", differences, plan, plan)
+
+
+def gromov_wasserstein(x, y, *, metric="euclidean", epsilon=None):
+    """The best of the local minima that plans of linearised problems lead to."""
+    a, b = METRICS[metric](x), METRICS[metric](y)
+    n, m = len(a), len(b)
+    starts = [np.full((n, m), 1 / (n * m))]
+    if epsilon is not None:
+        plan, before = starts[0], 0
+        while np.abs(plan - before).sum() > 1e-10:
+            before, plan = plan, sinkhorn_plan(-4 * a @ plan @ b, epsilon)
+        relative = (plan * np.log(plan * n * m)).sum()
+        return gromov_energy(a, b, plan) + epsilon * relative
+    if n == m:
+        starts.append(np.eye(n) / n)
+    values = []
+    for plan in starts:
+        energy, before = gromov_energy(a, b, plan), np.inf
+        while energy < before - 1e-12:
+            before, plan = energy, optimal_plan(-a @ plan @ b)
+            energy = gromov_energy(a, b, plan)
+        values.append(min(before, energy))
+    return min(values)
+
+
+def optimal_plan(cost):
+    """A vertex of the plans with uniform marginals, by a linear programme."""
+    n, m = cost.shape
+    marginals = np.concatenate([uniform(n), uniform(m)])
+    rows = np.kron(np.eye(n), np.ones((1, m)))
+    columns = np.kron(np.ones((1, n)), np.eye(m))
+    solution = linprog(
+        cost.ravel(), A_eq=np.vstack([rows, columns]), b_eq=marginals, method="highs-ds"
+    )
+    return solution.x.reshape(n, m)
 
 
 # ------------------------------------------------------------------ Gaussians

@@ -10,7 +10,7 @@ import reference
 from helpers import make_batch, relu_features
 
 from kddm_jax import alignment
-from kddm_jax.distances import bures
+from kddm_jax.gaussian import bures
 from kddm_jax.testing import assert_distance_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -20,8 +20,10 @@ from helpers import (
     arguments,
     bound,
     compiled,
+    fitted,
     float_arguments,
     identical,
+    is_tall,
     make_batch,
     names,
     options_of,
@@ -127,10 +129,13 @@ def test_common_translation_changes_nothing(name, x64):
 
 @promising("rotation")
 def test_common_rotation_changes_nothing(name, x64):
-    batch = make_batch()
-    d = batch.x.shape[1]
-    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(d, d)))[0]
-    turned = batch.map(lambda z: z @ basis, "x", "y", "maps_x", "maps_y")
+    batch = fitted(DISTANCES[name], make_batch())
+
+    def turn(z):
+        shape = (z.shape[-1],) * 2
+        return z @ np.linalg.qr(np.random.default_rng(1).normal(size=shape))[0]
+
+    turned = batch.map(turn, "x", "y", "maps_x", "maps_y")
     expected = value(name, batch, jnp.float64, **TIGHT)
     np.testing.assert_allclose(
         value(name, turned, jnp.float64, **TIGHT), expected, rtol=1e-8
@@ -178,6 +183,16 @@ def test_padding_is_the_same_as_leaving_out(name, x64):
     np.testing.assert_allclose(
         value(name, padded, jnp.float64, **TIGHT), expected, rtol=1e-7
     )
+
+
+@ROWS
+def test_not_a_number_shows(name):
+    # The train step watches for it: a guard against zeros must not swallow it.
+    row, batch = DISTANCES[name], make_batch()
+    for position in float_arguments(row):
+        arrays = arguments(row, batch)
+        arrays[position] = arrays[position].at[2, ..., 1].set(jnp.nan)
+        assert np.isnan(compiled(name)(*arrays)), names(row)[position]
 
 
 # ------------------------------------------------------------- precision
@@ -309,6 +324,9 @@ def test_degenerate_inputs_have_finite_values_and_gradients(name):
     wrong = []
     for case, make in DEGENERATE.items():
         batch = make()
+        if is_tall(DISTANCES[name]) and len(batch.x) < 3:
+            assert "samples" in refusal(name, *arguments(DISTANCES[name], batch))
+            continue
         arrays = arguments(DISTANCES[name], batch)
         out, grads = value_and_gradients(name)(*arrays)
         wrong += [f"{case}: {text}" for text in complaints(name, batch, out, grads)]
@@ -393,16 +411,18 @@ def test_labels_of_another_length_are_refused(name):
 @ROWS
 def test_other_width(name):
     row = DISTANCES[name]
-    if "features" not in row.inputs:
+    if not {"features", "maps"} & set(row.inputs):
         pytest.skip("the row takes no features")
     batch = make_batch()
-    narrow = arguments(row, batch._replace(x=batch.x[:, :7]))
+    narrow = batch._replace(x=batch.x[:, :7], maps_x=batch.maps_x[..., :7])
+    narrow = arguments(row, narrow)
     if "widths" in row.promises:
         assert np.isfinite(bound(row)(*narrow))
     else:
         message = refusal(name, *narrow)
         assert "7" in message, message
         assert "12" in message, message
+        assert "projectors" in message, message
 
 
 @parametrize(LABELLED)
@@ -439,7 +459,7 @@ UNKNOWN_NAMES = ("solver", "reduction", "covariance", "method", "kernel", "direc
 WITH_NAMES = [
     (name, option)
     for name, row in DISTANCES.items()
-    for option in (*UNKNOWN_NAMES, "label_cost", "metric", "beta")
+    for option in (*UNKNOWN_NAMES, "label_cost", "metric", "beta", "compat")
     if option in parameters(row)
 ]
 

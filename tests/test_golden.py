@@ -13,6 +13,7 @@ import pytest
 import reference
 
 import kddm_jax
+from kddm_jax.distances import _sliced
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -21,6 +22,9 @@ X = np.sin(1 + 0.7 * i + 1.3 * j)
 Y = np.cos(0.5 + 1.1 * i - 0.4 * j) + 0.2 * j
 S = 1.5 * np.sin(0.3 + i + 2 * j)
 T = 1.2 * np.cos(0.9 * i - j)
+Y5 = np.concatenate([Y, np.sin(2 * Y[:, :2])], axis=1)  # wider than the student
+MAPS_X = np.sin(0.1 + 0.37 * np.arange(96)).reshape(2, 4, 4, 3)
+MAPS_Y = np.cos(0.2 + 0.23 * np.arange(160)).reshape(2, 4, 4, 5)
 BALANCED = np.array([0, 1, 0, 1, 1, 0])
 UNBALANCED = np.array([0, 1, 0, 1, 1, 1])
 
@@ -31,7 +35,9 @@ SUM, WEIGHTED = {"reduction": "sum"}, {"reduction": "weighted"}
 REVERSED = {"direction": "teacher||student"}
 # The released code adds 1e-9 to standard deviations of order one: no ridge.
 BARE = {"ridge": 0.0}
-FEATURES, JOINT = (X, Y), (X, Y, S, T)
+FEATURES, WIDER, JOINT, LOGIT = (X, Y), (X, Y5), (X, Y, S, T), (S, T)
+FEWER = (X, Y[:4])
+MAPS, SAME_CHANNELS = (MAPS_X, MAPS_Y), (MAPS_X, MAPS_Y[..., :3])
 BAL, UNBAL = (X, Y, BALANCED), (X, Y, UNBALANCED)
 
 
@@ -71,6 +77,50 @@ GOLDEN = [
     ("mmd", FEATURES, {"kernel": "linear"}, 0.9493633219493844),
     ("mmd", FEATURES, {}, 0.24222794596483976),
     ("mmd", FEATURES, {"bandwidth": 1.5463455472126444}, 0.24222794596483976),
+    # With scikit-learn's `rbf_kernel`; the bandwidth is the mean same-class distance.
+    ("class_mmd", BAL, {}, 0.3313178050344181),
+    ("class_mmd", UNBAL, {}, 0.5074329560762192),
+    ("class_mmd", UNBAL, WEIGHTED, 0.4258190903696595),
+    ("kd", LOGIT, {"temperature": 4.0}, 0.570094714379916),
+    ("kd", LOGIT, {"direction": "student||teacher"}, 0.5711709728200537),
+    ("kd", LOGIT, {"standardize": True}, 16 * 0.03551312087348862),  # T^2 = 16
+    ("procrustes", FEATURES, {}, 0.647220987295114),
+    ("procrustes", WIDER, {}, 0.7243095020022774),
+    ("feature_gram", FEATURES, {}, 0.9967191470342699**2),
+    ("feature_gram", WIDER, {}, 1.0100932840175534**2),
+    ("cka", FEATURES, {}, 1 - 0.336109572932501),
+    ("cka", WIDER, {}, 1 - 0.31032408169342496),
+    ("similarity_preserving", WIDER, {}, 0.25060763347124104),
+    ("linear_projection", WIDER, {}, 0.4094944977421223),
+    ("nst", MAPS, {"kernel": "linear"}, 2.994433133675723),
+    ("nst", MAPS, {}, 0.6849185845998721),
+    ("wkd_features", SAME_CHANNELS, {"ratio": 0.0}, 0.0012628081945667178),
+    (
+        "wkd_features",
+        SAME_CHANNELS,
+        {"ratio": 1.0},
+        0.013859151418736063 + 0.0012628081945667178,
+    ),
+    ("wkd_features", SAME_CHANNELS, {"grid": 2, "ratio": 0.0}, 0.14551563464427003),
+    (
+        "wkd_features",
+        SAME_CHANNELS,
+        {"grid": 2, "ratio": 1.0},
+        1.7704177584833878 + 0.14551563464427003,
+    ),
+    # By POT 0.9.7, `ot.gromov.gromov_wasserstein2` with `loss_fun="square_loss"` on
+    # SciPy's `cdist`: the lower of its results from its own start and from the
+    # identity; and `entropic_gromov_wasserstein`, energy + eps KL of its plan.
+    ("gromov_wasserstein", FEATURES, {}, 0.30813059909831436),
+    ("gromov_wasserstein", WIDER, {}, 1.7443380564806543),
+    ("gromov_wasserstein", FEWER, {}, 0.3387539852574313),
+    ("gromov_wasserstein", FEATURES, {"metric": "sqeuclidean"}, 1.8110019632260927),
+    ("gromov_wasserstein", WIDER, {"metric": "sqeuclidean"}, 21.597402746444516),
+    ("gromov_wasserstein", FEWER, {"metric": "sqeuclidean"}, 4.521959417801521),
+    ("gromov_wasserstein", FEATURES, {"metric": "cosine"}, 0.19700863357708087),
+    ("gromov_wasserstein", WIDER, {"metric": "cosine"}, 0.5220819127696732),
+    ("gromov_wasserstein", FEWER, {"metric": "cosine"}, 0.15214917533571087),
+    ("gromov_wasserstein", FEATURES, {"epsilon": 0.5}, 0.8088248310114552),
 ]
 
 # Known to eight decimals only.
@@ -90,7 +140,8 @@ GOLDEN_SLOW = [
 
 def describe(case):
     name, arrays, options, value = case
-    which = "unbalanced" if arrays is UNBAL else ""
+    which = {id(UNBAL): "unbalanced", id(WIDER): "wider", id(FEWER): "fewer"}
+    which = which.get(id(arrays), "")
     return "-".join([name, which, *map(str, options.values()), f"{value:.4g}"])
 
 
@@ -103,7 +154,9 @@ def by_reference(name, arrays, options):
 
 def by_library(name, arrays, options):
     options = dict(options)
-    if "epsilon" in options:
+    if name == "gromov_wasserstein":
+        pass  # it has no settings of its solver
+    elif "epsilon" in options:
         options |= {"threshold": 1e-8, "max_iterations": 20_000}
     return compiled(name, **options)(*map(jnp.asarray, arrays))
 
@@ -139,6 +192,51 @@ def test_rounded_value(case, compute):
 def test_value_near_a_permutation(case, compute):
     name, arrays, options, expected = case
     np.testing.assert_allclose(compute(name, arrays, options), expected, rtol=1e-5)
+
+
+# By POT, `ot.sliced_wasserstein_distance(..., projections=DIRECTIONS) ** 2`.
+DIRECTIONS = np.sin(1 + np.arange(3)[:, None] + 2.0 * np.arange(5)[None, :])
+DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=0)
+SLICED = [(FEATURES, 0.703772185203669), (FEWER, 0.816315464802076)]
+
+
+@pytest.mark.parametrize("compute", [reference.sliced_wasserstein, jax.jit(_sliced)])
+@pytest.mark.parametrize(("pair", "expected"), SLICED, ids=["equal", "fewer"])
+def test_sliced(pair, expected, compute):
+    np.testing.assert_allclose(compute(*pair, DIRECTIONS), expected, rtol=1e-9)
+
+
+# Three classes, and one more without probability that is removed as the label's.
+# The cost is sharpened, with 1e-8 added, as the released code does.
+CLASS_DISTANCE = np.array([[0.0, 0.3, 0.9], [0.3, 0.0, 0.6], [0.9, 0.6, 0.0]])
+CLASS_COST = 1 - np.exp(-CLASS_DISTANCE) + 1e-8
+GOLDEN_WKD = [
+    ({"iterations": 10}, 0.04767484723164114, 1e-9),
+    # By thousands of iterations; 1e-8 in their divisions moves the limit by 1e-5.
+    ({}, 0.08144986, 2e-5),
+]
+
+
+def jitted_wkd(*arrays, **options):
+    return jax.jit(partial(kddm_jax.wkd_logits, **options))(*arrays)
+
+
+@pytest.mark.parametrize("compute", [reference.wkd_logits, jitted_wkd])
+@pytest.mark.parametrize(("options", "expected", "rtol"), GOLDEN_WKD)
+def test_wkd(options, expected, rtol, compute):
+    s, t = (np.pad(z, [(0, 0), (0, 1)], constant_values=-500.0) for z in (S, T))
+    cost = np.pad(CLASS_COST, [(0, 1), (0, 1)])
+    options = {"class_cost": cost, "temperature": 2.0, **options}
+    value = compute(s, t, np.full(6, 3), **options)
+    np.testing.assert_allclose(value, expected, rtol=rtol)
+
+
+def test_reference_cost_without_entropy():
+    values = [
+        reference.linear_programme(CLASS_COST, p, q)
+        for p, q in zip(*(reference.softmax(z / 2) for z in (S, T)), strict=True)
+    ]
+    np.testing.assert_allclose(np.mean(values), 0.0802541868030222, rtol=1e-9)
 
 
 @WITNESSES

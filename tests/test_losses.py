@@ -291,12 +291,17 @@ def test_vmap_over_weight():
 DEVICES = 2
 
 
+def bent(x, scale):
+    """Not linear: some distances forgive every linear map of the student."""
+    return x + scale * jnp.tanh(x)
+
+
 def differentiate(params, batch, name, axis_name=None):
     """((loss, terms), gradients by params and by the teacher)."""
     x, y, s, t, labels = batch
 
     def loss(params, y, t):
-        features = x * (1 + params["scale"])
+        features = bent(x, params["scale"])
         logits = s + params["bias"]
         options = {"weight": 0.5, "task_weight": 2.0, "axis_name": axis_name}
         return loss_of(name, **options)(features, y, logits, t, labels)
@@ -335,6 +340,17 @@ def by_shard_map(name):
     )
 
 
+def test_padding_on_one_device_alone():
+    """A mean over images is that of all images, wherever the padding lies."""
+    labels = jnp.asarray(np.where(np.arange(N) < 6, -1, BATCH.labels), jnp.int32)
+    batch = (*arrays(DISTANCES["wkd_logits"]), labels)
+    params = {"scale": np.zeros(D, np.float32), "bias": np.zeros(K, np.float32)}
+    one = jax.jit(partial(differentiate, name="wkd_logits"))(params, batch)
+    two = by_pmap("wkd_logits")(params, *batch)
+    np.testing.assert_allclose(two[0][0], one[0][0], rtol=1e-6)
+    np.testing.assert_allclose(two[1]["bias"], one[1][0]["bias"], atol=1e-5)
+
+
 # shard_map for one row of each kind: gathered, per sample, labelled, by transport.
 DEVICE_ROWS = [(by_pmap, name) for name in DISTANCES] + [
     (by_shard_map, name) for name in ("mmd_rbf", "l2", "cw2_gaussian", "w2")
@@ -351,8 +367,7 @@ def test_every_row_on_one_device_and_on_two(mapped, name):
         "scale": np.linspace(-0.2, 0.3, D, dtype=np.float32),
         "bias": np.linspace(0.5, -0.5, K, dtype=np.float32),
     }
-    scaled = lambda z: z * (1 + params["scale"])
-    moved = BATCH.map(scaled, "x", "maps_x")
+    moved = BATCH.map(lambda z: bent(z, params["scale"]), "x", "maps_x")
     moved = moved.map(lambda z: z + params["bias"], "logits_x")
 
     @jax.jit
@@ -429,6 +444,11 @@ MESSAGES = {
     "type": ({"distance": 3}, "must be a key of DISTANCES.*got int"),
     "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.projectors"),
     "teacher's logits": ({"distance": "jw2"}, "'jw2' needs teacher_logits, got None"),
+    "sliced": ({"distance": "sliced_w2"}, "'sliced_w2' needs key=jax.random.key"),
+    "required options": (
+        {"distance": "wkd_logits", "t": BATCH.logits_y},
+        r"'wkd_logits' needs the option class_cost; .*options=\{",
+    ),
     "key": (
         {"distance": Distance(lambda x, y, key: x.sum(), inputs=("features", "key"))},
         "needs key=jax.random.key",

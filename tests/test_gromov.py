@@ -1,0 +1,188 @@
+"""Sliced and Gromov-Wasserstein distances."""
+
+from functools import cache, partial
+from itertools import permutations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import make_batch
+
+import kddm_jax
+from kddm_jax.distances import METRICS, _gromov_wasserstein, _quantiles, _sliced
+from kddm_jax.testing import assert_distance_gradients
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def clouds(n=6, d_x=3, d_y=3, m=None, seed=0):
+    x, _ = make_batch(n, d_x, seed=seed)[:2]
+    _, y = make_batch(n, d_y, m=m, seed=seed)[:2]
+    return x + 0.5, y  # no zero row: cosines bend too much for differences there
+
+
+# ----------------------------------------------------------------------- sliced
+
+
+@pytest.mark.parametrize("counts", [(6, 6), (6, 4), (5, 7), (3, 12)])
+def test_quantiles_cover_both_samples_evenly(counts):
+    n, m = counts
+    i, j, length = _quantiles(n, m)
+    assert len(length) <= n + m - 1
+    np.testing.assert_allclose(np.bincount(i, length), 1 / n)
+    np.testing.assert_allclose(np.bincount(j, length), 1 / m)
+
+
+@pytest.mark.parametrize("counts", [(6, 6), (6, 4), (5, 7)])
+def test_sliced_is_the_mean_over_directions(counts):
+    n, m = counts
+    x, y = clouds(n, m=m)
+    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    expected = reference.sliced_wasserstein(x, y, directions)
+    value = jax.jit(_sliced)(x, y, directions)
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+
+
+def test_directions_are_of_norm_one_and_of_the_key():
+    x, y = clouds(4, 2, 2)
+    sliced = jax.jit(kddm_jax.sliced_wasserstein)
+    shift = np.array([3.0, 0.0])
+    # Along a direction at angle a to it a shift by 3 costs 9 cos^2 a: 9/2 on average.
+    values = [sliced(x, x + shift, jax.random.key(seed)) for seed in range(50)]
+    assert len(set(map(float, values))) == 50
+    np.testing.assert_allclose(np.mean(values), 4.5, rtol=0.02)
+    assert sliced(x, y, jax.random.key(1)) == sliced(x, y, jax.random.key(1))
+
+
+def test_one_dimension_has_one_direction():
+    x, y = clouds(7, 1, 1, m=5)
+    value = kddm_jax.sliced_wasserstein(x, y, jax.random.key(0), num_projections=1)
+    np.testing.assert_allclose(value, reference.wasserstein(x, y), rtol=1e-9)
+
+
+def test_sliced_gradient_pulls_the_sorted_to_the_sorted():
+    x, y = clouds(5, 2, 2)
+    x[1] = x[0]  # a tie
+    direction = np.array([[0.6], [0.8]])
+    gradient = jax.jit(jax.grad(_sliced))(x, y, direction)
+    u, v = (x @ direction)[:, 0], (y @ direction)[:, 0]
+    pull = np.zeros(5)
+    order = np.argsort(u, kind="stable")
+    pull[order] = 2 * (u[order] - np.sort(v)) / 5
+    np.testing.assert_allclose(gradient, pull[:, None] * direction.T, rtol=1e-9)
+
+
+def test_sliced_refuses_no_directions():
+    with pytest.raises(ValueError, match="num_projections must be at least 1, got 0"):
+        kddm_jax.sliced_wasserstein(*clouds(), jax.random.key(0), num_projections=0)
+
+
+# ----------------------------------------------------------------------- Gromov
+
+
+@cache
+def compiled(**words):
+    return jax.jit(partial(_gromov_wasserstein, **words))
+
+
+def gromov(x, y, epsilon=None, **words):
+    numbers = {} if epsilon is None else {"epsilon": epsilon}
+    value, stats = compiled(**words)(*map(jnp.asarray, (x, y)), **numbers)
+    assert stats.converged == 1
+    return float(value)
+
+
+METRIC = pytest.mark.parametrize("metric", METRICS)
+
+
+@METRIC
+@pytest.mark.parametrize("counts", [(6, 6), (6, 4), (4, 8)])
+def test_local_minimum(metric, counts):
+    n, m = counts
+    for seed in range(3):
+        x, y = clouds(n, 3, 4, m=m, seed=seed)
+        value = gromov(x, y, metric=metric)
+        # Of samples repeated the plan may split where the programme's does not.
+        expected = reference.gromov_wasserstein(x, y, metric=metric)
+        if n == m:
+            np.testing.assert_allclose(value, expected, rtol=1e-9)
+        else:
+            assert value <= expected * (1 + 1e-9)
+
+
+@METRIC
+def test_value_is_the_energy_of_a_plan(metric):
+    x, y = clouds(5, 3, 2)
+    a, b = reference.METRICS[metric](x), reference.METRICS[metric](y)
+    energies = [
+        reference.gromov_energy(a, b, np.eye(5)[list(order)] / 5)
+        for order in permutations(range(5))
+    ]
+    value = gromov(x, y, metric=metric)
+    assert np.min(np.abs(np.array(energies) - value)) < 1e-12
+    assert value < np.median(energies)  # not any plan
+
+
+def test_isometric_clouds_are_at_distance_zero():
+    square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    turn = np.array([[0.6, 0.8], [-0.8, 0.6]])
+    moved = np.pad(square @ turn + 3.0, [(0, 0), (0, 2)])
+    # All corners are equally central: their ranks tell nothing.
+    assert abs(gromov(square, moved)) < 1e-24
+    x, _ = clouds(6)
+    order = np.random.default_rng(0).permutation(6)
+    assert abs(gromov(x, x[order] @ np.linalg.qr(clouds()[1][:3])[0])) < 1e-24
+
+
+def test_repeated_samples_change_nothing():
+    x, y = clouds(6, m=3)
+    np.testing.assert_allclose(gromov(x, np.repeat(y, 2, axis=0)), gromov(x, y))
+
+
+@pytest.mark.parametrize("counts", [(6, 6), (7, 4)])
+def test_entropic(counts):
+    n, m = counts
+    x, y = clouds(n, 3, 4, m=m)
+    for metric, epsilon in [("euclidean", 4.0), ("cosine", 0.5)]:
+        value = gromov(x, y, epsilon, metric=metric)
+        expected = reference.gromov_wasserstein(x, y, metric=metric, epsilon=epsilon)
+        np.testing.assert_allclose(value, expected, rtol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("counts", "options"),
+    [
+        ((6, 6), {}),
+        ((6, 4), {}),
+        ((6, 6), {"metric": "sqeuclidean"}),
+        ((6, 6), {"metric": "cosine"}),
+        ((6, 4), {"epsilon": 3.0}),
+    ],
+    ids=str,
+)
+def test_gradient_is_that_of_the_value(counts, options):
+    x, y = clouds(counts[0], 3, 2, m=counts[1])
+    assert_distance_gradients(
+        *(kddm_jax.gromov_wasserstein, x, y),
+        argnums=(0, 1),
+        rtol=1e-4,
+        atol=1e-6,
+        **options,
+    )
+
+
+def test_not_a_number_shows():
+    x, y = clouds()
+    x[2, 1] = np.nan
+    assert np.isnan(compiled()(x, y)[0])
+
+
+def test_messages():
+    x, y = clouds(37, m=36)
+    with pytest.raises(ValueError, match="n=37 and m=36 .* up to 1024; give an eps"):
+        jax.eval_shape(kddm_jax.gromov_wasserstein, x, y)
+    with pytest.raises(ValueError, match="epsilon must be positive, got 0"):
+        kddm_jax.gromov_wasserstein(*clouds(), epsilon=0)
