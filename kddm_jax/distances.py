@@ -36,6 +36,7 @@ from kddm_jax.gaussian import (
     gaussian_wasserstein,
 )
 from kddm_jax.linalg import (
+    as_released,
     check_choice,
     check_number,
     check_pair,
@@ -78,11 +79,14 @@ def _solve(x, y, xy, self_cost, a, b, same=None, **solver):
     return transport_cost(costs, floor=_cost_floor(x, y), **solver)
 
 
-def _wasserstein(x, y, **solver):
+def _wasserstein(x, y, *, solver="sinkhorn", compat=None, **precision):
+    (solver,) = as_released(compat, solver=(solver, "sinkhorn", "exact"))
     x, y = check_pair(x, y)
     within = lambda side: squared_distances(*((x, x), (y, y))[side])
-    between = squared_distances(x, y)
-    return _solve(x, y, between, within, _uniform(x), _uniform(y), **solver)
+    weights = _uniform(x), _uniform(y)
+    return _solve(
+        x, y, squared_distances(x, y), within, *weights, solver=solver, **precision
+    )
 
 
 def wasserstein(
@@ -93,6 +97,7 @@ def wasserstein(
     epsilon: float | jax.Array | None = None,
     threshold: float = 1e-3,
     max_iterations: int = 2000,
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the squared 2-Wasserstein distance of two samples, W2(E).
 
@@ -114,6 +119,7 @@ def wasserstein(
         the mean cost, as a constant.
       threshold: L1 error of a marginal at which Sinkhorn stops.
       max_iterations: at which it stops anyway; above ten, in whole tens.
+      compat: ``"released"`` is ``solver="exact"``.
 
     Returns:
       Scalar, squared distance, averaged over samples.
@@ -136,16 +142,34 @@ def wasserstein(
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
+        compat=compat,
     )[0]
 
 
-def _class_wasserstein(x, y, labels, *, num_classes=None, reduction="mean", **solver):
+def _class_wasserstein(
+    x,
+    y,
+    labels,
+    *,
+    num_classes=None,
+    reduction="mean",
+    solver="sinkhorn",
+    compat=None,
+    **precision,
+):
+    reduction, solver = as_released(
+        compat,
+        reduction=(reduction, "mean", "sum"),
+        solver=(solver, "sinkhorn", "exact"),
+    )
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
     # Solved at mass 1; "sum" is rescaled.  All-padding batches have mass 0.
     a = groups.weights / jnp.maximum(groups.mass, 1)
     within = lambda side: squared_distances(*((x, x), (y, y))[side])
     between = squared_distances(x, y)
-    value, stats = _solve(x, y, between, within, a, a, groups.same, **solver)
+    value, stats = _solve(
+        x, y, between, within, a, a, groups.same, solver=solver, **precision
+    )
     return groups.mass * value, stats
 
 
@@ -160,6 +184,7 @@ def class_wasserstein(
     epsilon: float | jax.Array | None = None,
     threshold: float = 1e-3,
     max_iterations: int = 2000,
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional squared Wasserstein distance, CW2(E).
 
@@ -181,6 +206,7 @@ def class_wasserstein(
       epsilon: as in `wasserstein`; None takes the mean over same-class pairs.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
+      compat: ``"released"`` is ``solver="exact", reduction="sum"``.
 
     Returns:
       Scalar, squared distance, averaged over samples within a class.
@@ -207,6 +233,7 @@ def class_wasserstein(
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
+        compat=compat,
     )[0]
 
 
@@ -229,10 +256,9 @@ LABEL_COSTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 )
 
 
-def _joint_wasserstein(
-    x, y, logits_x, logits_y, *, beta="max", label_cost="probs", **solver
-):
-    x, y = check_pair(x, y)
+def _check_joint(x, y, logits_x, logits_y, same_rows):
+    """All four in one float dtype, a row per sample."""
+    x, y = check_pair(x, y, same_rows=same_rows)
     logits_x, logits_y = check_pair(logits_x, logits_y, names=("logits_x", "logits_y"))
     if logits_x.shape[0] != x.shape[0] or logits_y.shape[0] != y.shape[0]:
         raise ValueError(
@@ -240,22 +266,55 @@ def _joint_wasserstein(
             f"{logits_x.shape[0]} and {logits_y.shape[0]} rows for "
             f"{x.shape[0]} and {y.shape[0]}"
         )
+    dtype = jnp.promote_types(x.dtype, logits_x.dtype)
+    return [z.astype(dtype) for z in (x, y, logits_x, logits_y)]
+
+
+def _released_joint_cost(x, label_costs):
+    """The released code's: features of the student to *itself*, a constant."""
+    features = constant(squared_distances(x, x))
+    largest = jnp.max(features)
+    return features / jnp.where(largest > 0, largest, 1) + label_costs
+
+
+def _joint_wasserstein(
+    x,
+    y,
+    logits_x,
+    logits_y,
+    *,
+    beta="max",
+    label_cost="probs",
+    solver="sinkhorn",
+    compat=None,
+    **precision,
+):
     check_choice("label_cost", label_cost, LABEL_COSTS)
     if isinstance(beta, str):
         check_choice("beta", beta, ("max",))
-    dtype = jnp.promote_types(x.dtype, logits_x.dtype)
-    x, y, logits_x, logits_y = (z.astype(dtype) for z in (x, y, logits_x, logits_y))
-    features = squared_distances(x, y)
-    scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, dtype)
-    scale = constant(scale)
+    released_cost = "kl" if label_cost == "kl" else "logits"
+    label_cost, _, solver = as_released(
+        compat,
+        label_cost=(label_cost, "probs", released_cost),
+        beta=(beta, "max", "max"),
+        solver=(solver, "sinkhorn", "exact"),
+    )
+    arrays = x, y, logits_x, logits_y
+    x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=compat is not None)
     label = LABEL_COSTS[label_cost]
+    features = squared_distances(x, y)
+    scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, x.dtype)
+    scale = constant(scale)
 
     def within(side):
         features, logits = ((x, logits_x), (y, logits_y))[side]
         return squared_distances(features, features) + scale * label(logits, logits)
 
     between = features + scale * label(logits_x, logits_y)
-    return _solve(x, y, between, within, _uniform(x), _uniform(y), **solver)
+    if compat is not None:
+        between = _released_joint_cost(x, label(logits_x, logits_y))
+    weights = _uniform(x), _uniform(y)
+    return _solve(x, y, between, within, *weights, solver=solver, **precision)
 
 
 def joint_wasserstein(
@@ -270,6 +329,7 @@ def joint_wasserstein(
     epsilon: float | jax.Array | None = None,
     threshold: float = 1e-3,
     max_iterations: int = 2000,
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the joint squared Wasserstein distance of features and labels, JW2(E).
 
@@ -295,6 +355,10 @@ def joint_wasserstein(
       epsilon: as in `wasserstein`, from the joint cost.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
+      compat: ``"released"`` is the cost that the released code computes: squared
+        distances of the *student to itself*, divided by the largest, without
+        gradient, plus that of raw logits (or "kl"); exact.  It does not see the
+        teacher's features.
 
     Returns:
       Scalar, squared distance, averaged over samples.
@@ -321,6 +385,7 @@ def joint_wasserstein(
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
+        compat=compat,
     )[0]
 
 
@@ -549,6 +614,7 @@ def class_mmd(
     kernel: str = "rbf",
     bandwidth: float | jax.Array | None = None,
     reduction: str = "mean",
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional squared maximum mean discrepancy.
 
@@ -565,6 +631,8 @@ def class_mmd(
         of one sample has no scale of its own.)
       reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
         frequency, ``"sum"`` (the released code).
+      compat: ``"released"`` is ``reduction="sum"``, each class with a bandwidth of its
+        own.
 
     Returns:
       Scalar, squared.
@@ -581,6 +649,11 @@ def class_mmd(
       Array(9., dtype=float32)
     """
     check_choice("kernel", kernel, KERNELS)
+    reduction, bandwidth = as_released(
+        compat,
+        reduction=(reduction, "mean", "sum"),
+        bandwidth=(bandwidth, None, None),
+    )
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
     if kernel == "linear":
         difference = class_means(x - y, groups)
@@ -590,9 +663,12 @@ def class_mmd(
     x, y = valid * x, valid * y
     squares = _all_squares(x, y)
     within = lambda pairs: jnp.sum(groups.same * pairs, axis=1)  # [n]
-    total = sum(jnp.sum(within(safe_sqrt(s))) for s in squares)
-    pairs = 3 * jnp.maximum(jnp.sum(groups.same), 1)
-    sigma = _bandwidth(bandwidth, total / pairs, x, y)
+    total = sum(within(safe_sqrt(s)) for s in squares)  # [n]
+    if compat is None:
+        mean = jnp.sum(total) / (3 * jnp.maximum(jnp.sum(groups.same), 1))
+    else:  # each row has its class's, [n, 1]
+        mean = class_means((total / (3 * groups.counts))[:, None], groups)
+    sigma = _bandwidth(bandwidth, mean, x, y)
     within_x, within_y, between = (
         within(jnp.exp(-s / (2 * sigma**2))) / groups.counts for s in squares
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kddm_jax.linalg import (
     DIRECTIONS,
     as_float,
+    as_released,
     check_choice,
     check_number,
     check_pair,
@@ -36,7 +37,12 @@ COVARIANCES = ("full", "diag")
 
 
 def gaussian_wasserstein(
-    x: jax.Array, y: jax.Array, *, covariance: str = "full", method: str = "svd"
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    covariance: str = "full",
+    method: str = "svd",
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the squared Wasserstein distance of the Gaussian fits, W2(G).
 
@@ -54,6 +60,7 @@ def gaussian_wasserstein(
         ``||mu_x - mu_y||^2 + ||sigma_x - sigma_y||^2``.  Population form (``1/n``).
       method: of the nuclear norm, ``"svd"`` or ``"newton_schulz"``; see
         `linalg.nuclear_norm`.
+      compat: ``"released"`` is ``covariance="diag"``.
 
     Returns:
       Scalar, squared distance.
@@ -71,6 +78,7 @@ def gaussian_wasserstein(
       Array(8., dtype=float32)
     """
     check_choice("covariance", covariance, COVARIANCES)
+    (covariance,) = as_released(compat, covariance=(covariance, "full", "diag"))
     x, y = check_pair(x, y)
     mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
     x, y = x - mean_x[None, :], y - mean_y[None, :]
@@ -97,6 +105,7 @@ def class_gaussian_wasserstein(
     covariance: str = "full",
     reduction: str = "mean",
     method: str = "svd",
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional Gaussian Wasserstein distance, CW2(G).
 
@@ -114,6 +123,7 @@ def class_gaussian_wasserstein(
       reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
         frequency, ``"sum"`` (the released code).
       method: of the nuclear norm, as in `gaussian_wasserstein`.
+      compat: ``"released"`` is ``covariance="diag", reduction="sum"``.
 
     Returns:
       Scalar, squared distance.
@@ -131,6 +141,11 @@ def class_gaussian_wasserstein(
       Array(10., dtype=float32)
     """
     check_choice("covariance", covariance, COVARIANCES)
+    covariance, reduction = as_released(
+        compat,
+        covariance=(covariance, "full", "diag"),
+        reduction=(reduction, "mean", "sum"),
+    )
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
     weights = groups.weights[:, None]
@@ -231,6 +246,18 @@ def _full_kl(shift, factor_p, factor_q, ridge):
     return 0.5 * (common + jnp.sum(solve(shift.T) ** 2, axis=0))
 
 
+def _released_kl(shift, variances_x, variances_y):
+    """The released code's KL(student || teacher), diagonal, summed over the last axis.
+
+    1e-9 stands beside deviations, not variances: infinite where a feature of the
+    teacher is constant.
+    """
+    sigma_x, sigma_y = safe_sqrt(variances_x), safe_sqrt(variances_y)
+    ratio, shift = sigma_x / (sigma_y + 1e-9), shift / (sigma_y + 1e-9)
+    logs = jnp.log(sigma_y / (sigma_x + 1e-9))
+    return 0.5 * jnp.sum(ratio**2 + shift**2 - 1 + 2 * logs, axis=-1)
+
+
 def gaussian_kl(
     x: jax.Array,
     y: jax.Array,
@@ -238,6 +265,7 @@ def gaussian_kl(
     covariance: str = "diag",
     ridge: float | jax.Array | None = None,
     direction: str = "student||teacher",
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the Kullback-Leibler divergence of the Gaussian fits, KL(G).
 
@@ -255,6 +283,8 @@ def gaussian_kl(
       ridge: added to every variance; None is 1e-3 times the teacher's mean variance,
         a constant; a number is absolute.
       direction: ``"student||teacher"`` (the released code) or ``"teacher||student"``.
+      compat: ``"released"`` has no ridge but 1e-9 beside the deviations; infinite
+        where a feature of the teacher is constant.
 
     Returns:
       Scalar, in nats, summed over features.
@@ -272,17 +302,32 @@ def gaussian_kl(
     """
     check_choice("covariance", covariance, COVARIANCES)
     check_choice("direction", direction, DIRECTIONS)
+    _check_released_kl(compat, covariance, ridge, direction)
     x, y = check_pair(x, y)
-    ridge = _ridge(ridge, y, jnp.ones(y.shape[0], y.dtype))
     mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
     shift = mean_x - mean_y
     factor_x = (x - mean_x[None, :]) / x.shape[0] ** 0.5
     factor_y = (y - mean_y[None, :]) / y.shape[0] ** 0.5
+    if compat is not None:
+        return _released_kl(
+            shift, *(jnp.sum(f * f, axis=0) for f in (factor_x, factor_y))
+        )
+    ridge = _ridge(ridge, y, jnp.ones(y.shape[0], y.dtype))
     if covariance == "diag":
         pair = [jnp.sum(f * f, axis=0) + ridge for f in (factor_x, factor_y)]
         return _diagonal_kl(shift**2, *_directed(pair, direction))
     pair = _directed([factor_x, factor_y], direction)
     return _full_kl(shift[None, :], *pair, ridge)[0]
+
+
+def _check_released_kl(compat, covariance, ridge, direction):
+    """Raises for what the released code has no choice of."""
+    as_released(
+        compat,
+        covariance=(covariance, "diag", "diag"),
+        ridge=(ridge, None, None),
+        direction=(direction, DIRECTIONS[0], DIRECTIONS[0]),
+    )
 
 
 def _directed(pair, direction):
@@ -299,6 +344,7 @@ def class_gaussian_kl(
     ridge: float | jax.Array | None = None,
     direction: str = "student||teacher",
     reduction: str = "mean",
+    compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional Gaussian divergence, CKL(G).
 
@@ -317,6 +363,8 @@ def class_gaussian_kl(
       direction: as in `gaussian_kl`.
       reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
         frequency, ``"sum"`` (the released code).
+      compat: ``"released"`` is ``reduction="sum"`` of `gaussian_kl`'s; infinite for a
+        class of one sample.
 
     Returns:
       Scalar, in nats, summed over features.
@@ -334,13 +382,20 @@ def class_gaussian_kl(
     """
     check_choice("covariance", covariance, COVARIANCES)
     check_choice("direction", direction, DIRECTIONS)
+    _check_released_kl(compat, covariance, ridge, direction)
+    (reduction,) = as_released(compat, reduction=(reduction, "mean", "sum"))
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
     ridge = _ridge(ridge, y, (groups.weights > 0).astype(y.dtype))
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
     # Padded rows: weight 0, and zeros wherever a number is formed.
     valid = (groups.weights > 0).astype(x.dtype)[:, None]
     shift = valid * (mean_x - mean_y)
-    p, q = _directed([valid * (x - mean_x), valid * (y - mean_y)], direction)
+    x, y = valid * (x - mean_x), valid * (y - mean_y)
+    if compat is not None:
+        # padding has weight 0, and variances 1: its divergence must be finite
+        variances = [class_means(z * z, groups) + (1 - valid) for z in (x, y)]
+        return jnp.sum(groups.weights * _released_kl(shift, *variances))
+    p, q = _directed([x, y], direction)
     single = groups.counts < 2
     wide = _class_full_kl if x.shape[0] <= x.shape[1] else _class_full_kl_tall
     kernel = _class_diagonal_kl if covariance == "diag" else wide

@@ -149,7 +149,8 @@ def as_released(
     if compat is None:
         return [given for given, _, _ in options.values()]
     for name, (given, default, released) in options.items():
-        if not any(given is v or given == v for v in (default, released)):
+        known = isinstance(given, str | int) and given in (default, released)
+        if given is not default and not known:
             raise ValueError(
                 f'compat="released" means {name}={released!r}, got {name}={given!r}; '
                 "leave out one of the two"

@@ -1,7 +1,7 @@
 """Literal numbers, computed once in float64 by NumPy, SciPy and POT.
 
-The same six samples as formulas, so that anyone can reproduce them by other means.
-Both the text-book forms of `reference` and the library have to give them.
+Of six samples given by formulas.  Both the text-book forms of `reference` and the
+library have to give them.
 """
 
 from functools import cache, partial
@@ -11,22 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from inputs import BALANCED, MAPS_X, MAPS_Y, UNBALANCED, Y5, S, T, X, Y
 
 import kddm_jax
 from kddm_jax.distances import _sliced
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-i, j = np.meshgrid(np.arange(6.0), np.arange(3.0), indexing="ij")
-X = np.sin(1 + 0.7 * i + 1.3 * j)
-Y = np.cos(0.5 + 1.1 * i - 0.4 * j) + 0.2 * j
-S = 1.5 * np.sin(0.3 + i + 2 * j)
-T = 1.2 * np.cos(0.9 * i - j)
-Y5 = np.concatenate([Y, np.sin(2 * Y[:, :2])], axis=1)  # wider than the student
-MAPS_X = np.sin(0.1 + 0.37 * np.arange(96)).reshape(2, 4, 4, 3)
-MAPS_Y = np.cos(0.2 + 0.23 * np.arange(160)).reshape(2, 4, 4, 5)
-BALANCED = np.array([0, 1, 0, 1, 1, 0])
-UNBALANCED = np.array([0, 1, 0, 1, 1, 1])
 
 EXACT = {"solver": "exact"}
 LOGITS, PROBS, KL = ({"label_cost": name} for name in ("logits", "probs", "kl"))
