@@ -642,7 +642,7 @@ MISTAKES = {
 def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     make, expected = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "RECORDS", {**data.RECORDS, "cifar10": (2, 2)})
+    monkeypatch.setitem(data.RECORDS, "cifar10", (2, 2))
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
     monkeypatch.setattr(runs, "train", unwanted_training)

@@ -39,7 +39,12 @@ ALLOWED = {
     "projectors": set(),
     "convert": set(),
     "augment": set(),
-    "data": set(),
+    "dataset": set(),
+    "cache": {"dataset"},
+    "images": {"dataset", "cache"},
+    "archives": {"dataset", "cache"},
+    "folder": {"dataset", "cache", "images"},
+    "data": {"dataset", "images", "archives", "folder"},
     "checkpoint": set(),
 }
 OURS_OUTSIDE = {"experiments", "benchmarks", "examples", "tests"}
