@@ -1,15 +1,23 @@
-"""Image data sets as ``uint8`` arrays: official files, folders of images.
+"""Image data sets as ``uint8`` arrays: official files, TFDS, folders of images.
 
 ``digits`` is embedded in scikit-learn and needs no file.  Other sets are read from the
 files that their authors publish, ``folder`` from ``train/<class>/`` and
-``test/<class>/``.  Nothing is downloaded.  The folder looked in is
+``test/<class>/``, and any image classification of TensorFlow Datasets (TFDS) by its
+name.  Nothing is downloaded; ``python -m kddm_jax.data NAME`` downloads and prepares a
+TFDS set.  The folder looked in is
 
 1. ``data_dir`` if given,
 2. else ``$KDDM_DATA_DIR`` if set,
-3. else ``./data`` and then ``~/.cache/kddm_jax``.
+3. else ``./data`` and then ``~/.cache/kddm_jax``;
+
+for sets prepared by TFDS then, unless ``data_dir`` is given, ``$TFDS_DATA_DIR`` and
+``~/tensorflow_datasets``.
 """
 
+import argparse
 import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kddm_jax import prepared
 from kddm_jax.archives import FIRST_LABELS as FIRST_LABELS
 from kddm_jax.archives import RECORDS as RECORDS
 from kddm_jax.archives import idx_places, read_cifar, read_mnist, read_svhn
@@ -35,22 +44,43 @@ def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
     return [Path("data"), Path("~/.cache/kddm_jax").expanduser()]
 
 
-def _missing(name: str, folders: Sequence[Path]) -> DataError:
+def _missing(
+    name: str, folders: Sequence[Path], tfds_folders: Sequence[Path]
+) -> DataError:
     """What was looked for, where, and every way to get it."""
     source = DATASETS[name]
     show = lambda f: f"{f.absolute()}{'' if f.is_dir() else ' (no such folder)'}"
+    looked = f"for {', '.join(source.places)}"
+    ways = [
+        '--dataset digits, or load("digits"): real images, needs no file',
+        source.get,
+        "another folder: data_dir=..., or the variable KDDM_DATA_DIR",
+    ]
+    if source.tfds:
+        others = [f", in {show(f)}" for f in tfds_folders if f not in folders]
+        looked += f"; there{''.join(others)} for {source.tfds} prepared by TFDS"
+        ways.append(
+            f"python -m kddm_jax.data {name} --data-dir {shlex.quote(str(folders[0]))} "
+            f"downloads and prepares it by TFDS, after {prepared.INSTALL}"
+        )
     return DataError(
         "\n".join(
             [
                 f"{name} is not at hand. Looked in, in this order:",
                 *[f"  {show(folder)}" for folder in folders],
-                f"for {', '.join(source.places)}.",
+                f"{looked}.",
                 "Ways to go on:",
-                '  --dataset digits, or load("digits"): real images, needs no file',
-                f"  {source.get}",
-                "  another folder: data_dir=..., or the variable KDDM_DATA_DIR",
+                *[f"  {way}" for way in ways],
             ]
         )
+    )
+
+
+def _unknown(name: str, folders: Sequence[Path]) -> DataError:
+    return DataError(
+        f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or a set prepared "
+        f"by TFDS: none of that name in {', '.join(map(str, folders))}; "
+        "python -m kddm_jax.data NAME prepares one"
     )
 
 
@@ -64,13 +94,15 @@ def load(
 ) -> Dataset:
     """Loads a data set.
 
-    Official files are read into memory.  Images of ``folder`` are decoded
-    once into a cache and memory-mapped.
+    Official files are read into memory.  Images of ``folder`` and of sets prepared by
+    TFDS are decoded once into a cache and memory-mapped.
 
     Args:
-      name: a key of ``DATASETS``.
+      name: a key of ``DATASETS``, or of a set prepared by TFDS: ``name``,
+        ``name/config``, ``name:version``.  Official files come first.
       data_dir: folder with the data.  By default ``$KDDM_DATA_DIR``, or if that is
-        not set ``./data`` and then ``~/.cache/kddm_jax``.
+        not set ``./data`` and then ``~/.cache/kddm_jax``; for prepared sets then
+        ``$TFDS_DATA_DIR`` and ``~/tensorflow_datasets``.
       image_size: resizes the middle square of every image to this many pixels a side;
         None keeps images as they are, which then must have one size.
       skip_damaged: leaves images that cannot be decoded out, with a warning that names
@@ -84,7 +116,8 @@ def load(
     Raises:
       DataError: if the name is unknown; if the files are not found, with every
         place looked in and the ways to get them; if a file is damaged or cut short;
-        if images differ in size.
+        if images differ in size; if a set was prepared in a format that needs
+        TensorFlow where there is none.
 
     Examples:
       >>> digits = load("digits")
@@ -96,16 +129,20 @@ def load(
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
     options = Options(image_size, skip_damaged, progress)
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    source, folders = DATASETS[name], _folders(data_dir)
-    if not source.places:
+    source, folders = DATASETS.get(name), _folders(data_dir)
+    if source is not None and not source.places:
         return source.read(None, options)
-    for folder in folders:
+    for folder in folders if source else ():
         for place in source.places:
             if (folder / place).exists():
                 return source.read(folder / place, options)
-    raise _missing(name, folders)
+    tfds_folders = [*folders, *(() if data_dir else prepared.default_folders())]
+    tfds_name = source.tfds if source else name
+    if tfds_name and (found := prepared.find(tfds_name, tfds_folders)):
+        return prepared.read_prepared(found, options)
+    if source is None:
+        raise _unknown(name, tfds_folders)
+    raise _missing(name, folders, tfds_folders)
 
 
 def _ranks(labels: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -226,12 +263,14 @@ class Source(NamedTuple):
       read: reads the data set from the first of ``places`` that exists, with
         ``Options``.
       get: one line telling how to get the files.
+      tfds: its name in TFDS, None if TFDS has no such set.
     """
 
     title: str
     places: tuple[str, ...]
     read: Callable[[Path | None, Options], Dataset]
     get: str
+    tfds: str | None = None
 
 
 def _official(read: Callable[[Path | None], Dataset]):
@@ -246,6 +285,7 @@ _SVHN = Source(
     read=_official(read_svhn),
     get="put train_32x32.mat and test_32x32.mat from "
     "http://ufldl.stanford.edu/housenumbers/ into a folder above",
+    tfds="svhn_cropped",
 )
 DATASETS: Mapping[str, Source] = MappingProxyType(
     {
@@ -261,6 +301,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             read=_official(partial(read_cifar, "cifar10")),
             get="put cifar-10-binary.tar.gz (the binary version, no need to unpack) "
             f"from {_CIFAR_PAGE} into a folder above",
+            tfds="cifar10",
         ),
         "cifar100": Source(
             title="CIFAR-100",
@@ -268,6 +309,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             read=_official(partial(read_cifar, "cifar100")),
             get="put cifar-100-binary.tar.gz (the binary version, no need to unpack) "
             f"from {_CIFAR_PAGE} into a folder above",
+            tfds="cifar100",
         ),
         "svhn": _SVHN,
         "svhn_cropped": _SVHN,
@@ -278,6 +320,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             get="put the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz "
             "from https://ossci-datasets.s3.amazonaws.com/mnist/ into mnist/ of a "
             "folder above",
+            tfds="mnist",
         ),
         "fashion_mnist": Source(
             title="Fashion-MNIST",
@@ -286,6 +329,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             get="put the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz "
             "from https://github.com/zalandoresearch/fashion-mnist into "
             "fashion_mnist/ of a folder above",
+            tfds="fashion_mnist",
         ),
         "folder": Source(
             title="Folder",
@@ -296,3 +340,35 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
         ),
     }
 )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Downloads and prepares a TFDS set; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kddm_jax.data",
+        description="Downloads a set of TensorFlow Datasets and prepares it as "
+        "ArrayRecord, which is read without TensorFlow afterwards. Preparing needs "
+        f"TensorFlow: {prepared.INSTALL}",
+    )
+    parser.add_argument("name", help="cifar10, svhn_cropped, name/config, ...")
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where to put it; by default $TFDS_DATA_DIR or ~/tensorflow_datasets",
+    )
+    given = parser.parse_args(arguments)
+    source = DATASETS.get(given.name)
+    try:
+        if source is not None and source.tfds is None:
+            raise DataError(f"{given.name} is no TFDS set and needs no preparation")
+        name = source.tfds if source else given.name
+        folder = prepared.prepare(name, given.data_dir)
+    except DataError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{name} is prepared in {folder}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -45,6 +45,7 @@ def small(monkeypatch, tmp_path):
     for name in data.RECORDS:
         monkeypatch.setitem(data.RECORDS, name, (TRAIN, TEST))
     monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
 
@@ -753,6 +754,8 @@ def test_missing_tells_where_and_how(tmp_path, name):
     assert ARCHIVES.get(name, "ubyte.gz") in ways[1]
     assert re.search(r"https?://", ways[1])
     assert "KDDM_DATA_DIR" in ways[2]
+    assert f"python -m kddm_jax.data {name} " in ways[3]
+    assert f"{tmp_path / 'home/tensorflow_datasets'} (no such folder)" in message
 
 
 def test_unknown_name():
@@ -775,7 +778,7 @@ print(len(ours))
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.stdout == "[] False\n6\n"
+    assert run.stdout == "[] False\n7\n"
 
 
 # ---------------------------------------------------------------------- drawing

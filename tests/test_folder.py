@@ -21,6 +21,7 @@ from kddm_jax import cache, data, images
 def home(monkeypatch, tmp_path):
     """No cache and no data of this machine within reach."""
     monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
