@@ -29,7 +29,8 @@ from kddm_jax import DISTANCES, augment, checkpoint, data, resnet, train_step
 EVAL_BATCH = 500
 # What decides a teacher's result, and a student's beside the teacher itself.
 SHARED_FIELDS = (
-    *("dataset", "train_images", "test_images", "held_out", "eval_every"),
+    *("dataset", "image_size"),
+    *("train_images", "test_images", "held_out", "eval_every"),
     *("stem", "dtype", "padding", "flip", "batch_size"),
     *("lr", "lr_end", "schedule", "warmup", "momentum", "nesterov", "weight_decay"),
 )
@@ -160,6 +161,16 @@ class Problem:
             dtype=jnp.dtype(self.settings.dtype),
         )
 
+    @cached_property
+    def data_digest(self) -> str | None:
+        """Tells images apart that lie in a folder, whose name says nothing of them."""
+        if self.settings.dataset in {*data.DATASETS} - {"folder"}:
+            return None
+        digest = hashlib.sha256(repr((self.dataset.mean, self.dataset.std)).encode())
+        for labels in (self.dataset.train_labels, self.dataset.test_labels):
+            digest.update(labels.tobytes())
+        return digest.hexdigest()[:16]
+
     def model(self, name: str, width: int) -> resnet.ResNet:
         """A network whose BatchNorm sees the global batch."""
         return getattr(resnet, name)(
@@ -184,7 +195,13 @@ def prepare(settings: Settings, out: Path) -> Problem:
     if settings.compilation_cache is not None:
         cache = settings.compilation_cache
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    dataset = data.load(settings.dataset, data_dir=settings.data_dir)
+    dataset = data.load(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        image_size=settings.image_size,
+        skip_damaged=settings.skip_damaged,
+        progress=None if settings.progress else lambda done, total: None,
+    )
     available = jax.local_devices()
     count = settings.devices or len(available)
     if count > len(available):
@@ -268,9 +285,10 @@ class Run:
         return DISTANCES[self.name].title if self.name in DISTANCES else self.name
 
 
-def _identity(settings, names, **more):
-    values = as_json(settings)
-    return {**{name: values[name] for name in names}, **more}
+def _identity(problem, names, **more):
+    values = as_json(problem.settings)
+    chosen = {name: values[name] for name in names}
+    return {**chosen, "data": problem.data_digest, **more}
 
 
 def teacher_run(problem: Problem) -> Run:
@@ -283,7 +301,7 @@ def teacher_run(problem: Problem) -> Run:
         epochs=settings.teacher_epochs,
         indices=problem.parts.teacher,
         identity=_identity(
-            settings, TEACHER_FIELDS, width=settings.teacher_width or settings.width
+            problem, TEACHER_FIELDS, width=settings.teacher_width or settings.width
         ),
     )
 
@@ -305,7 +323,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
                 weight=more.get("weight", 0.0),
                 epochs=settings.epochs,
                 indices=problem.parts.student,
-                identity=_identity(settings, STUDENT_FIELDS, seed=seed, **more),
+                identity=_identity(problem, STUDENT_FIELDS, seed=seed, **more),
             )
 
 
