@@ -100,3 +100,12 @@ def test_distances(tmp_path):
     assert all(row["ms"] > 0 for row in report["rows"])
     # Two limits in ms and four ratios, for both students.
     assert len(report["claims"]) == 12
+
+
+def test_data(tmp_path):
+    text, report = run("data.py --dataset digits --images 40", tmp_path / "data.json")
+    head, rows = table(text)
+    read = [[row[head.index(c)] for c in ("source", "load", "images")] for row in rows]
+    digits = [["digits", "first", "1797"], ["digits", "again", "1797"]]
+    assert read == [*digits, ["png", "first", "80"], ["png", "again", "80"]]
+    assert all(row["seconds"] > 0 for row in report["rows"])
