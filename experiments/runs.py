@@ -5,6 +5,7 @@ A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its r
 result in an existing folder is refused before anything starts.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -40,7 +41,8 @@ EVAL_BATCH = 500
 ALONE = ("teacher", "student")  # runs without a teacher
 # What decides a teacher's result, and a student's beside the teacher itself.
 SHARED_FIELDS = (
-    *("dataset", "train_images", "test_images", "held_out", "eval_every"),
+    *("dataset", "image_size"),
+    *("train_images", "test_images", "held_out", "eval_every"),
     *("stem", "dtype", "padding", "flip", "degrees", "shift", "zoom", "batch_size"),
     *("lr", "lr_end", "schedule", "warmup", "momentum", "nesterov", "weight_decay"),
     "optimizer",
@@ -256,6 +258,16 @@ class Problem:
             dtype=jnp.dtype(self.settings.dtype),
         )
 
+    @cached_property
+    def data_digest(self) -> str | None:
+        """Tells images apart that lie in a folder, whose name says nothing of them."""
+        if self.settings.dataset in {*data.DATASETS} - {"folder"}:
+            return None
+        digest = hashlib.sha256(repr((self.dataset.mean, self.dataset.std)).encode())
+        for labels in (self.dataset.train_labels, self.dataset.test_labels):
+            digest.update(labels.tobytes())
+        return digest.hexdigest()[:16]
+
     def normalize(self, key: None, image: jax.Array) -> jax.Array:
         """Of one image, nothing else."""
         del key
@@ -286,7 +298,13 @@ def prepare(settings: Settings, out: Path) -> Problem:
     if settings.compilation_cache is not None:
         cache = settings.compilation_cache
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    dataset = data.load(settings.dataset, data_dir=settings.data_dir)
+    dataset = data.load(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        image_size=settings.image_size,
+        skip_damaged=settings.skip_damaged,
+        progress=None if settings.progress else lambda done, total: None,
+    )
     available = jax.local_devices()
     count = settings.devices or len(available)
     if count > len(available):
@@ -386,11 +404,12 @@ class Run:
         return self.name if self.name in ALONE else methods.title(self.name)
 
 
-def _identity(settings, names, start, **more):
-    values = as_json(settings)
-    digest = start.sha256 if start else None
-    identity = {**{name: values[name] for name in names}, "pretrained": digest, **more}
-    return json.loads(json.dumps(identity))  # as it is read back
+def _identity(problem, names, start, **more):
+    values = as_json(problem.settings)
+    identity = {name: values[name] for name in names}
+    identity["data"] = problem.data_digest
+    identity["pretrained"] = start.sha256 if start else None
+    return json.loads(json.dumps({**identity, **more}))  # as it is read back
 
 
 def teacher_run(problem: Problem) -> Run:
@@ -403,7 +422,7 @@ def teacher_run(problem: Problem) -> Run:
         weight=0.0,
         epochs=settings.teacher_epochs,
         indices=problem.parts.teacher,
-        identity=_identity(settings, TEACHER_FIELDS, start, width=width),
+        identity=_identity(problem, TEACHER_FIELDS, start, width=width),
         start=start,
     )
 
@@ -425,7 +444,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
                 weight=more.get("weight", 0.0),
                 epochs=settings.epochs,
                 indices=problem.parts.student,
-                identity=_identity(settings, fields, start, seed=seed, **more),
+                identity=_identity(problem, fields, start, seed=seed, **more),
                 start=start,
             )
 

@@ -30,10 +30,16 @@ class Settings:
     """
 
     dataset: str = "digits"
-    """digits (embedded), cifar10, cifar100, mnist or fashion_mnist."""
+    """digits (embedded), cifar10, cifar100, svhn, mnist, fashion_mnist, folder (of
+    images), or the name of a set prepared by TFDS."""
     data_dir: Path | None = None
-    """Folder with the official archives; None looks in $KDDM_DATA_DIR, ./data and
-    ~/.cache/kddm_jax."""
+    """Folder with the data; None looks in $KDDM_DATA_DIR, or ./data and
+    ~/.cache/kddm_jax, and for TFDS sets in $TFDS_DATA_DIR and ~/tensorflow_datasets."""
+    image_size: int | None = None
+    """Resizes the middle square of images to this many pixels a side; None: as they
+    are."""
+    skip_damaged: bool = False
+    """Leaves damaged images of a folder or TFDS set out, with a warning."""
     recipe: str = "laptop"
     """paper, strong or laptop: the defaults of everything below."""
     out: Path | None = None
@@ -228,6 +234,8 @@ RECIPES["feature_only"] = {
 DATASET_SETTINGS: dict[str, dict[str, object]] = {
     "digits": {"padding": 1, "flip": False},
     "mnist": {"padding": 2, "flip": False},
+    "svhn": {"flip": False},
+    "svhn_cropped": {"flip": False},
 }
 # The released code's first benchmark, two perceptrons on MNIST.
 PAPER_MNIST = {
@@ -353,7 +361,7 @@ def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
         "steps_per_dispatch eval_every train_images student_images test_images "
-        "quality_images views"
+        "quality_images views image_size"
     )
     for field in positive.split():
         value = getattr(settings, field)

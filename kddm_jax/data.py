@@ -1,21 +1,23 @@
-"""Image data sets as ``uint8`` arrays in memory, read from their official files.
+"""Image data sets as ``uint8`` arrays: official files, TFDS, folders of images.
 
-``digits`` is embedded in scikit-learn and needs no file.  The others are read from
-the files that their authors publish, wherever they lie: nothing is downloaded,
-nothing is unpickled and no archive is unpacked to disk.  The folder looked in is
+``digits`` is embedded in scikit-learn and needs no file.  Other sets are read from the
+files that their authors publish, ``folder`` from ``train/<class>/`` and
+``test/<class>/``, and any image classification of TensorFlow Datasets (TFDS) by its
+name.  Nothing is downloaded; ``python -m kddm_jax.data NAME`` downloads and prepares a
+TFDS set.  The folder looked in is
 
 1. ``data_dir`` if given,
 2. else ``$KDDM_DATA_DIR`` if set,
-3. else ``./data`` and then ``~/.cache/kddm_jax``.
+3. else ``./data`` and then ``~/.cache/kddm_jax``;
 
-Every file is checked against its official size, so that one cut short is an error
-and never a smaller data set.
+for sets prepared by TFDS then, unless ``data_dir`` is given, ``$TFDS_DATA_DIR`` and
+``~/tensorflow_datasets``.
 """
 
-import gzip
+import argparse
 import os
-import tarfile
-import zlib
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,39 +26,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Images per training file and per test file, as published.
-RECORDS = {
-    "cifar10": (10_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "mnist": (60_000, 10_000),
-    "fashion_mnist": (60_000, 10_000),
-}
-
-
-class DataError(ValueError):
-    """A data set is unknown, not at hand, or damaged."""
-
-
-class Dataset(NamedTuple):
-    """Images and labels of a data set, in memory.
-
-    Attributes:
-      train_images: training images, ``uint8``, shape ``[n, h, w, c]``.
-      train_labels: training labels, ``int32``, shape ``[n]``.
-      test_images: test images, ``uint8``, shape ``[m, h, w, c]``.
-      test_labels: test labels, ``int32``, shape ``[m]``.
-      class_names: the name of each label.
-      mean: mean of the training images per channel, in ``[0, 1]`` units.
-      std: their standard deviation per channel, in ``[0, 1]`` units.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+from kddm_jax import prepared
+from kddm_jax.archives import FIRST_LABELS as FIRST_LABELS
+from kddm_jax.archives import RECORDS as RECORDS
+from kddm_jax.archives import idx_places, read_cifar, read_mnist, read_svhn
+from kddm_jax.dataset import DataError, Dataset, Options, make_dataset
+from kddm_jax.folder import read_folder
+from kddm_jax.images import resized
 
 
 def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
@@ -68,42 +44,80 @@ def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
     return [Path("data"), Path("~/.cache/kddm_jax").expanduser()]
 
 
-def _missing(name: str, folders: Sequence[Path]) -> DataError:
+def _missing(
+    name: str, folders: Sequence[Path], tfds_folders: Sequence[Path]
+) -> DataError:
     """What was looked for, where, and every way to get it."""
     source = DATASETS[name]
-    looked = [
-        f"  {folder.absolute()}{'' if folder.is_dir() else ' (no such folder)'}"
-        for folder in folders
+    show = lambda f: f"{f.absolute()}{'' if f.is_dir() else ' (no such folder)'}"
+    looked = f"for {', '.join(source.places)}"
+    ways = [
+        '--dataset digits, or load("digits"): real images, needs no file',
+        source.get,
+        "another folder: data_dir=..., or the variable KDDM_DATA_DIR",
     ]
+    if source.tfds:
+        others = [f", in {show(f)}" for f in tfds_folders if f not in folders]
+        looked += f"; there{''.join(others)} for {source.tfds} prepared by TFDS"
+        ways.append(
+            f"python -m kddm_jax.data {name} --data-dir {shlex.quote(str(folders[0]))} "
+            f"downloads and prepares it by TFDS, after {prepared.INSTALL}"
+        )
     return DataError(
         "\n".join(
             [
                 f"{name} is not at hand. Looked in, in this order:",
-                *looked,
-                f"for {', '.join(source.places)}.",
+                *[f"  {show(folder)}" for folder in folders],
+                f"{looked}.",
                 "Ways to go on:",
-                '  --dataset digits, or load("digits"): real images, needs no file',
-                f"  {source.get}",
-                "  another folder: data_dir=..., or the variable KDDM_DATA_DIR",
+                *[f"  {way}" for way in ways],
             ]
         )
     )
 
 
-def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Loads a data set into memory.
+def _unknown(name: str, folders: Sequence[Path]) -> DataError:
+    return DataError(
+        f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or a set prepared "
+        f"by TFDS: none of that name in {', '.join(map(str, folders))}; "
+        "python -m kddm_jax.data NAME prepares one"
+    )
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    skip_damaged: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Loads a data set.
+
+    Official files are read into memory.  Images of ``folder`` and of sets prepared by
+    TFDS are decoded once into a cache and memory-mapped.
 
     Args:
-      name: a key of ``DATASETS``.
-      data_dir: folder with the official files.  By default ``$KDDM_DATA_DIR``, or
-        if that is not set ``./data`` and then ``~/.cache/kddm_jax``.
+      name: a key of ``DATASETS``, or of a set prepared by TFDS: ``name``,
+        ``name/config``, ``name:version``.  Official files come first.
+      data_dir: folder with the data.  By default ``$KDDM_DATA_DIR``, or if that is
+        not set ``./data`` and then ``~/.cache/kddm_jax``; for prepared sets then
+        ``$TFDS_DATA_DIR`` and ``~/tensorflow_datasets``.
+      image_size: resizes the middle square of every image to this many pixels a side;
+        None keeps images as they are, which then must have one size.
+      skip_damaged: leaves images that cannot be decoded out, with a warning that names
+        them, in place of an error.
+      progress: called with the numbers of images decoded and of all; by default a bar
+        on a terminal.
 
     Returns:
       The data set, with mean and standard deviation of its training images.
 
     Raises:
       DataError: if the name is unknown; if the files are not found, with every
-        place looked in and the ways to get them; if a file is damaged or cut short.
+        place looked in and the ways to get them; if a file is damaged or cut short;
+        if images differ in size; if a set was prepared in a format that needs
+        TensorFlow where there is none.
 
     Examples:
       >>> digits = load("digits")
@@ -112,17 +126,23 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Datase
       >>> digits.mean, digits.std
       ((0.305,), (0.376,))
     """
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    source = DATASETS[name]
-    if not source.places:
-        return source.read()
-    folders = _folders(data_dir)
-    for folder in folders:
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}")
+    options = Options(image_size, skip_damaged, progress)
+    source, folders = DATASETS.get(name), _folders(data_dir)
+    if source is not None and not source.places:
+        return source.read(None, options)
+    for folder in folders if source else ():
         for place in source.places:
             if (folder / place).exists():
-                return source.read(folder / place)
-    raise _missing(name, folders)
+                return source.read(folder / place, options)
+    tfds_folders = [*folders, *(() if data_dir else prepared.default_folders())]
+    tfds_name = source.tfds if source else name
+    if tfds_name and (found := prepared.find(tfds_name, tfds_folders)):
+        return prepared.read_prepared(found, options)
+    if source is None:
+        raise _unknown(name, tfds_folders)
+    raise _missing(name, folders, tfds_folders)
 
 
 def _ranks(labels: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -215,32 +235,7 @@ def stratified_split(
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, exact, from histograms of bytes."""
-    channels = images.shape[-1]
-    histogram = np.zeros((channels, 256), np.int64)
-    # Pieces of 200 images stay in the cache: 0.2 s instead of 1.0 s for CIFAR.
-    for start in range(0, len(images), 200):
-        for c in range(channels):
-            piece = images[start : start + 200, ..., c].ravel()
-            histogram[c] += np.bincount(piece, minlength=256)
-    share = histogram / histogram.sum(axis=1, keepdims=True)  # [c, 256]
-    values = np.arange(256) / 255
-    mean = share @ values
-    variance = (share * (values - mean[:, None]) ** 2).sum(axis=1)
-    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
-
-
-def _dataset(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    class_names: Sequence[str],
-) -> Dataset:
-    mean, std = _statistics(train[0])
-    return Dataset(*train, *test, tuple(class_names), mean, std)
-
-
-def _read_digits() -> Dataset:
+def _read_digits(_: None) -> Dataset:
     """Every fifth image of each class, in scikit-learn's order, is a test image."""
     # Imported here: scikit-learn takes a second to import and only digits needs it.
     from sklearn.datasets import load_digits
@@ -251,236 +246,11 @@ def _read_digits() -> Dataset:
     labels = np.asarray(digits.target).astype(np.int32)
     # A rule instead of a draw: no library's shuffling can ever change the split.
     is_test = _ranks(labels, np.arange(len(labels))) % 5 == 4
-    return _dataset(
+    return make_dataset(
         (images[~is_test], labels[~is_test]),
         (images[is_test], labels[is_test]),
         [str(name) for name in digits.target_names],
     )
-
-
-def _damaged(path: Path, found: str, expected: str) -> DataError:
-    return DataError(
-        f"{path}: found {found}, expected {expected}; the file is damaged, cut short "
-        "or not the official one: delete it and get it again"
-    )
-
-
-def _in_range(labels: np.ndarray, num_classes: int, path: Path) -> np.ndarray:
-    """The labels as ``int32``, checked."""
-    if labels.size and labels.max() >= num_classes:
-        at = int(labels.argmax())
-        raise _damaged(
-            path, f"label {labels[at]} in record {at}", f"labels 0 to {num_classes - 1}"
-        )
-    return labels.astype(np.int32)
-
-
-def _open(path: Path):
-    """Opens a file, through gzip if it is compressed, whatever its name says."""
-    # Some browsers decompress a download and leave the name ending in .gz.
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if compressed else path.open("rb")
-
-
-# What reading a damaged gzip or tar file raises.
-_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
-
-
-class _Cifar(NamedTuple):
-    """Layout of a binary CIFAR: label bytes, then 3 x 32 x 32 pixels, per record."""
-
-    train: tuple[str, ...]
-    test: str
-    names: str
-    label_bytes: int  # the last one is the fine label
-    num_classes: int
-
-
-_CIFAR = {
-    "cifar10": _Cifar(
-        train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        test="test_batch.bin",
-        names="batches.meta.txt",
-        label_bytes=1,
-        num_classes=10,
-    ),
-    "cifar100": _Cifar(
-        train=("train.bin",),
-        test="test.bin",
-        names="fine_label_names.txt",
-        label_bytes=2,
-        num_classes=100,
-    ),
-}
-_PIXELS = 3 * 32 * 32
-# The class names of both sets take less than a kilobyte.
-_NAMES_LIMIT = 65_536
-
-
-def _check_size(path: Path, size: int, expected: int | None) -> None:
-    """The exact size of a file of records; a bound for the names (``None``)."""
-    if expected is None:
-        if size > _NAMES_LIMIT:
-            raise _damaged(path, f"{size:,} bytes", f"at most {_NAMES_LIMIT:,}")
-    elif size != expected:
-        raise _damaged(path, f"{size:,} bytes", f"{expected:,} bytes")
-
-
-def _from_folder(folder: Path, sizes: Mapping[str, int | None]):
-    """The files of an unpacked archive as arrays of bytes."""
-    files = {}
-    for name, expected in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            raise DataError(
-                f"{path} is missing; unpack the archive again, or delete the folder "
-                "and put the archive itself in its place"
-            )
-        _check_size(path, path.stat().st_size, expected)
-        files[name] = np.fromfile(path, np.uint8)
-    return files
-
-
-def _from_archive(archive: Path, sizes: Mapping[str, int | None]):
-    """The wanted members of an archive as arrays of bytes, read in memory."""
-    files = {}
-    try:
-        # Member by member in the order they lie: nothing is decompressed twice.
-        with _open(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                if member.isreg() and name in sizes:
-                    _check_size(archive / name, member.size, sizes[name])
-                    files[name] = np.frombuffer(tar.extractfile(member).read(), "u1")
-            # gzip compares its checksum at the very end.
-            while file.read(1 << 20):
-                pass
-    except _BROKEN as error:
-        size = f"{archive.stat().st_size:,} bytes"
-        raise _damaged(archive, f"{size} ({error})", "a whole .tar.gz") from error
-    if missing := [name for name in sizes if name not in files]:
-        raise _damaged(archive, f"no {', '.join(missing)}", "the official archive")
-    return files
-
-
-def _read_cifar(name: str, path: Path) -> Dataset:
-    """CIFAR from its folder or its archive."""
-    layout, counts = _CIFAR[name], RECORDS[name]
-    length = layout.label_bytes + _PIXELS
-    sizes: dict[str, int | None] = dict.fromkeys(layout.train, counts[0] * length)
-    sizes |= {layout.test: counts[1] * length, layout.names: None}
-    files = (_from_folder if path.is_dir() else _from_archive)(path, sizes)
-
-    def read(parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        records = {part: files[part].reshape(-1, length) for part in parts}
-        labels = [
-            _in_range(r[:, layout.label_bytes - 1], layout.num_classes, path / part)
-            for part, r in records.items()
-        ]
-        return _channels_last(list(records.values())), np.concatenate(labels)
-
-    class_names = bytes(files[layout.names]).decode("utf-8", "replace").split()
-    if len(class_names) != layout.num_classes:
-        raise _damaged(
-            path / layout.names, f"{len(class_names)} names", f"{layout.num_classes}"
-        )
-    return _dataset(read(layout.train), read([layout.test]), class_names)
-
-
-def _channels_last(records: Sequence[np.ndarray]) -> np.ndarray:
-    """``[n, ... 3 * 32 * 32]`` records to images ``[n, 32, 32, 3]``."""
-    images = np.empty((sum(map(len, records)), 32 * 32, 3), np.uint8)
-    start = 0
-    # By channel and a few images at a time: 0.1 s for CIFAR, where transposing the
-    # whole array takes 0.5 s.
-    for file in records:
-        for i in range(0, len(file), 500):
-            pixels = file[i : i + 500, -_PIXELS:].reshape(-1, 3, 32 * 32)
-            for c in range(3):
-                images[start : start + len(pixels), :, c] = pixels[:, c]
-            start += len(pixels)
-    return images.reshape(-1, 32, 32, 3)
-
-
-_DIGITS = tuple("0123456789")
-_FASHION = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-# MNIST and Fashion-MNIST publish files of the same names and sizes, so that one is
-# easily read as the other.  The first training labels tell them apart.
-FIRST_LABELS = {
-    "mnist": (5, 0, 4, 1, 9, 2, 1, 3, 1, 4),
-    "fashion_mnist": (9, 0, 0, 3, 0, 2, 7, 2, 5, 5),
-}
-
-
-def _idx_header(header: bytes) -> str:
-    magic, *shape = np.frombuffer(header, ">u4").tolist()
-    return f"magic 0x{magic:08x} and shape {shape}"
-
-
-def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
-    """An IDX file of bytes, ``stem`` or ``stem.gz``, and the path it was read from."""
-    paths = [stem, stem.with_name(f"{stem.name}.gz")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise DataError(f"{stem} and {stem}.gz are missing; the files belong together")
-    # Big-endian: 0x08 (unsigned bytes) and the number of axes, the length of each.
-    header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
-    size = len(header) + int(np.prod(shape))
-    try:
-        with _open(path) as file:
-            # One byte more than expected also makes gzip compare its checksum.
-            content = file.read(size + 1)
-    except _BROKEN as error:
-        found = f"{path.stat().st_size:,} bytes ({error})"
-        raise _damaged(path, found, "a whole .gz") from error
-    if len(content) >= len(header) and not content.startswith(header):
-        raise _damaged(path, _idx_header(content[: len(header)]), _idx_header(header))
-    if len(content) != size:
-        found = "more" if len(content) > size else f"{len(content):,} bytes"
-        raise _damaged(path, found, f"{size:,} bytes uncompressed")
-    pixels = np.frombuffer(content, np.uint8, offset=len(header))
-    return path, pixels.reshape(shape).copy()  # writeable, as the others
-
-
-def _read_mnist(name: str, class_names: tuple[str, ...], path: Path) -> Dataset:
-    """The four IDX files beside ``path``."""
-
-    def read(prefix: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-        images = path.parent / f"{prefix}-images-idx3-ubyte"
-        labels = path.parent / f"{prefix}-labels-idx1-ubyte"
-        _, pixels = _read_idx(images, (count, 28, 28))
-        file, values = _read_idx(labels, (count,))
-        return pixels[..., None], _in_range(values, len(class_names), file)
-
-    train_count, test_count = RECORDS[name]
-    train = read("train", train_count)
-    first = tuple(train[1][: len(FIRST_LABELS[name])].tolist())
-    if first != FIRST_LABELS[name][: len(first)]:
-        is_of = [other for other, labels in FIRST_LABELS.items() if first == labels]
-        raise DataError(
-            f"{path.parent} holds {is_of[0] if is_of else 'other files'}, not {name}, "
-            f"under the same file names (first training labels {first}, expected "
-            f"{FIRST_LABELS[name]}); put the files of {name} into a folder {name}/"
-        )
-    return _dataset(train, read("t10k", test_count), class_names)
-
-
-def _idx_places(*folders: str) -> tuple[str, ...]:
-    """The file by which each folder is recognised, unpacked or not."""
-    stem = "train-images-idx3-ubyte"
-    return tuple(f"{f}{stem}{end}" for f in folders for end in ("", ".gz"))
 
 
 class Source(NamedTuple):
@@ -490,53 +260,115 @@ class Source(NamedTuple):
       title: name for tables.
       places: paths below a data folder, in the order tried; empty if the data set
         needs no file.
-      read: reads the data set from the first of ``places`` that exists.
+      read: reads the data set from the first of ``places`` that exists, with
+        ``Options``.
       get: one line telling how to get the files.
+      tfds: its name in TFDS, None if TFDS has no such set.
     """
 
     title: str
     places: tuple[str, ...]
-    read: Callable[..., Dataset]
+    read: Callable[[Path | None, Options], Dataset]
     get: str
+    tfds: str | None = None
 
 
+def _official(read: Callable[[Path | None], Dataset]):
+    """A reader of official files, whose images are resized afterwards."""
+    return lambda path, options: resized(read(path), options.image_size)
+
+
+_CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_SVHN = Source(
+    title="SVHN",
+    places=tuple(f"{f}train_32x32.mat" for f in ("svhn/", "SVHN/", "")),
+    read=_official(read_svhn),
+    get="put train_32x32.mat and test_32x32.mat from "
+    "http://ufldl.stanford.edu/housenumbers/ into a folder above",
+    tfds="svhn_cropped",
+)
 DATASETS: Mapping[str, Source] = MappingProxyType(
     {
         "digits": Source(
             title="Digits",
             places=(),
-            read=_read_digits,
+            read=_official(_read_digits),
             get="pip install scikit-learn",
         ),
         "cifar10": Source(
             title="CIFAR-10",
             places=("cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
-            read=partial(_read_cifar, "cifar10"),
+            read=_official(partial(read_cifar, "cifar10")),
             get="put cifar-10-binary.tar.gz (the binary version, no need to unpack) "
-            "from https://www.cs.toronto.edu/~kriz/cifar.html into a folder above",
+            f"from {_CIFAR_PAGE} into a folder above",
+            tfds="cifar10",
         ),
         "cifar100": Source(
             title="CIFAR-100",
             places=("cifar-100-binary", "cifar-100-binary.tar.gz"),
-            read=partial(_read_cifar, "cifar100"),
+            read=_official(partial(read_cifar, "cifar100")),
             get="put cifar-100-binary.tar.gz (the binary version, no need to unpack) "
-            "from https://www.cs.toronto.edu/~kriz/cifar.html into a folder above",
+            f"from {_CIFAR_PAGE} into a folder above",
+            tfds="cifar100",
         ),
+        "svhn": _SVHN,
+        "svhn_cropped": _SVHN,
         "mnist": Source(
             title="MNIST",
-            places=_idx_places("mnist/", "MNIST/raw/", ""),
-            read=partial(_read_mnist, "mnist", _DIGITS),
+            places=idx_places("mnist/", "MNIST/raw/", ""),
+            read=_official(partial(read_mnist, "mnist")),
             get="put the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz "
             "from https://ossci-datasets.s3.amazonaws.com/mnist/ into mnist/ of a "
             "folder above",
+            tfds="mnist",
         ),
         "fashion_mnist": Source(
             title="Fashion-MNIST",
-            places=_idx_places("fashion_mnist/", "FashionMNIST/raw/"),
-            read=partial(_read_mnist, "fashion_mnist", _FASHION),
+            places=idx_places("fashion_mnist/", "FashionMNIST/raw/"),
+            read=_official(partial(read_mnist, "fashion_mnist")),
             get="put the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte.gz "
             "from https://github.com/zalandoresearch/fashion-mnist into "
             "fashion_mnist/ of a folder above",
+            tfds="fashion_mnist",
+        ),
+        "folder": Source(
+            title="Folder",
+            places=("train",),
+            read=read_folder,
+            get="put png, jpg, jpeg or webp images into train/<class>/ and "
+            "test/<class>/ of a folder above",
         ),
     }
 )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Downloads and prepares a TFDS set; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kddm_jax.data",
+        description="Downloads a set of TensorFlow Datasets and prepares it as "
+        "ArrayRecord, which is read without TensorFlow afterwards. Preparing needs "
+        f"TensorFlow: {prepared.INSTALL}",
+    )
+    parser.add_argument("name", help="cifar10, svhn_cropped, name/config, ...")
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="where to put it; by default $TFDS_DATA_DIR or ~/tensorflow_datasets",
+    )
+    given = parser.parse_args(arguments)
+    source = DATASETS.get(given.name)
+    try:
+        if source is not None and source.tfds is None:
+            raise DataError(f"{given.name} is no TFDS set and needs no preparation")
+        name = source.tfds if source else given.name
+        folder = prepared.prepare(name, given.data_dir)
+    except DataError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{name} is prepared in {folder}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

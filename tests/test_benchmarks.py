@@ -112,3 +112,12 @@ def test_stream(tmp_path):
     assert head == ["images", "images/s"]
     assert [row[0] for row in rows] == ["resident", "streamed"]
     assert report["ratio"] > 0
+
+
+def test_data(tmp_path):
+    text, report = run("data.py --dataset digits --images 40", tmp_path / "data.json")
+    head, rows = table(text)
+    read = [[row[head.index(c)] for c in ("source", "load", "images")] for row in rows]
+    digits = [["digits", "first", "1797"], ["digits", "again", "1797"]]
+    assert read == [*digits, ["png", "first", "80"], ["png", "again", "80"]]
+    assert all(row["seconds"] > 0 for row in report["rows"])

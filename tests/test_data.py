@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.io import savemat
 
-from kddm_jax import data
+from kddm_jax import archives, cache, data
 
 # Images per training file and per test file of the small data sets made here.
 TRAIN, TEST = 12, 3
@@ -20,6 +23,8 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binar
 ARCHIVES = {
     "cifar10": "cifar-10-binary.tar.gz",
     "cifar100": "cifar-100-binary.tar.gz",
+    "svhn": "train_32x32.mat",
+    "svhn_cropped": "train_32x32.mat",
 }
 TRAIN_FILES = {
     "cifar10": [f"data_batch_{i}.bin" for i in range(1, 6)],
@@ -40,6 +45,7 @@ def small(monkeypatch, tmp_path):
     for name in data.RECORDS:
         monkeypatch.setitem(data.RECORDS, name, (TRAIN, TEST))
     monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
 
@@ -478,6 +484,221 @@ def test_mnist_file_missing(tmp_path):
     assert_damaged("mnist", tmp_path, stem, f"{stem}.gz", "missing")
 
 
+# ---------------------------------------------------------------------- SVHN
+
+MAT_FILES = {"train_32x32.mat": TRAIN, "test_32x32.mat": TEST}
+
+
+def mat_contents(seed=0):
+    """Images ``[n, 32, 32, 3]`` and labels 1 to 10 of both files."""
+    rng = np.random.default_rng(seed)
+    return {
+        file: (
+            rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8),
+            rng.permutation(np.arange(count, dtype=np.uint8) % 10 + 1),
+        )
+        for file, count in MAT_FILES.items()
+    }
+
+
+def write_mat(folder, contents, compress=True, **changes):
+    """The official layout: X [32, 32, 3, n] and y [n, 1]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, (images, labels) in contents.items():
+        variables = {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]}
+        variables |= changes if file == "train_32x32.mat" else {}
+        kept = {name: value for name, value in variables.items() if value is not None}
+        savemat(folder / file, kept, do_compression=compress)
+    return folder / "train_32x32.mat"
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("folder", ["svhn", "SVHN", ""])
+def test_svhn_against_its_pixels(tmp_path, folder, compress):
+    contents = mat_contents()
+    write_mat(tmp_path / folder, contents, compress)
+    dataset = data.load("svhn", data_dir=tmp_path)
+    assert_well_formed(dataset)
+    assert_same(data.load("svhn_cropped", data_dir=tmp_path), dataset)
+    assert dataset.class_names == tuple("0123456789")
+    for file, images, labels in (
+        ("train_32x32.mat", dataset.train_images, dataset.train_labels),
+        ("test_32x32.mat", dataset.test_images, dataset.test_labels),
+    ):
+        np.testing.assert_array_equal(images, contents[file][0])
+        # Label 10 is the digit 0.
+        expected = [0 if label == 10 else label for label in contents[file][1]]
+        np.testing.assert_array_equal(labels, expected)
+
+
+def test_svhn_in_many_pieces(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.RECORDS, "svhn", (1203, TEST))
+    contents = mat_contents()
+    rng = np.random.default_rng(1)
+    images = rng.integers(256, size=(1203, 32, 32, 3), dtype=np.uint8)
+    contents["train_32x32.mat"] = (images, np.arange(1203, dtype=np.uint8) % 10 + 1)
+    write_mat(tmp_path, contents, compress=False)
+    dataset = data.load("svhn", data_dir=tmp_path)
+    np.testing.assert_array_equal(dataset.train_images, images)
+
+
+MAT_DAMAGES = {
+    "one image less": (
+        {"X": np.zeros((32, 32, 3, TRAIN - 1), np.uint8)},
+        ("X uint8 [32, 32, 3, 11]", "uint8 [32, 32, 3, 12]"),
+    ),
+    "floats": (
+        {"X": np.zeros((32, 32, 3, TRAIN))},
+        ("X float64 [32, 32, 3, 12]", "expected uint8"),
+    ),
+    "labels missing": ({"y": None}, ("y nothing", "uint8 [12, 1]")),
+    "labels a row": (
+        {"y": np.ones((1, TRAIN), np.uint8)},
+        ("y uint8 [1, 12]", "uint8 [12, 1]"),
+    ),
+    "label 0": (
+        {"y": np.eye(TRAIN, dtype=np.uint8)[0][:, None]},
+        ("label 0 in record 1", "labels 1 to 10"),
+    ),
+    "label 11": (
+        {"y": np.arange(TRAIN, dtype=np.uint8)[:, None] + 1},
+        ("label 11 in record 10", "labels 1 to 10"),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", MAT_DAMAGES)
+def test_svhn_of_other_contents(tmp_path, damage):
+    changes, parts = MAT_DAMAGES[damage]
+    path = write_mat(tmp_path, mat_contents(), **changes)
+    assert_damaged("svhn", tmp_path, f"{path}: found ", *parts, "get it again")
+
+
+# The last bytes of an uncompressed file pad it; the official ones are compressed.
+@pytest.mark.parametrize(
+    ("keep", "compress"),
+    [*((k, c) for k in (0, 0.001, 0.01, 0.5, 0.99) for c in (False, True)), (1, True)],
+)
+def test_svhn_cut_short(tmp_path, keep, compress):
+    path = write_mat(tmp_path, mat_contents(), compress)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) - 1] if keep else b"")
+    assert_damaged("svhn", tmp_path, f"{path}: found ", "get it again")
+
+
+@pytest.mark.parametrize("at", [126, 129, 3000, 30_000, -7000])
+def test_svhn_with_a_wrong_byte(tmp_path, at):
+    path = write_mat(tmp_path, mat_contents())
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+    assert_damaged("svhn", tmp_path, f"{path}: found ", "get it again")
+
+
+def test_svhn_that_is_a_web_page(tmp_path):
+    path = write_mat(tmp_path, mat_contents())
+    path.write_text("<!DOCTYPE html><title>404 Not Found</title>" * 100)
+    assert_damaged("svhn", tmp_path, path, "4,300 bytes", "a whole MATLAB 5 file")
+
+
+def test_svhn_file_missing(tmp_path):
+    path = write_mat(tmp_path, mat_contents()).with_name("test_32x32.mat")
+    path.unlink()
+    assert_damaged("svhn", tmp_path, path, "missing")
+
+
+# ------------------------------------------------------------- archives kept inflated
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Small archives are kept like the large official ones; counts inflations."""
+    monkeypatch.setattr(cache, "KEPT_FROM", 0)
+    count = [0]
+
+    def counting(read):
+        def read_and_count(*arguments):
+            count[0] += 1
+            return read(*arguments)
+
+        return read_and_count
+
+    for name in ("_from_archive", "_read_mat"):
+        monkeypatch.setattr(archives, name, counting(getattr(archives, name)))
+    return count
+
+
+def write_large(root, name, seed):
+    if name == "svhn":
+        return write_mat(root, mat_contents(seed), compress=False)
+    return write_archive(root, name, cifar_files(name, seed))
+
+
+@pytest.mark.parametrize(("name", "files"), [("cifar10", 1), ("svhn", 2)])
+def test_archive_is_inflated_once(tmp_path, kept, name, files):
+    write_large(tmp_path, name, seed=0)
+    first = data.load(name, data_dir=tmp_path)
+    again = data.load(name, data_dir=tmp_path)
+    assert kept == [files]
+    assert_same(again, first)
+    # In memory and the user's own, as without a cache.
+    assert_well_formed(again)
+    assert not isinstance(again.train_images, np.memmap)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn"])
+def test_changed_archive_is_inflated_again(tmp_path, kept, name):
+    path = write_large(tmp_path, name, seed=0)
+    size = path.stat().st_size
+    first = data.load(name, data_dir=tmp_path)
+    path = write_large(tmp_path, name, seed=1)  # random pixels: the size is the same
+    assert abs(path.stat().st_size - size) < 100
+    assert (data.load(name, data_dir=tmp_path).train_images != first.train_images).any()
+    assert len(list((tmp_path / ".kddm_jax").iterdir())) == 1
+    # A damaged archive is one, whatever was read before.
+    path.write_bytes(path.read_bytes()[:-10_000])
+    assert_damaged(name, tmp_path, path)
+
+
+def test_archive_without_a_place_for_the_cache(tmp_path, kept):
+    (tmp_path / "data").mkdir()
+    write_large(tmp_path / "data", "cifar10", seed=0)
+    for folder in (tmp_path / "data" / ".kddm_jax", tmp_path / "home"):
+        folder.write_text("a file in the way")
+    for _ in range(2):
+        assert_well_formed(data.load("cifar10", data_dir=tmp_path / "data"))
+    assert kept == [2]
+
+
+# ---------------------------------------------------------------------- resizing
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_official_images_resized(tmp_path, name):
+    if name == "cifar10":
+        write_folder(tmp_path, name, cifar_files(name))
+    whole = data.load(name, data_dir=tmp_path)
+    small = data.load(name, data_dir=tmp_path, image_size=5)
+    channels = whole.train_images.shape[-1]
+    assert small.train_images.shape == (len(whole.train_images), 5, 5, channels)
+    assert_well_formed(small)
+    for found, images in (
+        (small.train_images, whole.train_images),
+        (small.test_images, whole.test_images),
+    ):
+        image = Image.fromarray(images[-1].squeeze())
+        expected = image.resize((5, 5), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(found[-1].squeeze(), np.asarray(expected))
+    np.testing.assert_array_equal(small.test_labels, whole.test_labels)
+    side = whole.train_images.shape[1]
+    assert_same(data.load(name, data_dir=tmp_path, image_size=side), whole)
+
+
+def test_image_size_of_nothing():
+    with pytest.raises(data.DataError, match="image_size must be at least 1, got 0"):
+        data.load("digits", image_size=0)
+
+
 # ---------------------------------------------------------------------- finding
 
 
@@ -518,7 +739,7 @@ def test_folders_are_tried_in_the_documented_order(tmp_path, monkeypatch):
         data.load("mnist")
 
 
-@pytest.mark.parametrize("name", [n for n in data.DATASETS if n != "digits"])
+@pytest.mark.parametrize("name", sorted({*data.DATASETS} - {"digits", "folder"}))
 def test_missing_tells_where_and_how(tmp_path, name):
     (tmp_path / "data").mkdir()
     with pytest.raises(data.DataError) as caught:
@@ -531,8 +752,10 @@ def test_missing_tells_where_and_how(tmp_path, name):
     ways = message.split("Ways to go on:\n")[1].splitlines()
     assert ways[0].startswith("  --dataset digits")
     assert ARCHIVES.get(name, "ubyte.gz") in ways[1]
-    assert "https://" in ways[1]
+    assert re.search(r"https?://", ways[1])
     assert "KDDM_DATA_DIR" in ways[2]
+    assert f"python -m kddm_jax.data {name} " in ways[3]
+    assert f"{tmp_path / 'home/tensorflow_datasets'} (no such folder)" in message
 
 
 def test_unknown_name():
@@ -541,21 +764,21 @@ def test_unknown_name():
 
 
 def test_import_is_light():
-    # By path: `import kddm_jax` itself is another matter.
+    # A bare package in place of kddm_jax itself, whose imports are another matter.
     program = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("data", {data.__file__!r})
-sys.modules["data"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-heavy = {{"jax", "sklearn", "PIL", "tensorflow", "tensorflow_datasets", "pickle"}}
-# NumPy brings pickle with it.
-import numpy
-print(sorted((heavy - {{"pickle"}}) & set(sys.modules)), "pickle" in vars(module))
+import sys, types
+sys.modules["kddm_jax"] = package = types.ModuleType("kddm_jax")
+package.__path__ = [{os.path.dirname(data.__file__)!r}]
+import kddm_jax.data
+heavy = {{"jax", "sklearn", "scipy", "PIL", "rich", "tensorflow", "array_record"}}
+ours = [module for name, module in sys.modules.items() if name.startswith("kddm_jax.")]
+print(sorted(heavy & set(sys.modules)), any("pickle" in vars(m) for m in ours))
+print(len(ours))
 """
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.stdout.split("\n")[0] == "[] False"
+    assert run.stdout == "[] False\n7\n"
 
 
 # ---------------------------------------------------------------------- drawing

@@ -24,6 +24,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import kddm_jax
@@ -783,6 +784,7 @@ MISTAKES = {
     ),
     "held out": ("--held-out 1442", ["--held-out", "1442", "lower"]),
     "no images": ("--student-images 0", ["--student-images", "positive", "0"]),
+    "image size": ("--image-size 0", ["--image-size", "positive", "0"]),
     "rate": ("--lr nan", ["--lr", "positive", "nan"]),
     "warmup": ("--warmup 2", ["--warmup", "2", "< 1"]),
     "padding": ("--padding -1", ["--padding", "-1", ">= 0"]),
@@ -797,6 +799,7 @@ MISTAKES = {
         made_with(teacher="f" * 16),
         ["w2", "teacher=ffff", "--out"],
     ),
+    "other images": (made_with(data="f" * 16), ["data=ffff", "--out"]),
     "unreadable": (unreadable_record, ["run.json", "not readable", "--out"]),
     "out is a file": (out_is_a_file, ["--out", "out", "choose another"]),
     "out in a file": (
@@ -811,7 +814,7 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     make, expected = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the working folder is added
-    monkeypatch.setattr(data, "RECORDS", {**data.RECORDS, "cifar10": (2, 2)})
+    monkeypatch.setitem(data.RECORDS, "cifar10", (2, 2))
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
     monkeypatch.setattr(runs, "train", unwanted_training)
@@ -939,6 +942,30 @@ def test_model_of_mine_is_teacher_and_student(tmp_path, capsys, monkeypatch):
     assert [r["name"] for r in results["runs"]] == ["student", "w2_gaussian"]
     last = results["runs"][1]["history"][-1]
     assert last["w2_gaussian"] < results["runs"][1]["history"][0]["w2_gaussian"]
+
+
+def test_settings_of_data_reach_the_reader(tmp_path):
+    digits = data.load("digits")
+    pixels = [Image.fromarray(image[..., 0]) for image in digits.train_images[:40]]
+    problems = []
+    for folder, first in (("one", pixels[0]), ("other", pixels[1])):
+        for i, image in enumerate([first, *pixels[2:]]):
+            path = tmp_path / folder / ("train", "test")[i % 2] / "ab"[i // 2 % 2]
+            path.mkdir(parents=True, exist_ok=True)
+            image.save(path / f"{i}.png")
+        (path / "damaged.png").write_bytes(b"")
+        line = (*TINY, "--dataset", "folder", "--data-dir", tmp_path / folder)
+        sizes = ("--batch-size", 4, "--train-images", 18, "--student-images", 18)
+        more = ("--image-size", 6, "--skip-damaged", "--no-progress", "--devices", 1)
+        settings = parse([str(word) for word in (*line, *sizes, *more)])
+        with pytest.warns(UserWarning, match="left out 1 damaged"):
+            problems.append(runs.prepare(settings, tmp_path / "out"))
+    assert problems[0].dataset.train_images.shape == (20, 6, 6, 1)
+    assert problems[0].resident[0].shape == (20, 6, 6, 1)
+    # Folders of other images are other runs, although their settings agree.
+    identities = [runs.teacher_run(problem).identity for problem in problems]
+    differ = {k for k in identities[0] if identities[0][k] != identities[1][k]}
+    assert differ == {"data"}
 
 
 def test_mistakes_start_from_a_good_command(tmp_path, monkeypatch, trained):
