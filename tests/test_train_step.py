@@ -196,6 +196,7 @@ def test_metrics_are_those_of_the_global_batch(l2_step):
 # ----------------------------------------------------------------------- devices
 
 
+@pytest.mark.slow
 def test_every_row_on_one_device_is_on_two():
     """All rows in one program, where the weights choose: it compiles only twice."""
 
