@@ -3,20 +3,33 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from settings import MODELS, UserError
+from settings import UserError
 
-from kddm_jax import mlp, resnet
+from kddm_jax.mlp import StudentMLP, TeacherMLP
+from kddm_jax.mobilenet import MobileNetV2
+from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
+
+# The names that `settings.MODELS` lists.
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
+    "ResNet9": ResNet9,
+    "ResNet18": ResNet18,
+    "ResNet34": ResNet34,
+    "MobileNetV2": MobileNetV2,
+    "TeacherMLP": TeacherMLP,
+    "StudentMLP": StudentMLP,
+}
 
 
 def _find(name: str):
     """The function that makes a network."""
-    if name in MODELS:
-        return getattr(mlp if name.endswith("MLP") else resnet, name)
+    if name in NETWORKS:
+        return NETWORKS[name]
     module, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:  # as `python -m` has it
         sys.path.append(str(Path.cwd()))

@@ -13,7 +13,10 @@ import tyro
 
 FEATURE_ONLY = "feature_only"
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
-MODELS = ("ResNet9", "ResNet18", "ResNet34", "TeacherMLP", "StudentMLP")
+MODELS = (
+    *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2"),
+    *("TeacherMLP", "StudentMLP"),
+)
 
 
 class UserError(Exception):
@@ -77,8 +80,9 @@ class Settings:
     teacher: Path | None = None
     """Checkpoint (or run folder) of a trained teacher; None trains one."""
     teacher_model: str = "ResNet34"
-    """ResNet9, ResNet18, ResNet34, TeacherMLP, StudentMLP, or module:function, which
-    is called with num_classes and, where it has them, stem, width, dtype, axis_name."""
+    """ResNet9, ResNet18, ResNet34, MobileNetV2, TeacherMLP, StudentMLP, or
+    module:function, which is called with num_classes and, where it has them, stem,
+    width, dtype, axis_name."""
     student_model: str = "ResNet18"
     """As --teacher-model."""
     pretrained_teacher: Path | None = None
@@ -89,7 +93,9 @@ class Settings:
     stem: str = "cifar"
     """cifar (3x3) or imagenet (7x7/2 and max pooling)."""
     width: int = 64
-    """Channels of the first stage; features have 8 times as many."""
+    """64 is the published network. ResNets: channels of the first stage; features have
+    8 times as many. MobileNetV2: channels are multiplied by width / 64, features 1280
+    at least."""
     teacher_width: int | None = None
     """None: as the student's."""
     dtype: str = "float32"

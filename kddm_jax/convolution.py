@@ -1,18 +1,24 @@
-"""The convolution that XLA is slow at on the CPU, as patches times matrix.
+"""The convolutions that XLA is slow at on the CPU, in forms that it is fast at.
 
-XLA exchanges the image and the kernel of a convolution whenever the kernel has more
-taps than the image has pixels. On the CPU the exchanged form has no fast
-implementation: 3x3 kernels on 2x2 pixels, where every ResNet ends, run 50 to 100 times
-slower than they need. Backwards the cotangent is the image, hence the rule: it is slow
-where a kernel has more taps than the *output* (or the input) has pixels.
-
+Small images. XLA exchanges the image and the kernel of a convolution whenever the
+kernel has more taps than the image has pixels. On the CPU the exchanged form has no
+fast implementation: 3x3 kernels on 2x2 pixels, where every ResNet ends, run 50 to 100
+times slower than they need. Backwards the cotangent is the image, hence the rule: it
+is slow where a kernel has more taps than the *output* (or the input) has pixels.
 There, each output pixel is one matrix product of the image patch it sees with the
 kernel taps that fall on the patch. Taps that would only meet zero padding are left out
 (five of nine on 2x2 pixels), and autodiff derives the backward pass.
+
+Depthwise kernels, where each channel is convolved on its own, of any image: a sum over
+taps of the shifted image times the tap. Forwards and backwards, 64 images on two
+shared cores, 3x3: 48 instead of 568 ms at 32x32 pixels and 96 channels, 11 instead of
+215 ms at 8x8 and 384, 3 instead of 115 ms at 2x2 and 960. A training step of
+MobileNetV2 takes a quarter of the time.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +27,8 @@ from jax import lax
 # One product per output pixel: above 16 (7x7 kernel, 6x6 pixels: measured) the many
 # small products cost as much as XLA's detour.
 _MAX_PIXELS = 16
+# One shifted image per tap: 7x7 is fast too, but takes seconds to compile.
+_MAX_TAPS = 25
 
 
 def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: object) -> bool:
@@ -37,22 +45,38 @@ def _is_real(lhs: jax.Array, rhs: jax.Array) -> bool:
     return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (lhs, rhs))
 
 
+def _sizes(lhs, rhs, strides, padding):
+    """Rows and columns of the convolved image."""
+    return [
+        (size + low + high - taps) // stride + 1
+        for size, taps, stride, (low, high) in zip(
+            lhs.shape[1:3], rhs.shape[:2], strides, padding, strict=True
+        )
+    ]
+
+
+def _is_small(lhs: jax.Array, rhs: jax.Array, out: jax.ShapeDtypeStruct) -> bool:
+    pixels, taps = math.prod(out.shape[1:3]), math.prod(rhs.shape[:2])
+    fewest = min(pixels, math.prod(lhs.shape[1:3]))
+    return 0 < pixels <= _MAX_PIXELS and taps > fewest
+
+
 def _window(start: int, taps: int, size: int) -> tuple[slice, slice]:
     """The pixels under a window that starts at `start`, and the taps on them."""
     first, last = (min(max(i, 0), size) for i in (start, start + taps))
     return slice(first, last), slice(first - start, last - start)
 
 
-def _products(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    rows: list[tuple[slice, slice]],
-    columns: list[tuple[slice, slice]],
-    precision: lax.PrecisionLike,
-) -> jax.Array:
-    # float32 from the start: the kernel's gradient is a sum over the output pixels.
-    dtype = jnp.promote_types(lhs.dtype, jnp.float32)
-    lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+def _products(lhs, rhs, strides, padding, *, precision):
+    """One matrix product per output pixel."""
+    sizes = _sizes(lhs, rhs, strides, padding)
+    rows, columns = (
+        [
+            _window(i * strides[k] - padding[k][0], rhs.shape[k], lhs.shape[k + 1])
+            for i in range(sizes[k])
+        ]
+        for k in (0, 1)
+    )
     pixels = [
         jnp.dot(
             lax.collapse(lhs[:, row, column], 1),  # [b, taps * c]
@@ -62,8 +86,49 @@ def _products(
         for row, row_taps in rows
         for column, column_taps in columns
     ]
-    shape = (lhs.shape[0], len(rows), len(columns), rhs.shape[-1])
-    return jnp.stack(pixels, axis=1).reshape(shape)
+    return jnp.stack(pixels, axis=1).reshape(lhs.shape[0], *sizes, rhs.shape[-1])
+
+
+def _is_depthwise(lhs: jax.Array, rhs: jax.Array, groups: int) -> bool:
+    own_kernels = 1 < groups == lhs.shape[3] == rhs.shape[3]
+    return own_kernels and math.prod(rhs.shape[:2]) <= _MAX_TAPS
+
+
+def _shifted(lhs, rhs, strides, padding):
+    """The sum over taps of the image shifted by a tap, times the tap."""
+    rows, columns = _sizes(lhs, rhs, strides, padding)
+    config = [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))]
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
+    down, right = strides
+    total = 0
+    for i in range(rhs.shape[0]):
+        for j in range(rhs.shape[1]):
+            shifted = lhs[
+                :,
+                i : i + down * (rows - 1) + 1 : down,
+                j : j + right * (columns - 1) + 1 : right,
+            ]
+            total = total + shifted * rhs[i : i + 1, j : j + 1]
+    return total
+
+
+# It is linear in either argument, so its derivative is itself. By the kernel, though,
+# the transposed form sums over images and pixels, and XLA:CPU strides through all of
+# the memory for each tap and channel. Image by image (shifted anew, or nine shifted
+# copies would be kept) it stays in the cache: 4 to 10 times as fast, a quarter of the
+# whole step.
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _depthwise(lhs, rhs, strides, padding):
+    return _shifted(lhs, rhs, strides, padding)
+
+
+@_depthwise.defjvp
+def _depthwise_jvp(strides, padding, primals, tangents):
+    (lhs, rhs), (dlhs, drhs) = primals, tangents
+    shifted = partial(_shifted, strides=strides, padding=padding)
+    one = jax.checkpoint(lambda image: shifted(image[None], drhs)[0])
+    tangent = shifted(dlhs, rhs) + lax.map(one, lhs)
+    return _depthwise(lhs, rhs, strides, padding), tangent
 
 
 def conv_general_dilated(
@@ -81,24 +146,26 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolves as `jax.lax.conv_general_dilated`, without its slow cases on the CPU.
 
-    Same arguments, same result up to rounding. Two-dimensional NHWC convolutions with
-    more kernel taps than input or output pixels, at most 16 output pixels, no dilation
-    and no groups become matrix products when compiled for a CPU; every other case, and
-    every other platform, is `jax.lax.conv_general_dilated` itself. The platform is the
-    one the computation is compiled for, not the default of the process, so a step
-    pinned to the CPU of a GPU machine is fast too.
+    Same arguments, same result up to rounding. Of two-dimensional NHWC convolutions
+    without dilation, when compiled for a CPU, those without groups that have more
+    kernel taps than input or output pixels and at most 16 output pixels become matrix
+    products, and those with one group and one feature per channel (depthwise) and at
+    most 25 taps become sums over taps; every other case, and every other platform, is
+    `jax.lax.conv_general_dilated` itself. The platform is the one the computation is
+    compiled for, not the default of the process, so a step pinned to the CPU of a GPU
+    machine is fast too.
 
     Pass it to Flax: `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
     Args:
       lhs: images, shape `[b, h, w, c]` for the fast path.
-      rhs: kernel, shape `[kernel_h, kernel_w, c, features]` for the fast path.
+      rhs: kernel, shape `[kernel_h, kernel_w, c / groups, features]` for the fast path.
       window_strides: one stride per spatial axis.
       padding: "SAME", "VALID", or `(low, high)` per spatial axis.
       lhs_dilation: input dilation per spatial axis.
       rhs_dilation: kernel dilation per spatial axis.
       dimension_numbers: the layout, as for `jax.lax.conv_general_dilated`.
-      feature_group_count: number of feature groups.
+      feature_group_count: number of feature groups; c for a depthwise one.
       batch_group_count: number of batch groups.
       precision: precision of the products.
       preferred_element_type: dtype of the result, by default that of the images.
@@ -131,40 +198,34 @@ def conv_general_dilated(
             preferred_element_type=preferred_element_type,
         )
 
-    groups = (feature_group_count, batch_group_count)
     dilations = (*(lhs_dilation or ()), *(rhs_dilation or ()))
     if (
-        any(n != 1 for n in (*groups, *dilations))
+        batch_group_count != 1
+        or any(n != 1 for n in dilations)
         or not _is_nhwc(lhs, rhs, dimension_numbers)
         or not _is_real(lhs, rhs)
     ):
         return xla(lhs, rhs)
 
-    # Also the shape and dtype checks: the products below may assume them.
+    # Also the shape and dtype checks: the other forms may assume them.
     out = jax.eval_shape(xla, lhs, rhs)
-    pixels = math.prod(out.shape[1:3])
-    taps = math.prod(rhs.shape[:2])
-    if not 0 < pixels <= _MAX_PIXELS or taps <= min(pixels, math.prod(lhs.shape[1:3])):
-        return xla(lhs, rhs)
-
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(
             lhs.shape[1:3], rhs.shape[:2], window_strides, padding
         )
-    windows = [
-        [_window(i * stride - low, k, n) for i in range(size)]
-        for size, stride, (low, _), k, n in zip(
-            out.shape[1:3],
-            window_strides,
-            padding,
-            rhs.shape[:2],
-            lhs.shape[1:3],
-            strict=True,
-        )
-    ]
+    strides, padding = tuple(window_strides), tuple(map(tuple, padding))
+    if feature_group_count == 1 and _is_small(lhs, rhs, out):
+        form = partial(_products, precision=precision)
+    elif _is_depthwise(lhs, rhs, feature_group_count):
+        form = _depthwise
+    else:
+        return xla(lhs, rhs)
 
-    def products(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return _products(lhs, rhs, *windows, precision).astype(out.dtype)
+    def fast(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        # float32 from the start: the kernel's gradient is a sum over the output pixels.
+        dtype = jnp.promote_types(lhs.dtype, jnp.float32)
+        y = form(lhs.astype(dtype), rhs.astype(dtype), strides, padding)
+        return y.astype(out.dtype)
 
     # Only the chosen branch is compiled, with or without derivatives, scan and vmap.
-    return lax.platform_dependent(lhs, rhs, cpu=products, default=xla)
+    return lax.platform_dependent(lhs, rhs, cpu=fast, default=xla)

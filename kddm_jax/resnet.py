@@ -77,9 +77,20 @@ conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _conv(
-    features: int, kernel: int, stride: int, *, dtype: jax.typing.DTypeLike, name: str
-) -> nn.Conv:
+class Layers(NamedTuple):
+    """The layers that torchvision's networks are made of, options filled in.
+
+    Attributes:
+      conv: `conv(features, kernel, stride, name=...)`, without bias, padded as in
+        torch; further options are those of `flax.linen.Conv`.
+      norm: `norm(name=...)`, a `flax.linen.BatchNorm`.
+    """
+
+    conv: ModuleDef
+    norm: ModuleDef
+
+
+def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
     # Explicit padding: "SAME" is off by one pixel from torch's where the stride is 2.
     pad = (kernel - 1) // 2
     return nn.Conv(
@@ -88,14 +99,45 @@ def _conv(
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
-        dtype=dtype,
         kernel_init=conv_init,
         conv_general_dilated=conv_general_dilated,
-        name=name,
+        **options,
     )
 
 
-def _check_images(images: jax.Array) -> None:
+def make_layers(
+    *, train: bool, dtype: jax.typing.DTypeLike, axis_name: str | None
+) -> Layers:
+    """Makes the convolution and the normalisation of one forward pass.
+
+    Args:
+      train: whether BatchNorm uses, and averages, the statistics of the batch.
+      dtype: of the computation.
+      axis_name: mapped axis over which BatchNorm averages, if any.
+
+    Returns:
+      `Layers`.
+    """
+    norm = partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,  # of the running value: torch's momentum of 0.1
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=axis_name,
+    )
+    return Layers(partial(_conv, dtype=dtype), norm)
+
+
+def check_images(images: jax.Array) -> None:
+    """Checks what every network asks of its images.
+
+    Args:
+      images: shape `[b, h, w, c]`, floating point.
+
+    Raises:
+      ValueError: another rank or dtype.
+    """
     if images.ndim != 4:
         raise ValueError(
             f"images must have shape [b, h, w, c], got {list(images.shape)}; "
@@ -106,6 +148,40 @@ def _check_images(images: jax.Array) -> None:
             f"images must be floating point and normalised, got {images.dtype}; "
             "pass (images / 255 - mean) / std"
         )
+
+
+def check_stem(stem: str) -> None:
+    """Checks the name of a stem.
+
+    Args:
+      stem: "cifar" or "imagenet".
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if stem not in STEMS:
+        raise ValueError(
+            f"stem must be one of {', '.join(map(repr, STEMS))}, "
+            f"got {stem!r}; 'cifar' suits images of 32 pixels and fewer"
+        )
+
+
+def check_positive(model: nn.Module, *names: str) -> None:
+    """Checks a network's sizes.
+
+    Args:
+      model: the network.
+      *names: its attributes that must be positive.
+
+    Raises:
+      ValueError: one is not; the message has its name.
+    """
+    for name in names:
+        if getattr(model, name) <= 0:
+            raise ValueError(
+                f"{name} must be a positive int, got {getattr(model, name)}; "
+                "leave it out for the default"
+            )
 
 
 class ResNet(nn.Module):
@@ -136,17 +212,8 @@ class ResNet(nn.Module):
     def __post_init__(self) -> None:
         """Checks the options."""
         super().__post_init__()
-        if self.stem not in STEMS:
-            raise ValueError(
-                f"stem must be one of {', '.join(map(repr, STEMS))}, "
-                f"got {self.stem!r}; 'cifar' suits images of 32 pixels and fewer"
-            )
-        for name in ("num_classes", "width"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"{name} must be a positive int, got {getattr(self, name)}; "
-                    "leave it out for the default"
-                )
+        check_stem(self.stem)
+        check_positive(self, "num_classes", "width")
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> Outputs:
@@ -163,15 +230,9 @@ class ResNet(nn.Module):
         Raises:
           ValueError: if the images are not a batch of floating point images.
         """
-        _check_images(images)
-        conv = partial(_conv, dtype=self.dtype)
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,  # of the running value: torch's momentum of 0.1
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
+        check_images(images)
+        conv, norm = make_layers(
+            train=train, dtype=self.dtype, axis_name=self.axis_name
         )
 
         stem = STEMS[self.stem]

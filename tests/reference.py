@@ -10,6 +10,7 @@ by the number of samples.
 import numpy as np
 from scipy.linalg import orthogonal_procrustes, sqrtm
 from scipy.optimize import linear_sum_assignment, linprog
+from scipy.signal import correlate2d
 from scipy.spatial.distance import cdist
 
 # --------------------------------------------------------------------- costs
@@ -668,3 +669,41 @@ def knowledge_quality(features, labels, *, n_train, diagonal=False, log_const=No
         efficiency,
         separation + np.sqrt(information * efficiency),
     )
+
+
+# -------------------------------------------------------------------- networks
+
+
+def depthwise(x, kernel, stride):
+    """Each channel of [b, h, w, c] with its own k x k kernel, (k - 1) / 2 zeros around.
+
+    By SciPy, pixel by pixel; a stride leaves out pixels.
+    """
+    y = np.zeros_like(x)
+    for image, channel in np.ndindex(x.shape[0], x.shape[3]):
+        y[image, :, :, channel] = correlate2d(
+            x[image, :, :, channel], kernel[:, :, 0, channel], mode="same"
+        )
+    return y[:, ::stride, ::stride]
+
+
+def batch_norm(x, params, stats, train):
+    """By the batch's mean and (biased) variance in training, else by running ones."""
+    mean = x.mean((0, 1, 2)) if train else stats["mean"]
+    var = x.var((0, 1, 2)) if train else stats["var"]
+    return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+
+
+def inverted_residual(x, params, stats, *, stride, train):
+    """MobileNetV2's block, arXiv:1801.04381, table 1; layers by torchvision's names."""
+    relu6 = lambda x: np.clip(x, 0, 6)
+    norm = lambda x, name: batch_norm(x, params[name], stats[name], train)
+    y, names = x, ["conv_0_0", "conv_0_1", "conv_1", "conv_2"]
+    if "conv_3" in params:
+        names = ["conv_1_0", "conv_1_1", "conv_2", "conv_3"]
+        y = relu6(norm(y @ params["conv_0_0"]["kernel"][0, 0], "conv_0_1"))
+    convolve, convolve_norm, narrow, narrow_norm = names
+    y = depthwise(y, params[convolve]["kernel"], stride)
+    y = relu6(norm(y, convolve_norm))
+    y = norm(y @ params[narrow]["kernel"][0, 0], narrow_norm)
+    return x + y if x.shape == y.shape else y

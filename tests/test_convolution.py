@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,19 @@ LARGE = [
     ((12, 12), (7, 7), (2, 2), ((3, 3), (3, 3))),
 ]
 
+# Of any size, where each channel has its own kernel.
+DEPTHWISE = [
+    ((8, 8), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((9, 7), (3, 3), (2, 1), "SAME"),
+    ((2, 2), (3, 3), (1, 1), "SAME"),
+    ((1, 1), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((7, 6), (5, 5), (1, 2), ((2, 2), (2, 2))),
+    ((6, 5), (2, 3), (3, 1), "VALID"),
+    ((1, 1), (2, 2), (1, 1), ((3, 0), (0, 3))),  # windows of nothing but padding
+    ((5, 5), (3, 3), (1, 1), ((-1, 0), (0, -2))),  # padding that crops
+]
+
 
 def normal(*shapes, dtype=jnp.float32):
     """Standard normal arrays from NumPy: XLA takes a second to compile each shape."""
@@ -50,14 +65,20 @@ def arrays(size, kernel, dtype=jnp.float32, *, batch=3, channels=4, features=5):
 
 def value_and_gradients(conv, lhs, rhs, strides, padding):
     """The convolution and its pullback of a fixed, uneven cotangent."""
+    options = {"dimension_numbers": NHWC}
+    if lhs.shape[-1] != rhs.shape[-2]:
+        options["feature_group_count"] = lhs.shape[-1] // rhs.shape[-2]
     y, pullback = jax.vjp(
-        lambda lhs, rhs: conv(lhs, rhs, strides, padding, dimension_numbers=NHWC),
-        lhs,
-        rhs,
+        lambda lhs, rhs: conv(lhs, rhs, strides, padding, **options), lhs, rhs
     )
     # bfloat16 represents it exactly, so that every dtype sees the same one.
     cotangent = (jnp.arange(y.size).reshape(y.shape) * 37 % 101 - 50) / 32
     return y, *pullback(cotangent.astype(y.dtype))
+
+
+def depthwise(size, kernel, dtype=jnp.float32, *, batch=3, channels=4):
+    shapes = (batch, *size, channels), (*kernel, 1, channels)
+    return normal(*shapes, dtype=dtype)
 
 
 jitted = jax.jit(value_and_gradients, static_argnums=(0, 3, 4))
@@ -82,6 +103,83 @@ def test_equals_lax(size, kernel, strides, padding):
     wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
     # At most 196 products of unit normals summed in another order.
     assert_close(ours, wanted, 2e-6)
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), DEPTHWISE)
+def test_depthwise_equals_lax(strict, size, kernel, strides, padding):
+    lhs, rhs = depthwise(size, kernel)
+    ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
+    wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
+    assert_close(ours, wanted, 2e-6)
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), DEPTHWISE[:4])
+def test_depthwise_is_a_sum_of_products_on_the_cpu(size, kernel, strides, padding):
+    fn = lambda lhs, rhs: value_and_gradients(
+        conv_general_dilated, lhs, rhs, strides, padding
+    )
+    arguments = depthwise(size, kernel)
+    text = lowered(fn, *arguments)
+    assert "stablehlo.convolution" not in text
+    assert "stablehlo.dot_general" not in text
+    for platform in ("cuda", "tpu"):
+        text = lowered(fn, *arguments, platform=platform)
+        assert text.count("stablehlo.convolution") == 3
+
+
+def test_depthwise_bfloat16_accumulates_in_float32():
+    case = (1, 1), ((1, 1), (1, 1))
+    lhs, rhs = depthwise((6, 6), (3, 3), jnp.bfloat16, batch=32)
+    ours = jitted(conv_general_dilated, lhs, rhs, *case)
+    lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+    wanted = jitted(lax.conv_general_dilated, lhs, rhs, *case)
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(a), b, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(2, (2, 2)), (2, (1, 3)), (0, (3, 3))])
+def test_depthwise_without_pixels_or_images(batch, size):
+    lhs, rhs = depthwise(size, (3, 3), batch=batch)
+    ours = jitted(conv_general_dilated, lhs, rhs, (2, 2), "VALID")
+    wanted = jitted(lax.conv_general_dilated, lhs, rhs, (2, 2), "VALID")
+    for a, b in zip(ours, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def depthwise_same(lhs, rhs):
+    groups = lhs.shape[-1]
+    return conv_general_dilated(
+        lhs, rhs, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=groups
+    )
+
+
+def test_depthwise_derivatives_are_those_of_finite_differences(x64):
+    lhs, rhs = depthwise((3, 3), (3, 3), jnp.float64, batch=2, channels=2)
+    check = partial(check_grads, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    check(depthwise_same, (lhs, rhs))  # bilinear: exact up to rounding
+
+
+def test_depthwise_works_under_vmap_scan_and_pmap():
+    lhs, rhs = depthwise((4, 4), (3, 3), batch=4)
+    images, kernels = jnp.stack([lhs, 2 * lhs]), jnp.stack([rhs, 3 * rhs])
+    loss = lambda rhs, lhs: jnp.sum(jnp.sin(depthwise_same(lhs, rhs)))
+    grad = jax.jit(jax.grad(loss))
+    wanted = grad(rhs, lhs)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, products in another order
+
+    pairs = [grad(k, x) for k, x in zip(kernels, images, strict=True)]
+    batched = jax.jit(jax.vmap(jax.grad(loss)))(kernels, images)
+    np.testing.assert_allclose(batched, jnp.stack(pairs), **tolerance)
+    scanned = jax.jit(lambda xs: lax.map(lambda x: jax.grad(loss)(rhs, x), xs))(images)
+    np.testing.assert_allclose(scanned[0], wanted, **tolerance)
+    sharded = jax.pmap(
+        lambda rhs, lhs: lax.psum(jax.grad(loss)(rhs, lhs), "batch"),
+        axis_name="batch",
+        in_axes=(None, 0),
+        out_axes=None,
+    )(rhs, lhs.reshape(2, 2, *lhs.shape[1:]))
+    np.testing.assert_allclose(sharded, wanted, **tolerance)
 
 
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL[:5])
@@ -153,6 +251,16 @@ OTHERS = {
         (2, 2, 2, 4),
         (3, 3, 2, 6),
         {"feature_group_count": 2, "dimension_numbers": NHWC},
+    ),
+    "depthwise, two features a channel": (
+        (2, 4, 4, 3),
+        (3, 3, 1, 6),
+        {"feature_group_count": 3, "dimension_numbers": NHWC},
+    ),
+    "depthwise, many taps": (
+        (2, 8, 8, 3),
+        (7, 7, 1, 3),
+        {"feature_group_count": 3, "dimension_numbers": NHWC},
     ),
     "batch groups": (
         (2, 2, 2, 4),

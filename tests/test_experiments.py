@@ -8,6 +8,7 @@ import ast
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -34,6 +35,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import cifar  # noqa: E402
+import models  # noqa: E402
 import pretrained  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
@@ -1536,6 +1538,20 @@ def test_parts_are_nested_and_disjoint():
     held_out = {image.tobytes() for image in parts.eval_images}
     assert not training & held_out
     np.testing.assert_array_equal(np.bincount(digits.train_labels[parts.student]), 20)
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_networks_by_name(name):
+    assert tuple(models.NETWORKS) == settings_module.MODELS
+    model = models.build(
+        name, num_classes=7, stem="cifar", width=4, dtype=np.float32, axis_name="batch"
+    )
+    found = models.shapes(name, model, (8, 8, 1), 2)
+    assert found["logits"].shape == (2, 7)
+    assert found["features"].ndim == 2
+    assert found["maps"]
+    text = inspect.cleandoc(described()["teacher_model"])
+    assert name in re.findall(r"\w+", text)
 
 
 def test_settings_errors_are_user_errors():

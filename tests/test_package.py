@@ -37,6 +37,7 @@ ALLOWED = {
     "transport": {"linalg"},
     "convolution": set(),
     "resnet": {"convolution"},
+    "mobilenet": {"resnet"},
     "mlp": {"resnet"},
     "stream": set(),
     "projectors": {"linalg"},
