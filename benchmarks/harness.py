@@ -53,7 +53,10 @@ def missing_package(error: ImportError) -> str:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, deadline: float = 1e99
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    deadline: float = 1e99,
+    most: float = 1e99,
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round, each call once a round.
 
@@ -61,15 +64,18 @@ def interleaved(
       calls: by name; each must block until its work is done.
       rounds: number of rounds.
       deadline: `time.perf_counter` after which no round but the first three starts.
+      most: seconds in all after which a call takes no more turns but its first three.
 
     Returns:
-      Seconds by name, one number a round.
+      Seconds by name, one number for each of the first rounds.
     """
     seconds = {name: [] for name in calls}
     for i in range(rounds):
         if i >= 3 and time.perf_counter() > deadline:
             break
         for name, call in calls.items():
+            if i >= 3 and sum(seconds[name]) > most:
+                continue
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
@@ -77,8 +83,8 @@ def interleaved(
 
 
 def median_of(fn: Callable[..., float], *columns: Sequence[float]) -> float:
-    """The median over rounds of ``fn`` of the rounds' timings."""
-    return statistics.median(fn(*row) for row in zip(*columns, strict=True))
+    """The median of ``fn`` of the timings of the rounds that all columns have."""
+    return statistics.median(fn(*row) for row in zip(*columns, strict=False))
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -82,24 +84,53 @@ def test_peaks_of_devices(monkeypatch):
 @pytest.mark.slow
 def test_distances(tmp_path):
     text, report = run(
-        "distances.py --n 8 --d 16 --rounds 2 --no-assert "
-        "--distances w2/exact cw2/exact w2_gaussian cw2_gaussian l2",
+        "distances.py --n 8 20 --d 16 --classes 10 100 --rounds 2 --no-assert "
+        "--distances w2/exact cw2/exact w2_gaussian cw2_gaussian linear_projection "
+        "wkd_logits wkd_features",
         tmp_path / "distances.json",
     )
-    head, rows = table(text)
-    measured = [(row[0], row[head.index("classes")]) for row in rows[:7]]
-    assert measured == [
+    head, lines = table(text)
+    lines = lines[:20]  # the claims follow
+    measured = [tuple(line[:4]) for line in lines]
+    of_a_size = [
         ("w2/exact", "–"),
         ("cw2/exact", "10"),
         ("cw2/exact", "100"),
         ("w2_gaussian", "–"),
         ("cw2_gaussian", "10"),
         ("cw2_gaussian", "100"),
-        ("l2", "–"),
+        ("linear_projection", "–"),
+        ("wkd_logits", "10"),
+        ("wkd_logits", "100"),
+        ("wkd_features", "–"),
     ]
-    assert all(row["ms"] > 0 for row in report["rows"])
-    # Two limits in ms and four ratios, for both students.
-    assert len(report["claims"]) == 12
+    assert measured == [(a, n, "16", b) for n in ("8", "20") for a, b in of_a_size]
+    notes = [line[4] for line in lines if line[0] == "linear_projection"]
+    assert notes[0] == "needs n > d + 1"
+    for row in report["rows"]:
+        if (row["distance"], row["n"]) != ("linear_projection", 8):
+            assert row["value_ms"] > 0
+            assert row["gradient_ms"] > 0
+            assert row["memory"] >= 0
+    # One of arrays a size, and of two flat rows two students' times a size.
+    assert len(report["claims"]) == 2 + 2 * 2 * 2
+    assert all(claim[1] <= 1 for claim in report["claims"][:2])
+
+
+def test_large_arrays_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import distances
+
+    def pairs(x):  # [5, 5, 3], within a loop
+        return jnp.sum((x[:, None, :] - x[None, :, :]) ** 2)
+
+    def looped(x):
+        return jax.lax.fori_loop(0, 3, lambda i, s: s + jax.jit(pairs)(x), 0.0)
+
+    x = jnp.ones((5, 3))
+    largest = lambda fn: max(distances.arrays_of(jax.make_jaxpr(fn)(x).jaxpr))
+    assert largest(looped) == largest(jax.value_and_grad(pairs)) == 75
+    assert largest(lambda x: x @ x.T) == 25
 
 
 @pytest.mark.slow

@@ -36,11 +36,8 @@ from kddm_jax import DISTANCES
 
 
 def parametrize(rows):
-    """One test for each row; a row's tests share what they compile."""
-    group = pytest.mark.xdist_group
-    return pytest.mark.parametrize(
-        "name", [pytest.param(r, marks=group(r)) for r in rows]
-    )
+    """One test for each row."""
+    return pytest.mark.parametrize("name", list(rows))
 
 
 ROWS = parametrize(DISTANCES)
@@ -252,6 +249,7 @@ def test_eager_equals_compiled(name):
     )
 
 
+@pytest.mark.slow
 @ROWS
 def test_vmap_and_pmap_equal_single_calls(name):
     row = DISTANCES[name]
@@ -273,6 +271,7 @@ WITH_NUMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "option"), WITH_NUMBERS)
 def test_number_may_be_traced(name, option):
     row, batch = DISTANCES[name], make_batch()

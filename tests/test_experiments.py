@@ -56,9 +56,6 @@ from teacher import (  # noqa: E402
     load_teacher,
 )
 
-# One worker runs them all: another would only wait for the runs that they share.
-pytestmark = pytest.mark.xdist_group("experiments")
-
 DISTANCE_NAMES = ("w2", "w2_gaussian")
 # Teacher and student are of one shape, so that they share their compiled step.
 TINY = (

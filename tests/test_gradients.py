@@ -55,12 +55,10 @@ def is_new(row, variant):
     return not variant or any(usual[k] != word for k, word in variant.items())
 
 
-# Each row as it is by default; with its options, in the slow run.
 CASES = [
     pytest.param(
         *(name, variant, batch),
         id="-".join([name, *variant.values(), shape]),
-        marks=[pytest.mark.slow] if variant else [],
     )
     for name, row in DISTANCES.items()
     for variant in VARIANTS
@@ -96,6 +94,7 @@ def of_one_matrix(row, batch, **options):
     return fn, jnp.concatenate(matrices, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant", "batch"), CASES)
 def test_gradient_is_that_of_the_value(name, variant, batch):
     row = DISTANCES[name]

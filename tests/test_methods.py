@@ -21,8 +21,6 @@ import models  # isort: skip
 import runs  # isort: skip
 from settings import UserError, parse  # isort: skip
 
-pytestmark = pytest.mark.xdist_group("experiments")
-
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 STUDENT = {
     "features": of(8, 6),

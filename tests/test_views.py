@@ -18,8 +18,6 @@ import runs  # isort: skip
 import views  # isort: skip
 from settings import UserError, parse  # isort: skip
 
-pytestmark = pytest.mark.xdist_group("experiments")
-
 
 # ------------------------------------------------------------------ train step
 
