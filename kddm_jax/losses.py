@@ -34,7 +34,8 @@ class Term(NamedTuple):
     Attributes:
       distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
       weight: lambda, ``>= 0``; an array (traced) or a float.
-      layers: student and teacher key, where features are mappings layer -> array.
+      layers: student and teacher key, where features are mappings layer -> array;
+        None is ``"features"``.  A distance of predictions has no need of any.
       options: keyword arguments of the distance.
       name: in the loss's terms; None takes the key or the function's name.
       view: how a distance of features reads maps ``[n, h, w, c]`` or tokens ``[n, t,
@@ -180,7 +181,8 @@ def _compared(features, terms, side, n):
     """The layers that some term compares, by name: no other is ever gathered."""
     if not isinstance(features, Mapping):
         features = {DEFAULT_LAYER: features}
-    layers = [_layers(term)[("student", "teacher").index(side)] for term in terms]
+    index = ("student", "teacher").index(side)
+    layers = [_layers(term)[index] for term in terms if _takes_layers(term)]
     for layer in layers:
         if layer not in features:
             raise ValueError(
@@ -195,8 +197,19 @@ def _compared(features, terms, side, n):
     return {layer: features[layer] for layer in layers}
 
 
+def _takes_layers(term):
+    """Whether its distance compares features or maps: predictions have no layer."""
+    return not {"features", "maps"}.isdisjoint(get_distance(term.distance).inputs)
+
+
 def _layers(term):
     return (DEFAULT_LAYER, DEFAULT_LAYER) if term.layers is None else term.layers
+
+
+def _pair(term, batch):
+    """Student's and teacher's array of a term's layers; None of predictions'."""
+    student, teacher = _layers(term)
+    return [batch["student"].get(student), batch["teacher"].get(teacher)]
 
 
 def _grids_alike(pair):
@@ -231,8 +244,7 @@ def _matrices(pair, labels, view):
 
 def _arguments(row, term, batch, key):
     """The arrays that the row's function takes, in its order."""
-    student, teacher = _layers(term)
-    pair = [batch["student"][student], batch["teacher"][teacher]]
+    pair = _pair(term, batch)
     features, labels = pair, batch["labels"]
     if "features" in row.inputs:
         features, labels = _matrices(pair, labels, term.view)
@@ -319,9 +331,8 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
     if local_only:
         labels = local["labels"]
         value, stats = _over_devices(value, stats, row, labels, axis_name)
-    if scale == "teacher" and "squared" in row.promises:
-        student, teacher = _layers(term)
-        pair = [gathered["student"][student], gathered["teacher"][teacher]]
+    if scale == "teacher" and "squared" in row.promises and _takes_layers(term):
+        pair = _pair(term, gathered)
         (_, y), labels = _matrices(pair, gathered["labels"], term.view)
         value = _per_deviation(value, y, labels)
     return value, stats

@@ -227,6 +227,17 @@ def test_only_compared_layers_are_used():
     simple(student, BATCH.y)
 
 
+def test_predictions_need_no_layer():
+    """Neither to be found nor to be scaled by."""
+    row = Distance(paired_l2, inputs=("logits",), promises=frozenset({"squared"}))
+    s, t = BATCH.logits_x, BATCH.logits_y
+    term = Term(row, weight=0.5)
+    loss, terms = simple({"block": BATCH.x}, {}, t=t, distance=term, scale="teacher")
+    expected = np.mean(np.sum((s - t) ** 2, axis=1))
+    np.testing.assert_allclose(terms["paired_l2"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, terms["task"] + 0.5 * expected, rtol=1e-5)
+
+
 # -------------------------------------------------------------- scale and weight
 
 
