@@ -8,8 +8,8 @@ teacher (the first steps) and of one aligned with it (the last).  Rows that take
 are measured at 10, 100 and 1000 classes.  All calls of a size take turns in one
 process; numbers are medians over the rounds.  Of every size it asserts
 
-- no array of a row is larger than 4 times the largest of [n, n], [n, d], [d, d],
-  [k, k], [n, k] and [n, directions]: none has axes n, n and d, or n, d and classes;
+- no array of a row is larger than the largest of [n, n], [n, d], [d, d], [k, k],
+  [n, k] and [n, directions]: none has axes n, n and d, or n, d and classes;
 
 and, on a CPU,
 
@@ -224,10 +224,10 @@ def measure(
 
 
 def largest_allowed(n: int, d: int, classes: int) -> int:
-    """Elements: 4 of the largest matrix that a row may have."""
+    """Elements of the largest matrix that a row may have."""
     directions = inspect.signature(DISTANCES["sliced_w2"].fn).parameters
     width = max(n, d, classes, directions["num_projections"].default)
-    return 4 * max(n * width, d * d, classes * classes)
+    return max(n * width, d * d, classes * classes)
 
 
 def claims_of_arrays(facts, n, d, classes) -> list[tuple[str, float, float]]:
