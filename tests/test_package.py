@@ -37,6 +37,7 @@ ALLOWED = {
     "convolution": set(),
     "resnet": {"convolution"},
     "mobilenet": {"resnet"},
+    "vit": {"resnet"},
     "mlp": {"resnet"},
     "stream": set(),
     "projectors": set(),
