@@ -14,6 +14,7 @@ from settings import UserError
 from kddm_jax.mlp import StudentMLP, TeacherMLP
 from kddm_jax.mobilenet import MobileNetV2
 from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
+from kddm_jax.vit import ViT
 
 # The names that `settings.MODELS` lists.
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
@@ -21,6 +22,7 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
     "ResNet18": ResNet18,
     "ResNet34": ResNet34,
     "MobileNetV2": MobileNetV2,
+    "ViT": ViT,
     "TeacherMLP": TeacherMLP,
     "StudentMLP": StudentMLP,
 }

@@ -14,7 +14,7 @@ import tyro
 FEATURE_ONLY = "feature_only"
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 MODELS = (
-    *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2"),
+    *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
     *("TeacherMLP", "StudentMLP"),
 )
 
@@ -80,7 +80,7 @@ class Settings:
     teacher: Path | None = None
     """Checkpoint (or run folder) of a trained teacher; None trains one."""
     teacher_model: str = "ResNet34"
-    """ResNet9, ResNet18, ResNet34, MobileNetV2, TeacherMLP, StudentMLP, or
+    """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
     module:function, which is called with num_classes and, where it has them, stem,
     width, dtype, axis_name."""
     student_model: str = "ResNet18"
@@ -95,7 +95,7 @@ class Settings:
     width: int = 64
     """64 is the published network. ResNets: channels of the first stage; features have
     8 times as many. MobileNetV2: channels are multiplied by width / 64, features 1280
-    at least."""
+    at least. ViT: tokens and features have 3 times as many."""
     teacher_width: int | None = None
     """None: as the student's."""
     dtype: str = "float32"

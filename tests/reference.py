@@ -12,6 +12,7 @@ from scipy.linalg import orthogonal_procrustes, sqrtm
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.signal import correlate2d
 from scipy.spatial.distance import cdist
+from scipy.special import erf
 
 # --------------------------------------------------------------------- costs
 
@@ -707,3 +708,33 @@ def inverted_residual(x, params, stats, *, stride, train):
     y = relu6(norm(y, convolve_norm))
     y = norm(y @ params[narrow]["kernel"][0, 0], narrow_norm)
     return x + y if x.shape == y.shape else y
+
+
+def layer_norm(x, params):
+    """Over the channels of each token."""
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-6) * params["scale"] + params["bias"]
+
+
+def attention(x, params):
+    """Softmax attention, arXiv:1706.03762, image by image and head by head."""
+    heads = params["query"]["kernel"].shape[1]
+    y = np.zeros_like(x)
+    for i in range(x.shape[0]):
+        for h in range(heads):
+            q, k, v = (
+                x[i] @ params[name]["kernel"][:, h] + params[name]["bias"][h]
+                for name in ("query", "key", "value")
+            )
+            weights = softmax(q @ k.T / np.sqrt(q.shape[-1]))
+            y[i] += weights @ v @ params["out"]["kernel"][h]
+    return y + params["out"]["bias"]
+
+
+def encoder_block(x, params):
+    """The transformer's block, arXiv:2010.11929, equations 2 and 3."""
+    dense = lambda x, name: x @ params[name]["kernel"] + params[name]["bias"]
+    x = x + attention(layer_norm(x, params["ln_1"]), params["self_attention"])
+    y = dense(layer_norm(x, params["ln_2"]), "mlp_0")
+    y = y * (1 + erf(y / np.sqrt(2))) / 2
+    return x + dense(y, "mlp_3")

@@ -38,6 +38,7 @@ ALLOWED = {
     "convolution": set(),
     "resnet": {"convolution"},
     "mobilenet": {"resnet"},
+    "vit": {"resnet"},
     "mlp": {"resnet"},
     "stream": set(),
     "projectors": {"linalg"},
