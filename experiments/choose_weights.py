@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import cifar  # sets the environment before JAX is imported
+import layers
 import runs
 from rich.table import Table
 from settings import UserError, as_json, check, parse
@@ -38,6 +39,7 @@ def choose(settings, grid, console) -> dict[str, object]:
     reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
     with reporter.progress:
         teacher = load_teacher(source, reporter)
+        layers.prepare(problem, teacher, reporter.progress.console)
         model = problem.model(settings.student_model, settings.width)
         accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
         for weight in grid:

@@ -21,12 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import layers
-import methods
 import report
 import runs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from settings import FEATURE_ONLY, Settings, UserError, as_json, parse
+from settings import Settings, UserError, as_json, parse
 from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax.checkpoint import CheckpointError
@@ -128,10 +127,7 @@ def _train_all(problem, source, console):
     with reporter.progress:
         teacher = load_teacher(source, reporter)
         reporter.progress.console.print(f"teacher: {teacher.accuracy:.2f} %")
-        if FEATURE_ONLY in settings.distances and not settings.layers:
-            layers.choose(problem, teacher, reporter.progress.console)
-        if any(methods.needs_class_cost(name) for name in settings.distances):
-            problem.class_cost = layers.class_cost(problem, teacher)
+        layers.prepare(problem, teacher, reporter.progress.console)
         results = []
         student = problem.model(settings.student_model, settings.width)
         for run in runs.student_runs(problem, teacher.digest):

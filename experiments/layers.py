@@ -5,6 +5,7 @@ A feature-only student follows those of highest quality (the released code of ar
 moves probability between classes at a price that the teacher's last layer sets.
 """
 
+import json
 from pathlib import Path
 
 import jax
@@ -20,27 +21,9 @@ from kddm_jax import data, resnet
 from kddm_jax.logits import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
-# The students' layers in the paper; of another network, four at equal distances.
-STUDENT_LAYERS = {
-    "ResNet9": tuple(f"stage{stage}_block1" for stage in (1, 2, 3, 4)),
-    "MobileNetV2": ("block3", "block6", "block13", "block17"),
-    "ViT": ("block2", "block4", "block6", "block8"),
-}
-COUNT = 4
 WIDEST = 262_144  # features of a sample; larger maps are max-pooled, as in the paper
 BATCH = 250
 COST_IMAGES = 50  # of each class, for the price between classes
-
-
-def student_layers(problem: runs.Problem) -> tuple[str, ...]:
-    """The student's layers that learn, from the first to the last."""
-    name = problem.settings.student_model
-    if name in STUDENT_LAYERS:
-        return STUDENT_LAYERS[name]
-    own = [layer for layer in problem.shapes[0]["maps"] if layer != "stem"]
-    if len(own) < COUNT:
-        return tuple(own)
-    return tuple(own[(i + 1) * len(own) // COUNT - 1] for i in range(COUNT))
 
 
 def _pool(maps, shape):
@@ -91,31 +74,44 @@ def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:
 
 
 def choose(problem: runs.Problem, teacher, console: Console) -> None:
-    """Rates the teacher's layers, prints, writes and draws it, and sets the pairs."""
-    quality = rate(problem, teacher)
-    own = student_layers(problem)
-    maps = {layer: q for layer, q in quality.items() if layer != "features"}
-    if len(maps) < len(own):
-        raise UserError(
-            f"feature_only: the teacher has {len(maps)} layers, the student follows "
-            f"{len(own)}; name the pairs by --layers"
-        )
-    best = select_layers(maps, len(own))
-    problem.chosen_layers = tuple(
-        f"{student}:{layer}" for student, layer in zip(own, best, strict=True)
-    )
-    settings = problem.settings
+    """Rates the teacher's layers, prints, writes and draws it, and sets the pairs.
+
+    What is written holds for the same teacher and images: a run that continues never
+    follows other layers.
+    """
+    settings, path = problem.settings, Path(problem.out) / "quality.json"
+    asked = {
+        "teacher": teacher.digest,
+        "images": min(settings.quality_images, len(problem.parts.teacher)),
+        "student": settings.student_model,
+    }
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if {name: record.get(name) for name in asked} != asked:
+        quality = rate(problem, teacher)
+        own = methods.student_layers(settings, problem.shapes[0])
+        maps = {layer: q for layer, q in quality.items() if layer != "features"}
+        best = select_layers(maps, len(own))
+        record = {
+            **asked,
+            "layers": {layer: dict(q._asdict()) for layer, q in quality.items()},
+            "pairs": [f"{a}:{b}" for a, b in zip(own, best, strict=True)],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, record)
+        report.quality_plot(record, path.with_suffix(".png"))
+    problem.chosen_layers = tuple(record["pairs"])
+    report.show_quality(record, console)
     method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))
     methods.check(FEATURE_ONLY, method, *problem.shapes, settings.batch_size)
-    out = Path(problem.out)
-    record = {
-        "images": settings.quality_images,
-        "layers": {layer: dict(q._asdict()) for layer, q in quality.items()},
-        "pairs": problem.chosen_layers,
-    }
-    runs.write_json(out / "quality.json", record)
-    report.show_quality(record, console)
-    report.quality_plot(record, out / "quality.png")
+
+
+def prepare(problem: runs.Problem, teacher, console: Console) -> None:
+    """Makes of the teacher what the methods ask for, before a student trains."""
+    settings = problem.settings
+    if FEATURE_ONLY in settings.distances and not settings.layers:
+        choose(problem, teacher, console)
+    if any(methods.needs_class_cost(name) for name in settings.distances):
+        problem.class_cost = class_cost(problem, teacher)
 
 
 def class_cost(problem: runs.Problem, teacher) -> np.ndarray:

@@ -5,15 +5,13 @@ A method is a key of the catalogue, one's own distance as ``module:NAME``, or
 """
 
 import functools
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import models
 from flax import linen as nn
 from settings import FEATURE_ONLY, Settings, UserError
 
@@ -26,7 +24,16 @@ from kddm_jax.projectors import (
     projected_apply,
 )
 
-Shapes = Mapping[str, object]  # of models.shapes: "features", "logits", "maps"
+# The modules behind the features, where they are not "fc".
+# The students' layers in the paper; of another network, four at equal distances.
+STUDENT_LAYERS = {
+    "ResNet9": tuple(f"stage{stage}_block1" for stage in (1, 2, 3, 4)),
+    "MobileNetV2": ("block3", "block6", "block13", "block17"),
+    "ViT": ("block2", "block4", "block6", "block8"),
+}
+COUNT = 4
+HEADS = {"MobileNetV2": ("classifier_1",), "ViT": ("heads_head",)}
+Shapes = Mapping[str, object]  # of models.shapes
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,8 @@ def find(name: str) -> Distance:
     if name in DISTANCES:
         return DISTANCES[name]
     module, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:  # as `python -m` has it
-        sys.path.append(str(Path.cwd()))
     try:
-        return get_distance(getattr(importlib.import_module(module), attribute))
+        return get_distance(getattr(models.load_module(module), attribute))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"distance {name!r}: {error}; the module is looked for in the working "
@@ -79,6 +84,14 @@ def needs_class_cost(name: str) -> bool:
     row = find(name)
     known = inspect.signature(row.fn).parameters
     return "class_cost" in known and "class_cost" not in row.options
+
+
+def digest(name: str) -> str | None:
+    """Of the file of one's own distance: edited, it is another run."""
+    if name in DISTANCES or name == FEATURE_ONLY:
+        return None
+    find(name)
+    return models.source_digest(name)
 
 
 def title(name: str) -> str:
@@ -116,6 +129,7 @@ def _projector(kind: str, x, y) -> nn.Module:
     """From a student's layer to a teacher's."""
     if len(x.shape) == 2:
         return PROJECTORS["dense"](y.shape[-1])
+    kind = "conv" if kind == "dense" else kind  # the same linear map, of positions
     grid = tuple(y.shape[1:3]) if len(y.shape) == 4 else (1, 1)
     options = {"axis_name": "batch"} if kind == "conv3" else {}
     return PROJECTORS[kind](y.shape[-1], grid=grid, **options)
@@ -215,7 +229,41 @@ def _feature_only(settings, weight, student, teacher):
         )
 
     terms, projectors = _terms(settings, chosen, term, student, teacher)
-    return Method(terms, {}, projectors, head=settings.head)
+    head = settings.head or HEADS.get(settings.student_model, ("fc",))
+    if missing := sorted(set(head) - set(student["modules"])):
+        raise UserError(
+            f"--head {' '.join(missing)}: the student's modules are "
+            f"{', '.join(student['modules'])}"
+        )
+    return Method(terms, {}, projectors, head=tuple(head))
+
+
+def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
+    """The student's layers that learn in feature_only, from the first to the last."""
+    if settings.student_model in STUDENT_LAYERS:
+        return STUDENT_LAYERS[settings.student_model]
+    own = [layer for layer in student["maps"] if layer != "stem"]
+    if len(own) < COUNT:
+        return tuple(own)
+    return tuple(own[(i + 1) * len(own) // COUNT - 1] for i in range(COUNT))
+
+
+def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
+    """Answers what can be wrong with layers that quality is to choose."""
+    own, known = student_layers(settings, student), teacher["maps"]
+    if len(known) < len(own):
+        raise UserError(
+            f"feature_only: the teacher has {len(known)} layers, the student follows "
+            f"{len(own)}; name the pairs by --layers"
+        )
+    widths = {known[name].shape[-1] for name in known}
+    widths |= {student["maps"][name].shape[-1] for name in own}
+    if settings.projector is None and len(widths) > 1:
+        raise UserError(
+            f"feature_only: layers have widths {sorted(widths)}; pass --projector conv"
+        )
+    chosen = [f"{a}:{b}" for a, b in zip(own, list(known)[-len(own) :], strict=True)]
+    _feature_only(replace(settings, layers=tuple(chosen)), 1.0, student, teacher)
 
 
 def check(
@@ -251,7 +299,7 @@ def check(
         jax.eval_shape(loss, x, y, student["logits"], teacher["logits"], labels)
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
-        cure = ", that is --projector dense" if "projectors" in text else ""
+        cure = ", that is --projector" if "projectors" in text else ""
         raise UserError(f"distance {name}: {text}{cure}") from error
 
 

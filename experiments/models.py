@@ -1,10 +1,12 @@
 """Networks by name, or anybody's as ``module:function``."""
 
+import hashlib
 import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +30,36 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 
+def load_module(name: str) -> ModuleType:
+    """Imports a module, also from the working folder, as `python -m` has it."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)
+
+
 def _find(name: str):
     """The function that makes a network."""
     if name in NETWORKS:
         return NETWORKS[name]
     module, _, function = name.partition(":")
-    if str(Path.cwd()) not in sys.path:  # as `python -m` has it
-        sys.path.append(str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), function)
+        return getattr(load_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"model {name!r}: {error}; the module is looked for in the working folder "
             "and among the installed packages"
         ) from error
+
+
+def source_digest(name: str) -> str | None:
+    """Of the file behind ``module:NAME``; None for a known name."""
+    module, colon, _ = name.partition(":")
+    if not colon:
+        return None
+    file = getattr(load_module(module), "__file__", None)
+    if file is None:
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def build(name: str, **options: object) -> nn.Module:
@@ -93,17 +111,23 @@ def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
       UserError: it does not take such images or gives no logits, features and maps.
     """
     images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
-    names = []  # in their order: what comes out of a trace is sorted
+    names, modules = [], []  # in their order: what comes out of a trace is sorted
 
     def trace(key, images):
-        outputs, _ = model.init_with_output(key, images)
+        outputs, variables = model.init_with_output(key, images)
         names.extend(outputs.maps)
+        modules.extend(variables["params"])
         return outputs.features, outputs.logits, dict(outputs.maps)
 
     try:
         features, logits, maps = jax.eval_shape(trace, jax.random.key(0), images)
         maps = {name: maps[name] for name in names}
-        return {"features": features, "logits": logits, "maps": maps}
+        return {
+            "features": features,
+            "logits": logits,
+            "maps": maps,
+            "modules": tuple(modules),
+        }
     except (TypeError, ValueError, AttributeError) as error:
         text = str(error).splitlines()[0]
         raise UserError(

@@ -220,8 +220,12 @@ def quality_plot(record: dict[str, object], path: Path) -> None:
 
 
 def distance_of(record: dict[str, object], name: str) -> object | None:
-    """The distance of a run's record, summed over its layers; None without any."""
-    layers = [value for key, value in record.items() if key.split("@")[0] == name]
+    """The distance of a run's record, summed over layers, unweighted; None: none."""
+    layers = [
+        value
+        for key, value in record.items()
+        if "/" not in key and key.split("@")[0] == name  # "/": diagnostics
+    ]
     return sum(layers) if layers else None
 
 

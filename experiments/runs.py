@@ -54,8 +54,9 @@ STUDENT_FIELDS = (
 )
 DISTILLED_FIELDS = (
     *STUDENT_FIELDS,
-    *("scale", "layers", "projector", "view", "head", "quality_images"),
+    *("scale", "layers", "projector", "view"),
 )
+FEATURE_ONLY_FIELDS = (*DISTILLED_FIELDS, "head", "quality_images")
 
 
 class RunError(Exception):
@@ -348,6 +349,7 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
     )
     for name in settings.distances:
         if name == FEATURE_ONLY and not settings.layers:
+            methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
         method = method_of(problem, name, weight_of(settings, name))
         methods.check(name, method, *problem.shapes, settings.batch_size)
@@ -408,6 +410,9 @@ def _identity(problem, names, start, **more):
     values = as_json(problem.settings)
     identity = {name: values[name] for name in names}
     identity["data"] = problem.data_digest
+    for model in ("teacher_model", "student_model"):
+        if model in identity:
+            identity[f"{model}_source"] = models.source_digest(identity[model])
     identity["pretrained"] = start.sha256 if start else None
     return json.loads(json.dumps({**identity, **more}))  # as it is read back
 
@@ -433,8 +438,9 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     for name in ("student", *settings.distances):
         fields, more = STUDENT_FIELDS, {}
         if name not in ALONE:
-            fields = DISTILLED_FIELDS
+            fields = FEATURE_ONLY_FIELDS if name == FEATURE_ONLY else DISTILLED_FIELDS
             more = {"distance": name, "weight": weight_of(settings, name)}
+            more["distance_source"] = methods.digest(name)
             if teacher_digest is not None:
                 more["teacher"] = teacher_digest
         for seed in settings.seeds:

@@ -74,8 +74,9 @@ class Settings:
     is a sample)."""
     quality_images: int = 5000
     """Training images, as many of each class, on which layers are rated."""
-    head: tuple[str, ...] = ("fc",)
-    """The student's modules that alone learn from labels in feature_only."""
+    head: tuple[str, ...] | None = None
+    """The student's modules that alone learn from labels in feature_only; None: what
+    follows its features."""
 
     teacher: Path | None = None
     """Checkpoint (or run folder) of a trained teacher; None trains one."""

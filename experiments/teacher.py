@@ -12,6 +12,7 @@ from flax import linen as nn
 from settings import UserError
 
 from kddm_jax import checkpoint, train_step
+from kddm_jax.projectors import without_projectors
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def _variables_of(problem, path, model):
     arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)
     found = {k: arrays.get(k, {}) for k in ("params", "batch_stats")}
-    return checkpoint.match(path, found, like)
+    return checkpoint.match(path, without_projectors(found), like)
 
 
 def _digest(variables):

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from settings import Settings, UserError
 
@@ -112,7 +113,9 @@ class Views:
             normal = lambda image: problem.normalize(None, image)
             outputs, _ = apply(variables, jax.vmap(normal)(images), train=False)
             maps = {name: outputs.maps[name] for name in layers}
-            return {"logits": outputs.logits, "features": outputs.features, **maps}
+            found = {"logits": outputs.logits, "features": outputs.features, **maps}
+            # NumPy's files do not know bfloat16.
+            return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 
         variables, (images, _) = jax.device_get(teacher.variables), self.pair
         size = min(BATCH, len(images))

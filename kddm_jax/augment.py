@@ -236,7 +236,8 @@ def distort(
     """
     crop_key, flip_key = jax.random.split(key)
     if degrees or shift or zoom:
-        affine_key = jax.random.fold_in(key, 1)
+        # fold_in(key, 1) may be split(key)[1]: never both of them.
+        affine_key, flip_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
         image = random_affine(
             affine_key, image, degrees=degrees, shift=shift, zoom=zoom
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kddm_jax.augment import (
+    distort,
     make_augment,
     normalize,
     random_affine,
@@ -394,6 +395,19 @@ def test_affine_out_of_range_is_refused(options, name):
         affine(jnp.zeros((3, 3, 1)), **options)
     with pytest.raises(ValueError, match=name):
         make_augment(mean=(0.5,), std=(0.5,), **options)
+
+
+def test_flip_and_angle_are_independent():
+    """Four quadrants: a bright pixel right of the centre, turned and mirrored."""
+    image = np.zeros((21, 21, 1), np.float32)
+    image[9:12, 15:18] = 1000
+    keys = jax.random.split(jax.random.key(3), 200)
+    move = lambda key: distort(key, single(image), padding=0, degrees=40.0)
+    y, x, *_ = centre_and_second_moment(jax.jit(jax.vmap(move))(keys))
+    flipped, upwards = x < 0, y * np.sign(x) < 0
+    counts = [np.sum(flipped & upwards), np.sum(flipped & ~upwards)]
+    counts += [np.sum(~flipped & upwards), np.sum(~flipped & ~upwards)]
+    assert min(counts) > 25, counts
 
 
 def test_recipe_with_an_affine_map_is_affine_then_normalise():

@@ -18,6 +18,7 @@ from kddm_jax import Distance, checkpoint
 import layers  # isort: skip
 import methods  # isort: skip
 import models  # isort: skip
+import report  # isort: skip
 import runs  # isort: skip
 from settings import UserError, parse  # isort: skip
 
@@ -26,11 +27,13 @@ STUDENT = {
     "features": of(8, 6),
     "logits": of(8, 10),
     "maps": {"a": of(8, 4, 4, 3), "b": of(8, 2, 2, 6)},
+    "modules": ("body", "top", "fc"),
 }
 TEACHER = {
     "features": of(8, 12),
     "logits": of(8, 10),
     "maps": {"p": of(8, 4, 4, 5), "q": of(8, 1, 1, 12)},
+    "modules": ("body", "fc"),
 }
 
 
@@ -87,6 +90,47 @@ def test_features_alone():
     np.testing.assert_allclose(loss - values["task"], 2.0 * expected, rtol=1e-5)
 
 
+def test_dense_projector_of_maps_is_that_of_every_position():
+    line = ("--layers", "a:p", "features:features", "--projector", "dense")
+    method = make(*line, "--distances", "l2")
+    assert type(method.projectors["a"]).__name__ == "ConvProjector"
+    assert type(method.projectors["features"]).__name__ == "DenseProjector"
+
+
+def test_head_is_a_module_of_the_student():
+    line = ("--layers", "a:p", "--projector", "conv")
+    with pytest.raises(UserError, match="--head nothing: .* body, top, fc"):
+        make(*line, "--head", "nothing", name="feature_only")
+    for student, head in {"ViT": "heads_head", "MobileNetV2": "classifier_1"}.items():
+        with pytest.raises(UserError, match=f"--head {head}: "):  # not in these shapes
+            make("--student-model", student, *line, name="feature_only")
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ((), ["widths [3, 5, 6, 12]", "--projector conv"]),
+        (("--projector", "conv", "--head", "x"), ["--head x"]),
+    ],
+)
+def test_choice_of_layers_is_checked_before_there_is_a_teacher(line, parts):
+    settings = parse(["--distances", "feature_only", *line])
+    with pytest.raises(UserError) as caught:
+        methods.check_choice_of_layers(settings, STUDENT, TEACHER)
+    for part in parts:
+        assert part in str(caught.value)
+    few = {**TEACHER, "maps": {"p": of(8, 4, 4, 5)}}
+    settings = parse(["--distances", "feature_only", "--projector", "conv"])
+    with pytest.raises(UserError, match="the teacher has 1 layers"):
+        methods.check_choice_of_layers(settings, STUDENT, few)
+
+
+def test_distance_of_a_record_has_no_diagnostics_in_it():
+    record = {"w2@a": 1.0, "w2@b": 2.0, "w2@a/iterations": 10.0, "w2_gaussian": 5.0}
+    assert report.distance_of(record, "w2") == 3.0
+    assert report.distance_of(record, "cw2") is None
+
+
 OWN = """
 import jax.numpy as jnp
 from kddm_jax import Distance
@@ -107,6 +151,13 @@ def own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     sys.modules.pop("own_distances", None)
+
+
+def test_edited_distance_is_another_run(own, tmp_path):
+    before = methods.digest("own_distances:ROW")
+    (tmp_path / "own_distances.py").write_text(OWN + "# edited\n")
+    assert methods.digest("own_distances:ROW") != before
+    assert methods.digest("w2") is methods.digest("feature_only") is None
 
 
 def test_own_distance_is_found_by_module_and_name(own):
@@ -177,9 +228,9 @@ def problem_of(student, monkeypatch, tmp_path, *line):
     ],
 )
 def test_student_layers(student, expected, monkeypatch, tmp_path):
-    line = ("--distances", "feature_only")
+    line = ("--distances", "feature_only", "--projector", "conv")
     problem = problem_of(student, monkeypatch, tmp_path, *line)
-    assert list(layers.student_layers(problem)) == expected
+    assert list(methods.student_layers(problem.settings, problem.shapes[0])) == expected
 
 
 def test_wide_maps_are_max_pooled(monkeypatch):

@@ -120,6 +120,15 @@ def test_outputs_are_computed_once_for_a_teacher_and_kept(tmp_path):
     chex.assert_trees_all_equal(again, outputs)
 
 
+def test_half_precision_comes_back_from_its_file(tmp_path):
+    problem = problem_in(tmp_path)
+    problem.normalize = lambda key, image: image.astype(jnp.bfloat16)
+    first = make().outputs(problem, Teacher("a"), ("map",))
+    again = make().outputs(problem, Teacher("a"), ("map",))
+    chex.assert_trees_all_equal(first, again)
+    assert jax.tree.map(jnp.asarray, again).maps["map"].dtype == jnp.float32
+
+
 def test_another_teacher_or_other_views_are_other_outputs(tmp_path):
     problem = problem_in(tmp_path)
     make().outputs(problem, Teacher("a"), ())
