@@ -127,7 +127,7 @@ def _tolerance(dtype):
 
 def _scalings(p, q, kernel):
     """u, v with diag(u) K diag(v) of marginals p and q, for every image."""
-    tiny = jnp.finfo(p.dtype).tiny
+    tiny, tolerance = jnp.finfo(p.dtype).tiny, _tolerance(p.dtype)
 
     def relaxed(old, mass, product):
         # Over-relaxed by 3/2: a third of the iterations.  No mass, no scaling.
@@ -135,24 +135,29 @@ def _scalings(p, q, kernel):
         return jnp.where(mass > 0, old * ratio * jnp.sqrt(ratio), 0)
 
     def update(state):
-        u, v, seen, count, _ = state
+        *old, error, count = state
+        u, v, seen = old
         v = relaxed(v, q, seen)
         reached = matmul(v, kernel.T)
         u = relaxed(u, p, reached)
         seen = matmul(u, kernel)
-        rows = jnp.sum(jnp.abs(u * reached - p), axis=1)
-        columns = jnp.sum(jnp.abs(v * seen - q), axis=1)
-        return u, v, seen, count + 1, jnp.max(jnp.maximum(rows, columns))
+        rows = jnp.sum(jnp.abs(u * reached - p), axis=1, keepdims=True)
+        columns = jnp.sum(jnp.abs(v * seen - q), axis=1, keepdims=True)
+        # An image that has converged rests: its plan is the same in every batch.
+        moving = error > tolerance
+        new = (u, v, seen, jnp.maximum(rows, columns))
+        pairs = zip(new, (*old, error), strict=True)
+        return *(jnp.where(moving, z, before) for z, before in pairs), count + 1
 
     def unfinished(state):
-        return (state[4] > _tolerance(p.dtype)) & (state[3] < MOST_ITERATIONS)
+        return jnp.any(state[3] > tolerance) & (state[4] < MOST_ITERATIONS)
 
-    start = (p > 0).astype(p.dtype), (q > 0).astype(p.dtype)
-    first = (*start, matmul(start[0], kernel), 0, jnp.asarray(jnp.inf, p.dtype))
-    u, v, _, count, error = jax.lax.while_loop(unfinished, update, first)
-    count = jnp.asarray(count, p.dtype)
-    met = jnp.asarray(error <= _tolerance(p.dtype), p.dtype)
-    return u, v, Stats(met, count, error)
+    u, v = (p > 0).astype(p.dtype), (q > 0).astype(p.dtype)
+    infinite = jnp.full((p.shape[0], 1), jnp.inf, p.dtype)
+    first = (u, v, matmul(u, kernel), infinite, 0)
+    u, v, _, error, count = jax.lax.while_loop(unfinished, update, first)
+    error, count = jnp.max(error), jnp.asarray(count, p.dtype)
+    return u, v, Stats((error <= tolerance).astype(p.dtype), count, error)
 
 
 # With the plan P = diag(u) K diag(v) of marginals p and q, a = d log u and b = d log v:
@@ -219,13 +224,14 @@ def _conjugate_gradients(apply, rhs, least, most=100):
         y, residual = y + step * direction, residual - step * image
         new_size = dot(residual, residual)
         direction = residual + over(new_size, size) * direction
-        better = new_size < best_size
+        # A row that is good enough rests, as an image above.
+        better = (new_size < best_size) & (best_size > least**2)
         best = jnp.where(better, y, best)
         best_size = jnp.where(better, new_size, best_size)
         return y, residual, direction, new_size, best, best_size, count + 1
 
     def unfinished(state):
-        return (jnp.max(state[5]) > least**2) & (state[6] < most)
+        return jnp.any(state[5] > least**2) & (state[6] < most)
 
     size, zero = dot(rhs, rhs), jnp.zeros_like(rhs)
     first = (zero, rhs, rhs, size, zero, size, 0)

@@ -141,6 +141,7 @@ def test_repeated_samples_change_nothing():
     np.testing.assert_allclose(gromov(x, np.repeat(y, 2, axis=0)), gromov(x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(6, 6), (7, 4)])
 def test_entropic(counts):
     n, m = counts
