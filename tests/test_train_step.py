@@ -13,10 +13,17 @@ from flax import linen as nn
 
 from kddm_jax import DISTANCES, Term
 from kddm_jax.augment import make_augment
+from kddm_jax.projectors import (
+    ThreeLayerProjector,
+    add_projectors,
+    init_projectors,
+    projected_apply,
+)
 from kddm_jax.resnet import linen_apply
 from kddm_jax.train_step import (
     AXIS,
     create_state,
+    known_outputs,
     make_eval_step,
     make_train_step,
     parallel,
@@ -311,6 +318,64 @@ def test_one_trace_and_one_compilation(compilations):
     assert other_metrics["l2"] != metrics["l2"]
     assert taught["l2"] != metrics["l2"]
     assert taught["task"] == metrics["task"]
+
+
+def projected_student():
+    """The student with a three-layer projector of its map, whose BatchNorm sees all."""
+    projectors = {"map": ThreeLayerProjector(features=3, axis_name=AXIS)}
+    outputs = jax.eval_shape(
+        lambda v, x: STUDENT_APPLY(v, x, train=False)[0],
+        STUDENT,
+        jnp.zeros((1, SIDE, SIDE, 1)),
+    )
+    own = init_projectors(jax.random.key(5), projectors, outputs.maps)
+    return projected_apply(STUDENT_APPLY, projectors), add_projectors(STUDENT, own)
+
+
+@pytest.mark.slow
+def test_projectors_and_positions_on_one_device_are_on_two():
+    student, variables = projected_student()
+    terms = [
+        Term("l2", 0.1, layers=("map", "map"), name="paired", view="positions"),
+        Term("cw2_gaussian", 0.1, layers=("map", "map"), view="positions"),
+    ]
+    results = []
+    for count in (1, 2):
+        state = on_all(create_state(variables, TX, seed=7), count)
+        run = on_devices(make_step(student, distance=terms), count)
+        for _ in range(2):
+            state, metrics = run(state, on_all(TEACHER, count))
+        assert_shards_equal((state, metrics), count)
+        results.append(jax.device_get((state, metrics)))
+    assert_close(*results[::-1])
+    old = variables["batch_stats"]["projectors"]
+    assert differs(results[0][0].batch_stats["projectors"], old)
+
+
+@pytest.mark.slow
+def test_known_outputs_on_one_device_are_on_two():
+    plain = lambda key, image: AUGMENT(None, image, train=False)
+    known, _ = jax.jit(lambda x: TEACHER_APPLY(TEACHER, x, train=False))(
+        jax.vmap(NORMALIZE)(IMAGES)
+    )
+    step = make_train_step(
+        STUDENT_APPLY, known_outputs, TX, augment=plain, distance="l2"
+    )
+    order = np.random.default_rng(1).permutation(N)[None]
+    results = []
+    for count in (1, 2):
+        scanned = parallel(
+            scan_steps(step, known=True),
+            in_axes=(None, None, None, None, 1),
+            devices=DEVICES[:count],
+        )
+        state = on_all(create_state(STUDENT, TX, weight=0.05), count)
+        data = on_all((known, IMAGES, LABELS), count)
+        state, metrics = scanned(state, *data, order.reshape(1, count, -1))
+        assert_shards_equal((state, metrics), count)
+        results.append(jax.device_get((state, metrics)))
+    assert_close(*results[::-1])
+    assert differs(results[0][0].params, STUDENT["params"])
 
 
 def test_scan_is_single_steps(l2_step):
