@@ -850,6 +850,7 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
 # Ends as by Ctrl-C, or meets a disk that takes no more, once a checkpoint stands.
 TROUBLE = """
 import os, shutil, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 sys.path.insert(0, sys.argv.pop(1))
 what = sys.argv.pop(1)
 import cifar
