@@ -58,6 +58,7 @@ def assert_close(value, expected, scale, tolerance=1e-9):
     assert abs(value - expected) <= tolerance * scale, (value, expected)
 
 
+@pytest.mark.slow
 @SHAPES
 def test_chain_of_bounds(d):
     @chain

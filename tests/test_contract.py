@@ -239,6 +239,7 @@ def test_traced_once_for_one_shape(name):
     assert (TRACES - before).total() <= 1
 
 
+@pytest.mark.slow
 @ROWS
 def test_eager_equals_compiled(name):
     batch, row = make_batch(), DISTANCES[name]

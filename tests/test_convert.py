@@ -266,6 +266,7 @@ def test_other_variables_are_named(small):
 # Growing, heads, grey images.
 
 
+@pytest.mark.slow
 def test_grown_network_computes_the_same():
     """Exactly: what is added to a map of non-negative numbers is zero."""
     shallow = Architecture(width=4, num_classes=10)
@@ -316,6 +317,7 @@ def test_grown_blocks_are_of_key_and_place():
     assert_same(grow(0, SMALL.blocks), variables)
 
 
+@pytest.mark.slow
 def test_grown_blocks_learn():
     """The zero scale has a gradient; nothing else of an added block has, yet."""
     grown = convert.grow(jax.random.key(0), random_variables(SMALL), (2, 1, 1, 1))
@@ -550,6 +552,7 @@ def torch_network(torch, monkeypatch, name, stem, x):
     return model.eval()
 
 
+@pytest.mark.slow
 @needs_torch
 # Even sizes: on odd ones "SAME" padding is torch's.
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("cifar", 16)])

@@ -377,6 +377,7 @@ IN_SINGLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inputs", "options"),
     IN_SINGLE,

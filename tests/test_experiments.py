@@ -311,6 +311,7 @@ def test_lines_are_not_broken(finished):
             assert re.search(r"images/s$", line), line
 
 
+@pytest.mark.slow
 def test_same_command_trains_nothing(shared, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("seed*/**/*")}
     assert len(before) > 20
@@ -929,6 +930,7 @@ class Mine(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_model_of_mine_is_teacher_and_student(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -331,6 +331,7 @@ CONSTANTS = [
 ]
 
 
+@pytest.mark.slow
 @CLOUDS
 @pytest.mark.parametrize(("name", "derived"), CONSTANTS, ids=lambda c: "".join(c))
 def test_numbers_made_of_the_data_are_constants(name, derived, batch):
@@ -375,6 +376,7 @@ def test_gradient_in_single_precision_follows_double(name, case):
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16, 40), (16, 5)], ids=["n<d", "n>d"])
 def test_collapsed_student_is_pulled_by_its_mean_alone(shape):
     # The covariance of a point is zero: the minimal-norm choice is the mean's pull.

@@ -97,6 +97,7 @@ def gromov(x, y, epsilon=None, **words):
 METRIC = pytest.mark.parametrize("metric", METRICS)
 
 
+@pytest.mark.slow
 @METRIC
 @pytest.mark.parametrize("counts", [(6, 6), (6, 4), (4, 8)])
 def test_local_minimum(metric, counts):
