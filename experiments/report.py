@@ -102,13 +102,26 @@ def table(results: dict[str, object]) -> list[tuple[str, ...]]:
 
 
 def markdown(results: dict[str, object]) -> str:
-    """Renders the table and what it was measured on as Markdown."""
+    """Renders the table and what it was measured on as Markdown.
+
+    Args:
+      results: as in ``results.json``; or of an example, which brings its own
+        ``columns``, ``rows``, ``caption`` and ``command``.
+
+    Returns:
+      The table, an empty line, the caption.
+    """
+    if "rows" in results:
+        columns, rows = results["columns"], results["rows"]
+        below = f"{results['caption']} `{results['command']}`"
+    else:
+        columns, rows, below = COLUMNS, table(results), caption(results)
     lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(row) + " |" for row in table(results)),
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
     ]
-    return "\n".join(lines) + "\n\n" + caption(results) + "\n"
+    return "\n".join(lines) + "\n\n" + below + "\n"
 
 
 def caption(results: dict[str, object]) -> str:

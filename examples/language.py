@@ -1,0 +1,632 @@
+"""Distils a Transformer into one of half the depth, by the geometry of its features.
+
+    python examples/language.py
+    python examples/language.py --seeds 0 1 2 --student-widths 48 96
+
+A causal Transformer reads the sources of Python's standard library character by
+character.  A student of half its depth, and narrower, learns from the same text and
+from the teacher's hidden states or predictions: geometry-aware distillation (arXiv
+2509.25253).  Every character is a sample: what a network gives is flattened from
+``[b, t, ...]`` to ``[b t, ...]``, and `distill_loss` asks for nothing else.
+"""
+
+import os
+
+# Before the first import of NumPy or JAX: OpenBLAS's own threads turn a 1 ms SVD
+# into 800 ms when another job keeps a core busy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from kddm_jax import Distance, Term, distill_loss
+from kddm_jax.alignment import cka, feature_gram, linear_projection, procrustes
+from kddm_jax.logits import kd
+from kddm_jax.losses import cross_entropy
+
+CHARACTERS = 128  # ASCII; any other character reads as "?"
+HEADS = 4
+
+# ---------------------------------------------------------------------------
+# The text.
+
+MOST_CHARACTERS = 8_000_000  # of a part
+PARTS = {0: "test", 1: "validation"}
+
+
+def part_of(name: str) -> str:
+    """A file's name decides its part, whatever else is in the folder."""
+    return PARTS.get(zlib.crc32(name.encode()) % 10, "training")
+
+
+def load_text(folder: Path) -> dict[str, np.ndarray]:
+    """Reads a folder's Python sources.
+
+    Args:
+      folder: with ``*.py``; folders below it are not read.
+
+    Returns:
+      ASCII codes, uint8 ``[n]``, of ``"training"``, ``"validation"`` and ``"test"``.
+
+    Raises:
+      SystemExit: a part has no text.
+    """
+    texts = {"training": [], "validation": [], "test": []}
+    for path in sorted(folder.glob("*.py")):
+        if not path.name.startswith("_sysconfigdata"):  # of one machine
+            text = path.read_text(encoding="utf-8", errors="replace")
+            texts[part_of(path.name)].append(text)
+    codes = {}
+    for part, found in texts.items():
+        whole = "".join(found)[:MOST_CHARACTERS].encode("ascii", "replace")
+        if not whole:
+            raise SystemExit(
+                f"error: {folder} has no text for the {part} part; choose a folder "
+                "with more *.py by --text"
+            )
+        codes[part] = np.frombuffer(whole, np.uint8)
+    return codes
+
+
+def windows(text: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
+    """Cuts ``context`` characters and the one that follows, int32 ``[b, t + 1]``."""
+    return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
+
+
+def random_batches(text, args, seed) -> Iterator[np.ndarray]:
+    """Windows from anywhere, without end."""
+    rng = np.random.default_rng(seed)
+    while True:
+        starts = rng.integers(0, len(text) - args.context, args.batch)
+        yield windows(text, starts, args.context)
+
+
+def even_batches(text, args) -> list[np.ndarray]:
+    """Windows that lie evenly over a text, in full batches of any order."""
+    count = args.windows // args.batch
+    starts = np.linspace(0, len(text) - args.context - 1, count * args.batch)
+    rows = windows(text, starts.astype(int), args.context)
+    return [rows[first::count] for first in range(count)]
+
+
+# ---------------------------------------------------------------------------
+# The network.
+
+
+class Outputs(NamedTuple):
+    """What a network makes of characters ``[b, t]``.
+
+    Attributes:
+      logits: of each next character, ``[b, t, k]``.
+      layers: the residual stream after each block, ``{"block_1": [b, t, d], ...}``.
+    """
+
+    logits: jax.Array | None
+    layers: Mapping[str, jax.Array]
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each on the normalised stream and added to it."""
+
+    @nn.compact
+    def __call__(self, x, bias):  # noqa: D102
+        width = x.shape[-1]
+        parts = nn.DenseGeneral((3, HEADS, width // HEADS))(nn.LayerNorm()(x))
+        query, key, value = jnp.moveaxis(parts, 2, 0)  # [b, t, heads, d / heads]
+        seen = jax.nn.dot_product_attention(query, key, value, bias, is_causal=True)
+        x += nn.DenseGeneral(width, axis=(-2, -1))(seen)
+        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(hidden)
+
+
+def distance_bias(context: int) -> jax.Array:
+    """What attention loses per character of distance, ``[1, heads, t, t]``.
+
+    One slope per head in place of learned positions (Press et al., Train short, test
+    long, arXiv 2108.12409): a small network finds its last characters at once.
+    """
+    place = jnp.arange(context)
+    slopes = 2.0 ** (-8 / HEADS * jnp.arange(1, HEADS + 1))
+    return slopes[None, :, None, None] * (place - place[:, None])
+
+
+class Transformer(nn.Module):
+    """Predicts every next character from those up to here."""
+
+    depth: int
+    width: int
+
+    @nn.compact
+    def __call__(self, characters: jax.Array) -> Outputs:  # noqa: D102
+        bias = distance_bias(characters.shape[1])
+        x = nn.Embed(CHARACTERS, self.width, name="characters")(characters)
+        layers = {}
+        for name in (f"block_{i + 1}" for i in range(self.depth)):
+            layers[name] = x = Block(name=name)(x, bias)
+        return Outputs(nn.Dense(CHARACTERS, name="head")(nn.LayerNorm()(x)), layers)
+
+
+def per_character(outputs: Outputs) -> Outputs:
+    """Makes every character a sample: ``[b, t, ...]`` to ``[b t, ...]``."""
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), outputs)
+
+
+def layer_map(student_depth: int, teacher_depth: int) -> list[tuple[str, str]]:
+    """Pairs each block of the student with the teacher's at its relative depth."""
+    step = teacher_depth // student_depth
+    return [(f"block_{i}", f"block_{i * step}") for i in range(1, student_depth + 1)]
+
+
+# ---------------------------------------------------------------------------
+# How a student learns from its teacher.
+
+
+def at_random(distance: Callable[..., jax.Array], count: int) -> Distance:
+    """A distance at ``count`` characters of a batch: n x n costs are of those alone."""
+
+    def of_sample(x, y, key):
+        rows = jax.random.choice(key, len(x), (count,), replace=False)
+        return distance(x[rows], y[rows])
+
+    return Distance(of_sample, inputs=("features", "key"))
+
+
+class Method(NamedTuple):
+    """One way to learn from a teacher.
+
+    Attributes:
+      title: for tables.
+      weight: lambda; --choose compares others on the validation part.
+      distance: of hidden states; None: KD of the predictions of every character.
+    """
+
+    title: str
+    weight: float
+    distance: Callable[..., jax.Array] | None = None
+
+    def terms(self, weight, pairs, positions) -> tuple[Term, ...]:
+        """What joins the cross-entropy: lambda times the mean distance of pairs."""
+        if self.distance is None:
+            row = Distance(kd, inputs=("logits",))
+            return (Term(row, weight, options={"temperature": 2.0}),)
+        row = at_random(self.distance, positions)
+        return tuple(Term(row, weight / len(pairs), layers=pair) for pair in pairs)
+
+
+METHODS: Mapping[str, Method] = {
+    "procrustes": Method("Procrustes", 1.0, procrustes),
+    "gram": Method("feature Gram", 1.0, feature_gram),
+    "cka": Method("CKA", 1.0, cka),
+    "linear_projection": Method("linear projection", 1.0, linear_projection),
+    "kd": Method("KD", 1.0),
+}
+
+# ---------------------------------------------------------------------------
+# Training and measuring.
+
+
+class Network(NamedTuple):
+    """A trained network, and what its training took."""
+
+    model: Transformer
+    params: Mapping[str, object]
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def read(self, text: np.ndarray) -> Outputs:
+        """What it makes of windows ``[b, t + 1]``, a row per character."""
+        return _reader(self.model)(self.params, text)
+
+
+@functools.cache
+def _reader(model):
+    return jax.jit(
+        lambda params, text: per_character(model.apply(params, text[:, :-1]))
+    )
+
+
+def make_optimizer(steps: int, lr: float) -> optax.GradientTransformation:
+    """AdamW, warmed up for a twentieth of the steps, then annealed by a cosine."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, steps // 20, steps, lr / 20)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+
+
+# Lambda is an argument of the step: all of a grid share one compiled program.
+@functools.cache
+def make_step(model, teacher, method, *, positions, steps, lr):
+    """The optimiser and one update; without a method, from the text alone."""
+    tx = make_optimizer(steps, lr)
+    pairs = layer_map(model.depth, teacher.depth) if method else []
+
+    def loss_fn(params, teacher_params, text, weight, key):
+        inputs, labels = text[:, :-1], text[:, 1:].reshape(-1)
+        student, guide = per_character(model.apply(params, inputs)), Outputs(None, {})
+        if method:
+            guide = per_character(teacher.apply(teacher_params, inputs))
+        return distill_loss(
+            student.layers,
+            guide.layers,
+            labels,
+            student.logits,
+            guide.logits,
+            distance=method.terms(weight, pairs, positions) if method else (),
+            key=key,
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, teacher_params, text, weight, key):
+        params, opt_state, count = state
+        key = jax.random.fold_in(key, count)
+        grads, terms = jax.grad(loss_fn, has_aux=True)(
+            params, teacher_params, text, weight, key
+        )
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, count + 1), terms
+
+    return tx, step
+
+
+def train(
+    args: argparse.Namespace,
+    text: np.ndarray,
+    model: Transformer,
+    *,
+    name: str,
+    steps: int,
+    seed: int,
+    method: Method | None = None,
+    weight: float = 0.0,
+    teacher: Network | None = None,
+) -> Network:
+    """Trains a network; seed and step decide everything that is random.
+
+    Args:
+      args: settings of the command.
+      text: ASCII codes, ``[n]``.
+      model: to train.
+      name: in the lines that tell of the progress.
+      steps: number of updates.
+      seed: of the parameters, the batches and the sampled characters.
+      method: how it learns from the teacher; None: from the text alone.
+      weight: lambda.
+      teacher: with a method, whom it learns from.
+
+    Returns:
+      The network; its seconds are those of all steps but the first, which compiles.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    guide, guide_params = (teacher.model, teacher.params) if method else (None, {})
+    options = {"positions": args.positions, "steps": steps, "lr": args.lr}
+    tx, step = make_step(model, guide, method, **options)
+    batches = random_batches(text, args, seed)
+    key = jax.random.key(seed)
+    params = jax.jit(model.init)(key, next(batches)[:, :-1])
+    state = params, tx.init(params), jnp.zeros((), jnp.int32)
+    for i in range(1, steps + 1):
+        state, terms = step(state, guide_params, next(batches), weight, key)
+        if i == 1:
+            jax.block_until_ready(state)
+            began, cpu = time.perf_counter(), time.process_time()
+        if i % max(steps // 4, 1) == 0:
+            bits = float(terms["task"]) / math.log(2)
+            say(f"{name}: step {i} of {steps}, {bits:.2f} bits per character")
+            if not math.isfinite(bits):
+                raise FloatingPointError(f"{name}: the loss is not finite at step {i}")
+    jax.block_until_ready(state)
+    spent = time.perf_counter() - began, time.process_time() - cpu
+    return Network(model, state[0], *spent)
+
+
+def bits_per_character(network: Network, batches: Sequence[np.ndarray]) -> float:
+    """Measures the cross-entropy over windows, each of them read from nothing."""
+    nats = [
+        float(cross_entropy(network.read(text).logits, jnp.ravel(text[:, 1:])))
+        for text in batches
+    ]
+    return float(np.mean(nats)) / math.log(2)  # batches are of one size
+
+
+def geometry(student: Network, teacher: Network, text: np.ndarray) -> dict[str, float]:
+    """How far the student's last hidden states are from the teacher's."""
+    x, y = (
+        network.read(text).layers[f"block_{network.model.depth}"]
+        for network in (student, teacher)
+    )
+    return {"procrustes": float(procrustes(x, y)), "cka": float(cka(x, y))}
+
+
+# ---------------------------------------------------------------------------
+# The experiment.
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also into a file."""
+    print(line, flush=True)
+
+
+def make_teacher(args, text) -> Network:
+    """Trains the teacher; its seed is none of the students' default ones."""
+    return train(
+        args,
+        text,
+        Transformer(args.depth, args.width),
+        name="teacher",
+        steps=args.teacher_steps,
+        seed=1000,
+    )
+
+
+def make_student(args, text, teacher, *, width, seed, key=None, weight=0.0) -> Network:
+    """Trains a student; ``key`` names its method, None is the student alone."""
+    learning = f"{key}, lambda {weight:g}" if key else "alone"
+    return train(
+        args,
+        text,
+        Transformer(args.depth // 2, width),
+        name=f"student {learning}, width {width}, seed {seed}",
+        steps=args.steps,
+        seed=seed,
+        method=METHODS[key] if key else None,
+        weight=weight,
+        teacher=teacher,
+    )
+
+
+def compare(args, text) -> dict[str, object]:
+    """Trains the teacher, and for each width and seed a student alone and by method."""
+    test = even_batches(text["test"], args)
+    teacher = make_teacher(args, text["training"])
+    runs = [_measured(teacher, teacher, test, method="teacher")]
+    said = dict(args.weights)
+    weights = {key: said.get(key, METHODS[key].weight) for key in args.methods}
+    weights = {"alone": 0.0, **weights}
+    for width, seed in itertools.product(args.student_widths, args.seeds):
+        for name, weight in weights.items():
+            student = make_student(
+                args,
+                text["training"],
+                teacher,
+                width=width,
+                seed=seed,
+                key=None if name == "alone" else name,
+                weight=weight,
+            )
+            labels = {"method": name, "seed": seed, "weight": weight}
+            runs.append(_measured(student, teacher, test, **labels))
+    return {"runs": runs, **table(runs), "caption": caption(args, text)}
+
+
+def _measured(network, teacher, test, **labels):
+    """The record of a run."""
+    record = {
+        **labels,
+        "width": network.model.width,
+        "bits": bits_per_character(network, test),
+        **geometry(network, teacher, np.concatenate(test[:8])),
+        "seconds": network.seconds,
+        "cpu_seconds": network.cpu_seconds,
+    }
+    say(f"  {record['bits']:.4f} bits per character of the test part")
+    return record
+
+
+def choose(args, text) -> dict[str, object]:
+    """Tries every lambda of the grid on the validation part, first width and seed."""
+    validation = even_batches(text["validation"], args)
+    teacher = make_teacher(args, text["training"])
+    first = {"width": args.student_widths[0], "seed": args.seeds[0]}
+    bits = {key: {} for key in args.methods}
+    for key, weight in itertools.product(args.methods, args.choose):
+        try:
+            student = make_student(
+                args, text["training"], teacher, **first, key=key, weight=weight
+            )
+        except FloatingPointError as error:  # a lambda may be far too large
+            say(f"  {error}")
+            continue
+        bits[key][f"{weight:g}"] = found = bits_per_character(student, validation)
+        say(f"  {found:.4f} bits per character of the validation part")
+    cell = lambda row, weight: f"{row[weight]:.3f}" if weight in row else "–"
+    names = [f"{weight:g}" for weight in args.choose]
+    return {
+        "validation_bits": bits,
+        "weights": {k: float(min(row, key=row.get)) for k, row in bits.items() if row},
+        "columns": ("", *(f"λ = {weight}" for weight in names)),
+        "rows": [
+            (METHODS[key].title, *(cell(row, weight) for weight in names))
+            for key, row in bits.items()
+        ],
+        "caption": "Bits per character of validation text; " + caption(args, text),
+    }
+
+
+# ---------------------------------------------------------------------------
+# The tables.
+
+
+def table(runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Makes the table of a comparison: a row per width and method, over seeds."""
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["width"], run["method"]), []).append(run)
+    mean = lambda key, name: float(np.mean([run[name] for run in groups[key]]))
+    teacher = runs[0]["bits"]
+    rows = []
+    for width, method in groups:
+        key, closed, weight = (width, method), "", ""
+        if method in METHODS:
+            alone = mean((width, "alone"), "bits")
+            share = (alone - mean(key, "bits")) / (alone - teacher)
+            closed = f"{100 * share:.0f} %" if alone > teacher else "–"
+            weight = f"{groups[key][0]['weight']:g}"
+        rows.append(
+            (
+                METHODS[method].title if method in METHODS else TITLES[method],
+                str(width),
+                _spread([run["bits"] for run in groups[key]]),
+                *(closed, weight),
+                *(f"{mean(key, name):.3f}" for name in ("procrustes", "cka")),
+                *(f"{mean(key, name):.0f}" for name in ("seconds", "cpu_seconds")),
+            )
+        )
+    return {"columns": COLUMNS, "rows": rows}
+
+
+COLUMNS = (
+    *("", "width", "bits per character", "gap closed", "λ"),
+    *("D_P² to teacher", "1 − CKA to teacher", "seconds", "CPU seconds"),
+)
+TITLES = {"teacher": "teacher", "alone": "student alone"}
+
+
+def _spread(values):
+    """Mean and, of several, the standard deviation."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+
+
+def caption(args: argparse.Namespace, text: Mapping[str, np.ndarray]) -> str:
+    """Says what a table was measured on."""
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in text.values()))
+    seeds = len(args.seeds)
+    return (
+        f"{len(text['training']):,} characters of Python "
+        f"{platform.python_version()}'s library to train on (SHA-256 of all parts "
+        f"{digest.hexdigest()[:12]}); teacher of {args.depth} blocks, "
+        f"{args.teacher_steps:,} steps, students of {args.depth // 2}, "
+        f"{args.steps:,} steps; {seeds} seed{'s' if seeds > 1 else ''}; "
+        f"{jax.devices()[0].platform} ({os.cpu_count()} cores), JAX {jax.__version__}."
+    )
+
+
+def markdown(results: Mapping[str, object]) -> str:
+    """Renders a table and its caption."""
+    line = lambda cells: "| " + " | ".join(cells) + " |\n"
+    head = line(results["columns"]) + "|---" * len(results["columns"]) + "|\n"
+    body = "".join(map(line, results["rows"]))
+    return f"{head}{body}\n{results['caption']} `{results['command']}`\n"
+
+
+# ---------------------------------------------------------------------------
+# The command.
+
+FAST = {
+    **{"width": 16, "student_widths": [8], "teacher_steps": 4, "steps": 2},
+    **{"batch": 4, "context": 16, "positions": 24, "windows": 8},
+}
+
+
+def _weight(text):
+    key, _, number = text.partition("=")
+    if key not in METHODS:
+        raise argparse.ArgumentTypeError(
+            f"{key!r} is no method; write METHOD=LAMBDA of {', '.join(METHODS)}"
+        )
+    return key, float(number)
+
+
+def _add_options(parser):
+    number = functools.partial(parser.add_argument, metavar="N", type=int)
+    standard, keys = Path(os.__file__).parent, list(METHODS)
+    number("--depth", default=4, help="blocks of the teacher, even (%(default)s)")
+    number("--width", default=96, help="of the teacher (%(default)s)")
+    number("--student-widths", nargs="+", default=[48], help="of students (48)")
+    number("--teacher-steps", default=5000, help="updates of it (%(default)s)")
+    number("--steps", default=1500, help="updates of a student (%(default)s)")
+    number("--batch", default=8, help="windows per step (%(default)s)")
+    number("--context", default=64, help="characters per window (%(default)s)")
+    number("--positions", default=256, help="characters compared (%(default)s)")
+    number("--windows", default=2048, help="windows measured on (%(default)s)")
+    number("--seeds", nargs="+", default=[0], help="of students (0)")
+    add = parser.add_argument
+    add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
+    add("--text", type=Path, default=standard, help="folder of *.py (%(default)s)")
+    methods = {"nargs": "*", "choices": keys, "default": keys, "metavar": "METHOD"}
+    add("--methods", **methods, help=f"all by default: {', '.join(keys)}")
+    weights = {"type": _weight, "nargs": "+", "metavar": "METHOD=LAMBDA"}
+    add("--weights", **weights, default=[], help="in place of 1")
+    grid = {"type": float, "nargs": "+", "metavar": "LAMBDA"}
+    add("--choose", **grid, help="compare these lambdas on validation text instead")
+    add("--out", type=Path, help="folder for language.json and language.md (none)")
+    add("--fast", action="store_true", help="tiny: only for a test")
+
+
+def _check(args, error):
+    if args.depth < 2 or args.depth % 2:
+        error(f"--depth {args.depth}: the student has half; choose an even number")
+    for width in (args.width, *args.student_widths):
+        if width % HEADS or width < HEADS:
+            error(f"width {width}: choose a multiple of the {HEADS} heads")
+    for name in ("steps", "teacher_steps", "batch", "context"):
+        if vars(args)[name] < 1:
+            option = name.replace("_", "-")
+            error(f"--{option} {vars(args)[name]}: choose at least 1")
+    if not max(args.student_widths) + 1 < args.positions <= args.batch * args.context:
+        error(
+            f"--positions {args.positions}: choose more than the student's width + 1 "
+            f"and at most batch x context = {args.batch * args.context}"
+        )
+    if args.windows < args.batch:
+        error(f"--windows {args.windows}: choose at least --batch {args.batch}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line; a mistake ends it with one line and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    _add_options(parser)
+    if parser.parse_known_args(arguments)[0].fast:
+        parser.set_defaults(**FAST)
+    args = parser.parse_args(arguments)
+    _check(args, parser.error)
+    return args
+
+
+def _command(arguments):
+    """The command without the place that it writes to."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out")
+    _, rest = parser.parse_known_args(arguments)
+    return shlex.join(["python", "examples/language.py", *rest])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the experiment, prints its table and writes it."""
+    args = parse(arguments)
+    began = time.perf_counter()
+    text = load_text(args.text)
+    try:
+        results = (choose if args.choose else compare)(args, text)
+    except FloatingPointError as error:
+        raise SystemExit(f"error: {error}; lower its lambda or --lr") from error
+    seconds = time.perf_counter() - began, time.process_time()
+    results.update(zip(("seconds", "cpu_seconds"), seconds, strict=True))
+    results["command"] = _command(arguments)
+    say("\n" + markdown(results))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "language.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / "language.md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
