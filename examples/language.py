@@ -194,7 +194,7 @@ class Method(NamedTuple):
 
     Attributes:
       title: for tables.
-      weight: lambda; --choose compares others on the validation part.
+      weight: lambda, the best of --choose 0.03 to 100 on the validation part.
       distance: of hidden states; None: KD of the predictions of every character.
     """
 
@@ -212,11 +212,11 @@ class Method(NamedTuple):
 
 
 METHODS: Mapping[str, Method] = {
-    "procrustes": Method("Procrustes", 1.0, procrustes),
-    "gram": Method("feature Gram", 1.0, feature_gram),
+    "procrustes": Method("Procrustes", 3.0, procrustes),
+    "gram": Method("feature Gram", 10.0, feature_gram),
     "cka": Method("CKA", 1.0, cka),
-    "linear_projection": Method("linear projection", 1.0, linear_projection),
-    "kd": Method("KD", 1.0),
+    "linear_projection": Method("linear projection", 0.3, linear_projection),
+    "kd": Method("KD", 3.0),
 }
 
 # ---------------------------------------------------------------------------
@@ -352,7 +352,10 @@ def geometry(student: Network, teacher: Network, text: np.ndarray) -> dict[str, 
         network.read(text).layers[f"block_{network.model.depth}"]
         for network in (student, teacher)
     )
-    return {"procrustes": float(procrustes(x, y)), "cka": float(cka(x, y))}
+    return {
+        name: max(0.0, float(distance(x, y)))  # of equal ones, rounding may be < 0
+        for name, distance in (("procrustes", procrustes), ("cka", cka))
+    }
 
 
 # ---------------------------------------------------------------------------
@@ -564,7 +567,7 @@ def _add_options(parser):
     methods = {"nargs": "*", "choices": keys, "default": keys, "metavar": "METHOD"}
     add("--methods", **methods, help=f"all by default: {', '.join(keys)}")
     weights = {"type": _weight, "nargs": "+", "metavar": "METHOD=LAMBDA"}
-    add("--weights", **weights, default=[], help="in place of 1")
+    add("--weights", **weights, default=[], help="in place of the chosen ones")
     grid = {"type": float, "nargs": "+", "metavar": "LAMBDA"}
     add("--choose", **grid, help="compare these lambdas on validation text instead")
     add("--out", type=Path, help="folder for language.json and language.md (none)")

@@ -156,6 +156,19 @@ def test_every_method_teaches():
         assert moved == [key != "kd"] * 2
 
 
+def test_lambdas_were_chosen_on_validation_text():
+    """Each is the best of its grid, and not at its end, where a better one may lie."""
+    bits = {key: {} for key in language.METHODS}
+    for name in ("language-weights", "language-weights-low"):
+        path = ROOT / "experiments" / "results" / f"{name}.json"
+        for key, row in json.loads(path.read_text())["validation_bits"].items():
+            bits[key].update({float(weight): value for weight, value in row.items()})
+    for key, method in language.METHODS.items():
+        row = bits[key]
+        assert method.weight == min(row, key=row.get), key
+        assert min(row) < method.weight < max(row), key
+
+
 def test_lambda_is_shared_among_layers():
     pairs = language.layer_map(2, 4)
     terms = language.METHODS["cka"].terms(3.0, pairs, 30)
