@@ -316,7 +316,7 @@ def run(folder, *options):
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert (done.returncode, done.stderr) == (0, "")
     page = (folder / "language.md").read_text()
