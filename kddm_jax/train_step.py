@@ -10,6 +10,7 @@ A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)
 ``outputs`` having ``logits``, ``features`` and ``maps``.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
@@ -152,6 +153,69 @@ def _all_finite(tree):
     return jnp.all(jnp.stack(finite))
 
 
+# What students that train together share; all else of their state has a leading axis.
+_SHARED = ("step", "seed")
+
+
+def stack_states(states: Sequence[TrainState]) -> TrainState:
+    """Makes one state of several, for a step with ``together``.
+
+    Args:
+      states: of students of one network, with the same step and seed: the seed decides
+        augmentation and random distances, which they share.  Initial parameters and
+        weights may differ.
+
+    Returns:
+      The state, with a leading axis of students but for step and seed.
+
+    Raises:
+      ValueError: steps or seeds differ.
+    """
+    for name in _SHARED:
+        values = [int(getattr(state, name)) for state in states]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{name}s of students that train together must be equal, got {values}"
+            )
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return stacked.replace(**{name: getattr(states[0], name) for name in _SHARED})
+
+
+def unstack_states(state: TrainState) -> list[TrainState]:
+    """Makes the states of the students of `stack_states` again.
+
+    Args:
+      state: with a leading axis of students.
+
+    Returns:
+      One state per student.
+    """
+
+    def one(i):
+        alone = jax.tree.map(lambda leaf: leaf[i], state.replace(step=(), seed=()))
+        return alone.replace(step=state.step, seed=state.seed)
+
+    return [one(i) for i in range(len(state.weight))]
+
+
+def _by_vmap(learn, state):
+    """Each operation of all students at once; convolutions become grouped ones."""
+    axes = TrainState(0, 0, 0, step=None, seed=None, weight=0)
+    new, metrics = jax.vmap(learn, in_axes=(axes,))(state)
+    return new.replace(step=state.step + 1, seed=state.seed), metrics
+
+
+def _by_loop(learn, state):
+    """One student after the other, in one program."""
+    learnt = [learn(student) for student in unstack_states(state)]
+    stack = lambda *leaves: jnp.stack(leaves)
+    new, metrics = jax.tree.map(stack, *learnt)
+    return new.replace(step=state.step + 1, seed=state.seed), metrics
+
+
+TOGETHER: Mapping[str, Callable] = {"vmap": _by_vmap, "loop": _by_loop}
+
+
 def make_train_step(
     student_apply: ApplyFn,
     teacher_apply: ApplyFn | None,
@@ -162,6 +226,7 @@ def make_train_step(
     weight: float | jax.Array | None = None,
     head: Sequence[str] | None = None,
     axis_name: str | None = AXIS,
+    together: str | None = None,
     **loss_options: object,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes the distillation step of one device.
@@ -180,6 +245,10 @@ def make_train_step(
         of features only, as in feature-only distillation (arXiv 2511.14981).  None:
         everything learns from everything.
       axis_name: of the mapped axis; None for a single device without pmap.
+      together: "vmap" or "loop": the state is of several students (`stack_states`),
+        which see one batch and one forward pass of the teacher, and metrics have a
+        leading axis of students.  "vmap" makes each operation once for all of them,
+        "loop" one student after the other.  None: one student.
       **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``solver``, ...
 
     Returns:
@@ -190,8 +259,8 @@ def make_train_step(
       finite, the old state comes back and ``finite`` is False.
 
     Raises:
-      ValueError: a distance without a teacher; an unknown module in ``head``, when
-        the step is traced.
+      ValueError: a distance without a teacher; an unknown ``together``; an unknown
+        module in ``head``, when the step is traced.
     """
     own_weights = carries_weights(distance)
     if teacher_apply is None and not (own_weights and len(distance) == 0):
@@ -200,13 +269,23 @@ def make_train_step(
             "pass the teacher's apply function, or distance=()"
         )
 
+    if together is not None and together not in TOGETHER:
+        raise ValueError(f"unknown together {together!r}; known: {', '.join(TOGETHER)}")
+
     def step(state, teacher_variables, images, labels):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
-        teacher_features, teacher_logits = {}, None
+        guide = {}, None  # layers, logits
         if teacher_apply is not None:
             teacher, _ = teacher_apply(teacher_variables, inputs, train=False)
-            teacher_features, teacher_logits = _layers_of(teacher), teacher.logits
+            guide = _layers_of(teacher), teacher.logits
+        one = functools.partial(
+            learn, key=key, inputs=inputs, guide=guide, labels=labels
+        )
+        return one(state) if together is None else TOGETHER[together](one, state)
+
+    def learn(state, *, key, inputs, guide, labels):
+        teacher_features, teacher_logits = guide
         lam = state.weight if weight is None else weight
 
         def forward(params):
