@@ -152,3 +152,61 @@ def test_data(tmp_path):
     digits = [["digits", "first", "1797"], ["digits", "again", "1797"]]
     assert read == [*digits, ["png", "first", "80"], ["png", "again", "80"]]
     assert all(row["seconds"] > 0 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_together(tmp_path):
+    text, report = run(
+        "together.py --networks mlp --students 2 --batch-size 16 --rounds 2 --least 0",
+        tmp_path / "together.json",
+    )
+    head, rows = table(text)
+    ways = ["one by one", "vmap", "loop"]
+    assert [row[head.index("way")] for row in rows] == ways
+    assert [row["gain"] for row in report["rows"]][0] == 1
+    assert all(row["images_per_s"] > 0 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_scale(tmp_path):
+    text, report = run(
+        "scale.py --n 8 40 --classes 3 30 --d 16 --rounds 2 "
+        f"--distances w2/exact cw2 kd linear_projection --plot {tmp_path / 'a.png'}",
+        tmp_path / "scale.json",
+    )
+    head, rows = table(text)
+    assert head[1:3] == ["n = 8", "n = 40"]
+    assert rows[3][:2] == ["linear_projection", "n ≤ d + 1"]
+    by_n, by_classes = report["rows"]["n"], report["rows"]["classes"]
+    assert [row["n"] for row in by_n["w2/exact"]] == [8, 40]
+    assert {name: [row["classes"] for row in rows] for name, rows in by_classes.items()
+            } == {"cw2": [3, 30], "kd": [3, 30]}  # fmt: skip
+    assert all(row["ms"] > 0 for row in by_n["cw2"])
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_growth_of_memory_is_judged(monkeypatch):
+    """By that of the largest matrix: n x n at 10 classes, k x k beyond n."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scale
+
+    def rows(*memories, n=(512, 1024), classes=(10, 10)):
+        return [
+            {"distance": "w2", "n": size, "classes": k, "memory": memory}
+            for size, k, memory in zip(n, classes, memories, strict=True)
+        ]
+
+    grown = lambda *args, **options: scale.claims(rows(*args, **options), 64)[0][1]
+    assert grown(4e6, 16e6) == pytest.approx(1)
+    assert grown(4e6, 64e6) == pytest.approx(4)  # [n, n, d] where [n, n] is allowed
+    more = {"n": (256, 256), "classes": (1000, 2000)}
+    assert grown(4e6, 16e6, **more) == pytest.approx(1)
+    assert scale.claims(rows(1e3, 1e6), 64) == []  # too little to tell
+
+
+@pytest.mark.slow
+def test_startup(tmp_path):
+    text, report = run("startup.py --rounds 2 --no-steps", tmp_path / "startup.json")
+    head, rows = table(text)
+    assert rows[-1][0] == "kddm_jax"
+    assert len(report["imports"]["kddm_jax"]) == 2
