@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), ``meta.json``, and
 ``manifest.json``, the SHA-256 of every other file.  It is written under another name
 and renamed last, so that a killed save leaves nothing that looks like a checkpoint.
-Older ones go only after the new one stands.
+Older ones go only after the new one stands, by the same way back.
 """
 
 import contextlib
@@ -58,7 +58,8 @@ def save(
       step: names the checkpoint; an existing one of that step is replaced.
       tree: arrays of any PyTree that ``flax.serialization`` knows.
       meta: JSON-serialisable.
-      keep: number of checkpoints to keep.
+      keep: number of checkpoints to keep, this one among them.  Those of later steps,
+        damaged ones that a run had to go back behind, do not count.
 
     Returns:
       The checkpoint's folder.
@@ -75,7 +76,7 @@ def save(
     partial = target.with_suffix(".partial")
     host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_partial(target.parent)  # what killed saves have left
         partial.mkdir(parents=True)
         _check_space(partial, host)
         with _silent("absl"):
@@ -83,8 +84,8 @@ def save(
         (partial / _META).write_text(json.dumps(dict(meta), indent=1))
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # for the moment between two renames there is none
+            target.rename(target.with_suffix(".old.partial"))
         partial.rename(target)
         _sync_folder(target.parent)
     except (OSError, ValueError) as error:  # a full disk is Orbax's ValueError
@@ -94,9 +95,16 @@ def save(
             f"cannot write checkpoint {target}: {reason}; "
             "free space or choose another folder"
         ) from error
-    for old in _steps(target.parent)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in [path for path in _steps(target.parent) if path <= target][keep:]:
+        with contextlib.suppress(OSError):  # half removed, it would look damaged
+            old.rename(old.with_suffix(".partial"))
+    _remove_partial(target.parent)
     return target
+
+
+def _remove_partial(folder):
+    for path in folder.glob("step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_space(folder, tree):

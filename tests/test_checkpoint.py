@@ -293,6 +293,47 @@ def test_killed_before_the_rename(one, tmp_path, monkeypatch):
     assert_bit_equal(checkpoint.restore(path, make_state())[0], make_state(2))
 
 
+def test_killed_saves_of_other_steps_go(one, tmp_path):
+    """Their number would grow with every kill."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(one, folder)
+    for left in ("step-00000007.partial", "step-00000001.old.partial"):
+        shutil.copytree(one / "step-00000001", folder / left)
+    checkpoint.save(folder, 2, make_state(), {})
+    assert names(folder) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_killed_while_old_ones_go(two, step, monkeypatch):
+    """What is half removed, replaced or too old, is no damaged checkpoint."""
+
+    def remove_half(path, **options):
+        largest_file(path).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", remove_half)
+        with pytest.raises(Killed):
+            checkpoint.save(two, step, make_state(1), {}, keep=1)
+    assert checkpoint.latest(two) == two / f"step-{step:08d}"
+    for path in two.iterdir():
+        if path.suffix != ".partial":
+            checkpoint.verify(path)
+    checkpoint.save(two, step + 1, make_state(1), {}, keep=1)
+    assert names(two) == [f"step-{step + 1:08d}"]
+
+
+def test_damaged_ones_ahead_do_not_count(two):
+    """A run that went back behind a damaged checkpoint keeps its own whole ones."""
+    shutil.copytree(two / "step-00000002", two / "step-00000009")
+    truncate(two / "step-00000009")
+    for step in (3, 4):
+        checkpoint.save(two, step, make_state(), {}, keep=1)
+    assert names(two) == ["step-00000004", "step-00000009"]
+    with pytest.warns(UserWarning, match="step-00000009 is damaged"):
+        assert checkpoint.latest(two) == two / "step-00000004"
+
+
 def test_only_a_killed_save_is_no_checkpoint(one, tmp_path):
     shutil.copytree(one / "step-00000001", tmp_path / "step-00000001.partial")
     assert checkpoint.latest(tmp_path) is None
