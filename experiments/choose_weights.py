@@ -16,6 +16,7 @@ from pathlib import Path
 import cifar  # sets the environment before JAX is imported
 import layers
 import runs
+from progress import RunError
 from rich.table import Table
 from settings import UserError, as_json, check, parse
 from teacher import find_teacher, load_teacher
@@ -53,7 +54,7 @@ def choose(settings, grid, console) -> dict[str, object]:
                 try:
                     result = runs.train(problem, run, model, teacher, reporter)
                     reached = result["accuracy"]
-                except runs.RunError:  # a lambda may be far too large
+                except RunError:  # a lambda may be far too large
                     reached = 0.0
                 row = accuracy[run.name]
                 share = reached / len(settings.seeds)

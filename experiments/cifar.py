@@ -23,6 +23,8 @@ from pathlib import Path
 import layers
 import report
 import runs
+import signals
+from progress import RunError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from settings import Settings, UserError, as_json, parse
@@ -176,7 +178,7 @@ def _show_warning(message, *_, **__):
 def answer_errors(work) -> int:
     """Runs ``work``; mistakes become one line and an exit status."""
     try:
-        with warnings.catch_warnings():
+        with signals.listening(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             work()
     except (UserError, DataError, CheckpointError) as error:
@@ -186,12 +188,15 @@ def answer_errors(work) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         print(f"error: {what}", file=sys.stderr)
         return 2
-    except runs.RunError as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
+    except signals.Terminated:
+        print("stopped by SIGTERM; the same command continues", file=sys.stderr)
+        return signals.STATUS
     return 0
 
 

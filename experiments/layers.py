@@ -97,8 +97,8 @@ def choose(problem: runs.Problem, teacher, console: Console) -> None:
             "pairs": [f"{a}:{b}" for a, b in zip(own, best, strict=True)],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, record)
         report.quality_plot(record, path.with_suffix(".png"))
+        runs.write_json(path, record)  # last: without it both are made again
     problem.chosen_layers = tuple(record["pairs"])
     report.show_quality(record, console)
     method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))

@@ -5,8 +5,10 @@ A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its r
 result in an existing folder is refused before anything starts.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -26,11 +28,13 @@ import models
 import numpy as np
 import optax
 import pretrained
+import signals
 import views
 from flax import linen as nn
+from progress import Progress
 from settings import FEATURE_ONLY, Settings, UserError, as_json, weight_of
 
-from kddm_jax import augment, checkpoint, data, resnet, stream, train_step
+from kddm_jax import augment, data, resnet, stream, train_step
 from kddm_jax.losses import carries_weights
 from kddm_jax.projectors import without_projectors
 
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from teacher import Teacher
 
 EVAL_BATCH = 500
+LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
 ALONE = ("teacher", "student")  # runs without a teacher
 # What decides a teacher's result, and a student's beside the teacher itself.
 SHARED_FIELDS = (
@@ -57,10 +62,6 @@ DISTILLED_FIELDS = (
     *("scale", "layers", "projector", "view"),
 )
 FEATURE_ONLY_FIELDS = (*DISTILLED_FIELDS, "head", "quality_images")
-
-
-class RunError(Exception):
-    """A run had to stop; one line says where and what to continue from."""
 
 
 def _commit() -> str:
@@ -95,8 +96,16 @@ def environment(devices) -> dict[str, object]:
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    try:
+        with partial.open("w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:  # a full disk names no file
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # ---------------------------------------------------------------------------
@@ -232,6 +241,8 @@ class Problem:
         Streamed or resident, one program reads both: ``scan_steps`` looks its images
         up among those it is given, all or only its own.
         """
+        if not len(order):
+            return
         count = len(self.devices)
         rows = stream.reads(order, length=length, shares=range(count), of=count)
         if of_views or not self.streams:
@@ -537,6 +548,7 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
     size = -(-min(EVAL_BATCH, len(labels)) // devices) * devices
     correct = 0
     for start in range(0, len(labels), size):
+        signals.check()
         x, y = images[start : start + size], labels[start : start + size]
         short = size - len(y)
         x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
@@ -594,6 +606,53 @@ def _train_program(problem, run, method, model, teacher, tx, length):
     return problem.programs[key]
 
 
+def _epoch(problem, run, progress, program, fixed, length, report):
+    """Takes the steps that are left of an epoch; gives images per second."""
+    settings, epoch = problem.settings, len(progress.history)
+    began = looked = time.monotonic()
+    counted, waiting = 0, []
+    speed = lambda: counted / max(time.monotonic() - began, 1e-6)
+
+    def look(dispatches):
+        for metrics in jax.device_get(dispatches):
+            progress.take(metrics, stop=True)
+        if dispatches:
+            report(
+                run,
+                epoch=epoch,
+                done=progress.step,
+                total=run.epochs * progress.steps,
+                metrics=metrics,
+                speed=speed(),
+            )
+
+    order = epoch_order(run, epoch, settings.batch_size)
+    of_views = _on_views(problem, run)
+    if of_views:
+        order = problem.views.order(order, run.seed, epoch)
+    order = order[progress.tally.steps :]
+    for inputs in problem.dispatches(order, length, of_views=of_views):
+        progress.state, metrics = program(progress.state, fixed, *inputs)
+        counted += length * settings.batch_size
+        waiting.append(metrics)
+        if progress.first_step is None:  # compiling is no part of the speed
+            jax.block_until_ready(metrics)
+            progress.first_step = time.monotonic() - progress.began
+            began, counted = time.monotonic(), 0
+        if time.monotonic() - looked >= LOOK_SECONDS:
+            look(waiting[:-1])  # not at the newest: the device never waits
+            del waiting[:-1]
+            looked = time.monotonic()
+        if signals.asked() or progress.due(settings.checkpoint_seconds):
+            look(waiting)  # a checkpoint's state and tally are of one step
+            waiting.clear()
+            signals.check()
+            if progress.tally.steps < progress.steps:
+                progress.save()
+    look(waiting)
+    return speed()
+
+
 def train(
     problem: Problem,
     run: Run,
@@ -615,6 +674,7 @@ def train(
 
     Raises:
       RunError: loss or gradient were not finite.
+      Terminated: SIGTERM came; there is a checkpoint of the newest step.
       UserError: the folder's run was made by other settings.
       CheckpointError: checkpoints cannot be written, or all are damaged.
     """
@@ -638,75 +698,47 @@ def train(
         key = jax.random.fold_in(jax.random.key(run.seed), 1)
         variables = methods.with_projectors(method, variables, key, problem.shapes[0])
     state = train_step.create_state(variables, tx, seed=run.seed, weight=run.weight)
-    history, seconds, last = [], 0.0, checkpoint.latest(folder / "checkpoints")
-    if last is not None:
-        state, meta = checkpoint.restore(last, state)
-        history, seconds = meta["history"], meta["seconds"]
-    state = train_step.replicate(state, problem.devices)
+    about = {
+        "run": run.identity,
+        "num_classes": problem.num_classes,
+        "channels": problem.channels,
+    }
+    title = f"{run.name} seed {run.seed}"
+    progress = Progress(title, folder / "checkpoints", about, steps, state)
+    progress.state = train_step.replicate(progress.state, problem.devices)
 
     # --- epochs ------------------------------------------------------------------
-    length = _steps_per_dispatch(settings, steps)
+    # From a checkpoint within an epoch on, dispatches must end with it, too.
+    length = _steps_per_dispatch(settings, math.gcd(steps, progress.tally.steps))
     program = _train_program(problem, run, method, model, teacher, tx, length)
     fixed = _what_teaches(problem, run, method, teacher)
-    of_views = _on_views(problem, run)
-    began = saved = time.monotonic()
-    first_step = None
-    for epoch in range(len(history), run.epochs):
-        order = epoch_order(run, epoch, settings.batch_size)
-        collected, epoch_began, counted = [], time.monotonic(), 0
-        if of_views:
-            order = problem.views.order(order, run.seed, epoch)
-        for inputs in problem.dispatches(order, length, of_views=of_views):
-            state, metrics = program(state, fixed, *inputs)
-            collected.append(metrics)
-            counted += length * settings.batch_size
-            if first_step is None:  # compiling is no part of the speed
-                jax.block_until_ready(metrics)
-                first_step = time.monotonic() - began
-                epoch_began, counted = time.monotonic(), 0
-            if len(collected) > 1:  # look one dispatch back: the device never waits
-                report(
-                    run,
-                    epoch=epoch,
-                    done=epoch * steps + (len(collected) - 1) * length,
-                    total=run.epochs * steps,
-                    metrics=collected[-2],
-                    speed=counted / max(time.monotonic() - epoch_began, 1e-6),
-                )
-        means = _epoch_means(jax.device_get(collected), run, epoch, steps, last)
-        speed = counted / max(time.monotonic() - epoch_began, 1e-6)
-        record = {
-            "epoch": epoch + 1,
-            "lr": float(schedule(epoch * steps)),
-            **means,
-        }
-        final = epoch + 1 == run.epochs
-        if final or (epoch + 1) % settings.eval_every == 0:
-            deployed = without_projectors(state.variables)
-            record["test_accuracy"] = evaluate(problem, model, deployed)
-        history.append(record)
-        report(
-            run,
-            epoch=epoch,
-            done=(epoch + 1) * steps,
-            total=run.epochs * steps,
-            metrics=record,
-            speed=speed,
-        )
-        now = time.monotonic()
-        if final or now - saved >= settings.checkpoint_seconds:
-            spent = seconds + now - began
-            meta = {
-                "run": run.identity,
-                "history": history,
-                "seconds": spent,
-                "num_classes": problem.num_classes,
-                "channels": problem.channels,
+    with progress.running():
+        for epoch in range(len(progress.history), run.epochs):
+            speed = _epoch(problem, run, progress, program, fixed, length, report)
+            record = {
+                "epoch": epoch + 1,
+                "lr": float(schedule(epoch * steps)),
+                **progress.means(),
+                "skipped": progress.tally.skipped,
             }
-            last = checkpoint.save(folder / "checkpoints", epoch + 1, state, meta)
-            saved = now
+            final = epoch + 1 == run.epochs
+            if final or (epoch + 1) % settings.eval_every == 0:
+                deployed = without_projectors(progress.state.variables)
+                record["test_accuracy"] = evaluate(problem, model, deployed)
+            progress.end_epoch(record)
+            report(
+                run,
+                epoch=epoch,
+                done=progress.step,
+                total=run.epochs * steps,
+                metrics=record,
+                speed=speed,
+            )
+            if final or progress.due(settings.checkpoint_seconds):
+                progress.save()
 
     # --- result ------------------------------------------------------------------
+    history = progress.history
     evaluated = [r for r in history if "test_accuracy" in r]
     best = max(evaluated, key=lambda r: r["test_accuracy"])
     result = {
@@ -720,27 +752,10 @@ def train(
         "settings": run.identity,
         "history": history,
         "timing": {
-            "seconds": seconds + time.monotonic() - began,
-            "seconds_to_first_step": first_step,
+            "seconds": progress.seconds,
+            "seconds_to_first_step": progress.first_step,
         },
         "environment": environment(problem.devices),
     }
     write_json(result_path, result)
     return result
-
-
-def _epoch_means(collected, run, epoch, steps, last):
-    """Means over an epoch's steps; stops at the first non-finite one."""
-    columns = {
-        name: np.concatenate([np.atleast_1d(m[name]) for m in collected])
-        for name in collected[0]
-    }
-    bad = np.flatnonzero(~columns.pop("finite").astype(bool))
-    if bad.size:
-        at = {name: float(column[bad[0]]) for name, column in columns.items()}
-        kept = f"last checkpoint: {last}" if last else "no checkpoint yet"
-        raise RunError(
-            f"{run.name} seed {run.seed}: loss or gradient not finite at step "
-            f"{epoch * steps + bad[0] + 1} ({at}); lower --lr or the weight; {kept}"
-        )
-    return {name: float(np.mean(column)) for name, column in columns.items()}

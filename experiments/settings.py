@@ -161,7 +161,8 @@ class Settings:
     eval_every: int = 1
     """Epochs between evaluations; the last epoch always is."""
     checkpoint_seconds: float = 30.0
-    """Least time between checkpoints; the end of a run always is one."""
+    """Least time between checkpoints, which lie between any two dispatches; the end of
+    a run, and SIGTERM, always make one."""
     compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
     """Compiled programs of earlier commands."""
     progress: bool = True

@@ -1,0 +1,165 @@
+"""How far a run has come: what its checkpoints hold.
+
+A checkpoint may lie between any two dispatches.  It then holds what the epoch's steps
+add up to so far, in float64 and in their order, so that a run that is cut anywhere and
+continued ends with the same history, to the last bit.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import signals
+
+from kddm_jax import checkpoint, train_step
+
+
+class RunError(Exception):
+    """A run had to stop; one line says where and what to continue from."""
+
+
+@dataclass
+class Tally:
+    """What the steps of an epoch add up to.
+
+    Attributes:
+      steps: taken.
+      skipped: of these, those without finite loss and gradient; no sum has them.
+      sums: of the metrics.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping) -> None:
+        """Adds the steps of a dispatch, on the host."""
+        columns = {k: np.atleast_1d(v).astype(np.float64) for k, v in metrics.items()}
+        finite = columns.pop("finite") > 0
+        for name, column in columns.items():
+            total = float(np.sum(column[finite]))
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        self.steps += finite.size
+        self.skipped += int(np.sum(~finite))
+
+    def means(self) -> dict[str, float]:
+        """Of each metric, over the steps that were not skipped."""
+        kept = self.steps - self.skipped
+        return {name: total / kept for name, total in self.sums.items()}
+
+
+def _first_not_finite(metrics):
+    """Place and terms of a dispatch's first step without finite loss and gradient."""
+    bad = np.flatnonzero(~np.atleast_1d(metrics["finite"]).astype(bool))
+    if not bad.size:
+        return None
+    terms = {k: float(np.atleast_1d(v)[bad[0]]) for k, v in metrics.items()}
+    terms.pop("finite")
+    return int(bad[0]), terms
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+      title: of the run, in messages.
+      folder: of its checkpoints.
+      about: what each of them says of the run.
+      steps: in an epoch.
+      state: after the newest step.
+      history: a record of each epoch that has ended.
+      tally: of the epoch that has not.
+      earlier: seconds that earlier commands spent on it.
+      first_step: seconds to the end of this command's first step.
+      last: the newest checkpoint, None before the first.
+    """
+
+    title: str
+    folder: Path
+    about: Mapping[str, object]
+    steps: int
+    state: train_step.TrainState
+    history: list[dict[str, object]] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    earlier: float = 0.0
+    first_step: float | None = None
+    last: Path | None = None
+
+    def __post_init__(self):
+        """Goes on from the newest checkpoint that is whole."""
+        self.began = self.saved = time.monotonic()
+        self.last = checkpoint.latest(self.folder)
+        if self.last is not None:
+            self.state, meta = checkpoint.restore(self.last, self.state)
+            self.history, self.earlier = meta["history"], meta["seconds"]
+            self.tally = Tally(**meta.get("tally", {}))
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return len(self.history) * self.steps + self.tally.steps
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, by earlier commands too."""
+        return self.earlier + time.monotonic() - self.began
+
+    def take(self, metrics: Mapping, *, stop: bool) -> None:
+        """Counts the steps of a dispatch; ``stop``: not past one that is not finite."""
+        found = _first_not_finite(metrics) if stop else None
+        if found is not None:
+            place, terms = found
+            said = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
+            last = f"last checkpoint: {self.last}" if self.last else "no checkpoint yet"
+            raise RunError(
+                f"{self.title}: loss or gradient not finite at step "
+                f"{self.step + place + 1} ({said}); lower --lr or the weight in "
+                f"another --out; {last}"
+            )
+        self.tally.add(metrics)
+
+    def means(self) -> dict[str, float]:
+        """Means over the epoch's steps."""
+        tally, epoch = self.tally, len(self.history) + 1
+        if tally.skipped == tally.steps:
+            raise RunError(
+                f"{self.title}: loss or gradient not finite at any of the "
+                f"{tally.steps} steps of epoch {epoch}; lower --lr or the weight in "
+                "another --out"
+            )
+        return tally.means()
+
+    def end_epoch(self, record: dict[str, object]) -> None:
+        """Closes the epoch's tally."""
+        self.history.append(record)
+        self.tally = Tally()
+
+    def due(self, seconds: float) -> bool:
+        """Whether the last checkpoint is as old as that."""
+        return time.monotonic() - self.saved >= seconds
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        meta = {
+            **self.about,
+            "history": self.history,
+            "tally": asdict(self.tally),
+            "seconds": self.seconds,
+        }
+        self.last = checkpoint.save(self.folder, self.step, self.state, meta)
+        self.saved = time.monotonic()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The time that counts; SIGTERM is answered by a save, at `signals.check`."""
+        self.began = self.saved = time.monotonic()
+        with signals.held():
+            try:
+                yield
+            except signals.Terminated:
+                self.save()
+                raise
