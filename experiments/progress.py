@@ -7,6 +7,7 @@ continued ends with the same history, to the last bit.
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,21 @@ class Tally:
         """Of each metric, over the steps that were not skipped."""
         kept = self.steps - self.skipped
         return {name: total / kept for name, total in self.sums.items()}
+
+    def complaints(self) -> Iterator[str]:
+        """What a reader should know of these steps, a line each."""
+        if self.skipped:
+            yield (
+                f"{self.skipped} of {self.steps} steps skipped: loss or gradient not "
+                "finite"
+            )
+        for name, mean in self.means().items():
+            term, _, stat = name.rpartition("/")
+            if stat == "converged" and mean < 1:
+                yield (
+                    f"the solver of {term} did not converge in {100 * (1 - mean):.1f} "
+                    "% of the steps: value and gradient are rough there"
+                )
 
 
 def _first_not_finite(metrics):
@@ -118,12 +134,12 @@ class Progress:
             raise RunError(
                 f"{self.title}: loss or gradient not finite at step "
                 f"{self.step + place + 1} ({said}); lower --lr or the weight in "
-                f"another --out; {last}"
+                f"another --out, or leave such steps out by --on-nonfinite skip; {last}"
             )
         self.tally.add(metrics)
 
     def means(self) -> dict[str, float]:
-        """Means over the epoch's steps."""
+        """Means over the epoch's steps; warns of what went wrong in them."""
         tally, epoch = self.tally, len(self.history) + 1
         if tally.skipped == tally.steps:
             raise RunError(
@@ -131,6 +147,8 @@ class Progress:
                 f"{tally.steps} steps of epoch {epoch}; lower --lr or the weight in "
                 "another --out"
             )
+        for complaint in tally.complaints():
+            warnings.warn(f"{self.title}: epoch {epoch}: {complaint}", stacklevel=3)
         return tally.means()
 
     def end_epoch(self, record: dict[str, object]) -> None:

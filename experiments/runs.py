@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 EVAL_BATCH = 500
 LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
 ALONE = ("teacher", "student")  # runs without a teacher
-# What decides a teacher's result, and a student's beside the teacher itself.
+# What decides a teacher's result, and a student's beside the teacher itself.  Not
+# on_nonfinite: a run that it stops has no result, and may go on by skipping.
 SHARED_FIELDS = (
     *("dataset", "image_size"),
     *("train_images", "test_images", "held_out", "eval_every"),
@@ -615,7 +616,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
 
     def look(dispatches):
         for metrics in jax.device_get(dispatches):
-            progress.take(metrics, stop=True)
+            progress.take(metrics, stop=settings.on_nonfinite == "stop")
         if dispatches:
             report(
                 run,

@@ -163,6 +163,9 @@ class Settings:
     checkpoint_seconds: float = 30.0
     """Least time between checkpoints, which lie between any two dispatches; the end of
     a run, and SIGTERM, always make one."""
+    on_nonfinite: str = "stop"
+    """stop or skip: what follows a step whose loss or gradient is not finite.  Either
+    way it changes nothing; skip goes on, counts such steps in the history and warns."""
     compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
     """Compiled programs of earlier commands."""
     progress: bool = True
@@ -345,6 +348,7 @@ def _check_choices(settings):
         "scale": (None, "teacher"),
         "projector": (None, "dense", "conv", "conv3"),
         "view": ("pool", "positions"),
+        "on_nonfinite": ("stop", "skip"),
     }.items():
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)

@@ -1,18 +1,22 @@
-"""Runs that are cut: by a kill at any moment, SIGTERM, a full disk.  What is
-continued ends like what was never cut, to the last bit.
+"""Runs that are cut: by a kill at any moment, SIGTERM, a full disk, numbers that go
+wrong.  What is continued ends like what was never cut, to the last bit.
 """
 
 import contextlib
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 
+import jax
 import numpy as np
 import pytest
 from test_experiments import (  # the fixtures are used by name
@@ -36,6 +40,7 @@ import cifar  # isort: skip
 import runs  # isort: skip
 import signals  # isort: skip
 from progress import Progress, RunError, Tally  # isort: skip
+from settings import parse  # isort: skip
 
 STEPS = 4  # in an epoch of TINY, which has two
 
@@ -93,6 +98,9 @@ def test_tally_of_skipped_steps_stays_finite():
     tally.add({"loss": np.array([np.nan, 1.0]), "finite": np.array([False, True])})
     tally.add({"loss": np.array([3.0, np.inf]), "finite": np.array([True, False])})
     assert tally.means() == {"loss": 2.0}
+    assert list(tally.complaints()) == [
+        "2 of 4 steps skipped: loss or gradient not finite"
+    ]
 
 
 @pytest.mark.parametrize("cut", range(8))
@@ -108,6 +116,14 @@ def test_tally_cut_anywhere_is_the_same(cut):
         tally.add(metrics)
     assert vars(tally) == vars(whole)
     assert tally.means() == whole.means()
+
+
+def test_steps_whose_solver_did_not_converge_are_told():
+    tally, steps = Tally(), np.array([1.0, 0.0, 1.0, 1.0], np.float32)
+    finite = np.ones(4, bool)
+    tally.add({"w2/converged": steps, "cw2@stem/converged": finite, "finite": finite})
+    (complaint,) = tally.complaints()
+    assert complaint.startswith("the solver of w2 did not converge in 25.0 % of the")
 
 
 def a_progress(folder, state=None):
@@ -151,7 +167,7 @@ def test_step_that_is_not_finite_stops_with_all_there_is_to_know(tmp_path):
         one.take(step_of(np.nan, False), stop=True)
     one.save()
     before = vars(one.tally).copy()
-    with pytest.raises(RunError, match="another --out; .*/step-00000001") as caught:
+    with pytest.raises(RunError, match="another --out.*skip.*/step-00000001") as caught:
         one.take(step_of(np.nan, False), stop=True)
     assert "\n" not in str(caught.value)
     assert vars(one.tally) == before
@@ -306,6 +322,112 @@ def test_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------
+# Numbers that go wrong.
+
+# Not finite in some batches; a solver that stops at once.
+WRONG = """
+import jax.numpy as jnp
+from kddm_jax import DISTANCES, Distance
+
+def broken(x, y, labels):
+    return jnp.mean((x - y) ** 2) + jnp.where(labels[0] == BAD, jnp.nan, 0)
+
+BROKEN = Distance(broken, inputs=("features", "labels"))
+ROUGH = DISTANCES["w2"]._replace(
+    options={"solver": "entropic", "threshold": 1e-7, "max_iterations": 10}
+)
+"""
+
+
+def first_labels(problem, run):
+    """Of the first image of each batch."""
+    orders = [runs.epoch_order(run, epoch, 32)[:, 0] for epoch in range(run.epochs)]
+    return problem.dataset.train_labels[np.concatenate(orders)]
+
+
+def test_steps_that_are_not_finite(
+    shared,  # noqa: F811
+    finished,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    """Stops with what is known; skips on request, and both give the same history."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for run in ("teacher", "student"):
+        shutil.copytree(finished / "out" / run, tmp_path / "out" / run)
+    line = (*tiny(shared, "out"), "--distances", "wrong:BROKEN", "--devices", 1)
+    problem = runs.prepare(parse([*map(str, line[:-4])]), tmp_path)
+    run = runs.Run("any", 1, 0.0, 2, problem.parts.student, {})
+    labels = first_labels(problem, run)
+    bad = labels[5]  # the second step of the second epoch, at the earliest
+    expected = labels == bad
+    assert 0 < expected[STEPS:].sum() < STEPS
+    (tmp_path / "wrong.py").write_text(WRONG.replace("BAD", str(bad)))
+
+    # --- stop, the default; again at the same step -----------------------------
+    at = int(np.argmax(expected)) + 1
+    for _ in range(2):
+        assert call(*line, "--checkpoint-seconds", 0) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: wrong:BROKEN seed 1: loss or gradient not fin")
+        assert f"at step {at} (" in error
+        assert "wrong:BROKEN nan" in error
+        kept = tmp_path / "out" / "wrong.BROKEN" / "seed1" / "checkpoints"
+        assert error.endswith(f"step-{at - 1:08d}\n")
+        assert checkpoint.latest(kept).name == f"step-{at - 1:08d}"
+
+    # --- skip, in the same folder ------------------------------------------------
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert call(*line, "--on-nonfinite", "skip") == 0
+    told = [m for m in capsys.readouterr().err.splitlines() if m.startswith("warning")]
+    counts = expected.reshape(2, STEPS).sum(axis=1)
+    assert told == [
+        f"warning: wrong:BROKEN seed 1: epoch {epoch + 1}: {count} of {STEPS} steps "
+        "skipped: loss or gradient not finite"
+        for epoch, count in enumerate(counts)
+        if count
+    ]
+    result = json.loads((kept.parent / "result.json").read_text())
+    assert [record["skipped"] for record in result["history"]] == list(counts)
+    assert all(np.isfinite(record["loss"]) for record in result["history"])
+    state = checkpoint.restore_arrays(checkpoint.latest(kept))[0]
+    assert state["step"] == 2 * STEPS - counts.sum()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_solver_that_does_not_converge(
+    shared,  # noqa: F811
+    finished,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
+    """Told once in an epoch, and written down."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for run in ("teacher", "student"):
+        shutil.copytree(finished / "out" / run, tmp_path / "out" / run)
+    (tmp_path / "wrong.py").write_text(WRONG.replace("BAD", "0"))
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    line = (*tiny(shared, "out"), "--distances", "wrong:ROUGH", "--devices", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert call(*line) == 0
+    told = [m for m in capsys.readouterr().err.splitlines() if m.startswith("warning")]
+    assert len(told) == 2
+    for epoch, message in enumerate(told, start=1):
+        said = f"warning: wrong:ROUGH seed 1: epoch {epoch}: the solver of .* did not "
+        assert re.match(f"{said}converge in 100.0 % of the steps", message)
+    history = results_of(tmp_path / "out")["runs"][-1]["history"]
+    for record in history:
+        (name,) = [name for name in record if name.endswith("/converged")]
+        assert record[name] == 0.0
 
 
 # ---------------------------------------------------------------------------
