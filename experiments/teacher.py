@@ -83,9 +83,21 @@ class Source:
         return runs.teacher_run(self.problem).folder(self.problem.out)
 
     @property
+    def finished(self) -> bool:
+        """Whether the run has a result."""
+        return (self._folder / "result.json").exists()
+
+    @property
     def trained(self) -> bool:
-        """Whether there is something to read."""
-        return self.given is not None or (self._folder / "result.json").exists()
+        """Whether there is something to read: not if the last checkpoint is damaged."""
+        if self.given is not None or not self.finished:
+            return self.given is not None
+        meta = checkpoint.read_meta(find_checkpoint(self._folder))
+        return len(meta["history"]) == self.problem.settings.teacher_epochs
+
+    def forget_result(self) -> None:
+        """Lets the run go on from the checkpoint that it has."""
+        (self._folder / "result.json").unlink(missing_ok=True)
 
     @cached_property
     def variables(self):
@@ -146,15 +158,19 @@ def find_teacher(problem: runs.Problem) -> Source:
     return Source(problem, problem.model(name, made["width"]), made["width"], path)
 
 
-def known_digest(source: Source) -> str:
-    """Digest of the teacher to come, where it is trained already."""
-    return source.digest if source.trained else "not trained yet"
+def known_digest(source: Source) -> str | None:
+    """Digest of the teacher to come; None where only its end is to be made again."""
+    if source.trained:
+        return source.digest
+    return None if source.finished else "not trained yet"
 
 
 def load_teacher(source: Source, report) -> Teacher:
     """Trains the teacher, or takes the checkpoint that was given."""
     problem, model, result = source.problem, source.model, None
     if source.given is None:
+        if not source.trained:
+            source.forget_result()
         run = runs.teacher_run(problem)
         result = runs.train(problem, run, model, None, report)
     replicated = train_step.replicate(source.variables, problem.devices)

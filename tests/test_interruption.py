@@ -293,6 +293,17 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert "student seed 1: epoch 1" not in said
     assert_same_runs(out, finished / "out", (("teacher", 0), ("student", 1)))
 
+    # --- a teacher's end that is damaged is made again ---------------------------
+    last = out / "teacher" / "seed0" / "checkpoints" / f"step-{2 * STEPS:08d}"
+    (last / "meta.json").write_text("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert call(*line) == 0
+    said = capsys.readouterr()
+    assert f"step-{2 * STEPS:08d} is damaged: meta.json" in said.err
+    assert "teacher: epoch 1 " in said.out  # from its end, before it was evaluated
+    assert_same_runs(out, finished / "out", (("teacher", 0), ("student", 1)))
+
 
 def test_sigterm_outside_training_stops_at_once(tmp_path, capsys, monkeypatch):
     """Nothing waits for data that take minutes to read."""
