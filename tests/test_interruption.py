@@ -442,6 +442,39 @@ def test_solver_that_does_not_converge(
 
 
 # ---------------------------------------------------------------------------
+# The same bits.
+
+
+def test_two_processes_give_the_same_bits(
+    shared,  # noqa: F811
+    finished,  # noqa: F811
+    tmp_path,
+):
+    """One is this one; the other never saw it."""
+    assert call(*tiny(shared, tmp_path), "--distances", "--devices", 1) == 0
+    assert_same_runs(tmp_path, finished / "out", (("teacher", 0), ("student", 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_two_processes_compile_and_give_the_same_bits(devices, tmp_path):
+    """As users run it: optimised programs, each process its own."""
+    env = environ(JAX_NUM_CPU_DEVICES=str(devices))
+    del env["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    names = ("w2", "cw2_gaussian")
+    line = (*TINY, "--compilation-cache", "None", "--distances", *names, "--out", "out")
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        done = command(*line, cwd=tmp_path / place, env=env)
+        assert done.returncode == 0, done.stderr
+        assert f"{devices} cpu device(s)" in done.stdout
+    outs = [tmp_path / place / "out" for place in ("one", "two")]
+    runs_of = (("teacher", 0), *((name, 1) for name in ("student", *names)))
+    assert_same_runs(*outs, runs_of)
+    assert timeless(results_of(outs[0])) == timeless(results_of(outs[1]))
+
+
+# ---------------------------------------------------------------------------
 # kill -9.
 
 
