@@ -299,20 +299,26 @@ def _options(row, term, num_classes):
     return options
 
 
-def _over_devices(value, stats, row, labels, axis_name):
-    """The mean of all images, padding left out, and the worst that a device says."""
+def _over_images(value, row, labels, axis_name, groups):
+    """The mean of a group's images, padding left out."""
     count = jnp.ones((), value.dtype)
     if "labels" in row.inputs:
         count = jnp.sum(labels >= 0).astype(value.dtype)
-    total, images = jax.lax.pmean((count * value, count), axis_name)
+    total, images = jax.lax.pmean(
+        (count * value, count), axis_name, axis_index_groups=groups
+    )
+    return total / jnp.maximum(images, 1e-6)
+
+
+def _worst(stats, axis_name):
+    """The worst that a device says."""
     # neither has a derivative by axis, which diagnostics have no need of
     worst = lambda name: jax.lax.pmin if name == "converged" else jax.lax.pmax
     stats = jax.lax.stop_gradient(stats)
-    stats = {name: worst(name)(stat, axis_name) for name, stat in stats.items()}
-    return total / jnp.maximum(images, 1e-6), stats
+    return {name: worst(name)(stat, axis_name) for name, stat in stats.items()}
 
 
-def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
+def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name, groups):
     """Value and diagnostics of a term: of the global batch if there is an axis."""
     row = get_distance(term.distance)
     # A mean over images needs no gathering: the mean of the devices' means is it.
@@ -329,20 +335,51 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name):
             f"got shape {list(jnp.shape(value))}"
         )
     if local_only:
-        labels = local["labels"]
-        value, stats = _over_devices(value, stats, row, labels, axis_name)
+        value = _over_images(value, row, local["labels"], axis_name, groups)
     if scale == "teacher" and "squared" in row.promises and _takes_layers(term):
         pair = _pair(term, gathered)
         (_, y), labels = _matrices(pair, gathered["labels"], term.view)
         value = _per_deviation(value, y, labels)
+    if groups is not None:
+        # Every device holds its group's value; averaged over devices they have the
+        # mean over groups, and so have the gradients that the caller averages.
+        value = jax.lax.pmean(value, axis_name)
+    if local_only or groups is not None:
+        stats = _worst(stats, axis_name)
     return value, stats
 
 
-def _gather(tree, axis_name):
+def _groups_of(axis_name, group_size):
+    """Devices that gather from each other, ``axis_index_groups``; None: all."""
+    if group_size is None:
+        return None
+    if axis_name is None:
+        raise ValueError(
+            f"group_size={group_size} groups the devices of an axis, but axis_name is "
+            "None; pass axis_name, or leave group_size out"
+        )
+    devices = jax.lax.axis_size(axis_name)
+    if group_size < 1 or devices % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not divide the {devices} devices of axis "
+            f"{axis_name!r}; choose a divisor of {devices}"
+        )
+    if group_size == devices:
+        return None
+    return [
+        list(range(start, start + group_size))
+        for start in range(0, devices, group_size)
+    ]
+
+
+def _gather(tree, axis_name, groups=None):
     if axis_name is None:
         return tree
     return jax.tree.map(
-        lambda a: jax.lax.all_gather(a, axis_name, axis=0, tiled=True), tree
+        lambda a: jax.lax.all_gather(
+            a, axis_name, axis=0, tiled=True, axis_index_groups=groups
+        ),
+        tree,
     )
 
 
@@ -360,6 +397,7 @@ def distill_loss(
     key: jax.Array | None = None,
     num_classes: int | None = None,
     axis_name: str | None = None,
+    group_size: int | None = None,
     **options: object,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     r"""Computes the distillation loss and its terms.
@@ -369,6 +407,10 @@ def distill_loss(
     No gradient reaches the teacher.  Under ``axis_name`` (pmap, or shard_map with
     ``check_vma=False``) arrays are gathered first, so that every device computes the
     loss of the *global* batch; average the gradients with ``pmean``, never sum them.
+
+    With ``group_size`` features are gathered within groups of that many devices only,
+    which is another loss: the mean over groups of the distance within each.  The
+    cross-entropy remains that of the global batch.
 
     Args:
       student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
@@ -389,6 +431,8 @@ def distill_loss(
       key: for random distances.
       num_classes: checks concrete labels.
       axis_name: of the mapped axis that holds the devices' shares of the batch.
+      group_size: devices of a group, neighbours along the axis; None: all, the
+        distance of the global batch.
       **options: of the distance (``solver``, ``covariance``, ...).  Not with Terms.
 
     Returns:
@@ -396,7 +440,8 @@ def distill_loss(
       unweighted, and its diagnostics as ``"name/converged"`` and so on.
 
     Raises:
-      ValueError: shapes, unknown names, a negative weight, a missing key or logits.
+      ValueError: shapes, unknown names, a negative weight, a missing key or logits, a
+        ``group_size`` that does not divide the devices.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.
@@ -429,9 +474,14 @@ def distill_loss(
     }
     for name in ("teacher", "teacher_logits"):
         local[name] = jax.lax.stop_gradient(local[name])
-    gathered = _gather(local, axis_name)
+    groups = _groups_of(axis_name, group_size)
+    gathered = _gather(local, axis_name, groups)
+    whole = gathered
+    if groups is not None:
+        names = ("student_logits", "labels")
+        whole = _gather({name: local[name] for name in names}, axis_name)
 
-    task = cross_entropy(gathered["student_logits"], gathered["labels"])
+    task = cross_entropy(whole["student_logits"], whole["labels"])
     loss, results = task_weight * task, {"task": task}
     for term in terms:
         value, stats = _evaluate(
@@ -442,6 +492,7 @@ def distill_loss(
             num_classes=num_classes,
             scale=scale,
             axis_name=axis_name,
+            groups=groups,
         )
         name = _term_name(term)
         loss = loss + term.weight * value

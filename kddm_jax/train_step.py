@@ -249,7 +249,8 @@ def make_train_step(
         which see one batch and one forward pass of the teacher, and metrics have a
         leading axis of students.  "vmap" makes each operation once for all of them,
         "loop" one student after the other.  None: one student.
-      **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``solver``, ...
+      **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``group_size``,
+        ``solver``, ...
 
     Returns:
       ``step(state, teacher_variables, images, labels) -> (state, metrics)``.  Images

@@ -362,6 +362,90 @@ def test_padding_on_one_device_alone():
     np.testing.assert_allclose(two[1]["bias"], one[1][0]["bias"], atol=1e-5)
 
 
+def means_apart(x, y):
+    value = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
+    return value, {"converged": x[0, 0] > 0, "first": x[0, 0]}
+
+
+# Of labels, per sample, by key, with diagnostics.
+GROUPED = {
+    "cmmd_rbf": DISTANCES["cmmd_rbf"],
+    "l2": DISTANCES["l2"],
+    "sliced_w2": DISTANCES["sliced_w2"],
+    "means": Distance(
+        lambda x, y: means_apart(x, y)[0],
+        diagnose=means_apart,
+        promises=frozenset({"squared"}),
+    ),
+}
+
+
+def grouped_loss(params, x, y, s, t, labels, axis_name=None, **options):
+    """A loss of several terms, each in units of the teacher's spread in its group."""
+    terms = [Term(row, 0.5, name=name) for name, row in GROUPED.items()]
+    features, logits = bent(x, params["scale"]), s + params["bias"]
+    return distill_loss(
+        *(features, y, labels, logits, t),
+        **{"distance": terms, "key": KEY, "scale": "teacher"},
+        **{"axis_name": axis_name, **options},
+    )
+
+
+def test_groups_of_devices_have_the_mean_of_their_losses():
+    """Two groups of one device: the mean over halves of the batch, on one device."""
+    params = {"scale": np.full(D, 0.1, np.float32), "bias": np.ones(K, np.float32)}
+    batch = (*arrays(DISTANCES["l2"]), LABELS)
+    halves = [z.reshape(DEVICES, -1, *z.shape[1:]) for z in batch]
+
+    @jax.jit
+    def on_one(params):
+        def mean(params):
+            parts = [
+                grouped_loss(params, *(z[i] for z in halves)) for i in range(DEVICES)
+            ]
+            return jax.tree.map(lambda *values: sum(values) / DEVICES, *parts)
+
+        return jax.value_and_grad(mean, has_aux=True)(params)
+
+    def averaged(params, *batch):
+        fn = partial(grouped_loss, axis_name="devices", group_size=1)
+        values, gradient = jax.value_and_grad(fn, has_aux=True)(params, *batch)
+        return values, jax.lax.pmean(gradient, "devices")
+
+    on_two = jax.pmap(
+        averaged, "devices", in_axes=(None, *[0] * 5), out_axes=None,
+        devices=jax.devices()[:DEVICES],
+    )  # fmt: skip
+    ((loss, terms), gradient), ((loss_on_two, terms_on_two), gradient_on_two) = (
+        on_one(params),
+        on_two(params, *halves),
+    )
+    values = ("task", *GROUPED)
+    for value in (loss_on_two, *(terms_on_two[name] for name in values)):
+        shards = [float(shard.data) for shard in value.addressable_shards]
+        assert shards[0] == shards[1]
+    np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
+    for name in values:
+        np.testing.assert_allclose(terms_on_two[name], terms[name], rtol=1e-5)
+    for key, one in gradient.items():
+        largest = float(np.max(np.abs(one)))
+        np.testing.assert_allclose(gradient_on_two[key], one, atol=1e-5 * largest)
+    # Of diagnostics the worst of the groups.
+    firsts = [float(bent(half[0, 0], 0.1)) for half in halves[0]]
+    np.testing.assert_allclose(terms_on_two["means/first"], max(firsts), rtol=1e-6)
+    assert bool(terms_on_two["means/converged"]) == (min(firsts) > 0)
+    # It is another loss than that of the whole batch.
+    whole, _ = jax.jit(grouped_loss)(params, *batch)
+    assert abs(whole / loss - 1) > 0.01
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_groups_divide_the_devices(size):
+    fn = lambda x: simple(x, x, s=x, labels=LABELS[:8], axis_name="i", group_size=size)
+    with pytest.raises(ValueError, match=f"group_size={size} does not divide the 2 de"):
+        jax.pmap(fn, "i", devices=jax.devices()[:2])(BATCH.logits_x.reshape(2, 8, K))
+
+
 # shard_map for one row of each kind: gathered, per sample, labelled, by transport.
 DEVICE_ROWS = [(by_pmap, name) for name in DISTANCES] + [
     (by_shard_map, name) for name in ("mmd_rbf", "l2", "cw2_gaussian", "w2")
@@ -500,6 +584,10 @@ MESSAGES = {
     ),
     "label values": ({"num_classes": 2}, "labels must lie below num_classes=2"),
     "logits": ({"s": LABELS}, r"student_logits must have shape \[n, k\], got \[16\]"),
+    "groups without an axis": (
+        {"group_size": 2},
+        "group_size=2 groups the devices of an axis, but axis_name is None; pass",
+    ),
     "option": ({"distance": "w2", "solver": "emd"}, "solver must be one of .*'emd'"),
 }
 
