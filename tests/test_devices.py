@@ -1,0 +1,74 @@
+"""One step on 2, 4 and 8 devices is the step on one, for every distance.
+
+`eight_devices.py` makes the steps, in a process of its own, which has the devices.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kddm_jax
+from kddm_jax import DISTANCES
+
+SCRIPT = Path(__file__).with_name("eight_devices.py")
+# What rounding leaves: sums over the batch are taken in another order.
+OF_STATE = {"float32": 1e-5, "float64": 1e-9}
+OF_CURVE = 1e-3
+
+
+def deviations(command):
+    """From one device, ``{what: {row: ...}}``."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *command.split()],
+        env={**os.environ, "PYTHONPATH": str(Path(kddm_jax.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def assert_same(found, dtype, *, whats, rows):
+    assert list(found) == whats
+    for what, by_row in found.items():
+        assert list(by_row) == list(rows), what
+        for name, row in by_row.items():
+            assert row["finite"], (what, name)
+            assert row["equal"], (what, name)  # all shards of state and metrics
+            assert row["distance"] != 0, (what, name)
+            assert row["step"] <= OF_STATE[dtype], (what, name, row)
+            assert row["curve"] <= OF_CURVE, (what, name, row)
+
+
+def test_eight_devices_are_one():
+    """Two rows whose programs compile quickly: gathered, and per sample."""
+    rows = ("mmd_linear", "l2")
+    found = deviations(f"--rows {' '.join(rows)} --counts 8")
+    assert_same(found, "float32", whats=["8"], rows=rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "groups", "steps"), [("float32", 2, 20), ("float64", 4, 1)]
+)
+def test_every_row_on_one_device_is_on_eight(dtype, groups, steps):
+    found = deviations(f"--dtype {dtype} --groups {groups} --steps {steps}")
+    whats = ["2", "4", "8", f"groups of {groups}"]
+    assert_same(found, dtype, whats=whats, rows=DISTANCES)
+    for name, row in found[whats[-1]].items():
+        # Groups are another loss, but to means over images.
+        same = row["distance"] == pytest.approx(found["8"][name]["distance"], rel=1e-4)
+        assert same == DISTANCES[name].per_sample, name
+
+
+@pytest.mark.slow
+def test_resnet_with_batchnorm_on_eight_devices():
+    rows = ("cw2_gaussian", "nst")
+    line = f"--network resnet --rows {' '.join(rows)} --counts 8 --steps 5"
+    found = deviations(line)
+    assert_same(found, "float32", whats=["8"], rows=rows)
