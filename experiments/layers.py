@@ -102,7 +102,7 @@ def choose(problem: runs.Problem, teacher, console: Console) -> None:
     problem.chosen_layers = tuple(record["pairs"])
     report.show_quality(record, console)
     method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))
-    methods.check(FEATURE_ONLY, method, *problem.shapes, settings.batch_size)
+    methods.check(FEATURE_ONLY, method, *problem.shapes, problem.compared_images)
 
 
 def prepare(problem: runs.Problem, teacher, console: Console) -> None:

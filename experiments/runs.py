@@ -184,6 +184,12 @@ class Problem:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     @property
+    def compared_images(self) -> int:
+        """Images that a distance sees at once: the batch, or a group's share of it."""
+        group = self.settings.distance_group or len(self.devices)
+        return self.settings.batch_size // len(self.devices) * group
+
+    @property
     def num_classes(self) -> int:
         """Number of classes of the data set."""
         return len(self.dataset.class_names)
@@ -329,6 +335,11 @@ def prepare(settings: Settings, out: Path) -> Problem:
             f"--batch-size {settings.batch_size} does not divide among {count} "
             f"devices; choose a multiple of {count}"
         )
+    if count % (settings.distance_group or count):
+        raise UserError(
+            f"--distance-group {settings.distance_group} does not divide the {count} "
+            f"devices; choose a divisor of {count}"
+        )
     problem = Problem(
         settings, out, dataset, available[:count], split(dataset, settings)
     )
@@ -356,7 +367,7 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
     image = problem.dataset.train_images.shape[1:]
     student = problem.model(settings.student_model, settings.width)
     problem.shapes = tuple(
-        models.shapes(name, model, image, settings.batch_size)
+        models.shapes(name, model, image, problem.compared_images)
         for name, model in ((settings.student_model, student), ("teacher", teacher))
     )
     for name in settings.distances:
@@ -364,7 +375,7 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
         method = method_of(problem, name, weight_of(settings, name))
-        methods.check(name, method, *problem.shapes, settings.batch_size)
+        methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
 def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
@@ -453,6 +464,8 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
             fields = FEATURE_ONLY_FIELDS if name == FEATURE_ONLY else DISTILLED_FIELDS
             more = {"distance": name, "weight": weight_of(settings, name)}
             more["distance_source"] = methods.digest(name)
+            whole = problem.compared_images == settings.batch_size
+            more["group_images"] = None if whole else problem.compared_images
             if teacher_digest is not None:
                 more["teacher"] = teacher_digest
         for seed in settings.seeds:
@@ -595,6 +608,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             augment=problem.normalize if of_views else problem.augment,
             distance=method.distance,
             head=method.head,
+            group_size=problem.settings.distance_group,
             **method.options,
         )
         images = 0 if problem.streams and not of_views else None

@@ -153,6 +153,9 @@ class Settings:
 
     devices: int | None = None
     """None: all."""
+    distance_group: int | None = None
+    """Devices that gather features from each other; None: all. A smaller group is
+    another loss, the mean over groups of the distance of each group's images."""
     stream_above: float | None = None
     """Megabytes of training images above which they stay in host memory and are read
     ahead; None: a quarter of the device's memory."""
@@ -372,8 +375,8 @@ def _check_choices(settings):
 def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
-        "steps_per_dispatch eval_every train_images student_images test_images "
-        "quality_images views image_size"
+        "distance_group steps_per_dispatch eval_every train_images student_images "
+        "test_images quality_images views image_size"
     )
     for field in positive.split():
         value = getattr(settings, field)

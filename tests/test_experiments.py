@@ -420,6 +420,25 @@ def test_two_devices_are_one(shared, finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_groups_of_devices_are_another_run(shared, finished, tmp_path, capsys):
+    shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
+    teacher = finished / "out" / "teacher" / "seed0"
+    line = (*tiny(shared, tmp_path / "out"), "--distances", "w2_gaussian")
+    line = (*line, "--teacher", teacher, "--devices", 2)
+    assert call(*line, "--distance-group", 1) == 0
+    whole, groups = (
+        next(run for run in results_of(out)["runs"] if run["name"] == "w2_gaussian")
+        for out in (finished / "out", tmp_path / "out")
+    )
+    assert groups["settings"]["group_images"] == 16
+    assert whole["settings"]["group_images"] is None
+    of_batch, of_group = (run["history"][0]["w2_gaussian"] for run in (whole, groups))
+    assert of_group > 1.1 * of_batch  # small samples lie further apart
+    assert call(*line) == 2
+    assert "was made with group_images=16" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_streamed_run_is_the_resident_one(shared, finished, tmp_path):
     """Images above the limit are read ahead: the same numbers, to the last bit."""
     folder = tmp_path / "out"
@@ -746,6 +765,15 @@ MISTAKES = {
         ["--batch-size 33", "2 devices", "multiple of 2"],
     ),
     "devices": ("--devices 9", ["--devices 9", "has 2", "lower"]),
+    "group": (
+        "--distance-group 3 --devices 2",
+        ["--distance-group 3", "2 devices", "divisor of 2"],
+    ),
+    "no group": ("--distance-group 0", ["--distance-group", "positive", "0"]),
+    "images of a group": (
+        "--devices 2 --distance-group 1 --distances linear_projection",
+        ["linear_projection", "16 samples", "--projector"],
+    ),
     "student images": (
         "--student-images 129",
         ["--student-images 129", "128 images", "lower"],
@@ -772,6 +800,7 @@ MISTAKES = {
         made_with(teacher="f" * 16),
         ["w2", "teacher=ffff", "--out"],
     ),
+    "other group": (made_with(group_images=16), ["w2", "group_images=16", "--out"]),
     "other images": (made_with(data="f" * 16), ["data=ffff", "--out"]),
     "unreadable": (unreadable_record, ["run.json", "not readable", "--out"]),
     "out is a file": (out_is_a_file, ["--out", "out", "choose another"]),
