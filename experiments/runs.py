@@ -555,7 +555,10 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
             normalize=lambda image: problem.normalize(None, image),
         )
         problem.programs[model] = train_step.parallel(
-            step, in_axes=(None, 0, 0), devices=problem.devices
+            step,
+            in_axes=(None, 0, 0),
+            devices=problem.devices,
+            how=problem.settings.mapping,
         )
     images, labels = problem.parts.eval_images, problem.parts.eval_labels
     devices = len(problem.devices)
@@ -617,6 +620,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             in_axes=(None, None, images, images, 0),
             donate=(0,),
             devices=problem.devices,
+            how=problem.settings.mapping,
         )
     return problem.programs[key]
 

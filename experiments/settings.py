@@ -153,6 +153,8 @@ class Settings:
 
     devices: int | None = None
     """None: all."""
+    mapping: str = "pmap"
+    """pmap or shard_map (under jit): how a step is mapped over devices."""
     distance_group: int | None = None
     """Devices that gather features from each other; None: all. A smaller group is
     another loss, the mean over groups of the distance of each group's images."""
@@ -352,6 +354,7 @@ def _check_choices(settings):
         "projector": (None, "dense", "conv", "conv3"),
         "view": ("pool", "positions"),
         "on_nonfinite": ("stop", "skip"),
+        "mapping": ("pmap", "shard_map"),
     }.items():
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)

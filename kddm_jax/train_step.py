@@ -1,10 +1,10 @@
-"""The train step: student and teacher forward, distance, update; then one pmap.
+"""The train step: student and teacher forward, distance, update; then one mapping.
 
 A step is a pure function of ``(state, teacher_variables, images, labels)`` on one
-device's share of the batch.  `parallel` maps it over devices; no other line of the
-package says pmap.  Nothing that varies between runs is a constant of the program:
-seed and lambda are in the state and the teacher's variables are an argument, so that
-a second run of the same shape never retraces.
+device's share of the batch.  `parallel` maps it over devices, by pmap or shard_map; no
+other line of the package says which.  Nothing that varies between runs is a constant of
+the program: seed and lambda are in the state and the teacher's variables are an
+argument, so that a second run of the same shape never retraces.
 
 A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)``,
 ``outputs`` having ``logits``, ``features`` and ``maps``.
@@ -12,6 +12,7 @@ A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import flax.struct
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kddm_jax.linalg import check_choice
 from kddm_jax.losses import carries_weights, distill_loss
 
 Variables = Mapping[str, object]
@@ -472,14 +474,59 @@ def shard(batch: Tree, devices: int) -> Tree:
     return jax.tree.map(split, batch)
 
 
+def _by_pmap(fn, in_axes, donate, devices):
+    return jax.pmap(
+        fn,
+        axis_name=AXIS,
+        in_axes=in_axes,
+        out_axes=None,
+        donate_argnums=donate,
+        devices=devices,
+    )
+
+
+def _by_shard_map(fn, in_axes, donate, devices):
+    mesh = Mesh(devices, (AXIS,))
+    spec = lambda axis: () if axis is None else (*[None] * axis, AXIS)
+    specs = tuple(PartitionSpec(*spec(axis)) for axis in in_axes)
+
+    def own(tree, axis):  # the leading axis of devices has length one here
+        if axis is None:
+            return tree
+        return jax.tree.map(lambda a: jnp.squeeze(a, axis), tree)
+
+    def per_device(*arguments):
+        return fn(*map(own, arguments, in_axes))
+
+    # With check_vma=True gradients come out as many times too large as there are
+    # devices: pmean would no longer average them.
+    return jax.jit(
+        jax.shard_map(
+            per_device,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        ),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        donate_argnums=donate,
+    )
+
+
+MAPPINGS: Mapping[str, Callable[..., Callable]] = MappingProxyType(
+    {"pmap": _by_pmap, "shard_map": _by_shard_map}
+)
+
+
 def parallel(
     fn: Callable,
     *,
     in_axes: tuple[int | None, ...],
     donate: tuple[int, ...] = (),
     devices: Sequence[jax.Device] | None = None,
+    how: str = "pmap",
 ) -> Callable:
-    """Maps a per-device function over devices: the one place that says pmap.
+    """Maps a per-device function over devices: the one place that says how.
 
     Outputs must be equal on all devices (after pmean or psum) and come back
     replicated; `replicate` makes what goes in with axis None.
@@ -490,15 +537,15 @@ def parallel(
         replicated ones.
       donate: argument numbers whose buffers may be reused.
       devices: None takes all local ones.
+      how: a key of `MAPPINGS`: ``"pmap"``, or ``"shard_map"`` under jit, which does
+        the same and is what JAX recommends for new code.
 
     Returns:
       The mapped, compiled function.
+
+    Raises:
+      ValueError: an unknown ``how``.
     """
-    return jax.pmap(
-        fn,
-        axis_name=AXIS,
-        in_axes=in_axes,
-        out_axes=None,
-        donate_argnums=donate,
-        devices=jax.local_devices() if devices is None else devices,
-    )
+    check_choice("how", how, MAPPINGS)
+    devices = jax.local_devices() if devices is None else list(devices)
+    return MAPPINGS[how](fn, tuple(in_axes), donate, devices)

@@ -150,11 +150,12 @@ def shards_equal(tree, count):
 leaves = jax.tree.leaves
 
 
-def train(problem, names, count, *, steps, **options):
+def train(problem, names, count, *, steps, how, **options):
     """Of each row: the state after one step, all losses, and whether shards agree."""
     step = step_of_any(names, problem, **options)
     devices = jax.devices()[:count]
-    program = parallel(step, in_axes=(None, None, None, 0, 0), devices=devices)
+    axes = (None, None, None, 0, 0)
+    program = parallel(step, in_axes=axes, devices=devices, how=how)
     put = lambda tree: replicate(tree, devices)
     batch = shard((problem.images, LABELS), count)
     student, teacher = problem.variables(1), put(problem.variables(2))
@@ -204,6 +205,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--counts", type=int, nargs="*", default=[2, 4, 8])
     parser.add_argument("--groups", type=int, nargs="*", default=[])
+    parser.add_argument("--how", default="pmap")
     parser.add_argument("--network", choices=("mlp", "resnet"), default="mlp")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
@@ -216,7 +218,7 @@ def main():
         problem = Problem(
             lambda axis: make(axis_name=axis), images, args.dtype, "stage2_block1"
         )
-    run = partial(train, problem, args.rows, steps=args.steps)
+    run = partial(train, problem, args.rows, steps=args.steps, how=args.how)
     found = {}
 
     def judge(what, results, expected):

@@ -67,6 +67,12 @@ def test_every_row_on_one_device_is_on_eight(dtype, groups, steps):
 
 
 @pytest.mark.slow
+def test_every_row_by_shard_map():
+    found = deviations("--how shard_map --counts 8")
+    assert_same(found, "float32", whats=["8"], rows=DISTANCES)
+
+
+@pytest.mark.slow
 def test_resnet_with_batchnorm_on_eight_devices():
     rows = ("cw2_gaussian", "nst")
     line = f"--network resnet --rows {' '.join(rows)} --counts 8 --steps 5"

@@ -393,13 +393,15 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_devices_are_one(shared, finished, tmp_path, capsys):
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
+def test_two_devices_are_one(mapping, shared, finished, tmp_path, capsys):
     """The global batch decides, not how many devices share it."""
     assert len(jax.local_devices()) >= 2
     shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
     teacher = finished / "out" / "teacher" / "seed0"
     line = (*tiny(shared, tmp_path / "out"), "--distances", "w2_gaussian")
-    status = call(*line, "--teacher", teacher, "--devices", 2)
+    line = (*line, "--devices", 2, "--mapping", mapping)
+    status = call(*line, "--teacher", teacher)
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
     assert "2 cpu device(s)" in out
@@ -765,6 +767,7 @@ MISTAKES = {
         ["--batch-size 33", "2 devices", "multiple of 2"],
     ),
     "devices": ("--devices 9", ["--devices 9", "has 2", "lower"]),
+    "mapping": ("--mapping xmap", ["mapping 'xmap'", "pmap, shard_map"]),
     "group": (
         "--distance-group 3 --devices 2",
         ["--distance-group 3", "2 devices", "divisor of 2"],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.distances import paired_l2, wasserstein
@@ -444,6 +444,49 @@ def test_groups_divide_the_devices(size):
     fn = lambda x: simple(x, x, s=x, labels=LABELS[:8], axis_name="i", group_size=size)
     with pytest.raises(ValueError, match=f"group_size={size} does not divide the 2 de"):
         jax.pmap(fn, "i", devices=jax.devices()[:2])(BATCH.logits_x.reshape(2, 8, K))
+
+
+def test_one_program_of_arrays_that_lie_on_two_devices():
+    """Plain jit without an axis: the compiler moves what a distance needs."""
+    compare_sharded(("l2", "mmd_rbf"))
+
+
+@pytest.mark.slow
+def test_every_row_of_arrays_that_lie_on_two_devices():
+    compare_sharded(DISTANCES)
+
+
+def compare_sharded(names):
+    """Values and gradients of rows, of arrays on one device and on two."""
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
+    sharded = NamedSharding(mesh, PartitionSpec("devices"))
+    params = {"scale": np.full(D, 0.1, np.float32), "bias": np.ones(K, np.float32)}
+    batches = {name: (*arrays(DISTANCES[name]), LABELS) for name in names}
+
+    @jax.jit
+    def every(params, batches):
+        return {
+            name: differentiate(params, batch, name) for name, batch in batches.items()
+        }
+
+    one = jax.device_get(every(params, batches))
+    on_two = jax.device_put(batches, sharded)
+    assert all(len(a.sharding.device_set) == 2 for a in jax.tree.leaves(on_two))
+    two = jax.device_get(
+        every(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), on_two)
+    )
+    for name in names:
+        ((loss, terms), gradients), ((loss_on_two, terms_on_two), on_two) = (
+            one[name],
+            two[name],
+        )
+        np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
+        # as below: 1e-5 of numbers of order one, which cancellation leaves smaller
+        chex.assert_trees_all_close(terms_on_two, terms, rtol=1e-5, atol=1e-5)
+        assert np.any(gradients[0]["bias"])
+        for a, b in zip(*map(jax.tree.leaves, (on_two, gradients)), strict=True):
+            largest = max(float(np.max(np.abs(b))), 1e-6)
+            np.testing.assert_allclose(a, b, atol=1e-5 * largest, err_msg=name)
 
 
 # shard_map for one row of each kind: gathered, per sample, labelled, by transport.

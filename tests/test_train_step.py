@@ -22,6 +22,7 @@ from kddm_jax.projectors import (
 from kddm_jax.resnet import linen_apply
 from kddm_jax.train_step import (
     AXIS,
+    MAPPINGS,
     create_state,
     known_outputs,
     make_eval_step,
@@ -238,6 +239,41 @@ def test_every_row_on_one_device_is_on_two():
         assert_close(pick(metrics_on_two), pick(metrics))
     updates = [result[1][0].params["first"]["kernel"] for result in results.values()]
     assert len(np.unique(np.stack(updates), axis=0)) > len(updates) // 2
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_shard_map_is_pmap(axis):
+    """Step by step, with its gradients as they are on one device, no larger."""
+    step, axes = make_step(), (None, None, 0, 0)
+    batch = shard((IMAGES, LABELS), 2)
+    if axis == 1:  # of steps, devices, images: as streamed runs have it
+        step, axes = scan_steps(step), (None, None, None, None, 1)
+        batch = (*on_all((IMAGES, LABELS), 2), np.arange(N).reshape(1, 2, -1))
+    results = {}
+    for how in MAPPINGS:
+        mapped = parallel(step, in_axes=axes, donate=(0,), how=how)
+        (state, teacher), before = start(), start()[0]
+        for _ in range(2):
+            old = state
+            state, metrics = mapped(state, teacher, *batch)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+        assert_shards_equal((state, metrics))
+        results[how] = jax.device_get((state, metrics))
+    assert list(results) == ["pmap", "shard_map"]
+    assert_close(results["shard_map"], results["pmap"])
+    assert differs(results["pmap"][0].params, before.params)
+    one = on_devices(make_step(), 1)
+    state, teacher = start(1)
+    for _ in range(2):
+        state, _ = one(state, teacher)
+    # The momentum is the gradient.
+    momentum, expected = results["shard_map"][0].opt_state, state.opt_state
+    assert_close(momentum, jax.device_get(expected))
+
+
+def test_unknown_mapping():
+    with pytest.raises(ValueError, match="how must be one of 'pmap', 'shard_map'"):
+        parallel(lambda x: x, in_axes=(0,), how="vmap")
 
 
 def test_augmentation_does_not_depend_on_the_number_of_devices():
