@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cifar  # sets the environment before JAX is imported
 import layers
+import processes
 import runs
 from progress import RunError
 from rich.table import Table
@@ -32,7 +33,7 @@ def choose(settings, grid, console) -> dict[str, object]:
         check(dataclasses.replace(settings, weights=None, weight=weight))
     settings = dataclasses.replace(settings, weights=None)
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
-    problem = runs.prepare(settings, out)
+    problem = cifar.prepare(settings, out)
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
     for who, weights in problem.starts.items():
@@ -50,7 +51,6 @@ def choose(settings, grid, console) -> dict[str, object]:
             for run in runs.student_runs(problem, teacher.digest):
                 if run.name == "student":
                     continue
-                runs.check_folder(run, problem.out)
                 try:
                     result = runs.train(problem, run, model, teacher, reporter)
                     reached = result["accuracy"]
@@ -71,7 +71,7 @@ def choose(settings, grid, console) -> dict[str, object]:
         "weights": best,
         "environment": runs.environment(problem.devices),
     }
-    runs.write_json(out / "weights.json", chosen)
+    processes.first(lambda: runs.write_json(out / "weights.json", chosen))
     return chosen
 
 
@@ -93,10 +93,11 @@ def main(arguments: list[str]) -> int:
     first.add_argument("--grid", type=float, nargs="+", default=GRID)
     first.add_argument("settings", nargs="*", help="settings of cifar.py, after --")
     chosen = first.parse_args(arguments)
-    console = cifar.console()
 
     def work():
         settings = parse(chosen.settings)
+        processes.start(settings)
+        console = cifar.console()
         show(choose(settings, chosen.grid, console), chosen.grid, console)
 
     return cifar.answer_errors(work)

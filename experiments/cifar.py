@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import layers
+import numpy as np
+import processes
 import report
 import runs
 import signals
@@ -73,7 +75,8 @@ class Reporter:
 
 
 def _last(value):
-    return value if isinstance(value, float) else value[-1]
+    # on the host: one process alone computes nothing with arrays of all
+    return value if isinstance(value, float) else np.asarray(value)[-1]
 
 
 @contextlib.contextmanager
@@ -95,19 +98,33 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}"
 
     # --- all that can be wrong, before anything is trained or written ----------
-    problem = runs.prepare(settings, out)
+    problem = prepare(settings, out)
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
-    if source.given is None:
-        runs.check_folder(runs.teacher_run(problem), out)
-    for run in runs.student_runs(problem, known_digest(source)):
-        runs.check_folder(run, out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another") from error
-    with only_one(out):
+    planned = [] if source.given else [runs.teacher_run(problem)]
+    planned += runs.student_runs(problem, known_digest(source))
+
+    def open_folder():
+        for run in planned:
+            runs.check_folder(run, out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}; choose another") from error
+        stack.enter_context(only_one(out))
+
+    with contextlib.ExitStack() as stack:
+        processes.first(open_folder)
         return _train_all(problem, source, console)
+
+
+def prepare(settings: Settings, out: Path) -> runs.Problem:
+    """Loads the data in every process; all must have the same."""
+    problem = processes.together(lambda: runs.prepare(settings, out))
+    processes.together(lambda: problem.starts)  # files that each of them reads
+    weights = {who: start.sha256 for who, start in problem.starts.items()}
+    processes.agree_on(settings, problem.dataset, weights)
+    return problem
 
 
 def _train_all(problem, source, console):
@@ -124,7 +141,7 @@ def _train_all(problem, source, console):
         console.print(f"{who} starts from {weights}")
 
     # --- teacher, then students ------------------------------------------------
-    live = settings.progress and console.is_terminal
+    live = settings.progress and console.is_terminal and not processes.quiet()
     reporter = Reporter(console, live)
     with reporter.progress:
         teacher = load_teacher(source, reporter)
@@ -157,7 +174,7 @@ def _train_all(problem, source, console):
         "environment": runs.environment(problem.devices),
         "timing": {"seconds": time.monotonic() - began},
     }
-    report.write(summary, out)
+    processes.first(lambda: report.write(summary, out))
     report.show(summary, console)
     alone = max(r["accuracy"] for r in results if r["name"] == "student")
     if teacher.accuracy <= alone:
@@ -172,7 +189,14 @@ def _train_all(problem, source, console):
 
 
 def _show_warning(message, *_, **__):
-    print(f"warning: {message}", file=sys.stderr)
+    if not processes.quiet():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _say(error, text):
+    """Prints an error, unless another process does."""
+    if not processes.was_told(error):
+        print(f"error: {text}", file=sys.stderr)
 
 
 def answer_errors(work) -> int:
@@ -182,32 +206,44 @@ def answer_errors(work) -> int:
             warnings.showwarning = _show_warning
             work()
     except (UserError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(error, error)
         return 2
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"error: {what}", file=sys.stderr)
+        _say(error, what)
         return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except RunError as error:  # of numbers that all processes have
+        if not processes.quiet():
+            _say(error, error)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
     except signals.Terminated:
-        print("stopped by SIGTERM; the same command continues", file=sys.stderr)
+        if not processes.quiet():
+            print("stopped by SIGTERM; the same command continues", file=sys.stderr)
         return signals.STATUS
     return 0
 
 
 def console() -> Console:
-    """Prints lines as they are: unbroken, brackets in paths being no markup."""
-    return Console(soft_wrap=True, markup=False, highlight=False)
+    """Prints lines as they are: unbroken, brackets in paths being no markup.
+
+    The first process prints, the others are quiet.
+    """
+    quiet = processes.quiet()
+    return Console(soft_wrap=True, markup=False, highlight=False, quiet=quiet)
 
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit status."""
-    return answer_errors(lambda: run_all(parse(arguments), console()))
+
+    def work():
+        settings = parse(arguments)
+        processes.start(settings)
+        run_all(settings, console())
+
+    return answer_errors(work)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import methods
 import numpy as np
+import processes
 import report
 import runs
 from rich.console import Console
@@ -73,12 +74,8 @@ def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:
     }
 
 
-def choose(problem: runs.Problem, teacher, console: Console) -> None:
-    """Rates the teacher's layers, prints, writes and draws it, and sets the pairs.
-
-    What is written holds for the same teacher and images: a run that continues never
-    follows other layers.
-    """
+def _rated(problem, teacher) -> dict[str, object]:
+    """Layers and pairs, as they are written or, of another teacher, made anew."""
     settings, path = problem.settings, Path(problem.out) / "quality.json"
     asked = {
         "teacher": teacher.digest,
@@ -99,6 +96,17 @@ def choose(problem: runs.Problem, teacher, console: Console) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         report.quality_plot(record, path.with_suffix(".png"))
         runs.write_json(path, record)  # last: without it both are made again
+    return record
+
+
+def choose(problem: runs.Problem, teacher, console: Console) -> None:
+    """Rates the teacher's layers, prints, writes and draws it, and sets the pairs.
+
+    What is written holds for the same teacher and images: a run that continues never
+    follows other layers.
+    """
+    settings = problem.settings
+    record = processes.first(lambda: _rated(problem, teacher))
     problem.chosen_layers = tuple(record["pairs"])
     report.show_quality(record, console)
     method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))
@@ -111,7 +119,7 @@ def prepare(problem: runs.Problem, teacher, console: Console) -> None:
     if FEATURE_ONLY in settings.distances and not settings.layers:
         choose(problem, teacher, console)
     if any(methods.needs_class_cost(name) for name in settings.distances):
-        problem.class_cost = class_cost(problem, teacher)
+        problem.class_cost = processes.first(lambda: class_cost(problem, teacher))
 
 
 def class_cost(problem: runs.Problem, teacher) -> np.ndarray:

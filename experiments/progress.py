@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import processes
 import signals
 
 from kddm_jax import checkpoint, train_step
@@ -108,11 +109,18 @@ class Progress:
     def __post_init__(self):
         """Goes on from the newest checkpoint that is whole."""
         self.began = self.saved = time.monotonic()
-        self.last = checkpoint.latest(self.folder)
+        last = processes.first(lambda: str(checkpoint.latest(self.folder) or ""))
+        self.last = Path(last) if last else None
+        self.state = processes.first_tree(self._restored, self.state)
         if self.last is not None:
-            self.state, meta = checkpoint.restore(self.last, self.state)
+            meta = processes.first(lambda: checkpoint.read_meta(self.last))
             self.history, self.earlier = meta["history"], meta["seconds"]
             self.tally = Tally(**meta.get("tally", {}))
+
+    def _restored(self):
+        if self.last is None:
+            return self.state
+        return checkpoint.restore(self.last, self.state)[0]
 
     @property
     def step(self) -> int:
@@ -168,7 +176,8 @@ class Progress:
             "tally": asdict(self.tally),
             "seconds": self.seconds,
         }
-        self.last = checkpoint.save(self.folder, self.step, self.state, meta)
+        save = lambda: checkpoint.save(self.folder, self.step, self.state, meta)
+        self.last = Path(processes.first(lambda: str(save())))
         self.saved = time.monotonic()
 
     @contextlib.contextmanager

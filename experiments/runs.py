@@ -28,6 +28,7 @@ import models
 import numpy as np
 import optax
 import pretrained
+import processes
 import signals
 import views
 from flax import linen as nn
@@ -89,6 +90,7 @@ def environment(devices) -> dict[str, object]:
         "commit": _commit(),
         "device": cpu if devices[0].platform == "cpu" else devices[0].device_kind,
         "device_count": len(devices),
+        "process_count": processes.count(),
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
@@ -178,7 +180,7 @@ class Problem:
     @property
     def memory(self) -> int:
         """Bytes of a device's memory; a CPU's is the machine's."""
-        stats = self.devices[0].memory_stats() or {}
+        stats = jax.local_devices()[0].memory_stats() or {}
         if "bytes_limit" in stats:
             return stats["bytes_limit"]
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -199,7 +201,7 @@ class Problem:
         """Whether the training images are too large to lie on every device."""
         limit = self.settings.stream_above
         limit = 1e6 * limit if limit is not None else self.memory / 4
-        return self.dataset.train_images.nbytes > limit
+        return processes.first(lambda: self.dataset.train_images.nbytes > limit)
 
     @cached_property
     def starts(self) -> dict[str, pretrained.Pretrained]:
@@ -250,8 +252,8 @@ class Problem:
         """
         if not len(order):
             return
-        count = len(self.devices)
-        rows = stream.reads(order, length=length, shares=range(count), of=count)
+        shares = processes.mine(self.devices)
+        rows = stream.reads(order, length=length, shares=shares, of=len(self.devices))
         if of_views or not self.streams:
             resident = self.resident_views if of_views else self.resident
             for shares in rows:
@@ -324,12 +326,8 @@ def prepare(settings: Settings, out: Path) -> Problem:
         skip_damaged=settings.skip_damaged,
         progress=None if settings.progress else lambda done, total: None,
     )
-    available = jax.local_devices()
-    count = settings.devices or len(available)
-    if count > len(available):
-        raise UserError(
-            f"--devices {count}: this machine has {len(available)}; lower it"
-        )
+    devices = processes.choose_devices(settings.devices)
+    count = len(devices)
     if settings.batch_size % count:
         raise UserError(
             f"--batch-size {settings.batch_size} does not divide among {count} "
@@ -340,9 +338,7 @@ def prepare(settings: Settings, out: Path) -> Problem:
             f"--distance-group {settings.distance_group} does not divide the {count} "
             f"devices; choose a divisor of {count}"
         )
-    problem = Problem(
-        settings, out, dataset, available[:count], split(dataset, settings)
-    )
+    problem = Problem(settings, out, dataset, devices, split(dataset, settings))
     for option, part in (("train", "teacher"), ("student", "student")):
         images = len(getattr(problem.parts, part))
         if images < settings.batch_size:
@@ -561,16 +557,20 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
             how=problem.settings.mapping,
         )
     images, labels = problem.parts.eval_images, problem.parts.eval_labels
-    devices = len(problem.devices)
+    devices, mine = len(problem.devices), processes.mine(problem.devices)
     size = -(-min(EVAL_BATCH, len(labels)) // devices) * devices
     correct = 0
     for start in range(0, len(labels), size):
-        signals.check()
+        if processes.count() == 1:  # several stop together, within an epoch
+            signals.check()
         x, y = images[start : start + size], labels[start : start + size]
         short = size - len(y)
         x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
         y = np.pad(y, (0, short), constant_values=-1)
-        counts = problem.programs[model](variables, *train_step.shard((x, y), devices))
+        shares = (
+            part[mine.start : mine.stop] for part in train_step.shard((x, y), devices)
+        )
+        counts = problem.programs[model](variables, *shares)
         correct += int(counts["correct"])
     return 100 * correct / len(labels)
 
@@ -645,6 +645,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
                 speed=speed(),
             )
 
+    watch = processes.Watch()
     order = epoch_order(run, epoch, settings.batch_size)
     of_views = _on_views(problem, run)
     if of_views:
@@ -658,13 +659,20 @@ def _epoch(problem, run, progress, program, fixed, length, report):
             jax.block_until_ready(metrics)
             progress.first_step = time.monotonic() - progress.began
             began, counted = time.monotonic(), 0
-        if time.monotonic() - looked >= LOOK_SECONDS:
+        said = watch.agree(
+            look=time.monotonic() - looked >= LOOK_SECONDS,
+            asked=signals.asked(),
+            due=progress.due(settings.checkpoint_seconds),
+        )
+        if said.look:
             look(waiting[:-1])  # not at the newest: the device never waits
             del waiting[:-1]
             looked = time.monotonic()
-        if signals.asked() or progress.due(settings.checkpoint_seconds):
+        if said.asked or said.due:
             look(waiting)  # a checkpoint's state and tally are of one step
             waiting.clear()
+            if said.asked:  # of another process, maybe
+                signals.ask()
             signals.check()
             if progress.tally.steps < progress.steps:
                 progress.save()
@@ -698,12 +706,18 @@ def train(
       CheckpointError: checkpoints cannot be written, or all are damaged.
     """
     settings, folder = problem.settings, run.folder(problem.out)
-    check_folder(run, problem.out)
     result_path = folder / "result.json"
-    if result_path.exists():
-        return json.loads(result_path.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", run.identity)
+
+    def begin():
+        check_folder(run, problem.out)
+        if result_path.exists():
+            return json.loads(result_path.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", run.identity)
+        return None
+
+    if finished := processes.first(begin):
+        return finished
 
     # --- state: fresh, or that of the last checkpoint --------------------------
     steps = len(run.indices) // settings.batch_size
@@ -753,7 +767,8 @@ def train(
                 metrics=record,
                 speed=speed,
             )
-            if final or progress.due(settings.checkpoint_seconds):
+            due = final or progress.due(settings.checkpoint_seconds)
+            if processes.first(lambda due=due: due):
                 progress.save()
 
     # --- result ------------------------------------------------------------------
@@ -776,5 +791,5 @@ def train(
         },
         "environment": environment(problem.devices),
     }
-    write_json(result_path, result)
+    processes.first(lambda: write_json(result_path, result))
     return result

@@ -152,7 +152,14 @@ class Settings:
     set: for choosing lambda."""
 
     devices: int | None = None
-    """None: all."""
+    """Of all processes together; None: all."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, one on each host; None: found on
+    Cloud TPU and in Slurm steps, else this process is alone."""
+    processes: int | None = None
+    """Number of processes; 1: this one alone, wherever it runs."""
+    process: int | None = None
+    """Which of them this is, from 0."""
     mapping: str = "pmap"
     """pmap or shard_map (under jit): how a step is mapped over devices."""
     distance_group: int | None = None
@@ -317,6 +324,7 @@ def check(settings: Settings) -> None:
     _check_distances(settings)
     _check_choices(settings)
     _check_ranges(settings)
+    _check_processes(settings)
 
 
 def _check_distances(settings):
@@ -375,11 +383,33 @@ def _check_choices(settings):
         )
 
 
+def _check_processes(settings):
+    options = ("coordinator", "processes", "process")
+    coordinator, processes, process = (getattr(settings, name) for name in options)
+    if (coordinator, process) == (None, None) and processes in (None, 1):
+        return
+    missing = [f"--{name}" for name in options if getattr(settings, name) is None]
+    _require(
+        not missing,
+        f"several processes need {', '.join(missing)}, too: --coordinator HOST:PORT, "
+        "--processes N, --process I",
+    )
+    host, _, port = coordinator.rpartition(":")
+    _require(
+        host and port.isdecimal(),
+        f"--coordinator must be HOST:PORT of the first process, got {coordinator!r}",
+    )
+    _require(
+        0 <= process < processes,
+        f"--process must be in [0, {processes}), got {process}",
+    )
+
+
 def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
         "distance_group steps_per_dispatch eval_every train_images student_images "
-        "test_images quality_images views image_size"
+        "test_images quality_images views image_size processes"
     )
     for field in positive.split():
         value = getattr(settings, field)

@@ -56,6 +56,11 @@ def asked() -> bool:
     return _asked.is_set()
 
 
+def ask() -> None:
+    """Takes another process's SIGTERM for one's own."""
+    _asked.set()
+
+
 def check() -> None:
     """Raises `Terminated` if SIGTERM came."""
     if asked():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import runs
 from flax import linen as nn
 from settings import UserError
@@ -85,25 +86,33 @@ class Source:
     @property
     def finished(self) -> bool:
         """Whether the run has a result."""
-        return (self._folder / "result.json").exists()
+        return processes.first((self._folder / "result.json").exists)
 
     @property
     def trained(self) -> bool:
         """Whether there is something to read: not if the last checkpoint is damaged."""
         if self.given is not None or not self.finished:
             return self.given is not None
+        return processes.first(self._complete)
+
+    def _complete(self):
         meta = checkpoint.read_meta(find_checkpoint(self._folder))
         return len(meta["history"]) == self.problem.settings.teacher_epochs
 
     def forget_result(self) -> None:
         """Lets the run go on from the checkpoint that it has."""
-        (self._folder / "result.json").unlink(missing_ok=True)
+        result = self._folder / "result.json"
+        processes.first(lambda: result.unlink(missing_ok=True))
 
     @cached_property
     def variables(self):
         """Those of the given checkpoint, or of the finished run; on the host."""
-        path = self.given or find_checkpoint(self._folder)
-        return _variables_of(self.problem, path, self.model)
+
+        def read():
+            path = self.given or find_checkpoint(self._folder)
+            return _variables_of(self.problem, path, self.model)
+
+        return processes.first(read)
 
     @cached_property
     def digest(self) -> str:
@@ -133,8 +142,8 @@ def find_teacher(problem: runs.Problem) -> Source:
         return Source(
             problem, problem.model(settings.teacher_model, width), width, None
         )
-    path = find_checkpoint(settings.teacher)
-    meta = checkpoint.read_meta(path)
+    path = Path(processes.first(lambda: str(find_checkpoint(settings.teacher))))
+    meta = processes.first(lambda: checkpoint.read_meta(path))
     made = meta.get("run", {})
     if "converted_from" in meta and made.get("dataset") is None:
         _check_converted(problem, path, meta)

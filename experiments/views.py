@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 from settings import Settings, UserError
 
 from kddm_jax import augment, resnet
@@ -76,19 +77,22 @@ class Views:
 
     def outputs(self, problem, teacher, layers: tuple[str, ...]):
         """The teacher's outputs on all views, read back where they are kept."""
+        found = processes.first(lambda: self._kept(problem, teacher, layers))
+        logits, features = found.pop("logits"), found.pop("features")
+        return resnet.Outputs(logits, features, found)
+
+    def _kept(self, problem, teacher, layers):
         path = self._file(problem, teacher, layers)
         if path.exists():
             with np.load(path) as kept:
-                found = {name: kept[name] for name in kept.files}
-        else:
-            found = self._compute(problem, teacher, layers)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                np.savez(file, **found)
-            os.replace(partial, path)
-        logits, features = found.pop("logits"), found.pop("features")
-        return resnet.Outputs(logits, features, found)
+                return {name: kept[name] for name in kept.files}
+        found = self._compute(problem, teacher, layers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, **found)
+        os.replace(partial, path)
+        return found
 
     def _file(self, problem, teacher, layers) -> Path:
         """Named by all that decides the outputs."""

@@ -12,12 +12,14 @@ A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -438,15 +440,20 @@ def replicate(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
 
     Args:
       tree: arrays.
-      devices: of the mesh; None takes all local ones.
+      devices: of the mesh; None takes all, of all processes (each of which must then
+        have the same tree).
 
     Returns:
       The tree, replicated on a mesh whose axis is the pmap's.
     """
-    mesh = Mesh(jax.local_devices() if devices is None else devices, (AXIS,))
+    mesh = Mesh(jax.devices() if devices is None else devices, (AXIS,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
     # A copy: donating the result must not delete the caller's arrays.
+    if not everywhere.is_fully_addressable:
+        place = partial(jax.make_array_from_process_local_data, everywhere)
+        return jax.tree.map(lambda a: place(np.array(a)), tree)
     fresh = jax.tree.map(lambda a: jnp.array(a, copy=True), tree)
-    return jax.device_put(fresh, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(fresh, everywhere)
 
 
 def shard(batch: Tree, devices: int) -> Tree:
@@ -500,7 +507,8 @@ def _by_shard_map(fn, in_axes, donate, devices):
 
     # With check_vma=True gradients come out as many times too large as there are
     # devices: pmean would no longer average them.
-    return jax.jit(
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    program = jax.jit(
         jax.shard_map(
             per_device,
             mesh=mesh,
@@ -508,9 +516,16 @@ def _by_shard_map(fn, in_axes, donate, devices):
             out_specs=PartitionSpec(),
             check_vma=False,
         ),
-        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        in_shardings=shardings,
         donate_argnums=donate,
     )
+
+    def placed(tree, sharding):  # jit takes NumPy arrays for those of all processes
+        place = partial(jax.make_array_from_process_local_data, sharding)
+        put = lambda a: place(a) if isinstance(a, np.ndarray) else a
+        return jax.tree.map(put, tree)
+
+    return lambda *arguments: program(*map(placed, arguments, shardings))
 
 
 MAPPINGS: Mapping[str, Callable[..., Callable]] = MappingProxyType(
@@ -534,9 +549,9 @@ def parallel(
     Args:
       fn: per-device function with collectives over ``"batch"``.
       in_axes: 0 for arguments with a leading axis of devices (see `shard`), None for
-        replicated ones.
+        replicated ones.  Of several processes each gives the shares of its devices.
       donate: argument numbers whose buffers may be reused.
-      devices: None takes all local ones.
+      devices: None takes all, of all processes.
       how: a key of `MAPPINGS`: ``"pmap"``, or ``"shard_map"`` under jit, which does
         the same and is what JAX recommends for new code.
 
@@ -547,5 +562,5 @@ def parallel(
       ValueError: an unknown ``how``.
     """
     check_choice("how", how, MAPPINGS)
-    devices = jax.local_devices() if devices is None else list(devices)
+    devices = jax.devices() if devices is None else list(devices)
     return MAPPINGS[how](fn, tuple(in_axes), donate, devices)

@@ -394,8 +394,11 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
-def test_two_devices_are_one(mapping, shared, finished, tmp_path, capsys):
+def test_two_devices_are_one(mapping, shared, finished, tmp_path, capsys, monkeypatch):
     """The global batch decides, not how many devices share it."""
+    seen, parallel = set(), runs.train_step.parallel
+    spy = lambda *args, how, **more: seen.add(how) or parallel(*args, how=how, **more)
+    monkeypatch.setattr(runs.train_step, "parallel", spy)
     assert len(jax.local_devices()) >= 2
     shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
     teacher = finished / "out" / "teacher" / "seed0"
@@ -404,6 +407,7 @@ def test_two_devices_are_one(mapping, shared, finished, tmp_path, capsys):
     status = call(*line, "--teacher", teacher)
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
+    assert seen == {mapping}
     assert "2 cpu device(s)" in out
     assert "student seed 1: epoch" not in out  # finished on one device: the same run
     one, two = results_of(finished / "out"), results_of(tmp_path / "out")

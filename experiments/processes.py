@@ -1,0 +1,390 @@
+"""Several processes: one run over the devices of several hosts.
+
+All processes run the same command and compute their devices' share of each batch.  The
+folder of results is the first process's alone: what it reads there it tells the others,
+so that all continue with the same numbers from the same step, whether or not they see
+that folder.  Data and weights are read by each.  In one process all of this is nothing.
+"""
+
+import hashlib
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from flax import serialization
+from jax.experimental import multihost_utils
+from settings import Settings, UserError, as_json
+
+from kddm_jax import checkpoint, data
+
+T = TypeVar("T")
+Tree = TypeVar("Tree")
+PATIENCE = 120.0  # seconds that the first process may start after others
+LEAVE = 30  # seconds in which all must end, once one of them does
+SECOND = 1.0  # between two agreements
+CHUNK = 2**26  # bytes that are told at once: they pass through the devices
+_telling = False  # whether this process is within `first`, where no other follows
+
+
+def index() -> int:
+    """Of this process; 0 is the first."""
+    return jax.process_index()
+
+
+def count() -> int:
+    """Number of processes."""
+    return jax.process_count()
+
+
+def quiet() -> bool:
+    """Whether another process prints what all could; asks nothing of the devices."""
+    return jax.distributed.is_initialized() and index() > 0
+
+
+# ---------------------------------------------------------------------------
+# Start.
+
+
+def _on_slurm() -> bool:
+    """Whether `srun` started several tasks; a batch script itself is none of them."""
+    needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
+    several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return several and all(name in os.environ for name in needed)
+
+
+def _on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
+    """Whether there are TPU chips, and the library that drives them."""
+    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu":
+        return False
+    chips = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+CLUSTERS = {"Slurm": _on_slurm, "Cloud TPU": _on_cloud_tpu}
+
+
+def _meet(coordinator: str, process: int, seconds: float) -> None:
+    """Answers what JAX answers by aborting: no port, or nobody there."""
+    host, _, port = coordinator.rpartition(":")
+    if process == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+            except (OSError, OverflowError) as error:
+                raise UserError(
+                    f"--coordinator {coordinator}: {error}; choose another port"
+                ) from error
+        return
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--coordinator {coordinator}: {error}; it is the host of the "
+                    "first process, which must run there"
+                ) from error
+            time.sleep(0.2)
+        else:
+            return
+
+
+def start(settings: Settings) -> None:
+    """Joins the other processes, where there are any; before JAX computes anything.
+
+    By the settings, or by what Slurm and Cloud TPU say of themselves; ``--processes 1``
+    does not ask them.
+
+    Args:
+      settings: of the command.
+
+    Raises:
+      UserError: the processes do not find each other.
+    """
+    if jax.distributed.is_initialized() or settings.processes == 1:
+        return
+    arguments = settings.coordinator, settings.processes, settings.process
+    place = f"--coordinator {settings.coordinator}"
+    if settings.coordinator is None:
+        place = next((name for name, found in CLUSTERS.items() if found()), None)
+        if place is None:
+            return
+    else:
+        _meet(settings.coordinator, settings.process, PATIENCE)
+    try:
+        jax.distributed.initialize(*arguments, shutdown_timeout_seconds=LEAVE)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{place}: {str(error).splitlines()[0]}; run the same command on every "
+            "host, with --coordinator, --processes and --process if need be "
+            "(--processes 1: this one alone)"
+        ) from error
+
+
+# ---------------------------------------------------------------------------
+# What one says to all.
+
+
+def _tell(message: bytes | None) -> bytes:
+    """The first process's message, in all."""
+    # as bytes: JAX would make 32 bits of it
+    size = np.frombuffer(np.int64(len(message or b"")).tobytes(), np.uint8)
+    size = int(np.asarray(multihost_utils.broadcast_one_to_all(size)).view(np.int64)[0])
+    told, parts = np.frombuffer(message or bytes(size), np.uint8), []
+    for start in range(0, size, CHUNK):
+        part = told[start : start + CHUNK]
+        # in few sizes, since each compiles a program
+        room = 1 << max(8, (len(part) - 1).bit_length())
+        whole = multihost_utils.broadcast_one_to_all(
+            np.pad(part, (0, room - len(part)))
+        )
+        parts.append(np.asarray(whole)[: len(part)].tobytes())
+    return b"".join(parts)
+
+
+def _outcome(fn):
+    """``(value, None)`` or ``(None, error)``."""
+    try:
+        return fn(), None
+    except BaseException as error:
+        return None, error
+
+
+ERRORS = {
+    kind.__name__: kind
+    for kind in (
+        *(UserError, data.DataError, checkpoint.CheckpointError),
+        *(OSError, KeyboardInterrupt),
+    )
+}
+
+
+def _written(value, error) -> bytes:
+    """A value or an error as bytes."""
+    if error is None:
+        return serialization.msgpack_serialize({"value": value})
+    kinds = (kind.__name__ for kind in type(error).__mro__)
+    kind = next((name for name in kinds if name in ERRORS), "RuntimeError")
+    return serialization.msgpack_serialize({"error": [kind, str(error)]})
+
+
+def _read(message: bytes):
+    found = serialization.msgpack_restore(message)
+    if "value" in found:
+        return found["value"], None
+    kind, text = found["error"]
+    error = ERRORS.get(kind, RuntimeError)(text)
+    error.told = True
+    return None, error
+
+
+def first(fn: Callable[[], T]) -> T:
+    """What a function gives in the first process, told to all; so is its error.
+
+    All processes must come here in the same order.
+
+    Args:
+      fn: called in the first process alone; gives NumPy arrays, numbers, strings, None,
+        lists and dictionaries of them.
+
+    Returns:
+      Its value.
+    """
+    global _telling
+    if count() == 1 or _telling:
+        return fn()
+    if index() == 0:
+        _telling = True
+        value, error = _outcome(fn)
+        _telling = False
+        message, unwritten = _outcome(lambda: _written(value, error))
+        _tell(message or _written(None, unwritten))
+        error = error or unwritten
+    else:
+        value, error = _read(_tell(None))
+    if error is not None:
+        raise error
+    return value
+
+
+def first_tree(fn: Callable[[], Tree], like: Tree) -> Tree:
+    """The same as `first`, of a tree of arrays.
+
+    Args:
+      fn: called in the first process alone.
+      like: a tree of the same structure, in all.
+
+    Returns:
+      Its tree, on the host.
+    """
+    if count() == 1:
+        return fn()
+    told = first(lambda: serialization.to_state_dict(jax.device_get(fn())))
+    return serialization.from_state_dict(like, told)
+
+
+def together(fn: Callable[[], T]) -> T:
+    """Calls a function in every process; where it fails in one, all stop.
+
+    Args:
+      fn: called in all.
+
+    Returns:
+      Its value in this process.
+
+    Raises:
+      UserError: it failed in another process, whose own error says why.
+    """
+    if count() == 1:
+        return fn()
+    value, error = _outcome(fn)
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if error is not None:
+        raise error
+    if np.any(failed):
+        raise UserError(f"process {int(np.argmax(failed))} stopped; see its error")
+    return value
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether another process has printed this error."""
+    return getattr(error, "told", False)
+
+
+OWN = (  # settings that a process may have for itself
+    *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
+    *("teacher", "pretrained_teacher", "pretrained_student"),
+)
+SAMPLE = 1000  # images that are compared
+
+
+def agree_on(
+    settings: Settings, dataset: data.Dataset, weights: Mapping[str, str]
+) -> None:
+    """Stops all processes unless they have the same settings, images and weights.
+
+    Args:
+      settings: of the command.
+      dataset: read by this process; some of its images stand for all.
+      weights: SHA-256 of the files that networks start from.
+
+    Raises:
+      UserError: a process has others than the first.
+    """
+    if count() == 1:
+        return
+    shared = {k: v for k, v in as_json(settings).items() if k not in OWN}
+    images = dataset.train_images
+    some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
+    arrays = images[some], dataset.train_labels, dataset.test_labels
+    of_images = [(a.shape, hashlib.sha256(a.tobytes()).digest()) for a in arrays]
+    _agree("settings", shared, "give all the same command")
+    _agree("images or labels", of_images, "give all the same data")
+    _agree("weights", dict(weights), "give all the same files")
+
+
+def _agree(what, value, cure):
+    value = repr(value).encode()
+    digest = np.frombuffer(hashlib.sha256(value).digest(), np.uint8)
+    every = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero(np.any(every != every[0], axis=1))
+    if others.size:
+        error = UserError(
+            f"process {others[0]} has other {what} than process 0; {cure}"
+        )
+        error.told = index() > 0
+        raise error
+
+
+class Said(NamedTuple):
+    """What there is to do between two dispatches.
+
+    Attributes:
+      look: at the steps' numbers.
+      asked: to stop.
+      due: a checkpoint.
+    """
+
+    look: bool
+    asked: bool
+    due: bool
+
+
+class Watch:
+    """When all look up from their steps: after the same dispatches.
+
+    Clocks and signals differ, but whoever stopped between other steps than the rest
+    would leave them waiting.  To agree makes the devices wait, so it is done about once
+    a second, after as many dispatches as the first process says.
+    """
+
+    def __init__(self):
+        self.span = self.left = 1
+        self.began = time.monotonic()
+
+    def agree(self, *, look: bool, asked: bool, due: bool) -> Said:
+        """What all do now; alone, what this process says."""
+        if count() == 1:
+            return Said(look, asked, due)
+        self.left -= 1
+        if self.left:
+            return Said(False, False, False)
+        fitting = self.span * SECOND / max(time.monotonic() - self.began, 1e-6)
+        span = min(max(int(fitting), 1), 2 * self.span)
+        own = np.array([asked, due, span], np.int32)
+        every = multihost_utils.process_allgather(own)  # [processes, 3]
+        self.span = self.left = int(every[0, 2])
+        self.began = time.monotonic()
+        return Said(True, bool(np.any(every[:, 0])), bool(every[0, 1]))
+
+
+# ---------------------------------------------------------------------------
+# Devices.
+
+
+def choose_devices(wanted: int | None) -> list[jax.Device]:
+    """The devices of a run, as many of each process, those of a process together.
+
+    Args:
+      wanted: number of devices of all processes; None takes all.
+
+    Returns:
+      The devices, the same list in every process.
+
+    Raises:
+      UserError: there are fewer, or they do not divide among the processes.
+    """
+    by_process = [
+        [device for device in jax.devices() if device.process_index == process]
+        for process in range(count())
+    ]
+    fewest, most = min(map(len, by_process)), max(map(len, by_process))
+    if wanted is None and fewest < most:
+        raise UserError(
+            f"processes have {fewest} to {most} devices; pass --devices "
+            f"{fewest * count()}, as many of each"
+        )
+    wanted = fewest * count() if wanted is None else wanted
+    if wanted > fewest * count():
+        has = "this machine has" if count() == 1 else f"{count()} processes have"
+        raise UserError(f"--devices {wanted}: {has} {fewest * count()}; lower it")
+    if wanted % count():
+        raise UserError(
+            f"--devices {wanted} does not divide among {count()} processes; choose a "
+            f"multiple of {count()}"
+        )
+    return [device for own in by_process for device in own[: wanted // count()]]
+
+
+def mine(devices: Sequence[jax.Device]) -> range:
+    """Which of the devices are this process's."""
+    own = [i for i, device in enumerate(devices) if device.process_index == index()]
+    return range(own[0], own[-1] + 1)

@@ -1,0 +1,383 @@
+"""Several processes: two of two devices are one of four, and stop together."""
+
+import fcntl
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from test_experiments import EXPERIMENTS, KILL, TINY, environ, final_arrays
+
+import processes  # isort: skip  # test_experiments tells where it is
+from settings import UserError, parse  # isort: skip
+
+LINE = (
+    *TINY,
+    "--epochs",
+    1,
+    "--teacher-epochs",
+    1,
+    "--distances",
+    "w2",
+    "--devices",
+    4,
+)
+CIFAR = (str(EXPERIMENTS / "cifar.py"),)
+
+
+def launch(cwd, *arguments, devices, script=CIFAR):
+    """The command, begun in a folder of its own."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, *script, *map(str, arguments)],
+        cwd=cwd,
+        env=environ(JAX_NUM_CPU_DEVICES=str(devices)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(*begun):
+    """Status, output and errors of each, without what Gloo says of its peers."""
+    done = []
+    for process in begun:
+        out, err = process.communicate(timeout=300)
+        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        done.append((process.returncode, lines, err))
+    return done
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def both(root, *arguments, more=((), ())):
+    """The command in two processes, each of which sees another folder."""
+    meet = ("--coordinator", f"localhost:{free_port()}", "--processes", 2)
+    return ended(
+        *(
+            launch(
+                root / f"host{i}", *arguments, *meet, "--process", i, *own, devices=2
+            )
+            for i, own in enumerate(more)
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return "--compilation-cache", tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    """A finished run of one process that has four devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    line = (*LINE, *cache, "--out", "out")
+    ((status, _, err),) = ended(launch(folder, *line, devices=4))
+    assert (status, err) == (0, "")
+    return folder / "out"
+
+
+RUNS = (("teacher", 0), ("student", 1), ("w2", 1))
+
+
+def assert_same_run(left, right, name, seed):
+    """Parameters, statistics and momentum of the last checkpoint; the history."""
+    # One step leaves 1e-5, as on the devices of one process (test_devices.py): Gloo
+    # adds in another order. Each of the four steps may add as much.
+    one, two = (final_arrays(out, name, seed) for out in (left, right))
+    assert one[0] == two[0]
+    for (path, a), (_, b) in zip(one[1], two[1], strict=True):
+        largest = max(float(np.max(np.abs(a))), 1e-3)
+        np.testing.assert_allclose(b, a, rtol=0, atol=4e-5 * largest, err_msg=str(path))
+    histories = [
+        json.loads((out / name / f"seed{seed}" / "result.json").read_text())["history"]
+        for out in (left, right)
+    ]
+    for a, b in zip(*histories, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["test_accuracy"] == pytest.approx(a["test_accuracy"], abs=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", ["--mapping pmap", "--mapping shard_map --stream-above 0.001"]
+)
+def test_two_processes_are_one(how, alone, cache, tmp_path):
+    (first, second) = both(tmp_path, *LINE, *cache, *how.split(), "--out", "out")
+    assert first[::2] == second[::2] == (0, "")
+    # Told and written once.
+    assert any("4 cpu device(s)" in line for line in first[1])
+    assert any("w2 seed 1: epoch 1" in line for line in first[1])
+    assert second[1] == []
+    assert not list((tmp_path / "host1").iterdir())
+    out = tmp_path / "host0" / "out"
+    assert (out / "table.md").read_text()
+    environment = json.loads((out / "results.json").read_text())["environment"]
+    assert (environment["device_count"], environment["process_count"]) == (4, 2)
+    for name, seed in RUNS:
+        assert_same_run(alone, out, name, seed)
+
+
+@pytest.mark.slow
+def test_killed_run_continues_in_two_processes(alone, cache, tmp_path):
+    """From the step that the first process knows, whatever the other's folder has."""
+    line = (*LINE, "--epochs", 2, "--checkpoint-seconds", 0, *cache, "--out", "out")
+    kill = ("-c", KILL)
+    (killed,) = ended(
+        launch(tmp_path / "host0", EXPERIMENTS, *line, devices=4, script=kill)
+    )
+    assert killed[0] < 0
+    shutil.copytree(tmp_path / "host0", tmp_path / "whole")
+    (whole,) = ended(launch(tmp_path / "whole", *line, devices=4))
+    assert whole[0] == 0
+    first, second = both(tmp_path, *line)
+    assert first[::2] == second[::2] == (0, "")
+    assert not any("w2 seed 1: epoch 1" in line for line in first[1])
+    assert any("w2 seed 1: epoch 2" in line for line in first[1])
+    assert_same_run(tmp_path / "whole" / "out", tmp_path / "host0" / "out", "w2", 1)
+    # Once more: all is done.
+    (again, _) = both(tmp_path, *line)
+    assert not any("seed 1: epoch" in line for line in again[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "errors"),
+    [
+        (((), ("--lr", 0.5)), ["process 1 has other settings than process 0", None]),
+        (
+            ((), ("--pretrained-student", "none.npz")),
+            ["process 1 stopped; see its error", "none.npz"],
+        ),
+    ],
+    ids=["settings", "files"],
+)
+def test_mistake_of_one_process_stops_both(more, errors, tmp_path):
+    for (status, lines, err), error in zip(
+        both(tmp_path, *LINE, more=more), errors, strict=True
+    ):
+        assert (status, lines) == (2, [])
+        assert (err == "") if error is None else err.startswith("error: ")
+        assert (error or "") in err
+
+
+@pytest.mark.slow
+def test_locked_folder_stops_both(tmp_path):
+    out = tmp_path / "host0" / "out"
+    out.mkdir(parents=True)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        first, second = both(tmp_path, *LINE, "--out", "out")
+    assert first[0] == second[0] == 2
+    assert "another command is at work" in first[2]
+    assert (second[1], second[2]) == ([], "")
+
+
+# ---------------------------------------------------------------------------
+# Who is there, and who is asked.
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("--coordinator a:1", ["--processes, --process, too"]),
+        ("--processes 2", ["--coordinator, --process, too"]),
+        ("--process 0", ["--coordinator, --processes, too"]),
+        ("--coordinator a --processes 2 --process 0", ["HOST:PORT", "'a'"]),
+        ("--coordinator a:1 --processes 2 --process 2", ["[0, 2)", "got 2"]),
+        ("--processes 0", ["--processes must be positive, got 0"]),
+    ],
+)
+def test_incomplete_settings(line, parts):
+    with pytest.raises(UserError) as error:
+        parse(line.split())
+    for part in parts:
+        assert part in str(error.value)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "2",
+}
+
+
+@pytest.fixture
+def initialized(monkeypatch):
+    """What `jax.distributed.initialize` is called with, where nothing is detected."""
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **_: calls.append(args)
+    )
+    for name in SLURM:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(processes.CLUSTERS, "Cloud TPU", lambda: False)
+    return calls
+
+
+def test_alone_nobody_is_asked(initialized):
+    processes.start(parse([]))
+    assert initialized == []
+
+
+def test_slurm_is_found(initialized, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    processes.start(parse(["--processes", "1"]))
+    assert initialized == []
+    processes.start(parse([]))
+    assert initialized == [(None, None, None)]
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    processes.start(parse([]))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("SLURM_STEP_NODELIST")  # a batch script, not srun
+    processes.start(parse([]))
+    assert len(initialized) == 1
+
+
+def test_cloud_tpu_is_found(monkeypatch, tmp_path):
+    libtpu = lambda name: SimpleNamespace() if name == "libtpu" else None
+    monkeypatch.setattr(processes.importlib.util, "find_spec", libtpu)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    found = processes._on_cloud_tpu
+    assert not found(tmp_path)
+    (tmp_path / "accel0").touch()
+    assert found(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not found(tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    assert not found(tmp_path)
+
+
+def test_the_coordinator_is_named(initialized, monkeypatch):
+    place = f"localhost:{free_port()}"
+    line = ("--coordinator", place, "--processes", "2", "--process")
+    processes.start(parse([*line, "0"]))
+    assert initialized == [(place, 2, 0)]
+    monkeypatch.setattr(processes, "PATIENCE", 0.0)
+    with pytest.raises(UserError, match=f"{place}: .*refused; it is the host of the"):
+        processes.start(parse([*line, "1"]))
+    with socket.socket() as taken:
+        taken.bind(("", int(place.rpartition(":")[2])))
+        taken.listen()
+        with pytest.raises(UserError, match=f"{place}: .* choose another port"):
+            processes.start(parse([*line, "0"]))
+        processes.start(parse([*line, "1"]))
+    assert initialized[1:] == [(place, 2, 1)]
+
+
+def test_trouble_of_jax_is_one_line(monkeypatch, initialized):
+    def fail(*args, **options):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setitem(processes.CLUSTERS, "Cloud TPU", lambda: True)
+    with pytest.raises(UserError, match="Cloud TPU: first line; run .*--processes 1"):
+        processes.start(parse([]))
+
+
+def device(process, number):
+    return SimpleNamespace(process_index=process, id=number)
+
+
+@pytest.fixture
+def slice_of(monkeypatch):
+    """Two processes, of which this is the second, with interleaved devices."""
+
+    def make(counts):
+        every = [device(p, i) for i in range(4) for p in (0, 1) if i < counts[p]]
+        monkeypatch.setattr(jax, "devices", lambda: every)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        return every
+
+    return make
+
+
+def test_devices_of_a_process_lie_together(slice_of):
+    slice_of((3, 3))
+    chosen = processes.choose_devices(None)
+    assert [d.process_index for d in chosen] == [0, 0, 0, 1, 1, 1]
+    assert processes.mine(chosen) == range(3, 6)
+    chosen = processes.choose_devices(4)
+    assert [(d.process_index, d.id) for d in chosen] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert processes.mine(chosen) == range(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted", "message"),
+    [
+        ((2, 2), 3, "--devices 3 does not divide among 2 processes; .* multiple of 2"),
+        ((2, 2), 6, "--devices 6: 2 processes have 4; lower it"),
+        ((2, 3), None, "processes have 2 to 3 devices; pass --devices 4"),
+        ((2, 3), 6, "--devices 6: 2 processes have 4; lower it"),
+    ],
+)
+def test_devices_that_are_not_there(slice_of, counts, wanted, message):
+    slice_of(counts)
+    with pytest.raises(UserError, match=message):
+        processes.choose_devices(wanted)
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000])
+def test_what_the_first_says_reaches_all(size, monkeypatch):
+    """Values and errors, in pieces; both processes played one after the other."""
+    monkeypatch.setattr(processes, "CHUNK", 300)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    sent = []
+
+    def play(who, fn):
+        monkeypatch.setattr(jax, "process_index", lambda: who)
+        heard = iter(list(sent))
+
+        def broadcast(array):
+            if who == 0:
+                sent.append(array.copy())
+                return array
+            told = next(heard)
+            assert (array.shape, array.dtype) == (told.shape, told.dtype)
+            return told
+
+        name = "broadcast_one_to_all"
+        monkeypatch.setattr(processes.multihost_utils, name, broadcast)
+        return processes.first(fn)
+
+    def never():
+        raise AssertionError("called in the second process")
+
+    nested = lambda: processes.first(lambda: {"state": np.arange(size), "at": None})
+    for who, fn in enumerate((nested, never)):
+        value = play(who, fn)
+        np.testing.assert_array_equal(value["state"], np.arange(size))
+    sent.clear()
+
+    def fail(error):
+        raise error
+
+    for fn, own, kind in (
+        (partial(fail, UserError("one line")), UserError, UserError),
+        (partial(fail, FileNotFoundError("gone")), OSError, OSError),
+        (partial(fail, ZeroDivisionError("0")), ZeroDivisionError, RuntimeError),
+        (lambda: {1, 2}, TypeError, RuntimeError),  # a value that cannot be told
+    ):
+        with pytest.raises(own) as own:
+            play(0, fn)
+        with pytest.raises(kind, match=str(own.value)) as told:
+            play(1, never)
+        assert not processes.was_told(own.value)
+        assert processes.was_told(told.value)
+        sent.clear()
