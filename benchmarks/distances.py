@@ -144,7 +144,7 @@ class Programs:
         arrays = self.arrays(batch)
         shapes = tuple(array.shape for array in arrays)
         if shapes not in self._made:
-            self._made[shapes] = self._compile(arrays, classes)
+            self._made[shapes] = self.compile(arrays, classes)
         made = self._made[shapes]
         value, gradient = made["gradient"](*arrays)
         assert np.isfinite(value), f"{self.name} is not finite"
@@ -152,7 +152,8 @@ class Programs:
         stats = made["stats"](*arrays)
         return {**made, "iterations": stats and int(stats["iterations"])}
 
-    def _compile(self, arrays, classes):
+    def compile(self, arrays: list[jax.Array], classes: int) -> dict[str, object]:
+        """Both programs of such arguments, their memory and largest array."""
         needed = required_options(self.row.fn, classes)
         options = {**needed, **self.row.options, **self.options}
         fn = lambda *a: self.row.fn(*a, **options)

@@ -210,3 +210,24 @@ def test_startup(tmp_path):
     head, rows = table(text)
     assert rows[-1][0] == "kddm_jax"
     assert len(report["imports"]["kddm_jax"]) == 2
+
+
+@pytest.mark.slow
+def test_groups(tmp_path):
+    text, report = run(
+        "groups.py --n 64 --d 16 --groups 1 4 --rounds 1 --distances cw2 sliced_w2 l2 "
+        "--no-assert",
+        tmp_path / "groups.json",
+    )
+    head, rows = table(text)
+    assert [row[: head.index("ms")] for row in rows[:6]] == [
+        [name, "64", groups, images]
+        for name in ("cw2", "sliced_w2", "l2")
+        for groups, images in (("1", "64"), ("4", "16"))
+    ]
+    share = {(row["distance"], row["groups"]): row["value"] for row in report["rows"]}
+    # A mean over images is the same in groups; others grow as samples get few.
+    assert share["l2", 4] == pytest.approx(1, rel=1e-5)
+    assert min(share["cw2", 4], share["sliced_w2", 4]) > 1.05
+    claimed = [claim for claim, _, _ in report["claims"]]
+    assert claimed[0] == "cw2, n=64, 4 groups / whole"
