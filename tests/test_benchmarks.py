@@ -228,6 +228,6 @@ def test_groups(tmp_path):
     share = {(row["distance"], row["groups"]): row["value"] for row in report["rows"]}
     # A mean over images is the same in groups; others grow as samples get few.
     assert share["l2", 4] == pytest.approx(1, rel=1e-5)
-    assert min(share["cw2", 4], share["sliced_w2", 4]) > 1.05
+    assert min(share["cw2", 4], share["sliced_w2", 4]) > 1.01
     claimed = [claim for claim, _, _ in report["claims"]]
     assert claimed[0] == "cw2, n=64, 4 groups / whole"
