@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -119,6 +119,8 @@ def start(settings: Settings) -> None:
             return
     else:
         _meet(settings.coordinator, settings.process, PATIENCE)
+    # JAX would catch SIGTERM, which the runs answer by a checkpoint.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(*arguments, shutdown_timeout_seconds=LEAVE)
     except (RuntimeError, ValueError) as error:
@@ -304,20 +306,6 @@ def _agree(what, value, cure):
         raise error
 
 
-class Said(NamedTuple):
-    """What there is to do between two dispatches.
-
-    Attributes:
-      look: at the steps' numbers.
-      asked: to stop.
-      due: a checkpoint.
-    """
-
-    look: bool
-    asked: bool
-    due: bool
-
-
 class Watch:
     """When all look up from their steps: after the same dispatches.
 
@@ -330,20 +318,24 @@ class Watch:
         self.span = self.left = 1
         self.began = time.monotonic()
 
-    def agree(self, *, look: bool, asked: bool, due: bool) -> Said:
-        """What all do now; alone, what this process says."""
-        if count() == 1:
-            return Said(look, asked, due)
+    def looks(self, ready: bool) -> bool:
+        """Whether all look up after this dispatch; alone, if this process is ready."""
         self.left -= 1
+        return ready if count() == 1 else self.left == 0
+
+    def agree(self, asked: bool, due: bool) -> tuple[bool, bool]:
+        """Whether one is asked to stop; whether a checkpoint is due to the first."""
+        if count() == 1:
+            return asked, due
         if self.left:
-            return Said(False, False, False)
+            return False, False
         fitting = self.span * SECOND / max(time.monotonic() - self.began, 1e-6)
         span = min(max(int(fitting), 1), 2 * self.span)
         own = np.array([asked, due, span], np.int32)
         every = multihost_utils.process_allgather(own)  # [processes, 3]
         self.span = self.left = int(every[0, 2])
         self.began = time.monotonic()
-        return Said(True, bool(np.any(every[:, 0])), bool(every[0, 1]))
+        return bool(np.any(every[:, 0])), bool(every[0, 1])
 
 
 # ---------------------------------------------------------------------------

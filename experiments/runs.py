@@ -659,19 +659,17 @@ def _epoch(problem, run, progress, program, fixed, length, report):
             jax.block_until_ready(metrics)
             progress.first_step = time.monotonic() - progress.began
             began, counted = time.monotonic(), 0
-        said = watch.agree(
-            look=time.monotonic() - looked >= LOOK_SECONDS,
-            asked=signals.asked(),
-            due=progress.due(settings.checkpoint_seconds),
-        )
-        if said.look:
+        if watch.looks(time.monotonic() - looked >= LOOK_SECONDS):
             look(waiting[:-1])  # not at the newest: the device never waits
             del waiting[:-1]
             looked = time.monotonic()
-        if said.asked or said.due:
+        asked, due = watch.agree(
+            signals.asked(), progress.due(settings.checkpoint_seconds)
+        )
+        if asked or due:
             look(waiting)  # a checkpoint's state and tally are of one step
             waiting.clear()
-            if said.asked:  # of another process, maybe
+            if asked:  # of another process, maybe
                 signals.ask()
             signals.check()
             if progress.tally.steps < progress.steps:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 from test_experiments import EXPERIMENTS, KILL, TINY, environ, final_arrays
+
+from kddm_jax import checkpoint
 
 import processes  # isort: skip  # test_experiments tells where it is
 from settings import UserError, parse  # isort: skip
@@ -187,6 +190,27 @@ def test_locked_folder_stops_both(tmp_path):
     assert first[0] == second[0] == 2
     assert "another command is at work" in first[2]
     assert (second[1], second[2]) == ([], "")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_both_between_the_same_steps(cache, tmp_path):
+    line = (*LINE, "--teacher-epochs", 300, "--distances", *cache, "--out", "out")
+    meet = ("--coordinator", f"localhost:{free_port()}", "--processes", 2)
+    first, second = (
+        launch(tmp_path / f"host{i}", *line, *meet, "--process", i, devices=2)
+        for i in range(2)
+    )
+    for printed in first.stdout:
+        if "teacher: epoch 3" in printed:
+            break
+    second.send_signal(signal.SIGTERM)
+    (status, _, err), (other, _, _) = ended(first, second)
+    assert status == other == 143
+    assert err == "stopped by SIGTERM; the same command continues\n"
+    kept = tmp_path / "host0" / "out" / "teacher" / "seed0" / "checkpoints"
+    meta = checkpoint.read_meta(checkpoint.latest(kept))
+    assert len(meta["history"]) >= 3
+    assert not (kept.parent / "result.json").exists()
 
 
 # ---------------------------------------------------------------------------
@@ -386,3 +410,34 @@ def test_what_the_first_says_reaches_all(size, monkeypatch):
         assert not processes.was_told(own.value)
         assert processes.was_told(told.value)
         sent.clear()
+
+
+def test_alone_one_looks_up_at_will():
+    watch = processes.Watch()
+    assert [watch.looks(ready) for ready in (True, False, True)] == [True, False, True]
+    assert watch.agree(True, False) == (True, False)
+    assert watch.agree(False, True) == (False, True)
+
+
+def test_several_look_up_after_the_same_dispatches(monkeypatch):
+    """As often as the first says; one is asked, the second, and all hear of it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others = iter([[0, 0, 9], [1, 0, 9], [0, 1, 9]])  # of the second process
+
+    def gather(own):
+        return np.stack([own, np.array(next(others), own.dtype)])
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    watch = processes.Watch()
+    heard = []
+    for dispatch in range(1, 8):
+        looks = watch.looks(False)
+        heard.append((dispatch, looks, watch.agree(False, dispatch == 1)))
+    # After 1, then 2 and 4 more: at most twice as many as before.
+    assert [at for at, looks, _ in heard if looks] == [1, 3, 7]
+    assert [said for _, looks, said in heard if looks] == [
+        (False, True),  # a checkpoint is due to the first
+        (True, False),
+        (False, False),  # to the second it does not matter
+    ]
+    assert all(said == (False, False) for _, looks, said in heard if not looks)
