@@ -78,6 +78,8 @@ _CIFAR = {
 _PIXELS = 3 * 32 * 32
 # The class names of both sets take less than a kilobyte.
 _NAMES_LIMIT = 65_536
+# Of an archive beside its files of records: names, headers, padding, a readme.
+_BESIDE_LIMIT = 2**20
 
 
 def _check_size(path: Path, size: int, expected: int | None) -> None:
@@ -104,12 +106,30 @@ def _from_folder(folder: Path, sizes: Mapping[str, int | None]):
     return files
 
 
+class _Bounded:
+    """Reads a file up to a limit: a small gzip may inflate without end."""
+
+    def __init__(self, file, limit: int):
+        self._file, self._limit, self._left = file, limit, limit
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise tarfile.ReadError(f"inflates to more than {self._limit:,} bytes")
+        return content
+
+
 def _from_archive(archive: Path, sizes: Mapping[str, int | None]):
     """The wanted members of an archive as arrays of bytes, read in memory."""
     files = {}
+    limit = _BESIDE_LIMIT + sum(size or 0 for size in sizes.values())
     try:
         # Member by member in the order they lie: nothing is decompressed twice.
-        with _open(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        with (
+            _open(archive) as whole,
+            tarfile.open(fileobj=(file := _Bounded(whole, limit)), mode="r|") as tar,
+        ):
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 if member.isreg() and name in sizes:
@@ -261,25 +281,36 @@ def idx_places(*folders: str) -> tuple[str, ...]:
 _SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
+def _check_mat(path: Path, found: Mapping[str, tuple[object, ...]], count: int) -> None:
+    """Type and shape of both variables."""
+    for variable, shape in (("X", (32, 32, 3, count)), ("y", (count, 1))):
+        kind, size = found.get(variable, ("nothing", None))
+        text = "nothing" if size is None else f"{kind} {list(size)}"
+        if text != f"uint8 {list(shape)}":
+            raise damaged(path, f"{variable} {text}", f"uint8 {list(shape)}")
+
+
 def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one of SVHN's MATLAB files."""
     # Imported here: only SVHN needs it.
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     if not path.is_file():
         raise DataError(f"{path} is missing; the files belong together")
     try:
+        # By the headers first: nothing of another size is inflated.
+        listed = {name: (kind, shape) for name, shape, kind in whosmat(path)}
+        _check_mat(path, listed, count)
         content = loadmat(path, variable_names=["X", "y"])
+    except DataError:
+        raise
     # SciPy raises zlib's and its own errors, ValueError, TypeError, struct.error, ...
     except Exception as error:
         found = f"{path.stat().st_size:,} bytes ({str(error).strip()})"
         raise damaged(path, found, "a whole MATLAB 5 file") from error
-    wanted = {"X": (32, 32, 3, count), "y": (count, 1)}
-    for variable, shape in wanted.items():
-        array = content.get(variable)
-        found = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
-        if found != f"uint8 {list(shape)}":
-            raise damaged(path, f"{variable} {found}", f"uint8 {list(shape)}")
+    # What lies there need not be of the class that the header names.
+    arrays = {name: content[name] for name in ("X", "y")}
+    _check_mat(path, {k: (a.dtype, a.shape) for k, a in arrays.items()}, count)
     labels = content["y"][:, 0]
     if labels.min() < 1 or labels.max() > 10:
         at = int(np.flatnonzero((labels < 1) | (labels > 10))[0])

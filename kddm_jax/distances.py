@@ -116,7 +116,7 @@ def wasserstein(
         the teacher; ``"entropic"``, the biased ``OT_eps``; ``"exact"``, by
         assignment.
       epsilon: entropic weight in units of the squared distance; None is 0.02 times
-        the mean cost, as a constant.
+        the mean cost, as a constant.  Less than the costs' round-off counts as that.
       threshold: L1 error of a marginal at which Sinkhorn stops.
       max_iterations: at which it stops anyway; above ten, in whole tens.
       compat: ``"released"`` is ``solver="exact"``.
@@ -507,7 +507,8 @@ def gromov_wasserstein(
         need a common multiple of at most 1024.
       metric: d: ``"euclidean"``, ``"sqeuclidean"`` or ``"cosine"`` (1 - cosine).
       epsilon: None solves by assignments; a number adds ``epsilon KL(P | 1/nm)`` to
-        the value, in units of d^2, and solves by Sinkhorn.
+        the value, in units of d^2, and solves by Sinkhorn; less than round-off
+        counts as that.
 
     Returns:
       Scalar, in units of d^2, averaged over pairs of samples.

@@ -230,6 +230,17 @@ def _diagonal_kl(squared_shift, variances_p, variances_q):
     return 0.5 * jnp.sum(terms, axis=-1)
 
 
+def _above_rounding(ridge, *grams):
+    """The ridge, or the round-off of a Gram's Cholesky factor: less may end in NaN.
+
+    Features of a student 1e4 times larger than the teacher's are reason enough.
+    """
+    largest = jnp.max(jnp.stack([jnp.max(jnp.diagonal(g)) for g in grams]))
+    side = grams[0].shape[0]
+    rounding = 4 * side**0.5 * jnp.finfo(ridge.dtype).eps * constant(largest)
+    return jnp.maximum(ridge, rounding)
+
+
 def _full_kl(shift, factor_p, factor_q, ridge):
     """KL of N(shift, A^T A + ridge) from N(0, B^T B + ridge); A, B are factors.
 
@@ -237,9 +248,9 @@ def _full_kl(shift, factor_p, factor_q, ridge):
     """
     d = factor_p.shape[1]
     eye = jnp.eye(d, dtype=factor_p.dtype)
-    chol_p, chol_q = (
-        jnp.linalg.cholesky(matmul(f.T, f) + ridge * eye) for f in (factor_p, factor_q)
-    )
+    grams = [matmul(f.T, f) for f in (factor_p, factor_q)]
+    ridge = _above_rounding(ridge, *grams)
+    chol_p, chol_q = (jnp.linalg.cholesky(g + ridge * eye) for g in grams)
     solve = lambda b: jax.scipy.linalg.solve_triangular(chol_q, b, lower=True)
     logs = jnp.log(jnp.diagonal(chol_q)) - jnp.log(jnp.diagonal(chol_p))
     common = jnp.sum(solve(chol_p) ** 2) - d + 2 * jnp.sum(logs)
@@ -281,7 +292,8 @@ def gaussian_kl(
       y: teacher features, shape ``[m, d]``.
       covariance: ``"diag"`` or ``"full"``; population form (``1/n``).
       ridge: added to every variance; None is 1e-3 times the teacher's mean variance,
-        a constant; a number is absolute.
+        a constant; a number is absolute.  With ``"full"`` it is never less than the
+        covariances' round-off.
       direction: ``"student||teacher"`` (the released code) or ``"teacher||student"``.
       compat: ``"released"`` has no ridge but 1e-9 beside the deviations; infinite
         where a feature of the teacher is constant.
@@ -448,6 +460,7 @@ def _class_full_kl(shift, p, q, groups, single, ridge):
     eye = jnp.eye(p.shape[0], dtype=p.dtype)
     gram_p = groups.same * matmul(p_own, p_own.T)
     gram_q = groups.same * matmul(q_own, q_own.T)
+    ridge = _above_rounding(ridge, gram_p, gram_q)
     chol_p, chol_q = (jnp.linalg.cholesky(g + ridge * eye) for g in (gram_p, gram_q))
     solve = lambda b: jax.scipy.linalg.solve_triangular(chol_q, b, lower=True)
     total = lambda per_row: matmul(

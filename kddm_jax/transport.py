@@ -71,6 +71,15 @@ def mean_cost(costs: Costs) -> jax.Array:
     return jnp.sum(costs.a[:, None] * costs.same * costs.xy / counts[None, :])
 
 
+def _rounding(costs):
+    """Round-off of the largest cost: beside it, exp((f + g - C) / epsilon) is noise."""
+    sides = [cost for cost in (costs.xy, costs.xx, costs.yy) if cost is not None]
+    if costs.same is not None:  # padding may hold anything
+        sides = [jnp.where(costs.same > 0, cost, 0) for cost in sides]
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(cost)) for cost in sides]))
+    return jnp.finfo(largest.dtype).eps * largest
+
+
 # ---------------------------------------------------------------------------
 # The three solvers.
 
@@ -284,7 +293,8 @@ def transport_cost(
         - OT_eps(y, y)/2``; ``"entropic"``, ``OT_eps`` itself; ``"exact"``, by
         assignment.
       epsilon: entropic weight in units of the cost; None is 0.02 times `mean_cost`,
-        a constant.  One number serves all terms of the divergence.
+        a constant.  One number serves all terms of the divergence; it is never less
+        than the round-off of the largest cost.
       threshold: largest L1 error of a marginal at which Sinkhorn stops.
       max_iterations: at which it stops anyway; above ten, in whole tens.
       floor: the least epsilon that None may give: the round-off of the costs.
@@ -316,7 +326,8 @@ def transport_cost(
     if epsilon is None:
         least = jnp.maximum(floor, jnp.sqrt(jnp.finfo(dtype).tiny))
         epsilon = jnp.maximum(0.02 * mean_cost(costs), least)
-    epsilon = constant(jnp.asarray(epsilon, dtype))
+    epsilon = jnp.maximum(jnp.asarray(epsilon, dtype), _rounding(costs))
+    epsilon = constant(epsilon)
     return SOLVERS[solver](costs, epsilon, threshold, max_iterations)
 
 
@@ -468,7 +479,7 @@ def gromov_cost(
       cost_y: distances within y, B, symmetric, shape ``[m, m]``.
       epsilon: entropic weight in units of the squared distances, a constant; None
         is none: assignments, for ``n != m`` of samples repeated up to the least
-        common multiple (1024 at most).
+        common multiple (1024 at most).  It is never less than round-off.
 
     Returns:
       ``(value, stats)``, scalars; the derivative is the envelope's, at the plan found.
@@ -486,5 +497,8 @@ def gromov_cost(
             cost_x, cost_y = _repeated(cost_x, cost_y)
         return _gromov(cost_x, cost_y)
     check_number("epsilon", epsilon, positive=True, cure="; None solves without")
-    epsilon = constant(jnp.asarray(epsilon, cost_x.dtype))
+    # The linear costs -4 A P B are of this size; see _rounding.
+    largest = 4 * jnp.max(jnp.abs(cost_x)) * jnp.max(jnp.abs(cost_y))
+    least = jnp.finfo(cost_x.dtype).eps * largest
+    epsilon = constant(jnp.maximum(jnp.asarray(epsilon, cost_x.dtype), least))
     return _gromov_entropic(cost_x, cost_y, epsilon)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -620,6 +621,23 @@ class Planted:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_npz_files_run_nothing(lone, tmp_path):
+    planted, path = tmp_path / "planted", tmp_path / "weights.npz"
+    content = np.array([Planted(planted)], object)
+    if lone:  # a pickle that is called so
+        path.write_bytes(pickle.dumps(content))
+    else:
+        np.savez(path, **{"conv1.weight": content})
+    with pytest.raises(WeightsError, match=r"weights\.npz: damaged"):
+        convert.load(path)
+    assert not planted.exists()
+    loaded = np.load(path, allow_pickle=True)
+    if not lone:
+        loaded["conv1.weight"]
+    assert planted.exists()  # the file was dangerous indeed
 
 
 @needs_torch

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -368,6 +370,72 @@ def test_archive_with_a_link_for_a_file(tmp_path):
     assert_damaged("cifar10", tmp_path, path, "no test_batch.bin")
 
 
+def add_elsewhere(tar):
+    for name in ("../../evil", "/evil", str(Path.cwd() / "evil")):
+        member = tarfile.TarInfo(name)
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"evil"))
+    link = tarfile.TarInfo("cifar-10-batches-bin/evil")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+    tar.addfile(link)
+    through = tarfile.TarInfo("cifar-10-batches-bin/evil/evil")
+    tar.addfile(through)
+
+
+def test_archive_that_points_elsewhere_writes_nothing(tmp_path):
+    files = cifar_files("cifar10")
+    path = write_archive(tmp_path, "cifar10", files, mode="w")
+    with tarfile.open(path, "a") as tar:
+        add_elsewhere(tar)
+    around = [tmp_path.parent, tmp_path, Path("/")]
+    before = [sorted(folder.iterdir()) for folder in around]
+    dataset = data.load("cifar10", data_dir=tmp_path)
+    assert len(dataset.train_images) == 5 * TRAIN
+    assert [sorted(folder.iterdir()) for folder in around] == before
+
+
+def endless(first, size=2**29):
+    """A gzip of ``first`` and half a gigabyte of zeros, half a megabyte itself."""
+    compressor = zlib.compressobj(wbits=31)
+    content, zeros = compressor.compress(first), bytes(2**20)
+    content += b"".join(compressor.compress(zeros) for _ in range(size // 2**20))
+    return content + compressor.flush()
+
+
+def peak(read):
+    """Bytes that ``read`` had at once, of those that Python knows of."""
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def large_member(name, kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, 2**29
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+BOMBS = {
+    "end": lambda whole: whole,
+    "member": lambda whole: whole[:-10240] + large_member("large"),
+    # tarfile itself reads the whole of these
+    "header": lambda whole: large_member("large", tarfile.XHDTYPE),
+    "name": lambda whole: large_member("large", tarfile.GNUTYPE_LONGNAME),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_archive_that_inflates_without_end(tmp_path, bomb):
+    path = write_archive(tmp_path, "cifar10", cifar_files("cifar10"), mode="w")
+    path.write_bytes(endless(BOMBS[bomb](path.read_bytes())))
+    assert path.stat().st_size < 2**20
+    read = lambda: assert_damaged("cifar10", tmp_path, path, "inflates to more than")
+    assert peak(read) < 2**25
+
+
 # ---------------------------------------------------------------------- MNIST
 
 
@@ -476,6 +544,15 @@ def test_mnist_gz_with_a_wrong_byte(tmp_path, at, byte):
     assert_damaged("mnist", tmp_path, path, "expected a whole .gz")
 
 
+def test_mnist_gz_that_inflates_without_end(tmp_path):
+    files = idx_files("mnist")
+    write_idx(tmp_path / "mnist", files, compress=True)
+    path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(endless(files[path.stem]))
+    read = lambda: assert_damaged("mnist", tmp_path, path, "found more")
+    assert peak(read) < 2**25
+
+
 def test_mnist_file_missing(tmp_path):
     files = idx_files("mnist")
     del files["t10k-labels-idx1-ubyte"]
@@ -549,7 +626,7 @@ MAT_DAMAGES = {
     ),
     "floats": (
         {"X": np.zeros((32, 32, 3, TRAIN))},
-        ("X float64 [32, 32, 3, 12]", "expected uint8"),
+        ("X double [32, 32, 3, 12]", "expected uint8"),
     ),
     "labels missing": ({"y": None}, ("y nothing", "uint8 [12, 1]")),
     "labels a row": (
@@ -572,6 +649,12 @@ def test_svhn_of_other_contents(tmp_path, damage):
     changes, parts = MAT_DAMAGES[damage]
     path = write_mat(tmp_path, mat_contents(), **changes)
     assert_damaged("svhn", tmp_path, f"{path}: found ", *parts, "get it again")
+
+
+def test_svhn_of_another_size_is_not_inflated(tmp_path, monkeypatch):
+    path = write_mat(tmp_path, mat_contents(), X=np.zeros((32, 32, 3, 999), np.uint8))
+    monkeypatch.setattr("scipy.io.loadmat", None)  # calling it would not do
+    assert_damaged("svhn", tmp_path, path, "X uint8 [32, 32, 3, 999]")
 
 
 # The last bytes of an uncompressed file pad it; the official ones are compressed.

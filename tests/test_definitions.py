@@ -309,6 +309,25 @@ def test_default_ridge_is_a_thousandth_of_the_teachers_variance(direction, covar
     close(call("gaussian_kl", x, y, **options), explicit)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", [(10, 16), (16, 5)])
+def test_full_kl_of_a_student_far_larger_than_the_teacher(shape, direction):
+    """The ridge is the teacher's: below the round-off of the student's covariance."""
+    x, y = clouds(*shape)
+    x = x[:, :1] * x[:1]  # of rank one
+    x, y = jnp.float32(1e4 * x), jnp.float32(1e-4 * y)
+    labels = jnp.arange(len(x)) % 2
+    options = {"covariance": "full", "direction": direction}
+    for fn in (
+        lambda x: kddm_jax.gaussian_kl(x, y, **options),
+        lambda x: kddm_jax.class_gaussian_kl(x, y, labels, **options),
+    ):
+        value, gradient = jax.jit(jax.value_and_grad(fn))(x)
+        assert value.dtype == jnp.float32
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("covariance", ["full", "diag"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -429,6 +430,20 @@ def test_decompression_bomb(tmp_path, monkeypatch, limit):
     assert_refused(tmp_path, path, "100 pixels", "bomb", image_size=4)
     with pytest.warns(UserWarning, match="left out 1 damaged"):
         load(tmp_path, image_size=4, skip_damaged=True)
+
+
+@pytest.mark.parametrize("side", [60_000, 2**31 - 1])
+def test_png_whose_header_claims_too_much(tmp_path, monkeypatch, side):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path) / "train" / "bee" / "9.png"
+    content = bytearray(encode(".png", pixels(0)))
+    content[16:24] = side.to_bytes(4, "big") * 2  # width and height, in the IHDR
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    for image_size in (None, 4):
+        assert_refused(
+            tmp_path, f"{path}: damaged image (", "bomb", image_size=image_size
+        )
 
 
 # ---------------------------------------------------------------------- the cache

@@ -142,6 +142,14 @@ def test_repeated_samples_change_nothing():
     np.testing.assert_allclose(gromov(x, np.repeat(y, 2, axis=0)), gromov(x, y))
 
 
+def test_epsilon_below_the_round_off_counts_as_that():
+    x, y = (jnp.float32(1e4 * z) for z in clouds(9, 5, 5))
+    fn = partial(kddm_jax.gromov_wasserstein, epsilon=1e-6)
+    value, gradient = jax.jit(jax.value_and_grad(fn))(x, y)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(6, 6), (7, 4)])
 def test_entropic(counts):

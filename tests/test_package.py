@@ -122,6 +122,50 @@ def test_an_upward_import_is_found(module, source):
     assert len(violations(module, source)) == 1
 
 
+# ------------------------------------------------------------------- other's files
+
+RUN_CODE = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNPACK = {"extract", "extractall", "unpack_archive"}
+
+
+def dangers(source):
+    """What would run code that a file holds, or write where a file says."""
+    found = [name for name in imports(source) if name.split(".")[0] in RUN_CODE]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            unsafe = name == "torch.load" and keywords.get("weights_only") != "True"
+            unsafe |= keywords.get("allow_pickle", "False") != "False"
+            unsafe |= name in ("eval", "exec", "pd.read_pickle")
+            unsafe |= name.rpartition(".")[2] in UNPACK
+            found += [name] if unsafe else []
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_of_others_run_nothing_and_write_nothing(module):
+    assert dangers((ROOT / f"{module}.py").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from joblib import load",
+        "np.load(path, allow_pickle=True)",
+        "np.load(path, allow_pickle=wanted)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "tar.extractall(path)",
+        "shutil.unpack_archive(path)",
+        "eval(text)",
+    ],
+)
+def test_a_danger_is_found(source):
+    assert len(dangers(source)) == 1
+
+
 # ------------------------------------------------------------------ public names
 
 

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from scipy.optimize import linear_sum_assignment
 from scipy.special import logsumexp
 
-from kddm_jax.linalg import classes
+from kddm_jax.linalg import classes, squared_distances
 from kddm_jax.transport import SOLVERS, Costs, mean_cost, transport_cost
 
 EPSILON = 0.3
@@ -307,6 +307,22 @@ def test_epsilon_none_has_floors():
     (by_floor, _), _ = solve_with_plan(problem, None, floor=0.7, **options)
     (by_number, _), _ = solve_with_plan(problem, 0.7, floor=0.0, **options)
     np.testing.assert_allclose(by_floor, by_number, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "entropic"])
+@pytest.mark.parametrize("same", [False, True])
+def test_epsilon_below_the_round_off_counts_as_that(solver, same):
+    """Costs of 1e9: float32 knows no millionth of them."""
+    rng, weights = np.random.default_rng(5), jnp.full(6, 1 / 6)
+    y = jnp.float32(1e-4 * rng.random((6, 9)))
+    x = jnp.float32(1e4 * np.outer(rng.normal(size=6), rng.normal(size=9)))
+    costs = [squared_distances(*pair) for pair in ((x, y), (x, x), (y, y))]
+    mask = jnp.float32(np.kron(np.eye(2), np.ones((3, 3)))) if same else None
+    options = {"solver": solver, "threshold": 1e-3}
+    problem = Costs(*costs, weights, weights, mask)
+    (value, _), gradient = solve_with_plan(problem, 1e-6, **options)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
 
 
 # ------------------------------------------------------------- stats, non-finite

@@ -1,0 +1,338 @@
+"""Every row of the catalogue on input that nobody would call features.
+
+Shapes and precisions are few, for each is compiled; what the arrays hold is drawn by
+hypothesis as names of patterns and a seed, so that a failure says what it is made of.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Batch, arguments, bound, names, relu_features
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
+
+from kddm_jax import DISTANCES
+
+# Those that a student learns by.
+STUDENT = ("x", "logits_x", "maps_x")
+NUM_CLASSES = 4
+
+
+# Other ways through the code of a row than its own options take.
+VARIANTS: Mapping[str, tuple[dict[str, object], ...]] = {
+    "w2": ({"solver": "exact"}, {"solver": "entropic"}, {"epsilon": 1e-3}),
+    "cw2": (
+        {"solver": "exact", "reduction": "sum"},
+        {"solver": "entropic"},
+        {"reduction": "weighted"},
+    ),
+    "jw2": (
+        {"solver": "exact", "label_cost": "logits"},
+        {"label_cost": "kl"},
+        {"label_cost": "kl", "solver": "exact"},
+        {"beta": 1.0},
+        {"compat": "released"},
+    ),
+    "w2_gaussian": ({"covariance": "diag"}, {"method": "newton_schulz"}),
+    "cw2_gaussian": ({"covariance": "diag"}, {"method": "newton_schulz"}),
+    "kl_gaussian": ({"covariance": "full"}, {"direction": "teacher||student"}),
+    "ckl_gaussian": (
+        {"covariance": "full"},
+        {"covariance": "full", "direction": "teacher||student"},
+        {"reduction": "sum"},
+    ),
+    "mmd_rbf": ({"bandwidth": 1.0},),
+    "cmmd_rbf": ({"kernel": "linear"}, {"compat": "released"}),
+    "gromov_w2": ({"metric": "sqeuclidean"}, {"metric": "cosine"}, {"epsilon": 1.0}),
+    "procrustes": ({"normalize": False},),
+    "gram": ({"normalize": False},),
+    "cka": ({"debiased": True},),
+    "nst": ({"kernel": "linear"}, {"kernel": "rbf"}),
+    "kd": ({"direction": "student||teacher"}, {"temperature": 1.0}),
+    "kd_standardized": ({"direction": "student||teacher"},),
+    "wkd_logits": ({"iterations": 10},),
+    "wkd_features": ({"grid": 2},),
+}
+
+
+class Form(NamedTuple):
+    """Samples, teacher's samples, width, and the precision that numbers are given in.
+
+    Half precision is widened before the program, which has one compilation less to do
+    and a gradient that float16 could not hold; `test_half_precision_is_widened_first`
+    shows that the library would do the same.
+    """
+
+    n: int
+    m: int
+    d: int
+    dtype: str = "float32"
+
+
+# The default suite's: as few as show both sides of n = d.
+FEW = (Form(6, 6, 9), Form(9, 9, 5, "float16"))
+MANY = (
+    *FEW,
+    Form(1, 1, 7),
+    Form(2, 2, 3, "bfloat16"),
+    Form(7, 4, 12),
+    Form(16, 24, 5, "bfloat16"),
+    Form(24, 24, 96, "float16"),
+    Form(64, 64, 40),
+    Form(8, 8, 11, "float64"),
+)
+
+# ------------------------------------------------------------------ patterns
+
+
+def repeated_rows(rng, n, d):
+    return rng.normal(size=(n, d))[rng.integers(0, max(n // 3, 1), n)]
+
+
+def dead_columns(rng, n, d):
+    return rng.normal(size=(n, d)) * (rng.random(d) < 0.5)
+
+
+def one_column(rng, n, d):
+    return rng.normal(size=(n, d)) * (np.arange(d) == rng.integers(d))
+
+
+def one_outlier(rng, n, d):
+    z = rng.normal(size=(n, d))
+    z[rng.integers(n)] *= 1e4
+    return z
+
+
+def far_from_the_origin(rng, n, d):
+    return 1e3 + rng.normal(size=(n, d))
+
+
+# Made of rng, n and d; the magnitude is set afterwards.
+PATTERNS: Mapping[str, Callable] = {
+    "relu": relu_features,
+    "normal": lambda rng, n, d: rng.normal(size=(n, d)),
+    "zero": lambda rng, n, d: np.zeros((n, d)),
+    "constant": lambda rng, n, d: np.ones((n, d)),
+    "constant rows": lambda rng, n, d: np.tile(rng.normal(size=d), (n, 1)),
+    "repeated rows": repeated_rows,
+    "binary": lambda rng, n, d: rng.integers(0, 2, (n, d)).astype(float),
+    "signs": lambda rng, n, d: rng.choice([-1.0, 1.0], (n, d)),
+    "rank one": lambda rng, n, d: np.outer(rng.normal(size=n), rng.normal(size=d)),
+    "dead columns": dead_columns,
+    "one column": one_column,
+    "one outlier": one_outlier,
+    "far from the origin": far_from_the_origin,
+    "columns of all sizes": lambda rng, n, d: (
+        rng.normal(size=(n, d)) * 10.0 ** rng.integers(-4, 5, d)
+    ),
+    "rows of all sizes": lambda rng, n, d: (
+        rng.normal(size=(n, d)) * 10.0 ** rng.integers(-4, 5, (n, 1))
+    ),
+}
+
+# A teacher's array, of its own pattern or made of the student's rows ``x``.
+RELATIONS: Mapping[str, Callable] = {
+    "independent": lambda rng, x, y: y,
+    "equal": lambda rng, x, y: x,
+    "nearly equal": lambda rng, x, y: x * (1 + 1e-6 * rng.normal(size=x.shape)),
+    "in another order": lambda rng, x, y: rng.permutation(x),
+    "moved": lambda rng, x, y: x + np.abs(x).max(),
+    "turned round": lambda rng, x, y: -x,
+    "much smaller": lambda rng, x, y: 1e-4 * x,
+}
+
+LABELS: Mapping[str, Callable] = {
+    "random": lambda rng, n: rng.integers(0, NUM_CLASSES, n),
+    "one class": lambda rng, n: np.full(n, NUM_CLASSES - 1),
+    "classes missing": lambda rng, n: rng.choice([0, NUM_CLASSES - 1], n),
+    "one sample a class": lambda rng, n: np.arange(n),
+    "some padding": lambda rng, n: rng.integers(-1, 2, n),
+    "all padding": lambda rng, n: np.full(n, -1),
+    "one sample left": lambda rng, n: np.where(np.arange(n) == n // 2, 1, -1),
+}
+
+MAGNITUDES = (1e-4, 1e-2, 1.0, 1e2, 1e4)
+
+
+class Content(NamedTuple):
+    """What the arrays of a batch hold, by name."""
+
+    student: str
+    teacher: str
+    relation: str
+    magnitudes: tuple[float, float]
+    labels: str
+    seed: int
+
+
+contents = st.builds(
+    Content,
+    student=st.sampled_from(list(PATTERNS)),
+    teacher=st.sampled_from(list(PATTERNS)),
+    relation=st.sampled_from(list(RELATIONS)),
+    magnitudes=st.tuples(*[st.sampled_from(MAGNITUDES)] * 2),
+    labels=st.sampled_from(list(LABELS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+def pair(rng, content, n, m, d):
+    """A student's and a teacher's rows, the largest entry of each its magnitude."""
+
+    def sized(z, magnitude):
+        largest = np.abs(z).max()
+        return z * (magnitude / largest) if largest else z
+
+    x = sized(PATTERNS[content.student](rng, n, d), content.magnitudes[0])
+    y = sized(PATTERNS[content.teacher](rng, m, d), content.magnitudes[1])
+    return x, RELATIONS[content.relation](rng, x[np.arange(m) % n], y)
+
+
+def make(form, content):
+    rng = np.random.default_rng(content.seed)
+    n, m, d, _ = form
+    x, y = pair(rng, content, n, m, d)
+    # Large features beside small logits, and the reverse.
+    turned = content._replace(magnitudes=content.magnitudes[::-1])
+    logits_x, logits_y = pair(rng, turned, n, m, NUM_CLASSES)
+    maps_x, maps_y = pair(rng, content, n * 9, m * 9, d)
+    return Batch(
+        *(x, y, logits_x, logits_y),
+        LABELS[content.labels](rng, n).astype(np.int32),
+        *(maps_x.reshape(n, 3, 3, d), maps_y.reshape(m, 3, 3, d)),
+        key=content.seed,
+    )
+
+
+# --------------------------------------------------------------------- finite
+
+
+@cache
+def value_and_gradients(name, options=()):
+    """Of a row, by what its student gives."""
+    row = DISTANCES[name]
+    student = tuple(i for i, arg in enumerate(names(row)) if arg in STUDENT)
+    return jax.jit(jax.value_and_grad(bound(row, **dict(options)), argnums=student))
+
+
+def floats(form):
+    return jnp.float64 if form.dtype == "float64" else jnp.float32
+
+
+@cache
+def refused(name, form, options=()):
+    """Whether the row refuses this form, which it does in one line with the cause."""
+    row = DISTANCES[name]
+    blank = make(form, Content("zero", "zero", "equal", (1.0, 1.0), "random", 0))
+    arrays = arguments(row, blank, floats(form))
+    try:
+        jax.eval_shape(bound(row, **dict(options)), *arrays)
+    except ValueError as error:
+        message = str(error)
+        assert "\n" not in message, message
+        assert any(str(number) in message for number in form[:3]), message
+        return True
+    return False
+
+
+def hold(name, form, content, options=()):
+    """Asserts that value and gradients are finite."""
+    rounded = make(form, content).map(lambda z: np.asarray(z, jnp.dtype(form.dtype)))
+    with jax.enable_x64(form.dtype == "float64"):
+        if refused(name, form, options):
+            return
+        arrays = arguments(DISTANCES[name], rounded, floats(form))
+        out, grads = value_and_gradients(name, options)(*arrays)
+    assert out.dtype == floats(form)
+    assert np.isfinite(out), f"value {out}"
+    for grad in grads:
+        bad = ~np.isfinite(grad)
+        assert not bad.any(), f"{bad.sum()} of {bad.size} of a gradient, value {out}"
+
+
+def examples(count):
+    """So many of them, the same in every run: CI must not fail by chance."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,  # the first of a form compiles
+        suppress_health_check=[HealthCheck.too_slow],  # for the same reason
+    )
+
+
+ROWS = pytest.mark.parametrize("name", list(DISTANCES))
+
+
+@ROWS
+@examples(50)
+@given(form=st.sampled_from(FEW), content=contents)
+def test_finite(name, form, content):
+    hold(name, form, content)
+
+
+@pytest.mark.slow
+@ROWS
+@examples(500)
+@given(form=st.sampled_from(MANY), content=contents)
+def test_finite_at_length(name, form, content):
+    hold(name, form, content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, tuple(o.items())) for name, several in VARIANTS.items() for o in several],
+)
+@examples(200)
+@given(form=st.sampled_from(FEW), content=contents)
+def test_finite_with_other_options(name, options, form, content):
+    hold(name, form, content, options)
+
+
+# ------------------------------------------------------------------- precision
+
+
+def halves_computed_with(jaxpr):
+    """Names of the operations on half precision, other than widening it."""
+    for equation in jaxpr.eqns:
+        inner = list(jaxprs_in_params(equation.params))
+        for sub in inner:
+            yield from halves_computed_with(sub)
+        ends = [*equation.invars, *equation.outvars]
+        half = any(getattr(end.aval, "dtype", None) in HALVES for end in ends)
+        if half and not inner and equation.primitive.name != "convert_element_type":
+            yield equation.primitive.name
+
+
+HALVES = (jnp.float16, jnp.bfloat16)
+
+
+@ROWS
+def test_half_precision_is_widened_first(name):
+    """The square of 1e4 is infinite in float16: no operation may see it."""
+    row = DISTANCES[name]
+    content = Content("normal", "normal", "independent", (1e4, 1e4), "random", 0)
+    arrays = arguments(row, make(FEW[1], content), jnp.float16)
+    jaxpr = jax.make_jaxpr(bound(row))(*arrays).jaxpr
+    assert not set(halves_computed_with(jaxpr))
+    # and there is something to be found
+    naive = jax.make_jaxpr(lambda x: jnp.sum(x * x))(arrays[0]).jaxpr
+    assert "mul" in set(halves_computed_with(naive))
+
+
+# -------------------------------------------------------------------- refusals
+
+
+@ROWS
+def test_what_is_refused_is_refused_in_one_line(name):
+    """Whatever the shapes: a scalar, or a ValueError that names one of them."""
+    assert not refused(name, FEW[1])
+    for form in (Form(1, 1, 1), Form(5, 3, 4), Form(3, 3, 70), Form(2, 90, 6)):
+        refused(name, form)
