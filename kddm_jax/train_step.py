@@ -10,7 +10,6 @@ A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)
 ``outputs`` having ``logits``, ``features`` and ``maps``.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -284,9 +283,7 @@ def make_train_step(
         if teacher_apply is not None:
             teacher, _ = teacher_apply(teacher_variables, inputs, train=False)
             guide = _layers_of(teacher), teacher.logits
-        one = functools.partial(
-            learn, key=key, inputs=inputs, guide=guide, labels=labels
-        )
+        one = partial(learn, key=key, inputs=inputs, guide=guide, labels=labels)
         return one(state) if together is None else TOGETHER[together](one, state)
 
     def learn(state, *, key, inputs, guide, labels):
