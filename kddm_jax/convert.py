@@ -15,6 +15,7 @@ import io
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -469,10 +470,27 @@ def _read_safetensors(path: Path) -> Tensors:
         raise WeightsError(f"damaged: {error}; get it again") from error
 
 
+# A ResNet34 of ImageNet takes 87 MB; a small .npz may inflate to terabytes.
+_MOST_BYTES = 2**32
+
+
+def _check_inflated(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > _MOST_BYTES:
+        raise WeightsError(
+            f"inflates to {size / 1e9:.1f} GB, and no network here has more than "
+            f"{_MOST_BYTES / 1e9:.1f}; take .safetensors"
+        )
+
+
 def _read_npz(path: Path) -> Tensors:
     try:
+        _check_inflated(path)
         with path.open("rb") as file, np.load(file) as arrays:
             tensors = {name: arrays[name] for name in arrays.files}
+    except WeightsError:
+        raise
     except Exception as error:  # NumPy's and zipfile's, by what is wrong with it
         raise WeightsError("damaged, or no .npz; get it again") from error
     for name, tensor in tensors.items():

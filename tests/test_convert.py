@@ -640,6 +640,17 @@ def test_npz_files_run_nothing(lone, tmp_path):
     assert planted.exists()  # the file was dangerous indeed
 
 
+def test_npz_files_that_inflate_without_bounds(tmp_path, monkeypatch):
+    """A megabyte of zeros in a kilobyte, where half a megabyte is the most."""
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, **{"conv1.weight": np.zeros(250_000, np.float32)})
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(convert, "_MOST_BYTES", 500_000)
+    monkeypatch.setattr(np, "load", lambda *_: pytest.fail("inflated"))
+    with pytest.raises(WeightsError, match=r"weights\.npz: inflates to 0\.0 GB, and"):
+        convert.load(path)
+
+
 @needs_torch
 def test_pth_files_run_nothing(torch, small, tmp_path):
     planted = tmp_path / "planted"
