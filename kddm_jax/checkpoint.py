@@ -73,7 +73,7 @@ def save(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     target = Path(folder).absolute() / f"step-{step:08d}"
-    partial = target.with_suffix(".partial")
+    partial, aside = (target.with_suffix(f".{s}") for s in ("partial", "old.partial"))
     host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))
     try:
         _remove_partial(target.parent)  # what killed saves have left
@@ -85,10 +85,12 @@ def save(
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
         if target.exists():  # for the moment between two renames there is none
-            target.rename(target.with_suffix(".old.partial"))
+            target.rename(aside)
         partial.rename(target)
         _sync_folder(target.parent)
     except (OSError, ValueError) as error:  # a full disk is Orbax's ValueError
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
         raise CheckpointError(

@@ -136,6 +136,25 @@ def test_keeps_the_newest(tmp_path, keep):
     assert checkpoint.read_meta(checkpoint.latest(tmp_path)) == {"step": 10}
 
 
+def test_a_replacement_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    """Also where it fails between the two renames."""
+    state = make_state()
+    path = checkpoint.save(tmp_path, 1, state, {"epoch": 1})
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.suffixes == [".partial"]:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        checkpoint.save(tmp_path, 1, make_state(1), {"epoch": 1})
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path) == path
+    assert_bit_equal(checkpoint.restore(path, state)[0], state)
+
+
 def test_same_step_again_replaces(tmp_path):
     for value in (1.0, 2.0):
         path = checkpoint.save(tmp_path, 1, {"a": np.full(2, value)}, {})
