@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+import signals
 from flax import serialization
 from jax.experimental import multihost_utils
 from settings import Settings, UserError, as_json
@@ -60,7 +61,8 @@ def _on_slurm() -> bool:
 
 def _on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
     """Whether there are TPU chips, and the library that drives them."""
-    if os.environ.get("JAX_PLATFORMS", "tpu") != "tpu":
+    allowed = os.environ.get("JAX_PLATFORMS") or "tpu"
+    if "tpu" not in allowed.split(","):
         return False
     chips = [*devices.glob("accel[0-9]*"), *devices.glob("vfio/[0-9]*")]
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
@@ -164,7 +166,7 @@ ERRORS = {
     kind.__name__: kind
     for kind in (
         *(UserError, data.DataError, checkpoint.CheckpointError),
-        *(OSError, KeyboardInterrupt),
+        *(OSError, KeyboardInterrupt, signals.Terminated),
     )
 }
 
@@ -256,6 +258,13 @@ def together(fn: Callable[[], T]) -> T:
     return value
 
 
+def any_of(value: bool) -> bool:
+    """Whether it is true in one of the processes, all of which must come here."""
+    if count() == 1:
+        return value
+    return bool(np.any(multihost_utils.process_allgather(np.array(value))))
+
+
 def was_told(error: BaseException) -> bool:
     """Whether another process has printed this error."""
     return getattr(error, "told", False)
@@ -286,7 +295,8 @@ def agree_on(
     shared = {k: v for k, v in as_json(settings).items() if k not in OWN}
     images = dataset.train_images
     some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
-    arrays = images[some], dataset.train_labels, dataset.test_labels
+    others = dataset.test_images[:SAMPLE]
+    arrays = images[some], others, dataset.train_labels, dataset.test_labels
     of_images = [(a.shape, hashlib.sha256(a.tobytes()).digest()) for a in arrays]
     _agree("settings", shared, "give all the same command")
     _agree("images or labels", of_images, "give all the same data")

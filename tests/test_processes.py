@@ -289,11 +289,21 @@ def test_cloud_tpu_is_found(monkeypatch, tmp_path):
     assert not found(tmp_path)
     (tmp_path / "accel0").touch()
     assert found(tmp_path)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert not found(tmp_path)
+    for platforms, joins in {"cpu": False, "": True, "tpu,cpu": True}.items():
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        assert found(tmp_path) == joins
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     assert not found(tmp_path)
+
+
+@pytest.mark.parametrize("kind", processes.ERRORS.values())
+def test_errors_are_the_same_in_all(kind):
+    """SIGTERM too: each ends as the first does, with its status."""
+    value, error = processes._read(processes._written(None, kind("said")))
+    assert value is None
+    assert (type(error), str(error)) == (kind, "said")
+    assert processes.was_told(error)
 
 
 def test_the_coordinator_is_named(initialized, monkeypatch):
