@@ -6,7 +6,7 @@
 One after the other, each student pays for its own batch and its own forward pass of the
 teacher.  Together they share both: "vmap" makes each operation once for all students,
 "loop" one student after the other within one program.  All take turns in one process.
-On a CPU, asserts that what `experiments/cifar.py --together` does there pays.
+On a CPU, asserts that "loop" pays there.
 """
 
 import os

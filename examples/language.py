@@ -194,7 +194,8 @@ class Method(NamedTuple):
 
     Attributes:
       title: for tables.
-      weight: lambda, the best of --choose 0.03 to 100 on the validation part.
+      weight: lambda, the best of 0.3 to 100 on the validation part (--choose;
+        of the linear projection from 0.03).
       distance: of hidden states; None: KD of the predictions of every character.
     """
 

@@ -251,7 +251,8 @@ def make_train_step(
       together: "vmap" or "loop": the state is of several students (`stack_states`),
         which see one batch and one forward pass of the teacher, and metrics have a
         leading axis of students.  "vmap" makes each operation once for all of them,
-        "loop" one student after the other.  None: one student.
+        "loop" one student after the other.  A student whose loss is not finite keeps
+        its parameters while the step of all goes on.  None: one student.
       **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``group_size``,
         ``solver``, ...
 

@@ -204,6 +204,22 @@ def test_growth_of_memory_is_judged(monkeypatch):
     assert scale.claims(rows(1e3, 1e6), 64) == []  # too little to tell
 
 
+def test_only_the_cache_is_kept_between_first_steps(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import startup
+
+    def first_steps(folder):
+        (folder / "out" / "checkpoints" / "step-1").mkdir(parents=True)
+        (folder / "cache").mkdir(exist_ok=True)
+        found = list((folder / "cache").iterdir())
+        (folder / "cache" / "program").touch()
+        return {"teacher": 1.0 if found else 2.0}
+
+    monkeypatch.setattr(startup, "first_steps", first_steps)
+    steps = startup.measure_steps()
+    assert steps == {"empty": {"teacher": 2.0}, "filled": {"teacher": 1.0}}
+
+
 @pytest.mark.slow
 def test_startup(tmp_path):
     text, report = run("startup.py --rounds 2 --no-steps", tmp_path / "startup.json")

@@ -382,16 +382,19 @@ def add_elsewhere(tar):
     tar.addfile(through)
 
 
-def test_archive_that_points_elsewhere_writes_nothing(tmp_path):
+def test_archive_that_points_elsewhere_writes_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "below" / "data"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
     files = cifar_files("cifar10")
-    path = write_archive(tmp_path, "cifar10", files, mode="w")
+    path = write_archive(folder, "cifar10", files, mode="w")
     with tarfile.open(path, "a") as tar:
         add_elsewhere(tar)
-    around = [tmp_path.parent, tmp_path, Path("/")]
-    before = [sorted(folder.iterdir()) for folder in around]
-    dataset = data.load("cifar10", data_dir=tmp_path)
+    seen = lambda: (sorted(tmp_path.rglob("*")), sorted(Path("/").iterdir()))
+    before = seen()
+    dataset = data.load("cifar10", data_dir=folder)
     assert len(dataset.train_images) == 5 * TRAIN
-    assert [sorted(folder.iterdir()) for folder in around] == before
+    assert seen() == before
 
 
 def endless(first, size=2**29):
