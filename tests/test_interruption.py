@@ -261,6 +261,7 @@ def newest(out, run):
     return path.name, checkpoint.read_meta(path)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(
     shared,  # noqa: F811
     finished,  # noqa: F811
@@ -359,6 +360,7 @@ def first_labels(problem, run):
     return problem.dataset.train_labels[np.concatenate(orders)]
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite(
     shared,  # noqa: F811
     finished,  # noqa: F811
@@ -412,6 +414,7 @@ def test_steps_that_are_not_finite(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_solver_that_does_not_converge(
     shared,  # noqa: F811
     finished,  # noqa: F811
