@@ -118,7 +118,8 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path, title: str) -> No
                     label=name,
                 )
         axis.set(xscale="log", yscale="log", xlabel=x, ylabel=label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right upper", fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -134,7 +135,7 @@ def parse_args() -> argparse.Namespace:
     add("--classes", type=int, nargs="+", default=[10, 100, 1000])
     add("--d", type=int, default=128, help="features")
     add("--rounds", type=int, default=5)
-    add("--seconds", type=float, default=4.0, help="after which a row stops growing")
+    add("--seconds", type=float, default=0.5, help="after which a row stops growing")
     add("--distances", nargs="+", help='keys, or "key/choice" such as w2/exact')
     add("--plot", type=Path, metavar="FILE", help="draw it there")
     add("--json", metavar="FILE", help="write the rows there too")

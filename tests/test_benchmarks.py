@@ -170,7 +170,7 @@ def test_together(tmp_path):
 @pytest.mark.slow
 def test_scale(tmp_path):
     text, report = run(
-        "scale.py --n 8 40 --classes 3 30 --d 16 --rounds 2 "
+        "scale.py --n 8 40 --classes 3 30 --d 16 --rounds 2 --seconds 60 "
         f"--distances w2/exact cw2 kd linear_projection --plot {tmp_path / 'a.png'}",
         tmp_path / "scale.json",
     )
