@@ -360,19 +360,20 @@ def first_labels(problem, run):
     return problem.dataset.train_labels[np.concatenate(orders)]
 
 
-@pytest.mark.slow
-def test_steps_that_are_not_finite(
-    shared,  # noqa: F811
-    finished,  # noqa: F811
-    tmp_path,
-    capsys,
-    monkeypatch,
-):
-    """Stops with what is known; skips on request, and both give the same history."""
+@pytest.fixture
+def beside(finished, tmp_path, monkeypatch):  # noqa: F811
+    """A working folder of one's own, whose teacher and student are trained already."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
     for run in ("teacher", "student"):
         shutil.copytree(finished / "out" / run, tmp_path / "out" / run)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("beside")
+def test_steps_that_are_not_finite(shared, tmp_path, capsys):  # noqa: F811
+    """Stops with what is known; skips on request, and both give the same history."""
     line = (*tiny(shared, "out"), "--distances", "wrong:BROKEN", "--devices", 1)
     problem = runs.prepare(parse([*map(str, line[:-4])]), tmp_path)
     run = runs.Run("any", 1, 0.0, 2, problem.parts.student, {})
@@ -415,20 +416,10 @@ def test_steps_that_are_not_finite(
 
 
 @pytest.mark.slow
-def test_solver_that_does_not_converge(
-    shared,  # noqa: F811
-    finished,  # noqa: F811
-    tmp_path,
-    capsys,
-    monkeypatch,
-):
+@pytest.mark.usefixtures("beside")
+def test_solver_that_does_not_converge(shared, tmp_path, capsys):  # noqa: F811
     """Told once in an epoch, and written down."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for run in ("teacher", "student"):
-        shutil.copytree(finished / "out" / run, tmp_path / "out" / run)
     (tmp_path / "wrong.py").write_text(WRONG.replace("BAD", "0"))
-    monkeypatch.delitem(sys.modules, "wrong", raising=False)
     line = (*tiny(shared, "out"), "--distances", "wrong:ROUGH", "--devices", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
