@@ -187,8 +187,8 @@ class Progress:
         with signals.held():
             try:
                 yield
-                if processes.any_of(signals.asked()):  # since all last agreed
-                    raise signals.Terminated
             except signals.Terminated:
                 self.save()
                 raise
+            if processes.any_of(signals.asked()):  # since all last agreed
+                signals.ask()  # the end of `held` answers it; all is saved
