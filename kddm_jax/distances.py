@@ -65,9 +65,11 @@ def _cost_floor(x, y):
     return jnp.finfo(x.dtype).eps * scale
 
 
-def _solve(x, y, xy, self_cost, a, b, same=None, **solver):
+def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
     """Solves for a cost; debiasing also needs the costs within each cloud."""
     debias = solver.get("solver", "sinkhorn") == "sinkhorn"
+    if pairing is not None:
+        pairing = constant(jnp.asarray(pairing, xy.dtype))
     costs = Costs(
         xy=xy,
         xx=self_cost(0) if debias else None,
@@ -75,17 +77,40 @@ def _solve(x, y, xy, self_cost, a, b, same=None, **solver):
         a=a,
         b=b,
         same=same,
+        pairing=pairing,
     )
     return transport_cost(costs, floor=_cost_floor(x, y), **solver)
 
 
-def _wasserstein(x, y, *, solver="sinkhorn", compat=None, **precision):
-    (solver,) = as_released(compat, solver=(solver, "sinkhorn", "exact"))
-    x, y = check_pair(x, y)
+def _price_of_strangers(pairing):
+    """Kappa, or None where it is plainly zero: then n != m is allowed."""
+    check_number("pairing", pairing, positive=False)
+    if isinstance(pairing, jax.core.Tracer):
+        return pairing
+    if np.ndim(pairing) != 0:
+        raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
+    if np.isinf(pairing):
+        raise ValueError("pairing must be finite, got inf; its limit is paired_l2")
+    return None if np.asarray(pairing) == 0 else pairing
+
+
+def _wasserstein(x, y, *, pairing=0.0, solver="sinkhorn", compat=None, **precision):
+    pairing, solver = as_released(
+        compat, pairing=(pairing, 0.0, 0.0), solver=(solver, "sinkhorn", "exact")
+    )
+    pairing = _price_of_strangers(pairing)
+    x, y = check_pair(x, y, same_rows=pairing is not None)
     within = lambda side: squared_distances(*((x, x), (y, y))[side])
-    weights = _uniform(x), _uniform(y)
     return _solve(
-        x, y, squared_distances(x, y), within, *weights, solver=solver, **precision
+        x,
+        y,
+        squared_distances(x, y),
+        within,
+        _uniform(x),
+        _uniform(y),
+        solver=solver,
+        pairing=pairing,
+        **precision,
     )
 
 
@@ -93,6 +118,7 @@ def wasserstein(
     x: jax.Array,
     y: jax.Array,
     *,
+    pairing: float | jax.Array = 0.0,
     solver: str = "sinkhorn",
     epsilon: float | jax.Array | None = None,
     threshold: float = 1e-3,
@@ -102,7 +128,7 @@ def wasserstein(
     r"""Computes the squared 2-Wasserstein distance of two samples, W2(E).
 
     .. math:: W_2^2(x, y) = \min_{P \in \Gamma(1/n, 1/m)}
-              \sum_{ij} P_{ij} \|x_i - y_j\|^2
+              \sum_{ij} P_{ij} \big(\|x_i - y_j\|^2 + \kappa\, 1_{i \ne j}\big)
 
     The gradient is ``2 sum_j P_ij (x_i - y_j)`` at the optimal plan.  Do not use a
     large weight with it: it pairs features across classes.
@@ -110,13 +136,17 @@ def wasserstein(
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``; ``n != m`` is allowed unless the solver
-        is "exact".
+        is "exact" or there is a ``pairing``.
+      pairing: kappa, what it costs to move a sample to another one's place, in units
+        of the squared distance, a constant; 0 is the Wasserstein distance, which pairs
+        whom it likes, and with growing kappa the value rises to `paired_l2`.
       solver: ``"sinkhorn"``, the debiased Sinkhorn divergence: within 5 % of the
         exact value for unrelated clouds, equal to 6 digits once the student follows
         the teacher; ``"entropic"``, the biased ``OT_eps``; ``"exact"``, by
         assignment.
       epsilon: entropic weight in units of the squared distance; None is 0.02 times
-        the mean cost, as a constant.  Less than the costs' round-off counts as that.
+        the mean squared distance, as a constant.  Less than the costs' round-off
+        counts as that.
       threshold: L1 error of a marginal at which Sinkhorn stops.
       max_iterations: at which it stops anyway; above ten, in whole tens.
       compat: ``"released"`` is ``solver="exact"``.
@@ -125,10 +155,11 @@ def wasserstein(
       Scalar, squared distance, averaged over samples.
 
     Raises:
-      ValueError: shapes, dtypes, an unknown solver, ``n != m`` for "exact".
+      ValueError: shapes, dtypes, an unknown solver, ``pairing < 0``, ``n != m`` for
+        "exact" or with ``pairing``.
 
     References:
-      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), empirical case.
+      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), empirical case; kappa is ours.
 
     Examples:
       >>> x = jnp.array([[0.0], [1.0]])
@@ -138,6 +169,7 @@ def wasserstein(
     return _wasserstein(
         x,
         y,
+        pairing=pairing,
         solver=solver,
         epsilon=epsilon,
         threshold=threshold,
@@ -285,6 +317,7 @@ def _joint_wasserstein(
     *,
     beta="max",
     label_cost="probs",
+    pairing=0.0,
     solver="sinkhorn",
     compat=None,
     **precision,
@@ -293,14 +326,17 @@ def _joint_wasserstein(
     if isinstance(beta, str):
         check_choice("beta", beta, ("max",))
     released_cost = "kl" if label_cost == "kl" else "logits"
-    label_cost, _, solver = as_released(
+    label_cost, _, pairing, solver = as_released(
         compat,
         label_cost=(label_cost, "probs", released_cost),
         beta=(beta, "max", "max"),
+        pairing=(pairing, 0.0, 0.0),
         solver=(solver, "sinkhorn", "exact"),
     )
+    pairing = _price_of_strangers(pairing)
     arrays = x, y, logits_x, logits_y
-    x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=compat is not None)
+    same_rows = compat is not None or pairing is not None
+    x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=same_rows)
     label = LABEL_COSTS[label_cost]
     features = squared_distances(x, y)
     scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, x.dtype)
@@ -314,7 +350,8 @@ def _joint_wasserstein(
     if compat is not None:
         between = _released_joint_cost(x, label(logits_x, logits_y))
     weights = _uniform(x), _uniform(y)
-    return _solve(x, y, between, within, *weights, solver=solver, **precision)
+    more = {"solver": solver, "pairing": pairing}
+    return _solve(x, y, between, within, *weights, **more, **precision)
 
 
 def joint_wasserstein(
@@ -325,6 +362,7 @@ def joint_wasserstein(
     *,
     beta: float | jax.Array | str = "max",
     label_cost: str = "probs",
+    pairing: float | jax.Array = 0.0,
     solver: str = "sinkhorn",
     epsilon: float | jax.Array | None = None,
     threshold: float = 1e-3,
@@ -334,7 +372,8 @@ def joint_wasserstein(
     r"""Computes the joint squared Wasserstein distance of features and labels, JW2(E).
 
     .. math:: \min_{P \in \Gamma(1/n, 1/m)} \sum_{ij} P_{ij}
-              \big(\|x_i - y_j\|^2 + \beta\, \ell(s_i, t_j)\big)
+              \big(\|x_i - y_j\|^2 + \beta\, \ell(s_i, t_j)
+              + \kappa\, 1_{i \ne j}\big)
 
     ``s`` and ``t`` are the predictions of student and teacher.  With ``beta=1`` the
     labels move the value by 0.04 to 0.2 % only (features weigh in the hundreds), so
@@ -351,8 +390,9 @@ def joint_wasserstein(
         ``"logits"``, of raw logits; ``"kl"``, ``KL(student_i || teacher_j)``, which
         is not symmetric, so that the debiased value may fall below zero at a large
         ``epsilon``.
+      pairing: kappa, as in `wasserstein`; needs ``n = m``.
       solver: as in `wasserstein`.
-      epsilon: as in `wasserstein`, from the joint cost.
+      epsilon: as in `wasserstein`, from the joint cost without kappa.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
       compat: ``"released"`` is the cost that the released code computes: squared
@@ -381,6 +421,7 @@ def joint_wasserstein(
         logits_y,
         beta=beta,
         label_cost=label_cost,
+        pairing=pairing,
         solver=solver,
         epsilon=epsilon,
         threshold=threshold,

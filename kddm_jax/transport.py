@@ -46,6 +46,8 @@ class Costs(NamedTuple):
       a: weights of x, shape ``[n]``, of sum 1.
       b: weights of y, shape ``[m]``, of sum 1.
       same: 1 where transport is allowed, ``[n, n]``, or None for everywhere.
+      pairing: what every pair of different samples, i != j, costs besides, a scalar;
+        None for nothing.  It has no part in the default epsilon.
     """
 
     xy: jax.Array
@@ -54,6 +56,7 @@ class Costs(NamedTuple):
     a: jax.Array
     b: jax.Array
     same: jax.Array | None = None
+    pairing: jax.Array | None = None
 
 
 def mean_cost(costs: Costs) -> jax.Array:
@@ -69,6 +72,21 @@ def mean_cost(costs: Costs) -> jax.Array:
         return jnp.sum(costs.a[:, None] * costs.xy * costs.b[None, :])
     counts = jnp.maximum(jnp.sum(costs.same, axis=1), 1)
     return jnp.sum(costs.a[:, None] * costs.same * costs.xy / counts[None, :])
+
+
+def _paired(costs):
+    """The problem whose costs hold the price of pairs i != j.
+
+    Of all three costs, since it is a distance of its own, between the samples' indices:
+    the divergence of a cloud from itself stays zero.
+    """
+    if costs.pairing is None:
+        return costs
+    price = costs.pairing * (1 - jnp.eye(len(costs.a), dtype=costs.xy.dtype))
+    add = lambda cost: None if cost is None else cost + price
+    return costs._replace(
+        xy=add(costs.xy), xx=add(costs.xx), yy=add(costs.yy), pairing=None
+    )
 
 
 def _rounding(costs):
@@ -272,6 +290,29 @@ SOLVERS: Mapping[str, Callable] = MappingProxyType(
 )
 
 
+def _prepared(costs, solver, epsilon, max_iterations, floor):
+    """Checks the options; gives all costs and the epsilon in their units."""
+    check_choice("solver", solver, SOLVERS)
+    n, m = costs.xy.shape
+    if solver == "exact" and n != m:
+        raise ValueError(
+            f'solver="exact" needs as many samples in x as in y, got n={n} and '
+            f'm={m}; use solver="sinkhorn"'
+        )
+    if epsilon is not None:
+        cure = "; None chooses it from the cost"
+        check_number("epsilon", epsilon, positive=True, cure=cure)
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    dtype = costs.xy.dtype
+    if epsilon is None:
+        least = jnp.maximum(floor, jnp.sqrt(jnp.finfo(dtype).tiny))
+        epsilon = jnp.maximum(0.02 * mean_cost(costs), least)
+    costs = _paired(costs)
+    epsilon = jnp.maximum(jnp.asarray(epsilon, dtype), _rounding(costs))
+    return costs, constant(epsilon)
+
+
 def transport_cost(
     costs: Costs,
     *,
@@ -310,25 +351,68 @@ def transport_cost(
       Interpolating between optimal transport and MMD using Sinkhorn divergences,
       2019 (arXiv 1810.08278), equation 3.
     """
-    check_choice("solver", solver, SOLVERS)
-    n, m = costs.xy.shape
-    if solver == "exact" and n != m:
-        raise ValueError(
-            f'solver="exact" needs as many samples in x as in y, got n={n} and '
-            f'm={m}; use solver="sinkhorn"'
-        )
-    if epsilon is not None:
-        cure = "; None chooses it from the cost"
-        check_number("epsilon", epsilon, positive=True, cure=cure)
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-    dtype = costs.xy.dtype
-    if epsilon is None:
-        least = jnp.maximum(floor, jnp.sqrt(jnp.finfo(dtype).tiny))
-        epsilon = jnp.maximum(0.02 * mean_cost(costs), least)
-    epsilon = jnp.maximum(jnp.asarray(epsilon, dtype), _rounding(costs))
-    epsilon = constant(epsilon)
+    costs, epsilon = _prepared(costs, solver, epsilon, max_iterations, floor)
     return SOLVERS[solver](costs, epsilon, threshold, max_iterations)
+
+
+def transport_plan(
+    costs: Costs,
+    *,
+    solver: str = "sinkhorn",
+    epsilon: float | jax.Array | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 2000,
+    floor: jax.Array | float = 0.0,
+) -> jax.Array:
+    r"""Computes the plan from x to y whose cost `transport_cost` measures.
+
+    .. math:: P \in \arg\min_P \langle P, C\rangle
+              + \epsilon\, KL(P \,|\, a \otimes b)
+
+    To look at: it has no derivative rule.  A debiased divergence has three plans; this
+    is the one between the clouds.
+
+    Args:
+      costs: the problem, of mass 1; ``xx`` and ``yy`` may be None.
+      solver: as in `transport_cost`.
+      epsilon: as in `transport_cost`.
+      threshold: as in `transport_cost`.
+      max_iterations: as in `transport_cost`.
+      floor: as in `transport_cost`.
+
+    Returns:
+      The plan, shape ``[n, m]``, of sum 1; its rows sum to ``a``, its columns to ``b``.
+
+    Raises:
+      ValueError: as `transport_cost`.
+
+    References:
+      Peyré and Cuturi, Computational optimal transport, 2019 (arXiv 1803.00567),
+      section 4.
+
+    Examples:
+      >>> half = jnp.full(2, 0.5)
+      >>> crossed = Costs(jnp.array([[1.0, 0.0], [0.0, 1.0]]), None, None, half, half)
+      >>> transport_plan(crossed, solver="exact").tolist()
+      [[0.0, 0.5], [0.5, 0.0]]
+    """
+    costs, epsilon = _prepared(costs, solver, epsilon, max_iterations, floor)
+    if solver == "exact":
+        _, target = _solve_assignment(costs.xy, costs.a, costs.same)
+        return costs.a[:, None] * jax.nn.one_hot(
+            target, len(costs.b), dtype=epsilon.dtype
+        )
+    _, _, plan = _solve_entropic(
+        costs.xy,
+        costs.a,
+        costs.b,
+        costs.same,
+        epsilon,
+        threshold,
+        max_iterations,
+        False,
+    )
+    return plan
 
 
 # ---------------------------------------------------------------------------

@@ -177,9 +177,17 @@ def class_loop(distance, x, y, labels, reduction):
 # -------------------------------------------------------- empirical measures
 
 
-def wasserstein(x, y, *, solver="exact", epsilon=None):
-    """min_P sum_ij P_ij ||x_i - y_j||^2."""
-    return solve(squared_distances, x, y, solver, epsilon)
+def wasserstein(x, y, *, pairing=0.0, solver="exact", epsilon=None):
+    """min_P sum_ij P_ij (||x_i - y_j||^2 + pairing [i != j])."""
+
+    def cost(a, b):
+        strangers = a[1][:, None] != b[1][None, :]
+        return squared_distances(a[0], b[0]) + pairing * strangers
+
+    if not pairing:
+        return solve(squared_distances, x, y, solver, epsilon)
+    index = np.arange(len(x))
+    return solve(cost, (x, index), (y, index), solver, epsilon)
 
 
 def class_wasserstein(x, y, labels, *, reduction="mean", solver="exact", epsilon=None):
@@ -196,16 +204,19 @@ def joint_wasserstein(
     *,
     beta="max",
     label_cost="probs",
+    pairing=0.0,
     solver="exact",
     epsilon=None,
 ):
-    """min_P sum_ij P_ij (||x_i - y_j||^2 + beta l(s_i, t_j))."""
+    """min_P sum_ij P_ij (||x_i - y_j||^2 + beta l(s_i, t_j) + pairing [i != j])."""
     beta = largest_feature_cost(x, y) if beta == "max" else beta
 
     def cost(a, b):
-        return joint_cost(a[0], b[0], a[1], b[1], beta=beta, label_cost=label_cost)
+        joint = joint_cost(a[0], b[0], a[1], b[1], beta=beta, label_cost=label_cost)
+        return joint + pairing * (a[2][:, None] != b[2][None, :])
 
-    return solve(cost, (x, logits_x), (y, logits_y), solver, epsilon)
+    sides = [(x, logits_x, np.arange(len(x))), (y, logits_y, np.arange(len(y)))]
+    return solve(cost, *sides, solver, epsilon)
 
 
 def paired_l2(x, y):

@@ -486,6 +486,21 @@ def test_exact_refuses_other_numbers_of_samples(name):
     assert "6" in message, message
 
 
+@parametrize([name for name, row in DISTANCES.items() if "pairing" in parameters(row)])
+def test_pairing_refuses_what_it_cannot_price(name):
+    row = DISTANCES[name]
+    message = refusal(name, *arguments(row, make_batch(n=8, m=6)), pairing=1.0)
+    assert "8" in message, message
+    assert "6" in message, message
+    arrays = arguments(row, make_batch())
+    for wrong in (-1.0, float("nan"), float("inf")):
+        message = refusal(name, *arrays, pairing=wrong)
+        assert "pairing" in message, message
+        assert str(wrong) in message, message
+    assert "pairing" in refusal(name, *arrays, pairing=np.ones(3))
+    assert "pairing" in refusal(name, *arrays, pairing=1.0, compat="released")
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 3, 3)])
 def test_bures_refuses_what_is_no_covariance(shape):
     with pytest.raises(ValueError, match="cov_x"):

@@ -203,6 +203,48 @@ def test_default_of_joint_wasserstein_is_near_the_programme():
     close(call("joint_wasserstein", *arrays), expected, rtol=0.05)
 
 
+KAPPAS = [0.0, 0.3, 1.0]
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn", "entropic"])
+def test_pairing_is_a_price_on_other_samples(solver):
+    batch = make_batch(10, 16)
+    mean = reference.squared_distances(batch.x, batch.y).mean()
+    arrays = (batch.x, batch.y, batch.logits_x, batch.logits_y)
+    found = []
+    for share in KAPPAS:
+        options = {"solver": solver, "pairing": share * mean}
+        if solver != "exact":
+            options["epsilon"] = 0.2 * mean
+        precision = {} if solver == "exact" else CONVERGED
+        plain = reference.wasserstein(*arrays[:2], **options)
+        found.append(call("wasserstein", *arrays[:2], **options, **precision))
+        close(found[-1], plain, rtol=1e-8)
+        options |= {"beta": 0.7 * mean}
+        joint = reference.joint_wasserstein(*arrays, **options)
+        close(call("joint_wasserstein", *arrays, **options, **precision), joint, 1e-8)
+    assert found == sorted(found)
+    assert found[0] < found[-1]
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+def test_large_pairing_is_paired_l2(solver):
+    x, y = clouds(10, 16)
+    largest = 1e4 * reference.squared_distances(x, y).max()
+    value = call("wasserstein", x, y, solver=solver, pairing=largest)
+    close(value, reference.paired_l2(x, y))
+
+
+def test_pairing_does_not_change_the_default_epsilon():
+    x, y = clouds(12, 16)
+    mean = reference.squared_distances(x, y).mean()
+    expected = reference.wasserstein(
+        x, y, pairing=mean, solver="sinkhorn", epsilon=0.02 * mean
+    )
+    value = call("wasserstein", x, y, pairing=mean, threshold=1e-6)
+    close(value, expected, rtol=1e-5)
+
+
 def test_paired_l2():
     x, y = clouds(10, 16)
     close(call("paired_l2", x, y), reference.paired_l2(x, y))

@@ -36,6 +36,7 @@ VARIANTS = [
     {},
     {"solver": "exact"},
     {"solver": "entropic"},
+    {"solver": "exact", "pairing": 0.5},
     {"label_cost": "logits", "solver": "exact"},
     {"label_cost": "kl", "solver": "exact"},
     {"covariance": "full"},
@@ -58,7 +59,7 @@ def is_new(row, variant):
 CASES = [
     pytest.param(
         *(name, variant, batch),
-        id="-".join([name, *variant.values(), shape]),
+        id="-".join([name, *map(str, variant.values()), shape]),
     )
     for name, row in DISTANCES.items()
     for variant in VARIANTS

@@ -15,7 +15,13 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import logsumexp
 
 from kddm_jax.linalg import classes, squared_distances
-from kddm_jax.transport import SOLVERS, Costs, mean_cost, transport_cost
+from kddm_jax.transport import (
+    SOLVERS,
+    Costs,
+    mean_cost,
+    transport_cost,
+    transport_plan,
+)
 
 EPSILON = 0.3
 DEFAULTS = {"epsilon": None, "threshold": 1e-3, "max_iterations": 2000}
@@ -406,3 +412,20 @@ def test_messages(name):
     problem = Costs(ones(n, m), ones(n, n), ones(m, m), ones(n) / n, ones(m) / m)
     with pytest.raises(ValueError, match=message):
         transport_cost(problem, **{"solver": "sinkhorn", **DEFAULTS, **options})
+
+
+# ---------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("solver", ["exact", "entropic"])
+def test_plan_is_the_witness_plan(solver):
+    rng = np.random.default_rng(8)
+    cost, a = rng.uniform(1, 2, (7, 7)), np.full(7, 1 / 7)
+    price = 0.4 * (1 - np.eye(7))
+    witness = assignment if solver == "exact" else log_sinkhorn
+    for pairing, extra in ((None, 0.0), (0.4, price)):
+        with jax.enable_x64(True):
+            costs = Costs(*map(jnp.asarray, (cost,)), None, None, a, a, pairing=pairing)
+            plan = transport_plan(costs, solver=solver, epsilon=0.1, threshold=1e-10)
+        expected = witness(cost + extra, a, a, 0.1)[1]
+        np.testing.assert_allclose(plan, expected, atol=1e-9)
