@@ -61,7 +61,7 @@ STUDENT_FIELDS = (
 )
 DISTILLED_FIELDS = (
     *STUDENT_FIELDS,
-    *("scale", "layers", "projector", "view"),
+    *("scale", "weight_schedule", "layers", "projector", "view"),
 )
 FEATURE_ONLY_FIELDS = (*DISTILLED_FIELDS, "head", "quality_images")
 
@@ -371,6 +371,12 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
         method = method_of(problem, name, weight_of(settings, name))
+        if settings.weight_schedule != "constant" and carries_weights(method.distance):
+            raise UserError(
+                f"--weight-schedule {settings.weight_schedule}: {name} compares layers, "
+                "whose weights are fixed; leave the schedule out, or compare the pooled "
+                "features without a projector"
+            )
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
@@ -519,6 +525,15 @@ def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
     return per_epoch
 
 
+def make_weight_schedule(settings: Settings, steps: int):
+    """The factor of lambda as a function of the step, None where it is constant."""
+    if settings.weight_schedule == "warmup":
+        return optax.linear_schedule(0.0, 1.0, transition_steps=steps // 2)
+    if settings.weight_schedule == "decay":
+        return optax.cosine_decay_schedule(1.0, decay_steps=steps)
+    return None
+
+
 def make_optimizer(settings: Settings, schedule) -> optax.GradientTransformation:
     """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum."""
     if settings.optimizer == "adamw":
@@ -604,6 +619,8 @@ def _train_program(problem, run, method, model, teacher, tx, length):
         if distilled:
             known = train_step.known_outputs
             teacher_apply = known if of_views else resnet.linen_apply(teacher.model)
+        steps = run.epochs * (len(run.indices) // problem.settings.batch_size)
+        weight_schedule = make_weight_schedule(problem.settings, steps)
         step = train_step.make_train_step(
             methods.apply_of(method, resnet.linen_apply(model)),
             teacher_apply,
@@ -611,6 +628,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             augment=problem.normalize if of_views else problem.augment,
             distance=method.distance,
             head=method.head,
+            weight_schedule=weight_schedule if distilled else None,
             group_size=problem.settings.distance_group,
             **method.options,
         )

@@ -58,6 +58,9 @@ class Settings:
     --scale teacher, else 1e-4, the released code's."""
     weights: dict[str, float] | None = None
     """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
+    weight_schedule: str = "constant"
+    """Of every lambda: constant; warmup, from nothing up to it over the first half;
+    decay, from it down to nothing by half a cosine over all steps."""
     scale: str | None = None
     """teacher: divide squared distances by the teacher's mean squared deviation, which
     makes lambda dimensionless; None: raw values, as in the paper."""
@@ -359,6 +362,7 @@ def _check_choices(settings):
         "optimizer": ("sgd", "adamw"),
         "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
         "scale": (None, "teacher"),
+        "weight_schedule": ("constant", "warmup", "decay"),
         "projector": (None, "dense", "conv", "conv3"),
         "view": ("pool", "positions"),
         "on_nonfinite": ("stop", "skip"),

@@ -227,6 +227,7 @@ def make_train_step(
     augment: Augment,
     distance: object = (),
     weight: float | jax.Array | None = None,
+    weight_schedule: Callable[[jax.Array], jax.Array] | None = None,
     head: Sequence[str] | None = None,
     axis_name: str | None = AXIS,
     together: str | None = None,
@@ -243,6 +244,8 @@ def make_train_step(
         see the same one.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
       weight: lambda; None takes the state's, which no other value retraces.
+      weight_schedule: an optax schedule, the factor of lambda as a function of the
+        step; None: 1 throughout.
       head: names of the student's top modules which alone learn from its logits (from
         cross-entropy and distances of predictions); all others learn from distances
         of features only, as in feature-only distillation (arXiv 2511.14981).  None:
@@ -264,8 +267,8 @@ def make_train_step(
       finite, the old state comes back and ``finite`` is False.
 
     Raises:
-      ValueError: a distance without a teacher; an unknown ``together``; an unknown
-        module in ``head``, when the step is traced.
+      ValueError: a distance without a teacher; a schedule of weights that `Term` fixes;
+        an unknown ``together``; an unknown module in ``head``, when the step is traced.
     """
     own_weights = carries_weights(distance)
     if teacher_apply is None and not (own_weights and len(distance) == 0):
@@ -274,6 +277,11 @@ def make_train_step(
             "pass the teacher's apply function, or distance=()"
         )
 
+    if weight_schedule is not None and own_weights:
+        raise ValueError(
+            "weight_schedule has no weight to change: terms carry their own; leave it "
+            "out, or pass one distance"
+        )
     if together is not None and together not in TOGETHER:
         raise ValueError(f"unknown together {together!r}; known: {', '.join(TOGETHER)}")
 
@@ -290,6 +298,8 @@ def make_train_step(
     def learn(state, *, key, inputs, guide, labels):
         teacher_features, teacher_logits = guide
         lam = state.weight if weight is None else weight
+        if weight_schedule is not None:
+            lam = lam * weight_schedule(state.step)
 
         def forward(params):
             variables = {"params": params, "batch_stats": state.batch_stats}

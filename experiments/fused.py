@@ -1,0 +1,88 @@
+"""Between W2 and paired L2: distances that price the matching of different images.
+
+The fused cost ``||x_i - y_j||^2 + kappa [i != j]`` is W2 at kappa 0 and paired L2 where
+kappa is large.  Here kappa is in units of the teacher's mean squared deviation, so that
+it means the same for every network:
+
+    python experiments/cifar.py --distances experiments.fused:W2_K01 ...
+
+Each row also reports, of its plan, the mass on the diagonal (an image matched with
+itself) and the mass within the class (with an image of its label).
+"""
+
+import jax.numpy as jnp
+
+from kddm_jax import Distance, joint_wasserstein, wasserstein
+from kddm_jax.linalg import constant, squared_distances
+from kddm_jax.transport import Costs, transport_plan
+
+
+def _deviation(y):
+    """The teacher's mean squared deviation, as ``scale="teacher"`` takes it."""
+    return jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
+
+
+def plan_masses(x, y, labels, pairing):
+    """How much of the plan of W2 with a price lies on the diagonal, within the class.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same images, shape ``[n, d]``.
+      labels: int, shape ``[n]``.
+      pairing: kappa in units of the squared distance.
+
+    Returns:
+      Two scalars in [0, 1].
+    """
+    n = len(x)
+    uniform = jnp.full(n, 1 / n, x.dtype)
+    cost = squared_distances(x, y)
+    costs = Costs(cost, None, None, uniform, uniform, pairing=pairing)
+    plan = transport_plan(costs, solver="entropic")
+    same = labels[:, None] == labels[None, :]
+    return jnp.trace(plan), jnp.sum(plan * same)
+
+
+def fused(kappa: float) -> Distance:
+    """The row of W2 with a price ``kappa``, in units of the teacher's deviation."""
+
+    def value(x, y, labels):
+        del labels
+        return wasserstein(x, y, pairing=kappa * constant(_deviation(y)))
+
+    def diagnose(x, y, labels):
+        diagonal, within = plan_masses(x, y, labels, kappa * _deviation(y))
+        return value(x, y, labels), {"diagonal": diagonal, "within_class": within}
+
+    return Distance(
+        value,
+        inputs=("features", "labels"),
+        title=f"W2, κ = {kappa:g}",
+        promises=frozenset({"squared"}),
+        diagnose=diagnose,
+    )
+
+
+def joint(strength: float) -> Distance:
+    """The row of JW2 whose label term weighs ``strength`` times its default."""
+
+    def value(x, y, logits_x, logits_y):
+        beta = strength * constant(jnp.max(squared_distances(x, y)))
+        return joint_wasserstein(x, y, logits_x, logits_y, beta=beta)
+
+    return Distance(
+        value,
+        inputs=("features", "logits"),
+        title=f"JW2, β x {strength:g}",
+        promises=frozenset({"squared"}),
+    )
+
+
+W2_K0 = fused(0.0)
+W2_K003 = fused(0.03)
+W2_K01 = fused(0.1)
+W2_K03 = fused(0.3)
+W2_K1 = fused(1.0)
+W2_K3 = fused(3.0)
+JW2_B10 = joint(10.0)
+JW2_B100 = joint(100.0)
