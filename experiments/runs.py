@@ -357,6 +357,20 @@ def prepare(settings: Settings, out: Path) -> Problem:
     return problem
 
 
+def _check_schedule(problem, name):
+    settings = problem.settings
+    if settings.weight_schedule == "constant":
+        return
+    if name == FEATURE_ONLY or carries_weights(
+        method_of(problem, name, weight_of(settings, name)).distance
+    ):
+        raise UserError(
+            f"--weight-schedule {settings.weight_schedule}: {name} compares layers, "
+            "whose weights are fixed; leave the schedule out, or compare the pooled "
+            "features without a projector"
+        )
+
+
 def check_distances(problem: Problem, teacher: nn.Module) -> None:
     """Traces every method on the shapes to come: its errors, before any training."""
     settings = problem.settings
@@ -367,16 +381,11 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
         for name, model in ((settings.student_model, student), ("teacher", teacher))
     )
     for name in settings.distances:
+        _check_schedule(problem, name)
         if name == FEATURE_ONLY and not settings.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
         method = method_of(problem, name, weight_of(settings, name))
-        if settings.weight_schedule != "constant" and carries_weights(method.distance):
-            raise UserError(
-                f"--weight-schedule {settings.weight_schedule}: {name} compares layers, "
-                "whose weights are fixed; leave the schedule out, or compare the pooled "
-                "features without a projector"
-            )
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 

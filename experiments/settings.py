@@ -154,6 +154,10 @@ class Settings:
     """Evaluate on this many training images, kept from training, in place of the test
     set: for choosing lambda."""
 
+    teacher_saw_held_out: bool = False
+    """Takes a --teacher that may have been trained on the held-out images; no student
+    is."""
+
     devices: int | None = None
     """Of all processes together; None: all."""
     coordinator: str | None = None

@@ -152,11 +152,13 @@ def find_teacher(problem: runs.Problem) -> Source:
             f"--teacher {path} was trained on {made.get('dataset')}, "
             f"this run is on {settings.dataset}; pass a teacher of the same data"
         )
-    if settings.held_out and made.get("held_out") != settings.held_out:
+    kept = made.get("held_out") == settings.held_out
+    if settings.held_out and not kept and not settings.teacher_saw_held_out:
         raise UserError(
             f"--held-out {settings.held_out}: --teacher {path} was trained with "
             f"held_out={made.get('held_out')} and may have seen these images; "
-            "train one with the same --held-out"
+            "train one with the same --held-out, or pass --teacher-saw-held-out if "
+            "students alone need not have seen them"
         )
     if made.get("stem") != settings.stem:
         raise UserError(

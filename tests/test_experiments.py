@@ -771,6 +771,18 @@ MISTAKES = {
         ["--batch-size 33", "2 devices", "multiple of 2"],
     ),
     "devices": ("--devices 9", ["--devices 9", "has 2", "lower"]),
+    "weight schedule": (
+        "--weight-schedule rise",
+        ["weight_schedule 'rise'", "constant, warmup, decay"],
+    ),
+    "schedule of layers": (
+        "--weight-schedule decay --projector dense",
+        ["--weight-schedule decay", "w2", "without a projector"],
+    ),
+    "schedule of features": (
+        "--weight-schedule decay --distances feature_only",
+        ["--weight-schedule decay", "feature_only", "fixed"],
+    ),
     "mapping": ("--mapping xmap", ["mapping 'xmap'", "pmap, shard_map"]),
     "group": (
         "--distance-group 3 --devices 2",
