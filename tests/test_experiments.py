@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import chex
@@ -1205,6 +1205,8 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
     settings = parse([*map(str, line), "--held-out", "100"])
     with pytest.raises(UserError, match="may have seen these images"):
         find_teacher(runs.prepare(settings, tmp_path))
+    told = replace(settings, teacher_saw_held_out=True)
+    assert find_teacher(runs.prepare(told, tmp_path)).given
 
 
 # ---------------------------------------------------------------------------

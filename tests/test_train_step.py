@@ -358,6 +358,21 @@ def test_one_trace_and_one_compilation(compilations):
     assert taught["task"] == metrics["task"]
 
 
+def test_schedule_scales_the_weight_at_each_step():
+    """Half at the first step, one and a half at the second; state or own lambda."""
+    factor = lambda step: 0.5 + step
+    for own in (None, 0.2):
+        state, teacher = start(weight=0.2)
+        scheduled = on_devices(make_step(weight=own, weight_schedule=factor), 2)
+        for share in (0.5, 1.5):
+            plain = on_devices(make_step(weight=0.2 * share), 2)
+            wanted, _ = plain(state, teacher)
+            state, _ = scheduled(state, teacher)
+            chex.assert_trees_all_close(state.params, wanted.params, rtol=1e-6)
+    with pytest.raises(ValueError, match="weight_schedule .* terms carry their own"):
+        make_step(distance=[Term("l2", 0.1)], weight_schedule=factor)
+
+
 def projected_student():
     """The student with a three-layer projector of its map, whose BatchNorm sees all."""
     projectors = {"map": ThreeLayerProjector(features=3, axis_name=AXIS)}

@@ -1,0 +1,56 @@
+"""The distances of experiments/fused.py: what their prices do to the plan."""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kddm_jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+
+import fused  # noqa: E402
+
+LABELS = jnp.array([0, 0, 1, 1])
+# Student 0 lies where the teacher has 1, and so on: each moved into its neighbour.
+TEACHER = jnp.array([[0.0, 0], [3, 0], [9, 0], [12, 0]])
+STUDENT = TEACHER[jnp.array([1, 0, 3, 2])]
+DEVIATION = 22.5  # mean of 36, 9, 9, 36
+
+
+def test_masses_of_a_plan_that_swaps_neighbours():
+    value, masses = fused.W2_K0.diagnose(STUDENT, TEACHER, LABELS)
+    assert value == pytest.approx(0, abs=1e-4)
+    assert masses["diagonal"] == pytest.approx(0, abs=1e-3)
+    assert masses["within_class"] == pytest.approx(1, abs=1e-3)
+
+
+def test_masses_of_a_plan_across_classes():
+    crossed = TEACHER[jnp.array([2, 3, 0, 1])]
+    _, masses = fused.W2_K0.diagnose(crossed, TEACHER, LABELS)
+    assert masses["within_class"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "diagonal"),
+    # Staying costs 9 a sample, the neighbour's place kappa times 22.5.
+    [(0.05, 0), (1.0, 1), (3.0, 1)],
+)
+def test_price_is_in_units_of_the_teachers_deviation(kappa, diagonal):
+    row = fused.fused(kappa)
+    value, masses = row.diagnose(STUDENT, TEACHER, LABELS)
+    assert masses["diagonal"] == pytest.approx(diagonal, abs=1e-2)
+    assert value == pytest.approx(9 if diagonal else kappa * DEVIATION, rel=1e-2)
+    assert row.fn(STUDENT, TEACHER, LABELS) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_joint_row_multiplies_the_default_of_beta():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+    arrays = (STUDENT + 0.5, TEACHER, logits, logits[::-1])
+    largest = jnp.max((arrays[0][:, None] - TEACHER) ** 2 @ jnp.ones(2))
+    expected = kddm_jax.joint_wasserstein(*arrays, beta=10 * largest)
+    assert fused.JW2_B10.fn(*arrays) == pytest.approx(float(expected), rel=1e-5)
+    default = kddm_jax.joint_wasserstein(*arrays)
+    assert fused.joint(1.0).fn(*arrays) == pytest.approx(float(default), rel=1e-5)
