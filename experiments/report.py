@@ -291,7 +291,60 @@ def write(results: dict[str, object], out: Path) -> None:
     curves(results, out / "curves.png")
 
 
-BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
+    """Renders the held-out accuracies of choose_weights.py, all grids in one table.
+
+    Args:
+      choices: as in ``weights.json``, of one setting; a distance that several of them
+        tried has one row.
+
+    Returns:
+      A row for each distance, a column for each lambda; the best in bold; "diverged"
+      where the loss did not stay finite.
+    """
+    accuracy: dict[str, dict[str, float]] = {}
+    for choice in choices:
+        for name, row in choice["held_out_accuracy"].items():
+            accuracy.setdefault(name, {}).update(row)
+    tried = sorted({weight for row in accuracy.values() for weight in row}, key=float)
+    lines = [
+        "| λ | " + " | ".join(tried) + " |",
+        "|---" * (len(tried) + 1) + "|",
+    ]
+    for name, row in accuracy.items():
+        cells = []
+        for weight in tried:
+            value = row.get(weight)
+            cell = "" if value is None else f"{value:.1f}" if value else "diverged"
+            best = value and value == max(row.values())
+            cells.append(f"**{cell}**" if best else cell)
+        lines.append("| " + " | ".join([_title(name), *cells]) + " |")
+    settings = choices[0]["settings"]
+    seeds = len(settings["seeds"])
+    made = [choice["environment"] for choice in choices]
+    below = (
+        f"{settings['dataset']}: accuracy on {settings['held_out']} held-out training "
+        f"images, {seeds} seed{'s' if seeds > 1 else ''}; "
+        f"teacher {choices[0]['teacher']:.2f}; {_all(made, 'device')}, "
+        f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
+    )
+    return "\n".join(lines) + "\n\n" + below + "\n"
+
+
+def _title(name):
+    from kddm_jax import DISTANCES
+
+    return DISTANCES[name].title if name in DISTANCES else name
+
+
+BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def _rendered(files):
+    if all("held_out_accuracy" in results for results in files):
+        return weights_markdown(files)
+    (results,) = files
+    return markdown(results)
 
 
 def fill(page: Path) -> str:
@@ -299,15 +352,15 @@ def fill(page: Path) -> str:
 
     Args:
       page: Markdown with ``<!-- table: FILE.json -->`` ... ``<!-- /table -->``, the
-        file relative to the page.
+        file relative to the page; several files of choose_weights.py make one table.
 
     Returns:
       The page with each table rendered from its JSON.
     """
 
     def render(match):
-        results = json.loads((page.parent / match[2]).read_text())
-        return f"{match[1]}{markdown(results)}{match[3]}"
+        files = [json.loads((page.parent / f).read_text()) for f in match[2].split()]
+        return f"{match[1]}{_rendered(files)}{match[3]}"
 
     return BLOCK.sub(render, page.read_text())
 
@@ -319,7 +372,7 @@ def main(names: Sequence[str]) -> None:
         if path.suffix == ".md":
             path.write_text(fill(path))
         else:
-            print(markdown(json.loads(path.read_text())))
+            print(_rendered([json.loads(path.read_text())]))
 
 
 if __name__ == "__main__":

@@ -1317,6 +1317,35 @@ def test_markdown():
     assert report.markdown(small_results()) == GOLDEN
 
 
+def chosen(accuracy, **settings):
+    """What choose_weights.py writes."""
+    environment = {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"}
+    settings = {"dataset": "digits", "held_out": 300, "seeds": [0], **settings}
+    made = {"teacher": 90.0, "environment": environment}
+    return {"settings": settings, "held_out_accuracy": accuracy, **made}
+
+
+def test_grids_of_weights_are_one_table(tmp_path):
+    files = {
+        "a.json": chosen({"w2": {"0.01": 80.0, "1e-05": 81.04}, "l2": {"1": 0.0}}),
+        "b.json": chosen({"w2": {"1": 60.0}, "mine:ROW": {"1": 70.0}}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: a.json b.json -->\nold\n<!-- /table -->\n")
+    assert report.fill(page).splitlines()[1:-1] == [
+        "| λ | 1e-05 | 0.01 | 1 |",
+        "|---|---|---|---|",
+        "| W2 (E) | **81.0** | 80.0 | 60.0 |",
+        "| paired L2 |  |  | diverged |",
+        "| mine:ROW |  |  | **70.0** |",
+        "",
+        "digits: accuracy on 300 held-out training images, 1 seed; teacher 90.00; "
+        "Some GPU, JAX 1.2.3, commit abc1234.",
+    ]
+
+
 def test_no_gap_is_a_dash():
     text = report.markdown(small_results(teacher=86.0))
     assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
