@@ -6,6 +6,7 @@ data set.
 """
 
 import gzip
+import io
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -106,13 +107,13 @@ def _from_folder(folder: Path, sizes: Mapping[str, int | None]):
     return files
 
 
-class _Bounded:
+class _Bounded(io.RawIOBase):
     """Reads a file up to a limit: a small gzip may inflate without end."""
 
     def __init__(self, file, limit: int):
         self._file, self._limit, self._left = file, limit, limit
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         content = self._file.read(size)
         self._left -= len(content)
         if self._left < 0:
@@ -134,7 +135,9 @@ def _from_archive(archive: Path, sizes: Mapping[str, int | None]):
                 name = member.name.rpartition("/")[2]
                 if member.isreg() and name in sizes:
                     _check_size(archive / name, member.size, sizes[name])
-                    files[name] = np.frombuffer(tar.extractfile(member).read(), "u1")
+                    content = tar.extractfile(member)
+                    assert content is not None, "a regular file has content"
+                    files[name] = np.frombuffer(content.read(), "u1")
             # gzip compares its checksum at the very end.
             while file.read(1 << 20):
                 pass
@@ -281,7 +284,7 @@ def idx_places(*folders: str) -> tuple[str, ...]:
 _SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
-def _check_mat(path: Path, found: Mapping[str, tuple[object, ...]], count: int) -> None:
+def _check_mat(path: Path, found: Mapping[str, tuple], count: int) -> None:
     """Type and shape of both variables."""
     for variable, shape in (("X", (32, 32, 3, count)), ("y", (count, 1))):
         kind, size = found.get(variable, ("nothing", None))
@@ -326,7 +329,7 @@ def read_svhn(train: Path) -> Dataset:
     files = [train.with_name(name) for name in _SVHN_FILES]
 
     def read() -> Dataset:
-        pairs = [_read_mat(*pair) for pair in zip(files, RECORDS["svhn"], strict=True)]
-        return make_dataset(*pairs, _DIGITS)
+        training, test = map(_read_mat, files, RECORDS["svhn"])
+        return make_dataset(training, test, _DIGITS)
 
     return keep("svhn", [file for file in files if file.is_file()], read)

@@ -308,6 +308,11 @@ def make_augment(
                 "itself, pass the pixels as they were read"
             )
         if train:
+            if key is None:
+                raise ValueError(
+                    "key must be a random key unless train=False, got None; pass "
+                    "jax.random.key(...)"
+                )
             image = distort(key, image, **options)
         return normalize(image, mean, std).astype(dtype)
 

@@ -18,7 +18,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,7 +91,8 @@ class Writer:
     def restart(self) -> None:
         """Forgets all that was added."""
         self.close()
-        self._files, self._shapes, self._histogram = {}, {}, 0
+        self._files, self._shapes = {}, {}
+        self._histogram = np.zeros((1, 256), np.int64)  # for any number of channels
         self._labels = {"train": [], "test": []}
 
     def close(self) -> None:
@@ -160,7 +161,7 @@ def _read_manifest(folder):
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _whole(folder: Path, key: Key) -> dict[str, object] | None:
+def _whole(folder: Path, key: Key) -> dict[str, Any] | None:
     """The manifest of a cache that is there and whole."""
     manifest = _read_manifest(folder)
     try:

@@ -16,11 +16,15 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
+
+Arrays = dict[str, Any]  # nested by module, NumPy arrays at the end
+Tree = TypeVar("Tree")  # any PyTree, the same out as in
 
 _ARRAYS, _META, _MANIFEST = "arrays", "meta.json", "manifest.json"
 
@@ -251,7 +255,7 @@ def read_meta(path: Path) -> dict[str, object]:
         ) from error
 
 
-def restore_arrays(path: Path) -> tuple[dict[str, object], dict[str, object]]:
+def restore_arrays(path: Path) -> tuple[Arrays, dict[str, object]]:
     """Reads a verified checkpoint as nested dictionaries of NumPy arrays.
 
     Args:
@@ -269,7 +273,7 @@ def restore_arrays(path: Path) -> tuple[dict[str, object], dict[str, object]]:
     return arrays, meta
 
 
-def match(path: Path, arrays: Mapping[str, object], like: object) -> object:
+def match(path: Path, arrays: Mapping[str, object], like: Tree) -> Tree:
     """Gives restored arrays the structure of a tree, checking every shape.
 
     Args:
@@ -292,7 +296,7 @@ def match(path: Path, arrays: Mapping[str, object], like: object) -> object:
             "choose the model that it was made by"
         )
     try:
-        tree = flax.serialization.from_state_dict(like, arrays)
+        tree: Any = flax.serialization.from_state_dict(like, dict(arrays))
         differing = [
             f"{jax.tree_util.keystr(key)} has shape {list(np.shape(a))}, "
             f"expected {list(np.shape(b))}"
@@ -304,7 +308,7 @@ def match(path: Path, arrays: Mapping[str, object], like: object) -> object:
             if np.shape(a) != np.shape(b)
         ]
     except (ValueError, KeyError, TypeError) as error:
-        differing = [" ".join(str(error).split())[:200]]
+        tree, differing = like, [" ".join(str(error).split())[:200]]
     if differing:
         raise CheckpointError(
             f"checkpoint {path} is of another model: {differing[0]}; "
@@ -313,7 +317,7 @@ def match(path: Path, arrays: Mapping[str, object], like: object) -> object:
     return tree
 
 
-def restore(path: Path, like: object) -> tuple[object, dict[str, object]]:
+def restore(path: Path, like: Tree) -> tuple[Tree, dict[str, object]]:
     """Restores a verified checkpoint into the structure of a tree.
 
     Args:

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.traverse_util
 import jax
@@ -30,7 +30,7 @@ from kddm_jax import checkpoint, resnet
 
 Tensors = Mapping[str, np.ndarray]
 # {"params": ..., "batch_stats": ...}, nested dictionaries of arrays.
-Variables = Mapping[str, Mapping[str, object]]
+Variables = Mapping[str, Mapping[str, Any]]
 
 # Trained beside a student, in its tree, and of no use without its teacher.
 PROJECTORS = "projectors"
@@ -116,7 +116,7 @@ def _torch_name(path: Sequence[str]) -> str:
     return ".".join([*modules, ""]).replace("_", ".") + _LEAVES.get(leaf, leaf)
 
 
-def _torch_names(variables: Variables) -> dict[str, tuple[tuple[str, ...], object]]:
+def _torch_names(variables: Variables) -> dict[str, tuple[tuple[str, ...], Any]]:
     """Path and leaf by torchvision's name."""
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {_torch_name(path): (path, leaf) for path, leaf in flat.items()}
@@ -151,7 +151,8 @@ def _find(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
             "not known here; pass weights of a ResNet18 or ResNet34"
         )
     width, channels, *kernel = shapes["conv1.weight"]
-    stems = {(stem.kernel, stem.kernel): name for name, stem in resnet.STEMS.items()}
+    sizes = ((name, stem.kernel) for name, stem in resnet.STEMS.items())
+    stems = {(size,) * 2: name for name, size in sizes}
     if tuple(kernel) not in stems:
         raise WeightsError(
             f"conv1.weight is a convolution of {kernel}; the stems known here have "
@@ -214,7 +215,7 @@ def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
     return tensor
 
 
-def from_torchvision(tensors: Tensors) -> dict[str, dict[str, object]]:
+def from_torchvision(tensors: Tensors) -> dict[str, dict[str, Any]]:
     """Turns the tensors of a torchvision ResNet into variables.
 
     BatchNorm's ``num_batches_tracked`` is left out, and a prefix that all names have,
@@ -250,7 +251,7 @@ def from_torchvision(tensors: Tensors) -> dict[str, dict[str, object]]:
     return flax.traverse_util.unflatten_dict(flat)
 
 
-def _network(variables: Variables) -> dict[str, dict[str, object]]:
+def _network(variables: Variables) -> dict[str, dict[str, Any]]:
     """The network alone, without projectors."""
     return {
         part: {k: v for k, v in variables.get(part, {}).items() if k != PROJECTORS}
@@ -342,7 +343,7 @@ def _identity_block(key: jax.Array, features: int) -> tuple[dict, dict]:
 
 def grow(
     key: jax.Array, variables: Variables, blocks: Sequence[int]
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Makes a deeper network that computes the same function.
 
     The blocks at hand are copied; those added at the end of each stage start as the
@@ -388,7 +389,7 @@ def grow(
 
 def replace_head(
     key: jax.Array, variables: Variables, num_classes: int
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Puts an untrained classifier in the place of the given one.
 
     Args:
@@ -419,7 +420,7 @@ def replace_head(
     return {**network, "params": {**network["params"], "fc": head}}
 
 
-def sum_channels(variables: Variables) -> dict[str, dict[str, object]]:
+def sum_channels(variables: Variables) -> dict[str, dict[str, Any]]:
     """Makes a network of grey images from one of colour images.
 
     The first convolution is summed over its input channels: on a grey image it gives
@@ -452,7 +453,7 @@ def sum_channels(variables: Variables) -> dict[str, dict[str, object]]:
 
 def _torch(suffix: str):
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise WeightsError(
             f"{suffix} files need PyTorch, which is not installed; pip install torch, "
@@ -525,7 +526,7 @@ def _safetensors_bytes(tensors: Tensors) -> bytes:
 
 def _npz_bytes(tensors: Tensors) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **tensors)
+    np.savez(buffer, **cast("dict[str, Any]", tensors))  # no name is an option's
     return buffer.getvalue()
 
 
@@ -557,7 +558,7 @@ def _format(path: Path) -> _Format:
     return _FORMATS[path.suffix]
 
 
-def load(path: Path) -> dict[str, dict[str, object]]:
+def load(path: Path) -> dict[str, dict[str, Any]]:
     """Reads variables from a file with torchvision's names, or from a run of ours.
 
     Args:
@@ -587,7 +588,7 @@ def load(path: Path) -> dict[str, dict[str, object]]:
         raise WeightsError(f"{path}: {error}") from error
 
 
-def _restore(path: Path) -> tuple[dict[str, object], dict[str, object]]:
+def _restore(path: Path) -> tuple[checkpoint.Arrays, dict[str, object]]:
     """All arrays and the record of a checkpoint of one of our networks."""
     found = checkpoint.find(path)
     if found is None:
@@ -692,15 +693,18 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
       CheckpointError: a checkpoint is damaged, or cannot be written.
     """
     _refuse(target, overwrite)
-    variables = load(source)
+    known: Mapping[str, object] = {}
+    if source.is_dir():
+        arrays, known = _restore(source)
+        variables = _network(arrays)
+    else:
+        variables = load(source)
     found = architecture(variables)
     if target.suffix:
         save(target, variables, overwrite=overwrite)
         return found
     meta = {**_record(source, found), "converted_from": source.name}
-    if source.is_dir():
-        known = checkpoint.read_meta(checkpoint.find(source))
-        meta["run"] = known.get("run", meta["run"])
+    meta["run"] = known.get("run", meta["run"])
     _save_checkpoint(target, variables, meta, overwrite)
     return found
 

@@ -100,7 +100,7 @@ def _shifted(lhs, rhs, strides, padding):
     config = [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))]
     lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
     down, right = strides
-    total = 0
+    total = jnp.zeros((), jnp.result_type(lhs, rhs))
     for i in range(rhs.shape[0]):
         for j in range(rhs.shape[1]):
             shifted = lhs[
@@ -213,7 +213,7 @@ def conv_general_dilated(
         padding = lax.padtype_to_pads(
             lhs.shape[1:3], rhs.shape[:2], window_strides, padding
         )
-    strides, padding = tuple(window_strides), tuple(map(tuple, padding))
+    strides, pads = tuple(window_strides), tuple(map(tuple, padding))
     if feature_group_count == 1 and _is_small(lhs, rhs, out):
         form = partial(_products, precision=precision)
     elif _is_depthwise(lhs, rhs, feature_group_count):
@@ -224,7 +224,7 @@ def conv_general_dilated(
     def fast(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         # float32 from the start: the kernel's gradient is a sum over the output pixels.
         dtype = jnp.promote_types(lhs.dtype, jnp.float32)
-        y = form(lhs.astype(dtype), rhs.astype(dtype), strides, padding)
+        y = form(lhs.astype(dtype), rhs.astype(dtype), strides, pads)
         return y.astype(out.dtype)
 
     # Only the chosen branch is compiled, with or without derivatives, scan and vmap.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,12 +130,13 @@ def load(
         raise DataError(f"image_size must be at least 1, got {image_size}")
     options = Options(image_size, skip_damaged, progress)
     source, folders = DATASETS.get(name), _folders(data_dir)
-    if source is not None and not source.places:
-        return source.read(None, options)
-    for folder in folders if source else ():
-        for place in source.places:
-            if (folder / place).exists():
-                return source.read(folder / place, options)
+    if source is not None:
+        if not source.places:
+            return source.read(None, options)
+        for folder in folders:
+            for place in source.places:
+                if (folder / place).exists():
+                    return source.read(folder / place, options)
     tfds_folders = [*folders, *(() if data_dir else prepared.default_folders())]
     tfds_name = source.tfds if source else name
     if tfds_name and (found := prepared.find(tfds_name, tfds_folders)):
@@ -240,7 +241,7 @@ def _read_digits(_: None) -> Dataset:
     # Imported here: scikit-learn takes a second to import and only digits needs it.
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()  # a Bunch, which declares no attributes
     levels = np.asarray(digits.images)[..., None]  # 0, ..., 16
     images = np.round(levels * (255 / 16)).astype(np.uint8)
     labels = np.asarray(digits.target).astype(np.int32)
@@ -260,20 +261,20 @@ class Source(NamedTuple):
       title: name for tables.
       places: paths below a data folder, in the order tried; empty if the data set
         needs no file.
-      read: reads the data set from the first of ``places`` that exists, with
-        ``Options``.
+      read: of the first of ``places`` that exists, None if there are none, and
+        ``Options``: reads the data set.
       get: one line telling how to get the files.
       tfds: its name in TFDS, None if TFDS has no such set.
     """
 
     title: str
     places: tuple[str, ...]
-    read: Callable[[Path | None, Options], Dataset]
+    read: Callable[..., Dataset]
     get: str
     tfds: str | None = None
 
 
-def _official(read: Callable[[Path | None], Dataset]):
+def _official(read: Callable[..., Dataset]):
     """A reader of official files, whose images are resized afterwards."""
     return lambda path, options: resized(read(path), options.image_size)
 
@@ -359,9 +360,9 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     source = DATASETS.get(given.name)
     try:
-        if source is not None and source.tfds is None:
+        name = given.name if source is None else source.tfds
+        if name is None:
             raise DataError(f"{given.name} is no TFDS set and needs no preparation")
-        name = source.tfds if source else given.name
         folder = prepared.prepare(name, given.data_dir)
     except DataError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -315,7 +315,7 @@ def _joint_wasserstein(
     logits_x,
     logits_y,
     *,
-    beta="max",
+    beta: float | jax.Array | str = "max",
     label_cost="probs",
     pairing=0.0,
     solver="sinkhorn",

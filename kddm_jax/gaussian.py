@@ -328,8 +328,8 @@ def gaussian_kl(
     if covariance == "diag":
         pair = [jnp.sum(f * f, axis=0) + ridge for f in (factor_x, factor_y)]
         return _diagonal_kl(shift**2, *_directed(pair, direction))
-    pair = _directed([factor_x, factor_y], direction)
-    return _full_kl(shift[None, :], *pair, ridge)[0]
+    factor_p, factor_q = _directed([factor_x, factor_y], direction)
+    return _full_kl(shift[None, :], factor_p, factor_q, ridge)[0]
 
 
 def _check_released_kl(compat, covariance, ridge, direction):
@@ -476,5 +476,6 @@ def _class_full_kl(shift, p, q, groups, single, ridge):
     maha = (jnp.sum(shift * shift, axis=1) - jnp.sum(moved * moved, axis=0)) / ridge
     own = total(trace / ridge - trace_ridge + 2 * (log_q - log_p)) + maha
 
-    pooled = [_pooled_factor(c, single) for c in (p, q)]
-    return jnp.where(single, _full_kl(shift, *pooled, ridge), 0.5 * own)
+    pooled_p, pooled_q = (_pooled_factor(c, single) for c in (p, q))
+    pooled = _full_kl(shift, pooled_p, pooled_q, ridge)
+    return jnp.where(single, pooled, 0.5 * own)

@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 class Split(NamedTuple):
     """Images of one split: how many, and what iterates over them (from the start)."""
 
-    count: int
+    number: int
     images: Callable[[], Iterable[Encoded]]
 
 
@@ -154,7 +154,7 @@ def _check_sizes(pairs, first):
 def _write_splits(writer, splits, pool, channels, options, progress):
     """Writes every image; returns the names of those left out."""
     left_out, done, first = [], 0, None
-    total = sum(split.count for split in splits.values())
+    total = sum(split.number for split in splits.values())
     for name, split in splits.items():
         written = False
         pieces = _decode_pieces(pool, split.images(), channels, options.image_size)
@@ -242,9 +242,11 @@ def resized(dataset: Dataset, image_size: int | None) -> Dataset:
     """A data set in memory with its images resized, as those of a folder are."""
     from PIL import Image
 
+    if image_size is None:
+        return dataset
     channels = dataset.train_images.shape[-1]
     shape = (image_size, image_size, channels)
-    if image_size is None or dataset.train_images.shape[1:] == shape:
+    if dataset.train_images.shape[1:] == shape:
         return dataset
 
     def resize(images):

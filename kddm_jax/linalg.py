@@ -12,11 +12,12 @@ eigen-decomposition does not: at repeated and at zero singular values.
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -125,9 +126,7 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}")
 
 
-def as_released(
-    compat: str | None, **options: tuple[object, object, object]
-) -> list[object]:
+def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any]:
     """Chooses a function's options: its own, or those that released code has fixed.
 
     Args:
@@ -158,7 +157,9 @@ def as_released(
     return [released for _, _, released in options.values()]
 
 
-def check_number(name: str, value: object, *, positive: bool, cure: str = "") -> None:
+def check_number(
+    name: str, value: float | jax.Array, *, positive: bool, cure: str = ""
+) -> None:
     """Checks a number's sign where it is known: traced ones pass.
 
     Args:
@@ -170,7 +171,7 @@ def check_number(name: str, value: object, *, positive: bool, cure: str = "") ->
     Raises:
       ValueError: a negative number, NaN, or zero if ``positive``.
     """
-    if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
+    if isinstance(value, Tracer) or np.ndim(value) != 0:
         return
     number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
     if not (number > 0 if positive else number >= 0):
@@ -270,7 +271,7 @@ def check_labels(
         raise ValueError(
             f"labels must be integers, got {labels.dtype}; cast with .astype(jnp.int32)"
         )
-    if num_classes is None or isinstance(labels, jax.core.Tracer):
+    if num_classes is None or isinstance(labels, Tracer):
         return labels
     largest = int(np.asarray(labels).max())  # jnp would stage it inside a trace
     if largest >= num_classes:

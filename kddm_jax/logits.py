@@ -15,6 +15,7 @@ References:
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kddm_jax.alignment import normalized
 from kddm_jax.linalg import (
@@ -265,7 +266,7 @@ def _check_class_cost(class_cost, epsilon, k, dtype):
             f"got {list(jnp.shape(class_cost))}; make it with class_cost_cka"
         )
     check_number("epsilon", epsilon, positive=True)
-    if not any(isinstance(z, jax.core.Tracer) for z in (class_cost, epsilon)):
+    if not any(isinstance(z, Tracer) for z in (class_cost, epsilon)):
         largest = float(np.abs(np.asarray(class_cost)).max())
         least = 2 * largest / float(np.log(float(jnp.finfo(dtype).max)))
         if not float(epsilon) >= least:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,8 +124,8 @@ class _Source(NamedTuple):
       label: the feature that holds the class.
     """
 
-    tfds: object
-    builder: object
+    tfds: Any
+    builder: Any
     folder: Path
     image: str
     label: str
@@ -185,7 +185,7 @@ def _unreadable(what: object, error: Exception) -> DataError:
     return DataError(f"cannot read {what}: {reason}")
 
 
-def _array_records(source, split) -> Iterator[dict[str, object]]:
+def _array_records(source, split) -> Iterator[dict[str, Any]]:
     """Examples of a split, without TensorFlow."""
     records = source.builder.as_data_source(split, decoders=source.decoders())
     for start in range(0, len(records), _PIECE):
@@ -193,9 +193,9 @@ def _array_records(source, split) -> Iterator[dict[str, object]]:
         yield from records.__getitems__(list(piece))
 
 
-def _tf_records(source, split) -> Iterator[dict[str, object]]:
+def _tf_records(source, split) -> Iterator[dict[str, Any]]:
     """Examples of a split in the order they were written, by TensorFlow."""
-    import tensorflow as tf
+    import tensorflow as tf  # pyright: ignore[reportMissingModuleSource]
 
     with contextlib.suppress(RuntimeError):  # TensorFlow is running already
         tf.config.set_visible_devices([], "GPU")  # accelerators are JAX's

@@ -8,7 +8,7 @@ evaluated and deployed.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import linen as nn
 from kddm_jax.linalg import average_pool
 
 NAME = "projectors"
-Variables = Mapping[str, object]
+Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
 
 
 class DenseProjector(nn.Module):
@@ -145,7 +145,7 @@ def _find(layers, name):
 
 def init_projectors(
     key: jax.Array, projectors: Mapping[str, nn.Module], layers: Mapping[str, jax.Array]
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Makes the projectors' variables.
 
     Args:
@@ -160,7 +160,7 @@ def init_projectors(
     Raises:
       ValueError: the network has no such layer.
     """
-    made: dict[str, dict[str, object]] = {"params": {}, "batch_stats": {}}
+    made: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for i, (name, projector) in enumerate(sorted(projectors.items())):
         layer = _find(layers, name)
         zeros = jnp.zeros((1, *layer.shape[1:]), layer.dtype)
@@ -170,7 +170,7 @@ def init_projectors(
     return made
 
 
-def add_projectors(variables: Variables, projectors: Variables) -> dict[str, object]:
+def add_projectors(variables: Variables, projectors: Variables) -> dict[str, Any]:
     """Puts the projectors' variables into the student's tree.
 
     Args:
@@ -187,7 +187,7 @@ def add_projectors(variables: Variables, projectors: Variables) -> dict[str, obj
     }
 
 
-def without_projectors(variables: Variables) -> dict[str, object]:
+def without_projectors(variables: Variables) -> dict[str, Any]:
     """Takes the projectors' variables out of the student's tree.
 
     Args:
@@ -208,7 +208,7 @@ def without_projectors(variables: Variables) -> dict[str, object]:
 
 
 def projected_apply(
-    apply: Callable[..., tuple[object, Variables]],
+    apply: Callable[..., tuple[Any, Variables]],
     projectors: Mapping[str, nn.Module],
 ) -> Callable[..., tuple[ProjectedOutputs, Variables]]:
     """Makes the student's apply function give projected layers.

@@ -81,12 +81,11 @@ def _add_block(total, block):
 def _inner_products(features, order):
     """The Gram matrix of the centred features, and what it lacks to the plain one."""
     n, d = len(order), features.shape[1]
-    step, total = max(1, _BLOCK // n), None
+    step = max(1, _BLOCK // n)
+    zeros = jnp.zeros((n, n), as_float("features", features[:1, :1]).dtype)
+    total = zeros, zeros[0], zeros[0, 0]
     for start in range(0, d, step):
         block = as_float("features", features[:, start : start + step])[order]
-        if total is None:
-            zeros = jnp.zeros((n, n), block.dtype)
-            total = zeros, zeros[0], zeros[0, 0]
         total = _add_block(total, block)
     return map(np.asarray, total)
 
@@ -298,9 +297,10 @@ def select_layers(
       >>> select_layers([0.1, 0.9, 0.4, 0.7], 2)
       (1, 3)
     """
-    named = isinstance(quality, Mapping)
-    names = tuple(quality) if named else tuple(range(len(quality)))
-    values = [quality[name] for name in names]
+    if isinstance(quality, Mapping):
+        names, values = tuple(quality), list(quality.values())
+    else:
+        names, values = tuple(range(len(quality))), list(quality)
     values = [v.Q if isinstance(v, KnowledgeQuality) else float(v) for v in values]
     for name, value in zip(names, values, strict=True):
         if math.isnan(value):

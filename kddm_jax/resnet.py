@@ -239,7 +239,9 @@ class ResNet(nn.Module):
         x = conv(self.width, stem.kernel, stem.stride, name="conv1")(images)
         x = nn.relu(norm(name="bn1")(x))
         if stem.pool:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # Flax takes pairs of numbers, too, and does not declare it.
+            padding: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
         maps = {"stem": x}
         for stage, count in enumerate(self.blocks, start=1):
             for block in range(count):
@@ -320,6 +322,6 @@ def linen_apply(
         outputs, updated = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
-        return outputs, updated.get("batch_stats", {})
+        return outputs, updated.get("batch_stats") or {}
 
     return apply

@@ -52,9 +52,9 @@ class _Dispatches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        devices = len(self.rows[i])
-        at = self.rows[i].reshape(devices, -1)  # [devices, length * b]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        devices = len(self.rows[index])
+        at = self.rows[index].reshape(devices, -1)  # [devices, length * b]
         # In the order they lie: a memory-mapped file is read forwards.
         forward = np.argsort(at, axis=None)
         images = np.empty((at.size, *self.images.shape[1:]), self.images.dtype)

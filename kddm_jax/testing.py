@@ -50,16 +50,16 @@ def assert_distance_gradients(
     row = get_distance(distance)
     options = {**row.options, **options}
     with jax.enable_x64(True):
-        arrays = [_as_double(a) for a in arrays]
+        doubled = [_as_double(a) for a in arrays]
 
         @jax.jit  # compiled once, not at each evaluation
         def value(*moving):
-            filled = list(arrays)
+            filled = list(doubled)
             for index, array in zip(argnums, moving, strict=True):
                 filled[index] = array
             return row.fn(*filled, **options)
 
-        moving = tuple(arrays[i] for i in argnums)
+        moving = tuple(doubled[i] for i in argnums)
         gradients = jax.grad(value, argnums=tuple(range(len(moving))))(*moving)
         numerical = _central_differences(value, moving)
         largest = max(float(jnp.max(jnp.abs(g))) for g in numerical)

@@ -13,7 +13,7 @@ A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -22,12 +22,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kddm_jax.distances import Distance
 from kddm_jax.linalg import check_choice
-from kddm_jax.losses import carries_weights, distill_loss
+from kddm_jax.losses import Term, carries_weights, distill_loss
 
-Variables = Mapping[str, object]
+Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
 Metrics = dict[str, jax.Array]
 Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
+Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm] # a class
 AXIS = "batch"
 
 
@@ -43,8 +45,7 @@ ApplyFn = Callable[..., tuple[Outputs, Variables]]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that changes from step to step.
 
     Attributes:
@@ -203,7 +204,9 @@ def unstack_states(state: TrainState) -> list[TrainState]:
 
 def _by_vmap(learn, state):
     """Each operation of all students at once; convolutions become grouped ones."""
-    axes = TrainState(0, 0, 0, step=None, seed=None, weight=0)
+    axes = state.replace(
+        params=0, batch_stats=0, opt_state=0, step=None, seed=None, weight=0
+    )
     new, metrics = jax.vmap(learn, in_axes=(axes,))(state)
     return new.replace(step=state.step + 1, seed=state.seed), metrics
 
@@ -225,7 +228,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     augment: Augment,
-    distance: object = (),
+    distance: str | Distance | Callable[..., jax.Array] | Sequence[Term] = (),
     weight: float | jax.Array | None = None,
     weight_schedule: Callable[[jax.Array], jax.Array] | None = None,
     head: Sequence[str] | None = None,
@@ -270,8 +273,8 @@ def make_train_step(
       ValueError: a distance without a teacher; a schedule of weights that `Term` fixes;
         an unknown ``together``; an unknown module in ``head``, when the step is traced.
     """
-    own_weights = carries_weights(distance)
-    if teacher_apply is None and not (own_weights and len(distance) == 0):
+    own_weights, options = carries_weights(distance), dict[str, Any](loss_options)
+    if teacher_apply is None and not (own_weights and not distance):
         raise ValueError(
             f"teacher_apply is None, but distance is {distance!r}; "
             "pass the teacher's apply function, or distance=()"
@@ -318,7 +321,7 @@ def make_train_step(
                 weight=None if own_weights else lam,
                 key=key,
                 axis_name=axis_name,
-                **loss_options,
+                **options,
             )
 
         loss, terms, batch_stats, logits, grads = _gradients(
@@ -440,7 +443,7 @@ def make_eval_step(
     return evaluate
 
 
-def replicate(tree: Tree, devices: Sequence[jax.Device] | None = None) -> Tree:
+def replicate(tree: Tree, devices: Devices | None = None) -> Tree:
     """Puts a tree on all devices, laid out as `parallel` takes it.
 
     A NumPy or single-device state is traced and compiled twice and, across
@@ -546,7 +549,7 @@ def parallel(
     *,
     in_axes: tuple[int | None, ...],
     donate: tuple[int, ...] = (),
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     how: str = "pmap",
 ) -> Callable:
     """Maps a per-device function over devices: the one place that says how.

@@ -163,15 +163,19 @@ def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmet
         jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)),
         jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b)),
     )
-    stats = Stats(
-        out.converged.astype(cost.dtype), out.n_iters.astype(cost.dtype), error
+    converged, iterations, value = (
+        jnp.asarray(z, cost.dtype)
+        for z in (out.converged, out.n_iters, out.reg_ot_cost)
     )
-    return out.reg_ot_cost, stats, plan
+    return value, Stats(converged, iterations, error), plan
 
 
 @_entropic.defjvp
 def _entropic_jvp(threshold, max_iterations, symmetric, primals, tangents):
-    value, stats, plan = _solve_entropic(*primals, threshold, max_iterations, symmetric)
+    cost, a, b, same, epsilon = primals
+    value, stats, plan = _solve_entropic(
+        cost, a, b, same, epsilon, threshold, max_iterations, symmetric
+    )
     tangent = jnp.sum(plan * tangents[0])
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
 
@@ -483,9 +487,10 @@ def _gromov(cost_x, cost_y):
 
 @_gromov.defjvp
 def _gromov_jvp(primals, tangents):
-    value, stats, target = _solve_gromov(*primals)
-    moved = _same_distances(*tangents, target)
-    tangent = 2 * jnp.mean(_same_distances(*primals, target) * moved)
+    (cost_x, cost_y), (dx, dy) = primals, tangents
+    value, stats, target = _solve_gromov(cost_x, cost_y)
+    moved = _same_distances(dx, dy, target)
+    tangent = 2 * jnp.mean(_same_distances(cost_x, cost_y, target) * moved)
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
 
 
@@ -515,7 +520,7 @@ def _solve_gromov_entropic(cost_x, cost_y, epsilon):
     start = (a[:, None] * b[None, :], zero, Stats(zero, zero, zero), infinite, 0)
     plan, value, stats, change, count = jax.lax.while_loop(unfinished, update, start)
     met = stats.converged * (change <= tolerance).astype(cost_x.dtype)
-    stats = Stats(met, count.astype(cost_x.dtype), stats.marginal_error)
+    stats = Stats(met, jnp.asarray(count, cost_x.dtype), stats.marginal_error)
     return value + jnp.mean(cost_x**2) + jnp.mean(cost_y**2), stats, plan
 
 

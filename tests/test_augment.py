@@ -419,3 +419,9 @@ def test_recipe_with_an_affine_map_is_affine_then_normalise():
     np.testing.assert_allclose(
         recipe(key, image), normalize(moved, (0.5,), (0.25,)), rtol=1e-6
     )
+
+
+def test_training_needs_a_key():
+    augment = make_augment(mean=(0.5,), std=(0.5,))
+    with pytest.raises(ValueError, match="key must be a random key .* got None; pass"):
+        augment(None, jnp.zeros((8, 8, 1), jnp.uint8))
