@@ -25,7 +25,7 @@ SMALL = Architecture(blocks=(1, 1, 1, 1), stem="cifar", width=4, num_classes=5)
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or not BENCHMARKS.is_dir(),
-    reason='needs PyTorch and a checkout: pip install -e ".[test-torch]"',
+    reason='needs PyTorch and a checkout: pip install -e ".[bench]"',
 )
 
 

@@ -196,6 +196,36 @@ def test_sliced(pair, expected, compute):
     np.testing.assert_allclose(compute(*pair, DIRECTIONS), expected, rtol=1e-9)
 
 
+def test_pot_gives_its_numbers_again(monkeypatch):
+    for backend in ("PYTORCH", "JAX", "TENSORFLOW", "CUPY"):  # NumPy is enough
+        monkeypatch.setenv(f"POT_BACKEND_DISABLE_{backend}", "1")
+    ot = pytest.importorskip("ot", reason='needs POT: pip install -e ".[bench]"')
+    a = np.full(6, 1 / 6)
+
+    def entropic(x, y, epsilon=0.5):
+        cost = ot.dist(x, y)
+        plan = ot.sinkhorn(a, a, cost, epsilon, stopThr=1e-14, numItermax=100_000)
+        return np.sum(plan * (cost + epsilon * np.log(plan * 36)))
+
+    between, within_x, within_y = entropic(X, Y), entropic(X, X), entropic(Y, Y)
+    distances = [ot.dist(z, z, "euclidean") for z in (X, Y)]
+    starts = (None, np.eye(6) / 6)
+    local = [ot.gromov.gromov_wasserstein2(*distances, a, a, G0=s) for s in starts]
+    of_pot = [
+        ("wasserstein", EXACT, ot.emd2(a, a, ot.dist(X, Y))),
+        ("wasserstein", sinkhorn("entropic", 0.5), between),
+        ("wasserstein", sinkhorn("sinkhorn", 0.5), between - (within_x + within_y) / 2),
+        ("gromov_wasserstein", {}, min(local)),
+    ]
+    golden = [
+        next(case[3] for case in GOLDEN if case[:3] == (name, FEATURES, options))
+        for name, options, _ in of_pot
+    ]
+    np.testing.assert_allclose([value for *_, value in of_pot], golden, rtol=1e-9)
+    sliced = ot.sliced_wasserstein_distance(X, Y, projections=DIRECTIONS) ** 2
+    np.testing.assert_allclose(sliced, SLICED[0][1], rtol=1e-9)
+
+
 # Three classes, and one more without probability that is removed as the label's.
 # The cost is sharpened, with 1e-8 added, as the released code does.
 CLASS_DISTANCE = np.array([[0.0, 0.3, 0.9], [0.3, 0.0, 0.6], [0.9, 0.6, 0.0]])
