@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kddm_jax.alignment import (
     cka,
@@ -85,7 +86,7 @@ def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
 def _price_of_strangers(pairing):
     """Kappa, or None where it is plainly zero: then n != m is allowed."""
     check_number("pairing", pairing, positive=False)
-    if isinstance(pairing, jax.core.Tracer):
+    if isinstance(pairing, Tracer):
         return pairing
     if np.ndim(pairing) != 0:
         raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
@@ -94,7 +95,15 @@ def _price_of_strangers(pairing):
     return None if np.asarray(pairing) == 0 else pairing
 
 
-def _wasserstein(x, y, *, pairing=0.0, solver="sinkhorn", compat=None, **precision):
+def _wasserstein(
+    x,
+    y,
+    *,
+    pairing: float | jax.Array | None = 0.0,
+    solver="sinkhorn",
+    compat=None,
+    **precision,
+):
     pairing, solver = as_released(
         compat, pairing=(pairing, 0.0, 0.0), solver=(solver, "sinkhorn", "exact")
     )
@@ -317,7 +326,7 @@ def _joint_wasserstein(
     *,
     beta: float | jax.Array | str = "max",
     label_cost="probs",
-    pairing=0.0,
+    pairing: float | jax.Array | None = 0.0,
     solver="sinkhorn",
     compat=None,
     **precision,
