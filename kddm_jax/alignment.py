@@ -78,6 +78,10 @@ def procrustes(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.Arr
     What no rotation removes.  It equals the squared Bures distance of the two Gram
     matrices.  A narrower ``x`` counts as padded with zeros.
 
+    Cost: n d² + d³, in the smaller of n and d.  Gradient: that of the value, by the
+    nuclear norm's own rule.  Not for: a student that is to keep the teacher's
+    coordinates, or its scale unless ``normalize=False``: `paired_l2`.
+
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
@@ -113,6 +117,9 @@ def feature_gram(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.A
     r"""Computes the squared distance of the Gram matrices, D_FG^2.
 
     .. math:: \|R_x R_x^\top - R_y R_y^\top\|_F^2
+
+    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the
+    teacher, since squared inner products favour large ones more than `procrustes` does.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -155,7 +162,8 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
     .. math:: 1 - \frac{\|R_x^\top R_y\|_F^2}{\|R_x^\top R_x\|_F \|R_y^\top R_y\|_F}
               = \frac12 \Big\|\frac{K_x}{\|K_x\|_F} - \frac{K_y}{\|K_y\|_F}\Big\|_F^2
 
-    It may be nearly zero for clouds of different geometry (their largest directions
+    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher:
+    it may be nearly zero for clouds of different geometry (their largest directions
     decide); `procrustes` and `feature_gram` tell those apart.
 
     Args:
@@ -232,6 +240,9 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
     The map is the batch's own least-squares fit, without bias.  An invertible map of
     the student changes nothing: the value may be zero where the geometry differs.
 
+    Cost: n d².  Gradient: ``2 E W^T / (n d_t)``, E the residual: the map's own change
+    has no part in it.  Not for: geometry, or batches of fewer samples than features.
+
     Args:
       x: student features, shape ``[n, d_s]`` with ``n > d_s + 1``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
@@ -269,6 +280,9 @@ def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
               G = X X^\top \text{ with rows of unit norm}
 
     Neither side is centred.
+
+    Cost: n² d.  Gradient: that of the value.  Not for: features far from the origin
+    (large means after a ReLU), all of whose inner products look alike.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -372,6 +386,9 @@ def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Ar
     space of norm 1: where a channel looks, not how strongly.  Numbers of channels
     may differ; the larger map is averaged down to the smaller one's size.
 
+    Cost: n h w c min(h w, c).  Gradient: that of the value, the rbf bandwidth being
+    constant.  Not for: pooled features: in a map of one pixel every channel has norm 1.
+
     Args:
       maps_x: student maps, shape ``[b, h, w, c]``.
       maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
@@ -429,6 +446,9 @@ def wkd_features(
     Every image's cell is a diagonal Gaussian over its pixels, with
     ``sigma = sqrt(variance + 1e-5)`` and the unbiased variance (0 in a cell of one
     pixel).
+
+    Cost: n h w c.  Gradient: that of the value.  Not for: maps whose channels do not
+    correspond, since each is compared with its namesake: learn a projector.
 
     Args:
       maps_x: student maps, shape ``[b, h, w, c]``.

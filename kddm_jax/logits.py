@@ -76,6 +76,10 @@ def kd(
     .. math:: \frac{T^2}{n} \sum_i KL\big(\mathrm{softmax}(t_i / T)
               \,\|\, \mathrm{softmax}(s_i / T)\big)
 
+    Cost: n k.  Gradient: ``T (softmax(s / T) - softmax(t / T)) / n`` by the student's
+    logits, unless standardised or the other way round.  Not for: a teacher of other
+    classes, or features.
+
     Args:
       logits_x: student logits s, shape ``[n, k]``.
       logits_y: teacher logits t, shape ``[n, k]``.
@@ -354,8 +358,11 @@ def wkd_logits(
     ``P_i`` is the entropic plan from the student's to the teacher's prediction of all
     classes but the label's, both at temperature T and renormalised; the label's
     probabilities, at temperature 1, meet in the first term.  There is no entropy in
-    the value; its gradient is that of the converged plan (implicit), the cost and
-    epsilon being constants.
+    the value.
+
+    Cost: iterations n k².  Gradient: that of the converged plan (implicit), the cost
+    and epsilon being constants; unrolled if ``iterations`` is given.  Not for: a term
+    that should be zero for equal predictions: its first one is a cross-entropy.
 
     Args:
       logits_x: student logits, shape ``[n, k]``.
@@ -422,6 +429,9 @@ def class_cost_cka(features: jax.Array, *, kappa: float = 1.0) -> jax.Array:
     Made once, from the teacher's features of training images, as many of each class;
     rows of two classes are paired by their index.  The released code takes the last
     feature map with every position as a row on CIFAR, logits on ImageNet.
+
+    Cost: k n² d + k² n², or k² n d² where d is smaller.  Gradient: none is needed: a
+    constant of `wkd_logits`.  Not for: the training step; make it once.
 
     Args:
       features: of n images of each class, shape ``[k, n, d]``.

@@ -412,6 +412,11 @@ def distill_loss(
     which is another loss: the mean over groups of the distance within each.  The
     cross-entropy remains that of the global batch.
 
+    Cost: n k and that of each distance, of the global batch under ``axis_name``.
+    Gradient: that of the loss by the student; second derivatives do not pass
+    transport.  Not for: raw features of unknown scale at a weight from a table: take
+    ``scale="teacher"``, by which weights there are chosen.
+
     Args:
       student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
         without layers compares ``"features"``; see `Term` for maps and tokens.

@@ -217,6 +217,19 @@ def test_functions_are_documented(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_say_formula_cost_gradient_and_limits(name):
+    head = inspect.getdoc(getattr(kddm_jax, name)).split("\nArgs:\n")[0]
+    assert ".. math:: " in head
+    said = re.findall(r"(?:^|  )(Cost|Gradient|Not for): ", head, flags=re.MULTILINE)
+    assert said == ["Cost", "Gradient", "Not for"]
+    paragraph = " ".join(head.partition("Cost: ")[2].split())
+    for key, row in DISTANCES.items():
+        if row.fn is getattr(kddm_jax, name):
+            cost = paragraph.split("Gradient: ")[0]
+            assert re.search(re.escape(row.complexity) + r"(?![²³\w])", cost), key
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_arrays_are_positional_and_options_keyword_only(name):
     signature = inspect.signature(getattr(kddm_jax, name))
     assert signature.return_annotation is not inspect.Signature.empty
