@@ -8,24 +8,38 @@ import pytest
 from kddm_jax import DISTANCES
 
 ROOT = Path(__file__).parents[1]
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "docs/index.md"]
+PAGES += sorted(f"docs/questions/{page.name}" for page in ROOT.glob("docs/questions/*"))
 
 
-def test_there_are_snippets():
-    assert len(BLOCKS) >= 2
+def blocks(page):
+    text = (ROOT / page).read_text()
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_snippets_run_and_print_what_they_say(capsys):
-    """One after the other, as somebody types them."""
-    names = {"__name__": "readme"}
-    for i, block in enumerate(BLOCKS):
-        exec(compile(block, f"README block {i}", "exec"), names)
-        printed = capsys.readouterr().out.split("\n")
-        promised = re.findall(r"print\(.*\)  # (.*)", block)
+def test_every_question_has_its_page():
+    asked = re.findall(r"^questions/\w+$", (ROOT / "docs/index.md").read_text(), re.M)
+    assert sorted(f"docs/{page}.md" for page in asked) == PAGES[2:]
+    assert len(asked) >= 6
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_run_and_print_what_they_say(page, capsys):
+    """One after the other, as somebody types them; promised beside or below a print."""
+    names = {"__name__": "page"}
+    assert blocks(page)
+    for i, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page} block {i}", "exec"), names)
+        printed = capsys.readouterr().out.splitlines()
+        promised = re.findall(r"print\(.*\)\s+# (.*)", block)
         assert promised, "a snippet shows at least one printed value"
-        for expected in promised:
-            assert expected in printed
+        assert printed == promised
+
+
+@pytest.mark.parametrize("page", PAGES[2:])
+def test_pages_are_short(page):
+    assert len((ROOT / page).read_text().splitlines()) < 80
 
 
 def test_the_catalogue_is_whole():
@@ -33,7 +47,15 @@ def test_the_catalogue_is_whole():
     assert rows == list(DISTANCES)
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+WITH_TABLES = [
+    "README.md",
+    "experiments/README.md",
+    "docs/questions/distance.md",
+    "docs/questions/weight.md",
+]
+
+
+@pytest.mark.parametrize("page", WITH_TABLES)
 def test_tables_are_rendered_from_their_json(page, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     import report

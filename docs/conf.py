@@ -1,0 +1,126 @@
+"""The site: `sphinx-build -W -b html docs docs/_build`.
+
+The pages are Markdown (MyST); the reference comes from the docstrings, its table of
+distances from `kddm_jax.DISTANCES`, so that neither can say what the code does not.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import docutils.nodes
+from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
+from sphinx.errors import ExtensionError
+
+import kddm_jax
+from kddm_jax import DISTANCES
+
+project = "kddm_jax"
+author = "the authors of kddm_jax"
+version = release = kddm_jax.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"kddm_jax {version}"
+html_show_copyright = False
+
+# `name` in a docstring is a link where there is such a name, and code where not.
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_typehints = "signature"
+napoleon_use_ivar = True  # what a docstring lists is all that is said of it
+napoleon_use_rtype = False
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+
+class Catalogue(Directive):
+    """A table of `kddm_jax.DISTANCES`, as the code has them at this moment."""
+
+    HEAD = ("key", "distance", "function", "takes", "promises", "cost", "λ")
+
+    @staticmethod
+    def cells(key, row):
+        """One row of the table, reStructuredText."""
+        options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
+        function = f":py:func:`~kddm_jax.{row.fn.__name__}`"
+        promises = sorted(row.promises) + (["per sample"] if row.per_sample else [])
+        return (
+            f"``{key}``",
+            row.title,
+            f"{function} ``{options}``" if options else function,
+            ", ".join(row.inputs),
+            ", ".join(promises) or "–",
+            row.complexity,
+            f"{row.weight:g}",
+        )
+
+    def run(self):
+        """Renders the rows."""
+        table = [self.HEAD, *(self.cells(*item) for item in DISTANCES.items())]
+        lines = [".. list-table::", "   :header-rows: 1", ""]
+        for cells in table:
+            marks = ("   * - ", *["     - "] * (len(cells) - 1))
+            lines += [f"{mark}{cell}" for mark, cell in zip(marks, cells, strict=True)]
+        node = docutils.nodes.Element()
+        self.state.nested_parse(StringList(lines, "DISTANCES"), 0, node)
+        return node.children
+
+
+def mark_labels(app, what, name, obj, options, lines):
+    """Sets off what every distance says of itself."""
+    label = re.compile(r"(?:^|(?<=  ))(Cost|Gradient|Not for):(?= )")
+    lines[:] = [label.sub(r"**\1:**", line) for line in lines]
+
+
+def check_complete(app, env):
+    """Stops the build where a public name has no entry."""
+    documented = env.get_domain("py").objects
+    missing = [
+        name
+        for name in kddm_jax.__all__
+        if callable(getattr(kddm_jax, name)) and f"kddm_jax.{name}" not in documented
+    ]
+    if missing:
+        raise ExtensionError(f"no page of docs/api has {', '.join(missing)}")
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Leaves out fields of named tuples: "Alias for field number 0"."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+# Pages link to files as they lie in the repository; these are pages of the site, too.
+ROOT = Path(__file__).parents[1]
+SHOWN = {
+    ROOT / "README.md": "index.md",
+    ROOT / "benchmarks" / "README.md": "benchmarks.md",
+    ROOT / "experiments" / "README.md": "experiments.md",
+}
+
+
+def redirect(app, docname, source):
+    """Points links that leave docs/ to the pages that show their targets."""
+    folder = Path(app.srcdir, docname).parent
+
+    def target(match):
+        path = Path(os.path.normpath(folder / match[1]))
+        return f"](/{SHOWN[path]}" if path in SHOWN else match[0]
+
+    source[0] = re.sub(r"\]\(\s*([\w./-]+\.md)", target, source[0])
+
+
+def setup(app):
+    """Registers the above."""
+    app.add_directive("catalogue", Catalogue)
+    app.connect("source-read", redirect)
+    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-process-docstring", mark_labels)
+    app.connect("env-check-consistency", check_complete)
