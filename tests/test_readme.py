@@ -42,6 +42,14 @@ def test_pages_are_short(page):
     assert len((ROOT / page).read_text().splitlines()) < 80
 
 
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) < 150
+    places = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(places) >= 8
+    for place in places:
+        assert (ROOT / place).exists(), place
+
+
 def test_the_catalogue_is_whole():
     rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
     assert rows == list(DISTANCES)
