@@ -247,12 +247,16 @@ def curves(results: dict[str, object], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot as plt
 
     groups: dict[str, list[dict]] = {}
     for run in results["runs"]:
         groups.setdefault(run["name"], []).append(run)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    colors = cycler(color=plt.get_cmap("tab10").colors)
+    for axes in (left, right):
+        axes.set_prop_cycle(cycler(linestyle=["-", "-."]) * colors)
     for name, runs in groups.items():
         measured = [r for r in runs[0]["history"] if "test_accuracy" in r]
         epochs = [r["epoch"] for r in measured]
@@ -269,15 +273,13 @@ def curves(results: dict[str, object], path: Path) -> None:
             )
             every = [r["epoch"] for r in runs[0]["history"]]
             right.plot(every, distance / distance[0], label=runs[0]["title"])
-    left.axhline(results["teacher"]["accuracy"], color="grey", label="teacher")
+    left.axhline(results["teacher"]["accuracy"], color="black", ls=":", label="teacher")
     left.set(xlabel="epoch", ylabel="accuracy, %", title="evaluation images")
     right.set(
         xlabel="epoch", ylabel="share of the first epoch's", title="training distance"
     )
     right.set_yscale("log")
-    left.legend(fontsize="small")
-    if right.lines:  # distilled students
-        right.legend(fontsize="small")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
