@@ -6,6 +6,7 @@ moves probability between classes at a price that the teacher's last layer sets.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import processes
 import report
 import runs
+from flax import linen as nn
 from rich.console import Console
 from settings import FEATURE_ONLY, UserError, weight_of
 
@@ -37,25 +39,39 @@ def _pool(maps, shape):
     return maps
 
 
-def features_of(problem: runs.Problem, teacher, layer: str, chosen: np.ndarray):
-    """A layer's features of some training images, ``[n, d]``, on the host."""
-    apply = resnet.linen_apply(teacher.model)
+def program(problem: runs.Problem, model: nn.Module, pick: Callable) -> Callable:
+    """Compiles what ``pick`` takes of a network's outputs, in evaluation."""
+    apply = resnet.linen_apply(model)
 
     def one(variables, images):
         normal = lambda image: problem.normalize(None, image)
-        outputs, _ = apply(variables, jax.vmap(normal)(images), train=False)
+        return pick(apply(variables, jax.vmap(normal)(images), train=False)[0])
+
+    return jax.jit(one)
+
+
+def compute(program: Callable, variables, images: np.ndarray):
+    """What a program gives for any number of images, batch by batch; on the host."""
+    variables, parts = jax.device_get(variables), []
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        short = BATCH - len(batch)
+        batch = np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0)))
+        found = jax.device_get(program(variables, batch))
+        parts.append(jax.tree.map(lambda a, short=short: a[: BATCH - short], found))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def features_of(problem: runs.Problem, teacher, layer: str, chosen: np.ndarray):
+    """A layer's features of some training images, ``[n, d]``, on the host."""
+
+    def pick(outputs):
         found = {"features": outputs.features, **outputs.maps}[layer]
         pooled = _pool(found.astype(jnp.float32), found.shape[1:])
-        return pooled.reshape(len(images), -1)
+        return pooled.reshape(len(pooled), -1)
 
-    program, parts = jax.jit(one), []
-    variables = jax.device_get(teacher.variables)
-    for start in range(0, len(chosen), BATCH):
-        images = problem.dataset.train_images[chosen[start : start + BATCH]]
-        short = BATCH - len(images)
-        images = np.pad(images, ((0, short), (0, 0), (0, 0), (0, 0)))
-        parts.append(np.asarray(program(variables, images))[: BATCH - short])
-    return np.concatenate(parts)
+    images = problem.dataset.train_images[chosen]
+    return compute(program(problem, teacher.model, pick), teacher.variables, images)
 
 
 def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:

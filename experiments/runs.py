@@ -408,6 +408,11 @@ def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
 # One run.
 
 
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Where a run lives."""
+    return out / name.replace(":", ".") / f"seed{seed}"
+
+
 @dataclass(frozen=True)
 class Run:
     """A network to train and how.
@@ -432,7 +437,7 @@ class Run:
 
     def folder(self, out: Path) -> Path:
         """Where it lives."""
-        return out / self.name.replace(":", ".") / f"seed{self.seed}"
+        return folder_of(out, self.name, self.seed)
 
     @property
     def title(self) -> str:

@@ -6,8 +6,10 @@ comes last: ``--help`` shows the values of the recipe and data set that it is gi
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import tyro
 
@@ -468,3 +470,15 @@ def as_json(settings: Settings) -> dict[str, object]:
         f.name: str(v) if isinstance(v := values[f.name], Path) else v
         for f in fields(settings)
     }
+
+
+def from_json(values: Mapping[str, object]) -> Settings:
+    """The settings that `as_json` wrote; what it did not write has its default."""
+    found = {}
+    for field in fields(Settings):
+        if field.name in values:
+            value = values[field.name]
+            if value is not None and Path in get_args(field.type):
+                value = Path(value)
+            found[field.name] = tuple(value) if isinstance(value, list) else value
+    return Settings(**found)

@@ -37,7 +37,7 @@ class Teacher:
     result: dict[str, object] | None
 
 
-def _variables_of(problem, path, model):
+def variables_of(problem, path, model):
     """Parameters and statistics of a run's checkpoint, whatever its optimiser."""
     arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)
@@ -110,7 +110,7 @@ class Source:
 
         def read():
             path = self.given or find_checkpoint(self._folder)
-            return _variables_of(self.problem, path, self.model)
+            return variables_of(self.problem, path, self.model)
 
         return processes.first(read)
 

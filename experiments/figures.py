@@ -1,0 +1,560 @@
+"""Draws the paper's kinds of figures from finished runs.
+
+    python experiments/figures.py runs/digits-laptop
+    python experiments/figures.py runs/digits-laptop-weights
+    python experiments/figures.py --figures toys --to pictures
+
+From a folder of cifar.py: the learning curves, and teacher and student features in one
+plane, before and after distillation.  From one of choose_weights.py: accuracy,
+cross-entropy and distance against the epoch, a curve for each lambda.  From nothing:
+clouds of two dimensions on which the distances differ.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import io
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import cifar  # sets the environment before JAX is imported
+import finished
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import report
+import toys
+from PIL import Image
+from settings import UserError
+
+from kddm_jax import data, wasserstein
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
+
+DPI = 110
+COLOURS = 128  # of a picture's palette: a third of the bytes
+EMBEDDED = 300  # images
+SEED = 42  # of the embedding, the released code's
+RUNS = "results.json"  # of cifar.py
+GRID = "weights.json"  # of choose_weights.py
+
+
+def save(figure, path: Path) -> Path:
+    """Writes a figure as a small PNG and closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI)
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(buffer).convert("RGB").quantize(COLOURS, dither=0)
+    picture.save(path, optimize=True)
+    return path
+
+
+# ---------------------------------------------------------------------------
+# Curves against the epoch: of all runs, or of all lambdas.
+
+
+def series(runs: Sequence[Mapping], value: Callable):
+    """A number of the runs' histories, over seeds.
+
+    Args:
+      runs: of one method, a seed each, as in ``result.json``.
+      value: of an epoch's record; None where it was not measured.
+
+    Returns:
+      ``(epochs, mean, spread)``, the spread being the standard deviation over seeds,
+      zero for one seed.
+    """
+    epochs = [r["epoch"] for r in runs[0]["history"] if value(r) is not None]
+    rows = np.array(
+        [[value(r) for r in run["history"] if value(r) is not None] for run in runs]
+    )
+    spread = rows.std(0, ddof=1) if len(runs) > 1 else np.zeros(rows.shape[1])
+    return epochs, rows.mean(0), spread
+
+
+def _draw(axes, runs, value, **style):
+    epochs, mean, spread = series(runs, value)
+    (line,) = axes.plot(epochs, mean, **style)
+    if len(runs) > 1:
+        band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(epochs, mean - spread, mean + spread, **band)
+
+
+PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher taught
+
+
+def _panels(groups: Mapping[str, Sequence[Mapping]], styles: Mapping, part: str):
+    """Accuracy, cross-entropy and distance, a curve for each group of runs."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for label, runs in groups.items():
+        style = {"label": label, "linewidth": 1.2, **styles[label]}
+        _draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
+        _draw(axes[1], runs, lambda r: r["task"], **style)
+        distance = lambda r, name=runs[0]["name"]: report.distance_of(r, name)
+        if distance(runs[0]["history"][0]) is not None:
+            _draw(axes[2], runs, distance, **style)
+    axes[0].set(ylabel=f"accuracy on {part} images, %")
+    axes[1].set(ylabel="cross-entropy of training", yscale="log")
+    axes[2].set(ylabel="distance in training", yscale="log")
+    for one in axes:
+        one.set_xlabel("epoch")
+    return figure, axes
+
+
+def _seeds_of(runs):
+    count = len(runs)
+    return f"{count} seeds, mean and standard deviation" if count > 1 else "1 seed"
+
+
+def curves(results: Mapping, path: Path) -> Path:
+    """Draws the learning curves of all runs: mean and spread over seeds.
+
+    Args:
+      results: as in ``results.json``.
+      path: of the picture.
+
+    Returns:
+      The path.
+    """
+    groups: dict[str, list] = {}
+    for run in results["runs"]:
+        groups.setdefault(run["title"], []).append(run)
+    part = "held-out" if results["settings"]["held_out"] else "test"
+    styles = {
+        title: PLAIN if runs[0]["name"] == "student" else {}
+        for title, runs in groups.items()
+    }
+    figure, axes = _panels(groups, styles, part)
+    line = {"color": "grey", "linewidth": 1, "linestyle": ":"}
+    axes[0].axhline(results["teacher"]["accuracy"], label="teacher", **line)
+    axes[0].legend(fontsize="small")
+    if not axes[2].lines:  # students alone
+        axes[2].set_axis_off()
+    figure.suptitle(
+        f"{results['settings']['dataset']}: {_seeds_of(next(iter(groups.values())))}"
+    )
+    return save(figure, path)
+
+
+def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
+    """Reads the runs of a folder of choose_weights.py.
+
+    Args:
+      folder: with ``weight-<lambda>/<name>/seed<k>``.
+      chosen: as in its ``weights.json``.
+
+    Returns:
+      By method, by lambda in rising order, the results of all seeds; a run whose loss
+      did not stay finite has none, and its lambda is an empty list.
+
+    Raises:
+      UserError: the folder does not hold these runs.
+    """
+    found: dict[str, dict[str, list]] = {}
+    for name, row in chosen["held_out_accuracy"].items():
+        for weight in sorted(row, key=float):
+            place = folder / f"weight-{weight}" / name.replace(":", ".")
+            paths = [
+                place / f"seed{seed}" / "result.json"
+                for seed in chosen["settings"]["seeds"]
+            ]
+            ended = [path for path in paths if path.exists()]
+            found.setdefault(name, {})[weight] = [
+                finished.read_record(path) for path in ended
+            ]
+        if not any(found[name].values()):
+            raise UserError(
+                f"{folder} has no finished run of {name} under weight-*; run its "
+                "command (experiments/choose_weights.py) again"
+            )
+    return found
+
+
+def ablation(folder: Path, to: Path) -> list[Path]:
+    """Draws accuracy, cross-entropy and distance, a curve for each lambda.
+
+    Args:
+      folder: of choose_weights.py, finished.
+      to: folder of the pictures, one for each distance.
+
+    Returns:
+      Their paths.
+    """
+    chosen, paths = finished.read_record(folder / GRID), []
+    for name, by_weight in of_lambda(folder, chosen).items():
+        groups = {f"λ = {w}": runs for w, runs in by_weight.items() if runs}
+        shades = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, len(groups)))
+        styles = {
+            label: PLAIN if label == "λ = 0" else {"color": shade}
+            for label, shade in zip(groups, shades, strict=True)
+        }
+        figure, axes = _panels(groups, styles, "held-out")
+        for weight, runs in by_weight.items():
+            if not runs:
+                axes[0].plot([], [], " ", label=f"λ = {weight}: not finite")
+        axes[0].legend(fontsize="small")
+        runs = next(iter(groups.values()))
+        dataset = chosen["settings"]["dataset"]
+        figure.suptitle(f"{dataset}, {runs[0]['title']}: {_seeds_of(runs)}")
+        paths.append(save(figure, to / f"ablation-{name.replace(':', '.')}.png"))
+    return paths
+
+
+# ---------------------------------------------------------------------------
+# Teacher and student features in one plane.
+
+
+def _tsne(points):
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    made = TSNE(perplexity=perplexity, init="pca", random_state=SEED)
+    return made.fit_transform(points)
+
+
+def _umap(points):
+    umap = importlib.import_module("umap")
+    made = umap.UMAP(n_neighbors=15, random_state=SEED, n_jobs=1)
+    return made.fit_transform(points)
+
+
+EMBEDDINGS = {"umap": ("UMAP", _umap), "tsne": ("t-SNE", _tsne)}
+
+
+def embedding_of(name: str) -> str:
+    """The embedding of a name; "auto" is UMAP where it is installed, else t-SNE."""
+    there = importlib.util.find_spec("umap") is not None
+    if name == "auto":
+        return "umap" if there else "tsne"
+    if name == "umap" and not there:
+        raise UserError(
+            "--embedding umap: it is not installed; pip install umap-learn, or take "
+            "--embedding tsne"
+        )
+    return name
+
+
+def distilled(results: Mapping, name: str | None, seed: int | None) -> tuple[str, int]:
+    """Chooses the distilled student to show.
+
+    Args:
+      results: as in ``results.json``.
+      name: of its method; None: CW2, or the first.
+      seed: of its run; None: the first.
+
+    Returns:
+      ``(name, seed)``.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = [(r["name"], r["seed"]) for r in results["runs"] if r["name"] != "student"]
+    names = list(dict.fromkeys(n for n, _ in found))
+    if not names:
+        raise UserError(
+            "there is no distilled student; run cifar.py with --distances, or draw "
+            "--figures curves alone"
+        )
+    if name is None:
+        name = "cw2" if "cw2" in names else names[0]
+    if name not in names:
+        raise UserError(f"--distance {name}: there are {', '.join(names)}")
+    seeds = [s for n, s in found if n == name]
+    if seed is not None and seed not in seeds:
+        raise UserError(f"--seed {seed}: there are {', '.join(map(str, seeds))}")
+    return name, seeds[0] if seed is None else seed
+
+
+def relative_w2(x: np.ndarray, y: np.ndarray) -> float:
+    """Exact squared W2 in units of the teacher's mean squared deviation."""
+    spread = float(np.mean(np.sum((y - y.mean(0)) ** 2, axis=1)))
+    return float(wasserstein(jnp.asarray(x), jnp.asarray(y), solver="exact")) / spread
+
+
+def together(
+    embed: Callable[[np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeds student and teacher features as one cloud.
+
+    Args:
+      embed: of points ``[n, d]``, to ``[n, 2]``.
+      x: student, shape ``[n, d]``.
+      y: teacher, shape ``[m, d]``.
+
+    Returns:
+      Both in the plane, ``([n, 2], [m, 2])``.
+
+    Raises:
+      UserError: the features have different widths.
+    """
+    if x.shape[1] != y.shape[1]:
+        raise UserError(
+            f"the student's features have width {x.shape[1]}, the teacher's "
+            f"{y.shape[1]}: no common plane; draw --figures curves alone"
+        )
+    plane = embed(np.concatenate([y, x]))
+    return plane[len(y) :], plane[: len(y)]
+
+
+def _scatter(axes, points, labels, names, **style):
+    hues = plt.get_cmap("tab10" if len(names) <= 10 else "turbo", len(names))
+    axes.scatter(*points.T, c=hues(labels), linewidths=0.6, **style)
+    return hues
+
+
+def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
+    """Draws teacher and student features of the same images, before and after.
+
+    Args:
+      opened: the runs.
+      options: of the command: ``distance``, ``seed``, ``images``, ``embedding``.
+      to: folder of the picture.
+
+    Returns:
+      Its path.
+    """
+    name, seed = distilled(opened.results, options.distance, options.seed)
+    title, embed = EMBEDDINGS[embedding_of(options.embedding)]
+    problem = opened.problem
+    labels = problem.parts.eval_labels
+    shown = data.balanced_subset(labels, min(options.images, len(labels)), seed=0)
+    images, labels = problem.parts.eval_images[shown], labels[shown]
+    features = lambda model, variables: (
+        finished.outputs_of(problem, model, variables, images).features
+    )
+    y = features(opened.teacher.model, opened.teacher.variables)
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    classes = problem.dataset.class_names
+    for axes, method, when in zip(
+        panels, ("student", name), ("before", "after"), strict=True
+    ):
+        (run,) = (
+            r
+            for r in opened.results["runs"]
+            if (r["name"], r["seed"]) == (method, seed)
+        )
+        x = features(*opened.student(method, seed))
+        mine, theirs = together(embed, x, y)
+        hues = _scatter(axes, theirs, labels, classes, marker="o", s=9, alpha=0.6)
+        _scatter(axes, mine, labels, classes, marker="x", s=14)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(
+            f"{when}: {run['title']}, {run['accuracy']:.1f} %, "
+            f"W2² {relative_w2(x, y):.2f} of the teacher's spread",
+            fontsize="medium",
+        )
+    dots = [
+        plt.Line2D([], [], color="grey", linestyle="", marker=m, label=who)
+        for m, who in (("o", "teacher"), ("x", "student"))
+    ]
+    if len(classes) <= 10:
+        dots += [
+            plt.Line2D([], [], color=hues(i), linestyle="", marker="s", label=str(c))
+            for i, c in enumerate(classes)
+        ]
+    figure.legend(handles=dots, loc="outside right center", fontsize="small")
+    figure.suptitle(
+        f"{problem.settings.dataset}: joint {title} of the features of {len(shown)} "
+        f"images, seed {seed}"
+    )
+    return [save(figure, to / f"embedding-{name.replace(':', '.')}.png")]
+
+
+# ---------------------------------------------------------------------------
+# Clouds of two dimensions.
+
+STUDENT, TEACHER = "tab:blue", "tab:red"
+
+
+def _lines(axes, x, y, **style):
+    axes.plot(*np.stack([x, y]).transpose(2, 0, 1), **style)
+
+
+def classes_picture(to: Path) -> Path:
+    """Draws what W2 and CW2 pair where the student has turned its classes."""
+    made = toys.two_classes()
+    figure, panels = plt.subplots(1, 2, figsize=(8, 5.4), layout="constrained")
+    for axes, (title, plan) in zip(panels, made.plans.items(), strict=True):
+        partner = np.argmax(plan, axis=1)
+        y, across = made.y[partner], made.labels != made.labels[partner]
+        for which, colour in ((~across, "grey"), (across, "tab:orange")):
+            _lines(axes, made.x[which], y[which], color=colour, linewidth=0.7)
+        for points, colour in ((made.x, STUDENT), (made.y, TEACHER)):
+            for label, marker in ((0, "o"), (1, "^")):
+                of = points[made.labels == label]
+                axes.scatter(*of.T, color=colour, marker=marker, s=18, zorder=3)
+        share = toys.crossing(plan, made.labels)
+        axes.set_title(f"{title}: {100 * share:.0f} % across classes")
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    handles = [
+        plt.Line2D([], [], color=c, marker=m, linestyle="", label=f"{who}, class {k}")
+        for who, c in (("student", STUDENT), ("teacher", TEACHER))
+        for k, m in ((0, "o"), (1, "^"))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return save(figure, to / "toy-classes.png")
+
+
+def shapes_picture(to: Path) -> Path:
+    """Draws what the Gaussian W2 does not see, and where flows end for it."""
+    made = toys.two_shapes()
+    values = lambda x: ", ".join(
+        f"{title.replace('W2', 'W2²')} = {max(float(fn(x, made.y)), 0.0):.2f}"
+        for title, fn in toys.DISTANCES.items()
+    )
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    plan = toys.optimal_plan(made.x, made.y)
+    _lines(
+        *(panels[0], made.x, made.y[np.argmax(plan, axis=1)]),
+        color="grey",
+        linewidth=0.7,
+    )
+    panels[0].scatter(*made.x.T, color=STUDENT, s=14, zorder=3, label="student")
+    panels[0].scatter(*made.y.T, color=TEACHER, s=14, zorder=3, label="teacher")
+    panels[0].set_title(f"one mean and covariance\n{values(made.x)}")
+    for axes, (title, path) in zip(panels[1:], made.flows.items(), strict=True):
+        axes.plot(*path.transpose(2, 0, 1), color="lightgrey", linewidth=0.6)
+        axes.scatter(*path[0].T, color="grey", s=8, zorder=2, label="start")
+        axes.scatter(*made.y.T, color=TEACHER, s=14, zorder=2)
+        axes.scatter(*path[-1].T, color=STUDENT, s=14, zorder=3)
+        axes.set_title(f"student after a flow down {title}\n{values(path[-1])}")
+    panels[1].legend(fontsize="small")
+    panels[0].legend(fontsize="small")
+    for axes in panels:
+        axes.set(xticks=[], yticks=[], aspect="equal")
+    return save(figure, to / "toy-shapes.png")
+
+
+# ---------------------------------------------------------------------------
+# The command.
+
+FIGURES = ("ablation", "embedding", "curves", "toys")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], prog="figures.py"
+    )
+    parser.add_argument(
+        "folder",
+        metavar="RUN_DIR",
+        type=Path,
+        nargs="?",
+        help="--out of cifar.py or of choose_weights.py, at its end; toys need none",
+    )
+    parser.add_argument(
+        "--to", type=Path, help="folder of the pictures; default: RUN_DIR/figures"
+    )
+    parser.add_argument(
+        "--figures",
+        nargs="+",
+        choices=FIGURES,
+        help="default: toys and all that RUN_DIR has: embedding and curves of "
+        "cifar.py, ablation of choose_weights.py",
+    )
+    parser.add_argument(
+        "--distance",
+        help="the distilled student to embed, a key as in cifar.py; default: cw2, or "
+        "the first",
+    )
+    parser.add_argument(
+        "--seed", type=int, help="of the students to embed; default: the first"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=EMBEDDED,
+        help="evaluation images to embed, as many of each class (default %(default)s)",
+    )
+    parser.add_argument(
+        "--embedding",
+        choices=("auto", *EMBEDDINGS),
+        default="auto",
+        help="auto: umap where it is installed, else tsne (default %(default)s)",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="of the images; default: as in the run"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        help="checkpoint of the teacher; default: as in the run",
+    )
+    return parser.parse_args(arguments)
+
+
+def _wanted(options) -> tuple[str, ...]:
+    """The figures to draw; what is missing for them is an error."""
+    folder, asked = options.folder, options.figures
+    if folder is None:
+        if asked != ["toys"] or options.to is None:
+            raise UserError(
+                "RUN_DIR is missing; without one there are --figures toys --to FOLDER"
+            )
+        return ("toys",)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; pass --out of a command that ended")
+    needs = {"ablation": GRID, "embedding": RUNS, "curves": RUNS}
+    there = {name for name in (RUNS, GRID) if (folder / name).exists()}
+    if not there and asked != ["toys"]:
+        raise UserError(
+            f"{folder} has neither {RUNS} (of cifar.py) nor {GRID} (of "
+            "choose_weights.py): it is not finished; run its command to the end"
+        )
+    if asked is None:
+        return tuple(f for f in FIGURES if f not in needs or needs[f] in there)
+    for figure in asked:
+        if figure in needs and needs[figure] not in there:
+            maker = "choose_weights.py" if figure == "ablation" else "cifar.py"
+            raise UserError(
+                f"--figures {figure}: {folder} has no {needs[figure]}; pass the "
+                f"folder of {maker}"
+            )
+    return tuple(dict.fromkeys(asked))
+
+
+def draw(options: argparse.Namespace) -> list[Path]:
+    """Draws what the command asks for; gives the pictures' paths.
+
+    Raises:
+      UserError: a mistake in the command.
+    """
+    wanted = _wanted(options)
+    if options.images < 10:
+        raise UserError(f"--images must be at least 10, got {options.images}")
+    folder, to = options.folder, options.to or options.folder / "figures"
+    paths = []
+    if "ablation" in wanted:
+        paths += ablation(folder, to)
+    if "embedding" in wanted:
+        distilled(finished.read_record(folder / RUNS), options.distance, options.seed)
+        embedding_of(options.embedding)
+        opened = finished.load(
+            folder, data_dir=options.data_dir, teacher=options.teacher
+        )
+        paths += embedding(opened, options, to)
+    if "curves" in wanted:
+        paths.append(curves(finished.read_record(folder / RUNS), to / "curves.png"))
+    if "toys" in wanted:
+        paths += [classes_picture(to), shapes_picture(to)]
+    return paths
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    options = parse(arguments)
+
+    def work():
+        for path in draw(options):
+            print(path)
+
+    return cifar.answer_errors(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

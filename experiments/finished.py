@@ -1,0 +1,158 @@
+"""What a finished command left behind, read back: its data, its teacher, its students.
+
+A folder of cifar.py holds ``results.json``, and for each run its checkpoints: enough to
+compute, long after, what both networks make of the same images.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import layers
+import numpy as np
+import runs
+from flax import linen as nn
+from settings import UserError, from_json
+from teacher import Source, find_teacher, variables_of
+
+from kddm_jax import checkpoint
+
+
+class Outputs(NamedTuple):
+    """What a network makes of images.
+
+    Attributes:
+      features: float32 ``[n, d]``.
+      logits: float32 ``[n, k]``.
+    """
+
+    features: np.ndarray
+    logits: np.ndarray
+
+
+def outputs_of(
+    problem: runs.Problem, model: nn.Module, variables, images: np.ndarray
+) -> Outputs:
+    """Computes features and logits in evaluation; one program for each network."""
+    key = ("features and logits", model)
+    if key not in problem.programs:
+        pick = lambda found: (
+            found.features.astype(np.float32),
+            found.logits.astype(np.float32),
+        )
+        problem.programs[key] = layers.program(problem, model, pick)
+    return Outputs(*layers.compute(problem.programs[key], variables, images))
+
+
+def read_record(path: Path) -> dict[str, object]:
+    """Reads a JSON file that a command wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Its content.
+
+    Raises:
+      UserError: it is not readable.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not readable as JSON; run its command again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A folder of cifar.py, at its end.
+
+    Attributes:
+      problem: its settings, on one device; its data.
+      results: of ``results.json``.
+      teacher: its network, variables and digest.
+    """
+
+    problem: runs.Problem
+    results: dict[str, object]
+    teacher: Source
+
+    def student(self, name: str, seed: int) -> tuple[nn.Module, object]:
+        """Loads a student.
+
+        Args:
+          name: "student" for the one that learnt alone, or a method.
+          seed: of its run.
+
+        Returns:
+          ``(network, variables)``, the variables on the host, without projectors.
+
+        Raises:
+          UserError: there is no checkpoint, or it is of other data or another teacher.
+          CheckpointError: the checkpoint is damaged, or of another network.
+        """
+        problem = self.problem
+        folder = runs.folder_of(problem.out, name, seed)
+        path = checkpoint.find(folder)
+        if path is None:
+            raise UserError(
+                f"{folder} has no checkpoint; run the command of {problem.out} again, "
+                "or choose another --distance or --seed"
+            )
+        made = checkpoint.read_meta(path)["run"]
+        for what, wanted in {
+            "data": problem.data_digest,
+            "teacher": self.teacher.digest,
+        }.items():
+            if made.get(what, wanted) != wanted:
+                raise UserError(
+                    f"{path} was made with {what}={made[what]}, found here is {wanted};"
+                    f" pass the {what} that it was made with"
+                )
+        settings = problem.settings
+        model = problem.model(settings.student_model, settings.width)
+        return model, variables_of(problem, path, model)
+
+
+def load(
+    folder: Path, *, data_dir: Path | None = None, teacher: Path | None = None
+) -> Finished:
+    """Opens the folder of a finished command.
+
+    Args:
+      folder: ``--out`` of cifar.py.
+      data_dir: of the data; None: where the command had them.
+      teacher: its checkpoint, where one was given and lies elsewhere now.
+
+    Returns:
+      Its data and teacher; students are read one by one.
+
+    Raises:
+      UserError: not finished, or the teacher has no checkpoint.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} has no results.json: it is not finished; run its command "
+            "(experiments/cifar.py) to the end"
+        )
+    results = read_record(path)
+    settings = from_json(results["settings"])
+    cache = settings.compilation_cache
+    given = teacher or settings.teacher or runs.folder_of(folder, "teacher", 0)
+    if checkpoint.find(given) is None:
+        raise UserError(
+            f"the teacher of {folder} has no checkpoint in {given}; pass --teacher"
+        )
+    settings = replace(
+        settings,
+        data_dir=data_dir or settings.data_dir,
+        teacher=given,
+        compilation_cache=cache if cache and cache.is_dir() else None,
+        devices=1,  # however many it was trained on
+        **dict.fromkeys(("distance_group", "coordinator", "processes", "process")),
+    )
+    problem = runs.prepare(settings, folder)
+    return Finished(problem, results, find_teacher(problem))
