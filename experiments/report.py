@@ -8,7 +8,7 @@ distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +105,21 @@ def markdown(results: dict[str, object]) -> str:
     """Renders the table and what it was measured on as Markdown.
 
     Args:
-      results: as in ``results.json``; or of an example, which brings its own
-        ``columns``, ``rows``, ``caption`` and ``command``.
+      results: as in ``results.json``; or of another command, which brings its own
+        ``columns``, ``rows``, ``caption`` and ``command``, or several ``tables`` of
+        these, the command being that of them all.
 
     Returns:
-      The table, an empty line, the caption.
+      The table, an empty line, the caption; of several tables one after the other.
     """
+    if "tables" in results:
+        *first, last = results["tables"]
+        last = {**last, "command": results["command"]}
+        return "\n".join(markdown(one) for one in (*first, last))
     if "rows" in results:
         columns, rows = results["columns"], results["rows"]
-        below = f"{results['caption']} `{results['command']}`"
+        made_by = f" `{results['command']}`" if "command" in results else ""
+        below = results["caption"] + made_by
     else:
         columns, rows, below = COLUMNS, table(results), caption(results)
     lines = [
@@ -147,7 +153,7 @@ def caption(results: dict[str, object]) -> str:
         f"{'s' if seeds > 1 else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}. "
-        f"`{_command(settings)}`"
+        f"`{command(settings)}`"
     )
 
 
@@ -155,12 +161,12 @@ PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress")
 FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by name
 
 
-def _command(settings):
+def command(settings: Mapping, script: str = "cifar.py") -> str:
     """The command that gives these settings, without the places of one machine."""
     from settings import as_json, defaults
 
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
-    words = ["python experiments/cifar.py", "--dataset", settings["dataset"]]
+    words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
         words += ["--recipe", settings["recipe"]]
     for name, value in settings.items():

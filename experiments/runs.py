@@ -716,6 +716,7 @@ def train(
     model: nn.Module,
     teacher: "Teacher | None",
     report: Callable[..., None],
+    observe: Callable[[int, object], None] = lambda epoch, variables: None,
 ) -> dict[str, object]:
     """Trains a run to its end, from its last checkpoint if there is one.
 
@@ -725,6 +726,8 @@ def train(
       model: the network.
       teacher: None for cross-entropy alone.
       report: called as ``report(run, epoch=, done=, total=, metrics=, speed=)``.
+      observe: called with the number of epochs done, 0 before the first step, and the
+        network's variables; not for a run that has ended before.
 
     Returns:
       The run's result, as in its ``result.json``.
@@ -776,6 +779,8 @@ def train(
     program = _train_program(problem, run, method, model, teacher, tx, length)
     fixed = _what_teaches(problem, run, method, teacher)
     with progress.running():
+        if progress.step == 0:
+            observe(0, without_projectors(progress.state.variables))
         for epoch in range(len(progress.history), run.epochs):
             speed = _epoch(problem, run, progress, program, fixed, length, report)
             record = {
@@ -785,8 +790,9 @@ def train(
                 "skipped": progress.tally.skipped,
             }
             final = epoch + 1 == run.epochs
+            deployed = without_projectors(progress.state.variables)
+            observe(epoch + 1, deployed)  # before a checkpoint says that it is over
             if final or (epoch + 1) % settings.eval_every == 0:
-                deployed = without_projectors(progress.state.variables)
                 record["test_accuracy"] = evaluate(problem, model, deployed)
             progress.end_epoch(record)
             report(
