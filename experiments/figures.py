@@ -139,6 +139,46 @@ def curves(results: Mapping, path: Path) -> Path:
     return save(figure, path)
 
 
+PLAN = {"diagonal": "on the image itself", "within_class": "within its class"}
+
+
+def plans(results: Mapping, path: Path) -> Path:
+    """Draws how much of the plan pairs an image with itself, or within its class.
+
+    Args:
+      results: as in ``results.json``; of distances that report it (`fused`).
+      path: of the picture.
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: no distance of the run reports its plan.
+    """
+    groups: dict[str, list] = {}
+    for run in results["runs"]:
+        if f"{run['name']}/diagonal" in run["history"][0]:
+            groups.setdefault(run["title"], []).append(run)
+    if not groups:
+        raise UserError(
+            "--figures plans: no distance of this run reports its plan; train some of "
+            "experiments/fused.py, such as --distances fused:W2_K01"
+        )
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for title, runs in groups.items():
+        for one, part in zip(axes, PLAN, strict=True):
+            key = f"{runs[0]['name']}/{part}"
+            _draw(one, runs, lambda r, key=key: r.get(key), label=title, linewidth=1.2)
+    for one, where in zip(axes, PLAN.values(), strict=True):
+        one.set(xlabel="epoch", ylabel=f"mass {where}", ylim=(-0.02, 1.02))
+    axes[0].legend(fontsize="small")
+    figure.suptitle(
+        f"{results['settings']['dataset']}: the plan in training, "
+        f"{_seeds_of(next(iter(groups.values())))}"
+    )
+    return save(figure, path)
+
+
 def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
     """Reads the runs of a folder of choose_weights.py.
 
@@ -432,7 +472,7 @@ def shapes_picture(to: Path) -> Path:
 # ---------------------------------------------------------------------------
 # The command.
 
-FIGURES = ("ablation", "embedding", "curves", "toys")
+FIGURES = ("ablation", "embedding", "curves", "plans", "toys")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -455,7 +495,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         choices=FIGURES,
         help="default: toys and all that RUN_DIR has: embedding and curves of "
-        "cifar.py, ablation of choose_weights.py",
+        "cifar.py, ablation of choose_weights.py; plans only if named",
     )
     parser.add_argument(
         "--distance",
@@ -499,7 +539,7 @@ def _wanted(options) -> tuple[str, ...]:
         return ("toys",)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; pass --out of a command that ended")
-    needs = {"ablation": GRID, "embedding": RUNS, "curves": RUNS}
+    needs = {"ablation": GRID, "embedding": RUNS, "curves": RUNS, "plans": RUNS}
     there = {name for name in (RUNS, GRID) if (folder / name).exists()}
     if not there and asked != ["toys"]:
         raise UserError(
@@ -507,7 +547,8 @@ def _wanted(options) -> tuple[str, ...]:
             "choose_weights.py): it is not finished; run its command to the end"
         )
     if asked is None:
-        return tuple(f for f in FIGURES if f not in needs or needs[f] in there)
+        usual = [f for f in FIGURES if f != "plans"]  # few distances report them
+        return tuple(f for f in usual if f not in needs or needs[f] in there)
     for figure in asked:
         if figure in needs and needs[figure] not in there:
             maker = "choose_weights.py" if figure == "ablation" else "cifar.py"
@@ -540,6 +581,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
         paths += embedding(opened, options, to)
     if "curves" in wanted:
         paths.append(curves(finished.read_record(folder / RUNS), to / "curves.png"))
+    if "plans" in wanted:
+        paths.append(plans(finished.read_record(folder / RUNS), to / "plans.png"))
     if "toys" in wanted:
         paths += [classes_picture(to), shapes_picture(to)]
     return paths

@@ -307,6 +307,32 @@ def test_features_of_teacher_and_student_in_one_plane(
     assert lines == {"W2 (E)": {"grey", "tab:orange"}, "CW2 (E)": {"grey"}}
 
 
+def test_plans_are_those_of_the_runs_that_report_them(tmp_path, kept):
+    masses = [[0.1, 0.4], [0.3, 0.8]]  # two seeds, two epochs
+
+    def run(name, seed):
+        record = lambda i: {
+            "epoch": i + 1,
+            f"{name}/diagonal": masses[seed][i],
+            f"{name}/within_class": 1.0,
+        }
+        return {"name": name, "title": "own", "history": [record(0), record(1)]}
+
+    plain = {"name": "l2", "title": "l2", "history": [{"epoch": 1, "l2/x": 1.0}]}
+    results = {
+        "settings": {"dataset": "digits"},
+        "runs": [plain, run("own:ROW", 0), run("own:ROW", 1)],
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert call(tmp_path, "--figures", "plans") == 0
+    assert_pictures(tmp_path / "figures" / "plans.png")
+    diagonal, within = kept["plans.png"].axes
+    (line,) = diagonal.lines
+    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.6])
+    np.testing.assert_allclose(within.lines[0].get_ydata(), [1, 1])
+    assert "2 seeds" in kept["plans.png"].get_suptitle()
+
+
 @pytest.fixture(scope="module")
 def grid(finished, tmp_path_factory):  # noqa: F811
     """As choose_weights.py leaves it: two lambdas, one of which did not stay finite."""
@@ -412,6 +438,11 @@ MISTAKES = {
         ["--distance jw2", "w2, w2_gaussian"],
     ),
     "no such seed": (only("results.json"), "--seed 7", ["--seed 7", "there are 1"]),
+    "no plans": (
+        only("results.json"),
+        "--figures plans",
+        ["--figures plans", "no distance", "fused:W2_K01"],
+    ),
     "few images": (only("results.json"), "--images 3", ["--images", "10", "3"]),
     "no teacher": (
         only("results.json"),
