@@ -4,7 +4,7 @@ The fused cost ``||x_i - y_j||^2 + kappa [i != j]`` is W2 at kappa 0 and paired 
 kappa is large.  Here kappa is in units of the teacher's mean squared deviation, so that
 it means the same for every network:
 
-    python experiments/cifar.py --distances experiments.fused:W2_K01 ...
+    python experiments/cifar.py --distances fused:W2_K01 ...
 
 Each row also reports, of its plan, the mass on the diagonal (an image matched with
 itself) and the mass within the class (with an image of its label).
