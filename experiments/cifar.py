@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import embedding
+import html_report
 import layers
 import numpy as np
 import processes
@@ -176,6 +178,11 @@ def _train_all(problem, source, console):
     }
     processes.first(lambda: report.write(summary, out))
     report.show(summary, console)
+
+    def page():
+        html_report.write(summary, embedding.find(problem, teacher, results), out)
+
+    processes.first(page)
     alone = max(r["accuracy"] for r in results if r["name"] == "student")
     if teacher.accuracy <= alone:
         console.print(
@@ -184,7 +191,7 @@ def _train_all(problem, source, console):
             "needs ImageNet weights (--pretrained-teacher, --pretrained-student); "
             "without them use --recipe strong."
         )
-    console.print(f"{out}/results.json, table.md, curves.png")
+    console.print(f"{out}/report.html, results.json, table.md, curves.png")
     return summary
 
 

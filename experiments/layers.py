@@ -62,16 +62,18 @@ def compute(program: Callable, variables, images: np.ndarray):
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def features_of(problem: runs.Problem, teacher, layer: str, chosen: np.ndarray):
-    """A layer's features of some training images, ``[n, d]``, on the host."""
+def features_of(problem: runs.Problem, network, layer: str, images, chosen):
+    """A layer's features of the chosen images (uint8), ``[n, d]``, on the host."""
 
     def pick(outputs):
         found = {"features": outputs.features, **outputs.maps}[layer]
         pooled = _pool(found.astype(jnp.float32), found.shape[1:])
         return pooled.reshape(len(pooled), -1)
 
-    images = problem.dataset.train_images[chosen]
-    return compute(program(problem, teacher.model, pick), teacher.variables, images)
+    key = ("features", network.model, layer)
+    if key not in problem.programs:
+        problem.programs[key] = program(problem, network.model, pick)
+    return compute(problem.programs[key], network.variables, images[chosen])
 
 
 def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:
@@ -80,9 +82,10 @@ def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:
     count = min(problem.settings.quality_images, len(problem.parts.teacher))
     seen = problem.parts.teacher
     chosen = np.sort(seen[data.balanced_subset(labels[seen], count, seed=0)])
+    images = problem.dataset.train_images
     return {
         layer: knowledge_quality(
-            features_of(problem, teacher, layer, chosen),
+            features_of(problem, teacher, layer, images, chosen),
             labels[chosen],
             n_train=len(seen),
         )
@@ -156,6 +159,7 @@ def class_cost(problem: runs.Problem, teacher) -> np.ndarray:
     by_class = [seen[labels[seen] == c][:each] for c in range(classes)]
     maps = list(problem.shapes[1]["maps"].items())
     name, shape = maps[-1] if maps else ("features", problem.shapes[1]["features"])
-    features = features_of(problem, teacher, name, np.concatenate(by_class))
+    images = problem.dataset.train_images
+    features = features_of(problem, teacher, name, images, np.concatenate(by_class))
     rows = features.reshape(classes, -1, shape.shape[-1])
     return np.asarray(class_cost_cka(jnp.asarray(rows)))

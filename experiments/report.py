@@ -131,6 +131,11 @@ def markdown(results: dict[str, object]) -> str:
 
 
 def caption(results: dict[str, object]) -> str:
+    """Says what the table was measured on, and by which command."""
+    return f"{conditions(results)} `{command(results['settings'])}`"
+
+
+def conditions(results: dict[str, object]) -> str:
     """Says what the table was measured on."""
     settings, teacher = results["settings"], results["teacher"]
     # A repeated command keeps finished runs: their own environments count.
@@ -152,12 +157,12 @@ def caption(results: dict[str, object]) -> str:
         f"{results['eval_images']} {part} images; {seeds} seed"
         f"{'s' if seeds > 1 else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
-        f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}. "
-        f"`{command(settings)}`"
+        f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
     )
 
 
-PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress")
+# Of these the table knows nothing.
+PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress", "embedding")
 FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by name
 
 

@@ -777,12 +777,13 @@ def train(
     # From a checkpoint within an epoch on, dispatches must end with it, too.
     length = _steps_per_dispatch(settings, math.gcd(steps, progress.tally.steps))
     program = _train_program(problem, run, method, model, teacher, tx, length)
-    fixed = _what_teaches(problem, run, method, teacher)
+    fixed, speeds = _what_teaches(problem, run, method, teacher), []
     with progress.running():
         if progress.step == 0:
             observe(0, without_projectors(progress.state.variables))
         for epoch in range(len(progress.history), run.epochs):
             speed = _epoch(problem, run, progress, program, fixed, length, report)
+            speeds += [speed] if speed else []  # none of the step that compiles
             record = {
                 "epoch": epoch + 1,
                 "lr": float(schedule(epoch * steps)),
@@ -824,6 +825,7 @@ def train(
         "timing": {
             "seconds": progress.seconds,
             "seconds_to_first_step": progress.first_step,
+            "images_per_second": float(np.median(speeds)) if speeds else None,
         },
         "environment": environment(problem.devices),
     }

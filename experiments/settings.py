@@ -187,6 +187,8 @@ class Settings:
     on_nonfinite: str = "stop"
     """stop or skip: what follows a step whose loss or gradient is not finite.  Either
     way it changes nothing; skip goes on, counts such steps in the history and warns."""
+    embedding: str = "pca"
+    """pca, tsne (slower) or none: the picture of features in report.html."""
     compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
     """Compiled programs of earlier commands."""
     progress: bool = True
@@ -371,6 +373,7 @@ def _check_choices(settings):
         "weight_schedule": ("constant", "warmup", "decay"),
         "projector": (None, "dense", "conv", "conv3"),
         "view": ("pool", "positions"),
+        "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
         "mapping": ("pmap", "shard_map"),
     }.items():

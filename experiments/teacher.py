@@ -37,7 +37,7 @@ class Teacher:
     result: dict[str, object] | None
 
 
-def variables_of(problem, path, model):
+def variables_of(problem: runs.Problem, path: Path, model: nn.Module):
     """Parameters and statistics of a run's checkpoint, whatever its optimiser."""
     arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)

@@ -1,0 +1,185 @@
+"""The features of teacher and students in the plane, for `html_report`.
+
+Pooled features of at most 1,000 evaluation images, from the last checkpoint of the
+first seed of each distance.  A student whose coordinates its distance ties to the
+teacher's lies on the teacher's axes, with the teacher behind it; any other may be
+turned against it and has axes of its own.  A repeated command finds all in
+``embedding.json``.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import layers
+import methods
+import numpy as np
+import runs
+from flax import linen as nn
+from settings import FEATURE_ONLY, Settings
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from teacher import Teacher, variables_of
+
+from kddm_jax import checkpoint, data
+
+IMAGES = 1000  # at most
+FEWEST = 5  # images that make a picture
+
+
+def ties_axes(name: str, settings: Settings) -> bool:
+    """Whether a method compares pooled features coordinate by coordinate.
+
+    Args:
+      name: of the run.
+      settings: of the command.
+
+    Returns:
+      False for students alone, distances of maps or predictions, those that take
+      features of any width, and where other layers or projected ones are compared.
+    """
+    if name in (*runs.ALONE, FEATURE_ONLY) or settings.layers or settings.projector:
+        return False
+    row = methods.find(name)
+    return "features" in row.inputs and "widths" not in row.promises
+
+
+def project(
+    method: str, features: np.ndarray, teacher: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Maps features to the plane.
+
+    Args:
+      method: "pca" or "tsne".
+      features: ``[n, d]``.
+      teacher: None, or ``[m, d]``, to be seen on the same axes: PCA's are the
+        teacher's then, t-SNE maps both together.
+
+    Returns:
+      Of the features ``[n, 2]``, of the teacher ``[m, 2]`` or None.
+    """
+    both = features if teacher is None else np.concatenate([features, teacher])
+    if method == "pca":
+        axes = PCA(2, svd_solver="full").fit(features if teacher is None else teacher)
+        points = axes.transform(both)
+    else:
+        perplexity = min(30.0, (len(both) - 1) / 3)
+        tsne = TSNE(2, init="pca", perplexity=perplexity, random_state=0)
+        points = tsne.fit_transform(both)
+    n = len(features)
+    return points[:n], None if teacher is None else points[n:]
+
+
+def _as_json(points):
+    """Four digits of each."""
+    return (
+        points if points is None else [[float(f"{v:.4g}") for v in p] for p in points]
+    )
+
+
+class Network(NamedTuple):
+    """What `layers.features_of` asks of a network."""
+
+    model: nn.Module
+    variables: object
+
+
+def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]]:
+    """Of each name, the first run and its result."""
+    seen = set()
+    planned = runs.student_runs(problem, teacher.digest)
+    for run, result in zip(planned, results, strict=True):
+        if run.name not in seen:
+            seen.add(run.name)
+            yield run, result
+
+
+def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
+    """Name, title and network of the teacher and of each first seed."""
+    settings = problem.settings
+    yield "teacher", "teacher", teacher
+    model = problem.model(settings.student_model, settings.width)
+    for run, _ in _first_seeds(problem, teacher, results):
+        try:
+            path = checkpoint.find(run.folder(problem.out))
+            if path is None:
+                raise checkpoint.CheckpointError("its checkpoints are gone")
+            network = Network(model, variables_of(problem, path, model))
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"no picture of {run.name}: {error}", stacklevel=2)
+            continue
+        yield run.name, run.title, network
+
+
+def _compute(problem, teacher, results):
+    """The panels, and what they show."""
+    settings, parts = problem.settings, problem.parts
+    count = min(IMAGES, len(parts.eval_labels))
+    chosen = np.sort(data.balanced_subset(parts.eval_labels, count, seed=0))
+    panels, followed = [], None
+    for name, title, network in _networks(problem, teacher, results):
+        features = layers.features_of(
+            problem, network, "features", parts.eval_images, chosen
+        )
+        if name == "teacher":
+            followed = features
+        if min(features.shape) < 2 or len(features) < FEWEST:
+            continue
+        tied = ties_axes(name, settings) and features.shape == followed.shape
+        if not np.isfinite(features).all():
+            warnings.warn(f"no picture of {name}: its features overflow", stacklevel=2)
+            continue
+        points, behind = project(
+            settings.embedding, features, followed if tied else None
+        )
+        panels.append(
+            {
+                "name": name,
+                "title": title,
+                "points": _as_json(points),
+                "behind": _as_json(behind),
+            }
+        )
+    return {
+        "classes": list(problem.dataset.class_names),
+        "labels": parts.eval_labels[chosen].tolist(),
+        "panels": panels,
+    }
+
+
+def find(
+    problem: runs.Problem, teacher: Teacher, results: Sequence[Mapping]
+) -> dict[str, object] | None:
+    """The features in the plane, computed unless the folder has them already.
+
+    Args:
+      problem: data, devices, settings.
+      teacher: whom the students follow.
+      results: of the students, in the order of `runs.student_runs`.
+
+    Returns:
+      ``classes`` and ``labels`` of the images, and ``panels``: ``name``, ``title``,
+      ``points`` and, on the teacher's axes, its points as ``behind``; None where the
+      settings ask for none.
+    """
+    method = problem.settings.embedding
+    if method == "none":
+        return None
+    digest = lambda value: hashlib.sha256(
+        json.dumps(value, sort_keys=True).encode()
+    ).hexdigest()[:16]
+    firsts = _first_seeds(problem, teacher, results)
+    made_of = {
+        "method": method,
+        "teacher": teacher.digest,
+        "runs": {run.name: digest(result) for run, result in firsts},
+    }
+    path = Path(problem.out) / "embedding.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("made_of") != made_of:
+        found = {"made_of": made_of, **_compute(problem, teacher, results)}
+        runs.write_json(path, found)
+    return found

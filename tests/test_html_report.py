@@ -1,0 +1,439 @@
+"""The page of a command: whole, alone, safe, the same each time, and true."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from test_experiments import (  # the fixtures are used by name
+    EXPERIMENTS,
+    command,
+    environ,
+    finished,  # noqa: F401
+    results_of,
+    settings_of_jax,  # noqa: F401
+    shared,  # noqa: F401
+    small_results,
+    tiny,
+)
+
+import embedding  # isort: skip
+import html_report  # isort: skip
+import report  # isort: skip
+from settings import Settings, as_json, defaults  # isort: skip
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Reads a page: every element must be closed, in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.tables = [], [], []
+        self.heading, self.headings = "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += text
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += text
+
+    def count(self, tag, **attributes):
+        return sum(
+            name == tag and attributes.items() <= found.items()
+            for name, found in self.elements
+        )
+
+
+def full_results():
+    """`small_results` with every setting, as the command writes them."""
+    results = small_results()
+    settings = as_json(defaults("digits", "laptop"))
+    results["settings"] = {**settings, "seeds": [0, 1], "distances": ["w2"]}
+    return results
+
+
+def page_of(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------
+# The page of a command.
+
+
+def test_page_stands_alone(finished):  # noqa: F811
+    """Nothing is fetched, nothing runs; a phone and the dark are answered."""
+    text = page_of(finished / "out")
+    page = Page(text)
+    assert "://" not in text
+    assert not re.search(r"@import|url\(|javascript:", text)
+    assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        assert not {"src", "srcset", "xlink:href", "data"} & set(attributes)
+        assert not [name for name in attributes if name.startswith("on")]
+    links = [a["href"] for tag, a in page.elements if tag == "a"]
+    assert links == ["results.json", "table.md", "curves.png"]
+    assert all((finished / "out" / link).is_file() for link in links)
+    assert page.count("meta", name="viewport")
+    assert "prefers-color-scheme: dark" in text
+    scrolls = sum("scroll" in a.get("class", "") for _, a in page.elements)
+    assert scrolls == page.count("table")
+
+
+def test_page_holds_every_run(finished):  # noqa: F811
+    results = results_of(finished / "out")
+    accuracy, runs, solver, environment, settings = Page(
+        page_of(finished / "out")
+    ).tables
+    assert accuracy == [list(report.COLUMNS), *map(list, report.table(results))]
+    header, teacher, *rows = runs
+    assert header == list(html_report.RUN_COLUMNS)
+    assert teacher[3] == f"{results['teacher']['accuracy']:.2f}"
+    assert len(rows) == len(results["runs"])
+    for row, run in zip(rows, results["runs"], strict=True):
+        timing = run["timing"]
+        assert timing["images_per_second"] > 0
+        assert row == [
+            *(run["title"], str(run["seed"])),
+            f"{run['weight']:g}" if run["weight"] else "",
+            *(f"{run['accuracy']:.2f}", f"{run['best_accuracy']:.2f}"),
+            *(str(run["best_epoch"]), f"{timing['seconds']:.1f}"),
+            f"{timing['seconds_to_first_step']:.1f}",
+            *(f"{timing['images_per_second']:.0f}", "0"),
+        ]
+    assert [row[0] for row in solver] == ["", "W2 (E)"]  # alone has iterations
+    assert ["jax", results["environment"]["jax"]] in environment
+    assert {name for name, _ in settings} == set(results["settings"])
+    assert ["distances", "w2, w2_gaussian"] in settings
+
+
+def test_page_shows_features(finished):  # noqa: F811
+    """Of the teacher, the student alone, and the first seed of each distance."""
+    kept = json.loads((finished / "out" / "embedding.json").read_text())
+    names = ["teacher", "student", "w2", "w2_gaussian"]
+    assert [panel["name"] for panel in kept["panels"]] == names
+    # both distances compare coordinates, so these lie on the teacher's axes
+    tied = [panel["behind"] is not None for panel in kept["panels"]]
+    assert tied == [False, False, True, True]
+    assert len(kept["labels"]) == 100
+    for panel in kept["panels"]:
+        points = np.array(panel["points"])
+        assert points.shape == (100, 2)
+        assert np.isfinite(points).all()
+        assert (points.std(0) > 0).all()
+    page = Page(page_of(finished / "out"))
+    pictures = [a for tag, a in page.elements if tag == "svg" and "role" in a]
+    assert sum(a["aria-label"].startswith("features of") for a in pictures) == 4
+    dots = [a["d"] for tag, a in page.elements if a.get("class") == "dots"]
+    assert sum(d.count("M") for d in dots) == 4 * 100 + 10  # and the legend's
+    assert page.headings == [
+        *("digits, recipe laptop", "Accuracy", "Learning curves"),
+        "accuracy on evaluation images, %",
+        "training cross-entropy",
+        "distance, as a share of the first epoch's",
+        *("Features", "Runs and time", "Solvers"),
+        *(title for title, _ in html_report.STATS.values()),
+        "Environment",
+    ]
+
+
+@pytest.mark.slow
+def test_same_command_leaves_the_page(shared, finished, tmp_path):  # noqa: F811
+    """Features are computed once; lost checkpoints cost their picture, no more."""
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    path = folder / "out" / "embedding.json"
+    before = page_of(folder / "out"), path.stat().st_mtime_ns
+    again = command(*tiny(shared, "out"), cwd=folder)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert (page_of(folder / "out"), path.stat().st_mtime_ns) == before
+
+    script = (str(EXPERIMENTS / "html_report.py"),)
+    (folder / "out" / "report.html").unlink()
+    done = command("out", script=script, cwd=folder, env=environ())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert page_of(folder / "out") == before[0]
+
+    shutil.rmtree(folder / "out" / "w2" / "seed1" / "checkpoints")
+    kept = command(*tiny(shared, "out"), cwd=folder)
+    assert (kept.stderr, page_of(folder / "out")) == ("", before[0])
+    other = command(*tiny(shared, "out"), "--embedding", "tsne", cwd=folder)
+    assert other.returncode == 0
+    assert other.stderr == "warning: no picture of w2: its checkpoints are gone\n"
+    names = [panel["name"] for panel in json.loads(path.read_text())["panels"]]
+    assert names == ["teacher", "student", "w2_gaussian"]
+    assert "t-SNE" in page_of(folder / "out")
+    none = command(*tiny(shared, "out"), "--embedding", "none", cwd=folder)
+    assert (none.returncode, none.stderr) == (0, "")
+    assert "Features" not in page_of(folder / "out")
+
+
+# ---------------------------------------------------------------------------
+# The page of any results.
+
+HOSTILE = """</title><script src="//x">alert('1')</script><b onload="x">&amp;`{{ 1 }}"""
+
+
+def test_strings_are_escaped():
+    """A folder, a class or a module of one's own may be called anything."""
+    results = full_results()
+    results["settings"].update(dataset=HOSTILE, out=HOSTILE, student_model=HOSTILE)
+    results["teacher"]["model"] = HOSTILE
+    for run in results["runs"]:
+        run["title"] = HOSTILE
+        run["environment"] = {**run["environment"], "device": HOSTILE}
+    kept = {
+        "made_of": {"method": "pca"},
+        "classes": [HOSTILE, "b"],
+        "labels": [0, 1, 1],
+        "panels": [
+            {
+                "name": "w2",
+                "title": HOSTILE,
+                "points": [[0, 0], [1, 1], [2, 0]],
+                "behind": None,
+            }
+        ],
+    }
+    page = Page(html_report.render(results, kept))
+    assert not {"script", "b"} & {
+        tag for tag, attributes in page.elements if attributes
+    }
+    assert page.headings[0] == f"{HOSTILE}, recipe laptop"
+    _, runs, environment, settings = page.tables
+    assert [row[0] for row in runs[2:]] == [HOSTILE] * 4
+    assert ["device", f"{HOSTILE}, Some GPU"] in environment
+    assert ["dataset", HOSTILE] in settings
+
+
+def test_page_without_distilled_students_or_teacher_run():
+    results = full_results()
+    del results["runs"][2:]
+    results["teacher"].update(small_results(given=True)["teacher"])
+    page = Page(html_report.render(results))
+    accuracy, runs, *_ = page.tables
+    assert [row[0] for row in accuracy] == ["", "student", "teacher"]
+    assert [row[0] for row in runs] == ["", "student", "student"]
+    assert "distance, as a share of the first epoch's" not in page.headings
+    assert "Solvers" not in page.headings
+
+
+RESULTS = sorted((EXPERIMENTS / "results").glob("*.json"))
+RESULTS = [path for path in RESULTS if '"eval_images"' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_of_earlier_versions_have_a_page(path):
+    results = json.loads(path.read_text())
+    _, runs, *_ = Page(html_report.render(results)).tables
+    assert len([row for row in runs[1:] if row[0] != "teacher"]) == len(results["runs"])
+
+
+def test_settings_that_are_not_the_recipe_s_are_marked():
+    results = full_results()
+    page = Page(html_report.render(results))
+    changed = [
+        name
+        for name, _, other in html_report.settings_rows(results["settings"])
+        if other
+    ]
+    assert changed == ["distances", "seeds"]
+    assert page.count("tr", **{"class": "changed"}) == 2
+
+
+def _brightness(colour):
+    parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def test_colours_are_seen_on_either_paper():
+    """WCAG 2.2: contrast of text 4.5, of lines and dots 3."""
+    text = html_report.render(full_results())
+    light, dark = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    for scheme in (light, dark):
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
+        assert len(colours) == 5 + html_report.COLOURS
+        paper = _brightness(colours["paper"])
+        for name, colour in colours.items():
+            low, high = sorted([_brightness(colour), paper])
+            contrast = (high + 0.05) / (low + 0.05)
+            if name in ("ink", "soft"):
+                assert contrast > 4.5, name
+            elif name.startswith("c"):
+                assert contrast > 3, name
+
+
+# ---------------------------------------------------------------------------
+# Charts.
+
+
+def series(*values, epochs=(1, 2, 3)):
+    return html_report.Series("it", "c0", epochs, np.array(values, float))
+
+
+def points_of(text):
+    return [tuple(map(float, pair.split(","))) for pair in text.split()]
+
+
+def test_a_line_is_where_its_numbers_are():
+    found = html_report.chart("it", [series([0.0, 5.0, 10.0])])
+    left, top, right, bottom, *_ = found.box
+    (line,) = found.lines
+    middle = (left + right) / 2, (top + bottom) / 2
+    assert points_of(line.points) == [(left, bottom), middle, (right, top)]
+    assert line.band == ""
+    assert (top, "10") in found.y_ticks
+    assert (bottom, "0") in found.y_ticks
+    assert [label for _, label in found.x_ticks] == ["1", "2", "3"]
+
+
+def test_a_line_is_the_mean_and_its_band_the_range():
+    found = html_report.chart("it", [series([0.0, 0.0, 0.0], [10.0, 10.0, 10.0])])
+    _, top, _, bottom, *_ = found.box
+    (line,) = found.lines
+    assert {y for _, y in points_of(line.points)} == {(top + bottom) / 2}
+    assert [y for _, y in points_of(line.band)] == [top] * 3 + [bottom] * 3
+
+
+def test_a_logarithmic_axis():
+    found = html_report.chart("it", [series([1.0, 10.0, 100.0])], log=True)
+    _, top, _, bottom, *_ = found.box
+    assert [y for _, y in points_of(found.lines[0].points)] == [
+        bottom,
+        (top + bottom) / 2,
+        top,
+    ]
+    assert {"1", "10", "100"} <= {label for _, label in found.y_ticks}
+
+
+def test_numbers_without_a_place_are_left_out():
+    found = html_report.chart("it", [series([1.0, np.nan, 3.0])])
+    assert len(points_of(found.lines[0].points)) == 2
+    found = html_report.chart("it", [series([0.0, 2.0, 3.0])], log=True)
+    assert len(points_of(found.lines[0].points)) == 2
+    assert html_report.chart("it", [series([np.inf] * 3)]) is None
+    assert html_report.chart("it", []) is None
+
+
+def test_constants_and_single_epochs_have_a_chart():
+    found = html_report.chart("it", [series([2.0, 2.0, 2.0])])
+    assert len({y for _, y in points_of(found.lines[0].points)}) == 1
+    found = html_report.chart("it", [series([2.0], epochs=(4,))])
+    assert found.single
+    assert [label for _, label in found.x_ticks] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(0, "0"), (20.0, "20"), (0.002, "0.002"), (2e-4, "2e-4"), (-2.5e6, "-2.5e6")],
+)
+def test_labels_are_short(value, label):
+    assert html_report._label(value) == label
+
+
+def test_more_lines_than_colours_differ_by_their_dashes():
+    styles = [html_report.style(i) for i in range(23)]
+    assert len(set(styles)) == 23
+
+
+def test_what_solvers_say():
+    results = full_results()
+    for run, iterations in zip(results["runs"][2:], (10.0, 30.0), strict=True):
+        for record, share in zip(run["history"], (0.5, 1.0), strict=True):
+            record["w2/converged"] = share
+            record["w2/iterations"] = iterations
+            record["w2/marginal_error"] = 2e-4 / share
+    (row,), legend, charts = html_report.solvers(results)
+    assert row == ("W2 (E)", "75 % (50 %)", "20.0 (30.0)", "0.0003 (0.0004)")
+    assert legend == [("W2 (E)", "c0 d0")]
+    assert [c.title for c in charts] == [t for t, _ in html_report.STATS.values()]
+    share = charts[0]
+    _, top, _, bottom, *_ = share.box
+    heights = [y for _, y in points_of(share.lines[0].points)]
+    assert heights == [(top + bottom) / 2, top]
+
+
+# ---------------------------------------------------------------------------
+# Features in the plane.
+
+
+def test_pca_on_the_teacher_s_axes():
+    """Its axes are those of its variance; the student is told by its own numbers."""
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(size=(50, 4)) * [1.0, 9.0, 0.1, 4.0] + 3.0
+    student = rng.normal(size=(20, 4))
+    points, behind = embedding.project("pca", student, teacher)
+    assert points.shape == (20, 2)
+    np.testing.assert_allclose(behind.mean(0), 0, atol=1e-12)
+    spread = np.linalg.svd(teacher - teacher.mean(0))[1][:2]
+    np.testing.assert_allclose(np.linalg.norm(behind, axis=0), spread)
+    moved, _ = embedding.project("pca", student + [0, 1, 0, 0], teacher)
+    assert np.abs(moved - points)[:, 0].min() > 0.9  # nearly the first axis
+
+
+def test_pca_on_its_own_axes():
+    features = np.random.default_rng(0).normal(size=(30, 3)) * [1, 5, 0.1]
+    points, behind = embedding.project("pca", features)
+    assert behind is None
+    spread = np.linalg.svd(features - features.mean(0))[1][:2]
+    np.testing.assert_allclose(np.linalg.norm(points, axis=0), spread)
+
+
+@pytest.mark.slow
+def test_tsne_tells_clusters_apart():
+    rng = np.random.default_rng(0)
+    centres = np.repeat(20 * np.eye(3), 10, axis=0)
+    features = centres + rng.normal(size=centres.shape)
+    points, behind = embedding.project("tsne", features, features)
+    again, _ = embedding.project("tsne", features, features)
+    np.testing.assert_array_equal(points, again)
+    assert behind.shape == (30, 2)
+    groups = points.reshape(3, 10, 2)
+    radius = np.linalg.norm(groups - groups.mean(1, keepdims=True), axis=-1).max()
+    gaps = np.linalg.norm(groups.mean(1)[[0, 1, 2]] - groups.mean(1)[[1, 2, 0]], axis=1)
+    assert gaps.min() > 2 * radius
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "tied"),
+    [
+        ("w2", {}, True),
+        ("l2", {}, True),
+        ("jw2", {}, True),
+        ("student", {}, False),
+        ("cka", {}, False),  # blind to a rotation
+        ("kd", {}, False),  # of predictions
+        ("nst", {}, False),  # of maps
+        ("feature_only", {}, False),
+        ("w2", {"layers": ("a:b",)}, False),
+        ("w2", {"projector": "dense"}, False),
+    ],
+)
+def test_who_is_tied_to_the_teacher_s_axes(name, changes, tied):
+    assert embedding.ties_axes(name, Settings(**changes)) is tied
