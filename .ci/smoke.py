@@ -21,14 +21,21 @@ labels = jnp.arange(16) % 4
 
 def loss_fn(x):
     loss, _ = kddm_jax.distill_loss(
-        x, jax.lax.stop_gradient(x) + 3.0, labels, x, distance="cw2", weight=0.1
+        x,
+        jax.lax.stop_gradient(x) + 3.0,
+        labels,
+        x,
+        distance="cw2",
+        weight=0.1,
+        task_weight=0.0,
     )
     return loss
 
 
 gradient = jax.grad(loss_fn)(x)
 size = float(jnp.abs(gradient).max())
-assert 0 < size < 1, f"the loss's gradient is at most {size}"
+# Each of 16 samples is pulled by 3 along each axis: 0.1 * 2 * 3 / 16.
+assert abs(size - 0.0375) < 1e-3, f"the distance's gradient is {size}, not 0.0375"
 print(
     f"Python {sys.version.split()[0]}, JAX {jax.__version__}: W2 {value:.2f}, "
     f"gradient up to {size:.2f}, py.typed"

@@ -304,6 +304,19 @@ def write(results: dict[str, object], out: Path) -> None:
     curves(results, out / "curves.png")
 
 
+def _check_alike(first, other):
+    from settings import UserError
+
+    alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
+    for name in alike:
+        pair = [choice["settings"].get(name) for choice in (first, other)]
+        if pair[0] != pair[1]:
+            raise UserError(
+                f"grids with {name}={pair[0]} and {name}={pair[1]} make no table; "
+                "render each alone"
+            )
+
+
 def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
     """Renders the held-out accuracies of choose_weights.py, all grids in one table.
 
@@ -315,6 +328,9 @@ def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
       A row for each distance, a column for each lambda; the best in bold; "diverged"
       where the loss did not stay finite.
     """
+    first = choices[0]
+    for choice in choices:
+        _check_alike(first, choice)
     accuracy: dict[str, dict[str, float]] = {}
     for choice in choices:
         for name, row in choice["held_out_accuracy"].items():
@@ -332,13 +348,16 @@ def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
             best = value and value == max(row.values())
             cells.append(f"**{cell}**" if best else cell)
         lines.append("| " + " | ".join([_title(name), *cells]) + " |")
-    settings = choices[0]["settings"]
+    settings = first["settings"]
     seeds = len(settings["seeds"])
+    seen = (
+        ", which the teacher has seen" if settings.get("teacher_saw_held_out") else ""
+    )
     made = [choice["environment"] for choice in choices]
     below = (
         f"{settings['dataset']}: accuracy on {settings['held_out']} held-out training "
-        f"images, {seeds} seed{'s' if seeds > 1 else ''}; "
-        f"teacher {choices[0]['teacher']:.2f}; {_all(made, 'device')}, "
+        f"images{seen}, {seeds} seed{'s' if seeds > 1 else ''}; "
+        f"teacher {first['teacher']:.2f}; {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
     )
     return "\n".join(lines) + "\n\n" + below + "\n"

@@ -63,6 +63,8 @@ DISTILLED_FIELDS = (
     *STUDENT_FIELDS,
     *("scale", "weight_schedule", "layers", "projector", "view"),
 )
+# Fields that folders of earlier versions do not have, and what these meant.
+YOUNGER = {"weight_schedule": "constant"}
 FEATURE_ONLY_FIELDS = (*DISTILLED_FIELDS, "head", "quality_images")
 
 
@@ -506,7 +508,7 @@ def check_folder(run: Run, out: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable; choose another --out") from error
     for name, wanted in run.identity.items():
-        if found.get(name) != wanted:
+        if found.get(name, YOUNGER.get(name)) != wanted:
             raise UserError(
                 f"{path.parent} was made with {name}={found.get(name)}, this command "
                 f"says {wanted}; choose another --out, or delete that folder"
@@ -542,7 +544,7 @@ def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
 def make_weight_schedule(settings: Settings, steps: int):
     """The factor of lambda as a function of the step, None where it is constant."""
     if settings.weight_schedule == "warmup":
-        return optax.linear_schedule(0.0, 1.0, transition_steps=steps // 2)
+        return optax.linear_schedule(0.0, 1.0, transition_steps=max(1, steps // 2))
     if settings.weight_schedule == "decay":
         return optax.cosine_decay_schedule(1.0, decay_steps=steps)
     return None

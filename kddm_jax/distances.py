@@ -85,11 +85,11 @@ def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
 
 def _price_of_strangers(pairing):
     """Kappa, or None where it is plainly zero: then n != m is allowed."""
+    if np.ndim(pairing) != 0:
+        raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
     check_number("pairing", pairing, positive=False)
     if isinstance(pairing, Tracer):
         return pairing
-    if np.ndim(pairing) != 0:
-        raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
     if np.isinf(pairing):
         raise ValueError("pairing must be finite, got inf; its limit is paired_l2")
     return None if np.asarray(pairing) == 0 else pairing
@@ -153,7 +153,8 @@ def wasserstein(
         is "exact" or there is a ``pairing``.
       pairing: kappa, what it costs to move a sample to another one's place, in units
         of the squared distance, a constant; 0 is the Wasserstein distance, which pairs
-        whom it likes, and with growing kappa the value rises to `paired_l2`.
+        whom it likes, and with growing kappa the value rises to `paired_l2` (of
+        the "entropic" one plus ``epsilon log n``).
       solver: ``"sinkhorn"``, the debiased Sinkhorn divergence: within 5 % of the
         exact value for unrelated clouds, equal to 6 digits once the student follows
         the teacher; ``"entropic"``, the biased ``OT_eps``; ``"exact"``, by

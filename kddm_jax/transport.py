@@ -303,6 +303,11 @@ def _prepared(costs, solver, epsilon, max_iterations, floor):
             f'solver="exact" needs as many samples in x as in y, got n={n} and '
             f'm={m}; use solver="sinkhorn"'
         )
+    if costs.pairing is not None and n != m:
+        raise ValueError(
+            f"pairing needs as many samples in x as in y, got n={n} and m={m}; "
+            "pass None"
+        )
     if epsilon is not None:
         cure = "; None chooses it from the cost"
         check_number("epsilon", epsilon, positive=True, cure=cure)

@@ -498,6 +498,8 @@ def test_pairing_refuses_what_it_cannot_price(name):
         assert "pairing" in message, message
         assert str(wrong) in message, message
     assert "pairing" in refusal(name, *arrays, pairing=np.ones(3))
+    with pytest.raises(ValueError, match="pairing must be a number"):
+        jax.jit(lambda k: row.fn(*arrays, pairing=k))(jnp.ones(3))
     assert "pairing" in refusal(name, *arrays, pairing=1.0, compat="released")
 
 

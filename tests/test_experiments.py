@@ -1317,6 +1317,32 @@ def test_markdown():
     assert report.markdown(small_results()) == GOLDEN
 
 
+def test_schedules_of_lambda_start_and_end_where_they_say():
+    make = lambda name, steps=100: runs.make_weight_schedule(
+        parse(["--weight-schedule", name]), steps
+    )
+    assert make("constant") is None
+    factors = [[float(make(name)(i)) for i in (0, 25, 50, 100)] for name in RISES]
+    np.testing.assert_allclose(factors, list(RISES.values()), atol=1e-6)
+    assert make("warmup", 1)(1) == 1  # one step only: never nothing throughout
+
+
+RISES = {"warmup": [0, 0.5, 1, 1], "decay": [1, (1 + 0.5**0.5) / 2, 0.5, 0]}
+
+
+def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatch):
+    problem = runs.prepare(parse(list(map(str, TINY))), tmp_path)
+    *_, run = runs.student_runs(problem, None)
+    assert run.identity["weight_schedule"] == "constant"
+    older = {k: v for k, v in run.identity.items() if k != "weight_schedule"}
+    run.folder(tmp_path).mkdir(parents=True)
+    (run.folder(tmp_path) / "run.json").write_text(json.dumps(older))
+    runs.check_folder(run, tmp_path)
+    changed = replace(run, identity={**run.identity, "weight_schedule": "decay"})
+    with pytest.raises(UserError, match="weight_schedule=None"):
+        runs.check_folder(changed, tmp_path)
+
+
 def chosen(accuracy, **settings):
     """What choose_weights.py writes."""
     environment = {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"}
@@ -1344,6 +1370,14 @@ def test_grids_of_weights_are_one_table(tmp_path):
         "digits: accuracy on 300 held-out training images, 1 seed; teacher 90.00; "
         "Some GPU, JAX 1.2.3, commit abc1234.",
     ]
+
+
+def test_grids_of_other_settings_are_no_table():
+    one, other = chosen({"w2": {"1": 60.0}}), chosen({"w2": {"2": 61.0}}, seeds=[0, 1])
+    with pytest.raises(UserError, match="seeds"):
+        report.weights_markdown([one, other])
+    saw = chosen({"w2": {"1": 60.0}}, teacher_saw_held_out=True)
+    assert "which the teacher has seen" in report.weights_markdown([saw])
 
 
 def test_no_gap_is_a_dash():

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_price_is_in_units_of_the_teachers_deviation(kappa, diagonal):
     assert masses["diagonal"] == pytest.approx(diagonal, abs=1e-2)
     assert value == pytest.approx(9 if diagonal else kappa * DEVIATION, rel=1e-2)
     assert row.fn(STUDENT, TEACHER, LABELS) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_what_is_reported_has_no_part_in_the_gradient():
+    row = fused.W2_K01
+    grad = lambda fn: jax.jit(jax.grad(fn, has_aux=fn == row.diagnose))
+    found, reported = grad(row.diagnose)(STUDENT + 0.3, TEACHER, LABELS)
+    expected = grad(row.fn)(STUDENT + 0.3, TEACHER, LABELS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert {"converged", "iterations", "diagonal"} <= set(reported)
 
 
 def test_joint_row_multiplies_the_default_of_beta():

@@ -425,7 +425,14 @@ def test_plan_is_the_witness_plan(solver):
     witness = assignment if solver == "exact" else log_sinkhorn
     for pairing, extra in ((None, 0.0), (0.4, price)):
         with jax.enable_x64(True):
-            costs = Costs(*map(jnp.asarray, (cost,)), None, None, a, a, pairing=pairing)
+            costs = Costs(jnp.asarray(cost), None, None, a, a, pairing=pairing)
             plan = transport_plan(costs, solver=solver, epsilon=0.1, threshold=1e-10)
         expected = witness(cost + extra, a, a, 0.1)[1]
         np.testing.assert_allclose(plan, expected, atol=1e-9)
+
+
+def test_a_price_on_pairs_needs_pairs():
+    a, b = jnp.full(3, 1 / 3), jnp.full(4, 1 / 4)
+    costs = Costs(jnp.ones((3, 4)), None, None, a, b, pairing=1.0)
+    with pytest.raises(ValueError, match="pairing .* n=3 and m=4"):
+        transport_plan(costs, solver="entropic")
