@@ -57,6 +57,7 @@ def test_the_catalogue_is_whole():
 
 WITH_TABLES = [
     "README.md",
+    "examples/README.md",
     "experiments/README.md",
     "docs/questions/distance.md",
     "docs/questions/weight.md",
