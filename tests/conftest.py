@@ -1,9 +1,11 @@
 """Two fake CPU devices for every test, and the modes that tests ask for."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Beside xdist's workers OpenBLAS's own threads turn a 1 ms SVD into 800 ms.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -21,6 +23,23 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+MOST_MAPS = 25_000
+MAPS = Path("/proc/self/maps")  # Linux alone
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Drops compiled programs, behind a file, when there are many.
+
+    XLA:CPU maps each into memory in several pieces, and Linux lets a process have
+    65,530 of them: the next program is a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
