@@ -15,15 +15,13 @@ import numpy as np
 
 from kddm_jax import gaussian_wasserstein, wasserstein
 from kddm_jax.linalg import classes, squared_distances
-from kddm_jax.transport import Costs, transport_cost
+from kddm_jax.transport import Costs, transport_plan
 
 
 def optimal_plan(
     x: jax.Array, y: jax.Array, labels: jax.Array | None = None
 ) -> jax.Array:
     """Finds the exact plan of W2, or of CW2 where there are labels.
-
-    The plan is the derivative of the transport's value with respect to its cost.
 
     Args:
       x: shape ``[n, d]``.
@@ -37,10 +35,9 @@ def optimal_plan(
     one = jnp.zeros(n, int) if labels is None else labels
     groups = classes(one, reduction="weighted", dtype=x.dtype)
     weights = groups.weights
-    value = lambda cost: transport_cost(
-        Costs(cost, None, None, weights, weights, groups.same), solver="exact"
-    )[0]
-    return jax.grad(value)(squared_distances(x, y))
+    cost = squared_distances(x, y)
+    costs = Costs(cost, None, None, weights, weights, groups.same)
+    return transport_plan(costs, solver="exact")
 
 
 def crossing(plan: jax.Array, labels: jax.Array) -> float:
