@@ -8,6 +8,7 @@ distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -375,8 +376,13 @@ BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 def _rendered(files):
     if all("held_out_accuracy" in results for results in files):
         return weights_markdown(files)
-    (results,) = files
-    return markdown(results)
+    if len(files) > 1:
+        from settings import UserError
+
+        raise UserError(
+            "of several files only grids of choose_weights.py are one table"
+        )
+    return markdown(files[0])
 
 
 def fill(page: Path) -> str:
@@ -397,17 +403,32 @@ def fill(page: Path) -> str:
     return BLOCK.sub(render, page.read_text())
 
 
-def main(names: Sequence[str]) -> None:
-    """Prints the tables of JSON files, renders those of Markdown pages in place."""
+def main(names: Sequence[str]) -> int:
+    """Prints the tables of JSON files, renders those of Markdown pages in place.
+
+    Args:
+      names: of the files.
+
+    Returns:
+      The exit status; a page that cannot be rendered is left as it is.
+    """
+    from settings import UserError
+
     for name in names:
         path = Path(name)
-        if path.suffix == ".md":
-            path.write_text(fill(path))
-        else:
-            print(_rendered([json.loads(path.read_text())]))
+        try:
+            if path.suffix == ".md":
+                path.write_text(fill(path))
+            else:
+                print(_rendered([json.loads(path.read_text())]))
+        except OSError as error:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
+        except (UserError, ValueError) as error:  # ValueError: no JSON
+            print(f"error: {name}: {error}", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":
-    import sys
-
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

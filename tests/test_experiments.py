@@ -1380,6 +1380,20 @@ def test_grids_of_other_settings_are_no_table():
     assert "which the teacher has seen" in report.weights_markdown([saw])
 
 
+def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    old = "<!-- table: a.json b.json -->\nold\n<!-- /table -->\n"
+    page.write_text(old)
+    said = lambda: (report.main([str(page)]), capsys.readouterr().err)
+    assert said() == (2, f"error: {tmp_path / 'a.json'}: No such file or directory\n")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(small_results()))
+    status, error = said()
+    assert (status, error.count("\n")) == (2, 1)
+    assert "only grids of choose_weights.py" in error
+    assert page.read_text() == old
+
+
 def test_no_gap_is_a_dash():
     text = report.markdown(small_results(teacher=86.0))
     assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
