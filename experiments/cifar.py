@@ -20,8 +20,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import embedding
-import html_report
 import layers
 import numpy as np
 import processes
@@ -180,6 +178,10 @@ def _train_all(problem, source, console):
     report.show(summary, console)
 
     def page():
+        # scikit-learn's manifolds, jinja2 and matplotlib: no command need wait for them
+        import embedding
+        import html_report
+
         html_report.write(summary, embedding.find(problem, teacher, results), out)
 
     processes.first(page)

@@ -27,6 +27,7 @@ from teacher import Teacher, variables_of
 from kddm_jax import checkpoint, data
 
 IMAGES = 1000  # at most
+SEED = 42  # the released code's
 FEWEST = 5  # images that make a picture
 
 
@@ -45,6 +46,13 @@ def ties_axes(name: str, settings: Settings) -> bool:
         return False
     row = methods.find(name)
     return "features" in row.inputs and "widths" not in row.promises
+
+
+def tsne(points: np.ndarray) -> np.ndarray:
+    """Maps points ``[n, d]`` to the plane by t-SNE, always to the same places."""
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    made = TSNE(2, perplexity=perplexity, init="pca", random_state=SEED)
+    return made.fit_transform(points)
 
 
 def project(
@@ -66,9 +74,7 @@ def project(
         axes = PCA(2, svd_solver="full").fit(features if teacher is None else teacher)
         points = axes.transform(both)
     else:
-        perplexity = min(30.0, (len(both) - 1) / 3)
-        tsne = TSNE(2, init="pca", perplexity=perplexity, random_state=0)
-        points = tsne.fit_transform(both)
+        points = tsne(both)
     n = len(features)
     return points[:n], None if teacher is None else points[n:]
 
@@ -178,8 +184,11 @@ def find(
         "runs": {run.name: digest(result) for run, result in firsts},
     }
     path = Path(problem.out) / "embedding.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("made_of") != made_of:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: it can be made again
+        found = None
+    if not isinstance(found, dict) or found.get("made_of") != made_of:
         found = {"made_of": made_of, **_compute(problem, teacher, results)}
         runs.write_json(path, found)
     return found

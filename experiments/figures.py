@@ -25,6 +25,7 @@ import matplotlib as mpl
 import numpy as np
 import report
 import toys
+from embedding import SEED, tsne
 from PIL import Image
 from settings import UserError
 
@@ -36,7 +37,6 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend
 DPI = 110
 COLOURS = 128  # of a picture's palette: a third of the bytes
 EMBEDDED = 300  # images
-SEED = 42  # of the embedding, the released code's
 RUNS = "results.json"  # of cifar.py
 GRID = "weights.json"  # of choose_weights.py
 
@@ -247,21 +247,13 @@ def ablation(folder: Path, to: Path) -> list[Path]:
 # Teacher and student features in one plane.
 
 
-def _tsne(points):
-    from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    made = TSNE(perplexity=perplexity, init="pca", random_state=SEED)
-    return made.fit_transform(points)
-
-
 def _umap(points):
     umap = importlib.import_module("umap")
     made = umap.UMAP(n_neighbors=15, random_state=SEED, n_jobs=1)
     return made.fit_transform(points)
 
 
-EMBEDDINGS = {"umap": ("UMAP", _umap), "tsne": ("t-SNE", _tsne)}
+EMBEDDINGS = {"umap": ("UMAP", _umap), "tsne": ("t-SNE", tsne)}
 
 
 def embedding_of(name: str) -> str:

@@ -173,6 +173,11 @@ def test_same_command_leaves_the_page(shared, finished, tmp_path):  # noqa: F811
     assert (again.returncode, again.stderr) == (0, "")
     assert (page_of(folder / "out"), path.stat().st_mtime_ns) == before
 
+    path.write_text("{")  # damaged: made again
+    again = command(*tiny(shared, "out"), cwd=folder)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert page_of(folder / "out") == before[0]
+
     script = (str(EXPERIMENTS / "html_report.py"),)
     (folder / "out" / "report.html").unlink()
     done = command("out", script=script, cwd=folder, env=environ())
@@ -191,6 +196,15 @@ def test_same_command_leaves_the_page(shared, finished, tmp_path):  # noqa: F811
     none = command(*tiny(shared, "out"), "--embedding", "none", cwd=folder)
     assert (none.returncode, none.stderr) == (0, "")
     assert "Features" not in page_of(folder / "out")
+
+
+@pytest.mark.slow
+def test_no_command_waits_for_the_report():
+    """What draws the page is imported when there is a page to draw."""
+    late = ("sklearn.manifold", "matplotlib", "jinja2")
+    code = f"import sys, cifar; print([n for n in {late} if n in sys.modules])"
+    done = command(script=("-c", code), cwd=EXPERIMENTS, env=environ())
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 # ---------------------------------------------------------------------------
