@@ -71,6 +71,24 @@ def measure_steps() -> dict[str, dict[str, float]]:
     return found
 
 
+def broken(seconds, steps) -> list[str]:
+    """Says which claims do not hold.
+
+    Args:
+      seconds: of every import, a list per name of `IMPORTS`.
+      steps: as of `measure_steps`, or empty.
+    """
+    found = []
+    ratio = harness.median_of(lambda a, b: a / b, seconds[OURS], seconds[BASE])
+    if ratio > RATIO:
+        found.append(f"the import takes {ratio:.2f} times, limit {RATIO}")
+    if steps:
+        empty, filled = (sum(steps[cache].values()) for cache in ("empty", "filled"))
+        if filled >= empty:
+            found.append(f"the cache saves nothing: {filled:.1f}, {empty:.1f} s")
+    return found
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -79,6 +97,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--rounds", type=int, default=7, help="imports of each")
     add("--no-steps", action="store_true", help="imports only")
+    add("--no-assert", action="store_true", help="measure only")
     add("--json", help="file for the numbers")
     return parser.parse_args()
 
@@ -104,11 +123,9 @@ def main() -> None:
     report = {"device": harness.device_name(), "imports": seconds, "steps": steps}
     versions = harness.versions("optax", "ott-jax")
     harness.write_json(args.json, {**report, "versions": versions})
-    ratio = harness.median_of(lambda a, b: a / b, seconds[OURS], seconds[BASE])
-    assert ratio <= RATIO, f"the import takes {ratio:.2f} times, limit {RATIO}"
-    if steps:
-        empty, filled = (sum(steps[cache].values()) for cache in ("empty", "filled"))
-        assert filled < empty, f"the cache saves nothing: {filled:.1f}, {empty:.1f} s"
+    failed = [] if args.no_assert else broken(seconds, steps)
+    assert not failed, "; ".join(failed)
+    print("Times not asserted." if args.no_assert else "All claims hold.")
 
 
 if __name__ == "__main__":

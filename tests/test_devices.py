@@ -54,11 +54,13 @@ def test_eight_devices_are_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "groups", "steps"), [("float32", 2, 20), ("float64", 4, 1)]
+    ("dtype", "counts", "groups", "steps"),
+    [("float32", "2 4 8", 2, 20), ("float64", "8", 4, 1)],
 )
-def test_every_row_on_one_device_is_on_eight(dtype, groups, steps):
-    found = deviations(f"--dtype {dtype} --groups {groups} --steps {steps}")
-    whats = ["2", "4", "8", f"groups of {groups}"]
+def test_every_row_on_one_device_is_on_eight(dtype, counts, groups, steps):
+    sizes = f"--counts {counts} --groups {groups}"
+    found = deviations(f"--dtype {dtype} {sizes} --steps {steps}")
+    whats = [*counts.split(), f"groups of {groups}"]
     assert_same(found, dtype, whats=whats, rows=DISTANCES)
     for name, row in found[whats[-1]].items():
         # Groups are another loss, but to means over images.
