@@ -16,6 +16,7 @@ from pathlib import Path
 import cifar  # sets the environment before JAX is imported
 import layers
 import processes
+import records
 import runs
 from progress import RunError
 from rich.table import Table
@@ -69,9 +70,9 @@ def choose(settings, grid, console) -> dict[str, object]:
         "held_out_accuracy": accuracy,
         "teacher": teacher.accuracy,
         "weights": best,
-        "environment": runs.environment(problem.devices),
+        "environment": records.environment(problem.devices),
     }
-    processes.first(lambda: runs.write_json(out / "weights.json", chosen))
+    processes.first(lambda: records.write_json(out / "weights.json", chosen))
     return chosen
 
 

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import layers
 import numpy as np
+import problems
 import processes
+import records
 import report
 import runs
 import signals
@@ -118,9 +120,9 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         return _train_all(problem, source, console)
 
 
-def prepare(settings: Settings, out: Path) -> runs.Problem:
+def prepare(settings: Settings, out: Path) -> problems.Problem:
     """Loads the data in every process; all must have the same."""
-    problem = processes.together(lambda: runs.prepare(settings, out))
+    problem = processes.together(lambda: problems.prepare(settings, out))
     processes.together(lambda: problem.starts)  # files that each of them reads
     weights = {who: start.sha256 for who, start in problem.starts.items()}
     processes.agree_on(settings, problem.dataset, weights)
@@ -171,7 +173,7 @@ def _train_all(problem, source, console):
             "environment": trained and trained["environment"],
         },
         "runs": results,
-        "environment": runs.environment(problem.devices),
+        "environment": records.environment(problem.devices),
         "timing": {"seconds": time.monotonic() - began},
     }
     processes.first(lambda: report.write(summary, out))

@@ -17,8 +17,10 @@ from typing import NamedTuple
 import layers
 import methods
 import numpy as np
+import records
 import runs
 from flax import linen as nn
+from problems import Problem
 from settings import FEATURE_ONLY, Settings
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -157,7 +159,7 @@ def _compute(problem, teacher, results):
 
 
 def find(
-    problem: runs.Problem, teacher: Teacher, results: Sequence[Mapping]
+    problem: Problem, teacher: Teacher, results: Sequence[Mapping]
 ) -> dict[str, object] | None:
     """The features in the plane, computed unless the folder has them already.
 
@@ -190,5 +192,5 @@ def find(
         found = None
     if not isinstance(found, dict) or found.get("made_of") != made_of:
         found = {"made_of": made_of, **_compute(problem, teacher, results)}
-        runs.write_json(path, found)
+        records.write_json(path, found)
     return found

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import layers
 import numpy as np
+import problems
 import runs
 from flax import linen as nn
 from settings import UserError, from_json
@@ -32,7 +33,7 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(
-    problem: runs.Problem, model: nn.Module, variables, images: np.ndarray
+    problem: problems.Problem, model: nn.Module, variables, images: np.ndarray
 ) -> Outputs:
     """Computes features and logits in evaluation; one program for each network."""
     key = ("features and logits", model)
@@ -75,7 +76,7 @@ class Finished:
       teacher: its network, variables and digest.
     """
 
-    problem: runs.Problem
+    problem: problems.Problem
     results: dict[str, object]
     teacher: Source
 
@@ -154,5 +155,5 @@ def load(
         devices=1,  # however many it was trained on
         **dict.fromkeys(("distance_group", "coordinator", "processes", "process")),
     )
-    problem = runs.prepare(settings, folder)
+    problem = problems.prepare(settings, folder)
     return Finished(problem, results, find_teacher(problem))

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import processes
+import records
 import report
 import runs
 from flax import linen as nn
+from problems import Problem
 from rich.console import Console
 from settings import FEATURE_ONLY, UserError, weight_of
 
@@ -39,7 +41,7 @@ def _pool(maps, shape):
     return maps
 
 
-def program(problem: runs.Problem, model: nn.Module, pick: Callable) -> Callable:
+def program(problem: Problem, model: nn.Module, pick: Callable) -> Callable:
     """Compiles what ``pick`` takes of a network's outputs, in evaluation."""
     apply = resnet.linen_apply(model)
 
@@ -62,7 +64,7 @@ def compute(program: Callable, variables, images: np.ndarray):
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def features_of(problem: runs.Problem, network, layer: str, images, chosen):
+def features_of(problem: Problem, network, layer: str, images, chosen):
     """A layer's features of the chosen images (uint8), ``[n, d]``, on the host."""
 
     def pick(outputs):
@@ -76,7 +78,7 @@ def features_of(problem: runs.Problem, network, layer: str, images, chosen):
     return compute(problem.programs[key], network.variables, images[chosen])
 
 
-def rate(problem: runs.Problem, teacher) -> dict[str, KnowledgeQuality]:
+def rate(problem: Problem, teacher) -> dict[str, KnowledgeQuality]:
     """The quality of every layer of the teacher, from the first to the last."""
     labels = problem.dataset.train_labels
     count = min(problem.settings.quality_images, len(problem.parts.teacher))
@@ -114,11 +116,11 @@ def _rated(problem, teacher) -> dict[str, object]:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         report.quality_plot(record, path.with_suffix(".png"))
-        runs.write_json(path, record)  # last: without it both are made again
+        records.write_json(path, record)  # last: without it both are made again
     return record
 
 
-def choose(problem: runs.Problem, teacher, console: Console) -> None:
+def choose(problem: Problem, teacher, console: Console) -> None:
     """Rates the teacher's layers, prints, writes and draws it, and sets the pairs.
 
     What is written holds for the same teacher and images: a run that continues never
@@ -132,7 +134,7 @@ def choose(problem: runs.Problem, teacher, console: Console) -> None:
     methods.check(FEATURE_ONLY, method, *problem.shapes, problem.compared_images)
 
 
-def prepare(problem: runs.Problem, teacher, console: Console) -> None:
+def prepare(problem: Problem, teacher, console: Console) -> None:
     """Makes of the teacher what the methods ask for, before a student trains."""
     settings = problem.settings
     if FEATURE_ONLY in settings.distances and not settings.layers:
@@ -141,7 +143,7 @@ def prepare(problem: runs.Problem, teacher, console: Console) -> None:
         problem.class_cost = processes.first(lambda: class_cost(problem, teacher))
 
 
-def class_cost(problem: runs.Problem, teacher) -> np.ndarray:
+def class_cost(problem: Problem, teacher) -> np.ndarray:
     """The price of moving probability from class to class, ``[k, k]``.
 
     Rows are every position of the teacher's last map, as WKD's released code has it on

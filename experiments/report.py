@@ -298,7 +298,7 @@ def curves(results: dict[str, object], path: Path) -> None:
 
 def write(results: dict[str, object], out: Path) -> None:
     """Writes ``results.json``, ``table.md`` and ``curves.png``."""
-    from runs import write_json
+    from records import write_json
 
     write_json(out / "results.json", results)
     (out / "table.md").write_text(markdown(results))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import problems
 import processes
 import runs
 from flax import linen as nn
@@ -37,7 +38,7 @@ class Teacher:
     result: dict[str, object] | None
 
 
-def variables_of(problem: runs.Problem, path: Path, model: nn.Module):
+def variables_of(problem: problems.Problem, path: Path, model: nn.Module):
     """Parameters and statistics of a run's checkpoint, whatever its optimiser."""
     arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)
@@ -74,7 +75,7 @@ class Source:
       given: the checkpoint of ``--teacher``; None: a run of this command.
     """
 
-    problem: runs.Problem
+    problem: problems.Problem
     model: nn.Module
     width: int
     given: Path | None
@@ -134,7 +135,7 @@ def _check_converted(problem, path, meta):
             )
 
 
-def find_teacher(problem: runs.Problem) -> Source:
+def find_teacher(problem: problems.Problem) -> Source:
     """Architecture and width of the teacher, and its checkpoint if one is given."""
     settings = problem.settings
     if settings.teacher is None:
@@ -185,5 +186,5 @@ def load_teacher(source: Source, report) -> Teacher:
         run = runs.teacher_run(problem)
         result = runs.train(problem, run, model, None, report)
     replicated = train_step.replicate(source.variables, problem.devices)
-    accuracy = runs.evaluate(problem, model, replicated)
+    accuracy = problems.evaluate(problem, model, replicated)
     return Teacher(model, source.width, replicated, source.digest, accuracy, result)

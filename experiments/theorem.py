@@ -31,361 +31,39 @@ inequality fails by more than the tolerance.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import cifar  # sets the environment before JAX is imported
+import estimates
 import finished
 import jax
-import jax.numpy as jnp
 import methods
 import numpy as np
+import records
 import report
+import risks
 import runs
 from figures import PLAIN, plt, save
+from problems import Problem
 from progress import RunError
-from scipy.spatial.distance import cdist
-from scipy.special import log_softmax, softmax
+from risks import TOLERANCE, Seen
 from settings import FEATURE_ONLY, UserError, as_json, parse
 from teacher import find_teacher, known_digest, load_teacher
 
-from kddm_jax import (
-    DISTANCES,
-    class_wasserstein,
-    data,
-    paired_l2,
-    wasserstein,
-)
-from kddm_jax.transport import Costs, transport_cost
+from kddm_jax import data
 
 IMAGES = 2000  # the assignment of so many takes seconds
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 50
 DEFAULTS = {"images": IMAGES, "batches": BATCHES, "draws": DRAWS}
-# Of the root mean squared norm of the features: squares in float64 are exact to 1e-16
-# of theirs, roots of what is left near zero to 1e-8.
-TOLERANCE = 1e-7
-
-
-class Seen(NamedTuple):
-    """What a network makes of the images, and its head.
-
-    Attributes:
-      features: shape ``[n, d]``.
-      logits: shape ``[n, k]``.
-      kernel: of the head, shape ``[d, k]``.
-      bias: of the head, shape ``[k]``.
-    """
-
-    features: np.ndarray
-    logits: np.ndarray
-    kernel: np.ndarray
-    bias: np.ndarray
-
-    def head(self, features: np.ndarray) -> np.ndarray:
-        """The head's logits of any features, in float64."""
-        wide = (np.asarray(z, np.float64) for z in (features, self.kernel, self.bias))
-        features, kernel, bias = wide
-        return features @ kernel + bias
-
-
-# ---------------------------------------------------------------------------
-# The chain.
-
-
-def _difference(risks, constant):
-    """|R_S - R_T| / L and its parts; a loss that is constant has no difference."""
-    student, teacher = (float(np.mean(risk)) for risk in risks)
-    normalised = abs(student - teacher) / constant if constant else 0.0
-    return {
-        "student": student,
-        "teacher": teacher,
-        "lipschitz": float(constant),
-        "normalised": normalised,
-    }
-
-
-def heads_risk(student: Seen, teacher: Seen) -> dict[str, float]:
-    """How far the two heads disagree, on the student's and on the teacher's features.
-
-    Args:
-      student: what it makes of the images.
-      teacher: likewise.
-
-    Returns:
-      The mean loss on either's features, its Lipschitz constant, and the difference
-      divided by that.
-    """
-    norms = 0.0
-    for seen in (student, teacher):
-        kernel = np.asarray(seen.kernel, np.float64)
-        # softmax does not see what all logits share
-        norms += np.linalg.norm(kernel - kernel.mean(1, keepdims=True), 2)
-    apart = lambda z: np.linalg.norm(
-        softmax(student.head(z), axis=1) - softmax(teacher.head(z), axis=1), axis=1
-    )
-    return _difference((apart(student.features), apart(teacher.features)), norms / 2)
-
-
-def label_risk(
-    head: Seen, student: Seen, teacher: Seen, labels: np.ndarray
-) -> dict[str, float]:
-    """The cross-entropy of one head on the student's and on the teacher's features.
-
-    Args:
-      head: whose.
-      student: what it makes of the images.
-      teacher: likewise.
-      labels: of the images, shape ``[n]``.
-
-    Returns:
-      As `heads_risk`.
-    """
-    columns = np.asarray(head.kernel, np.float64).T
-    # The gradient is sum_k p_k (w_k - w_y).
-    constant = cdist(columns, columns).max()
-    rows = np.arange(len(labels))
-    loss = lambda z: -log_softmax(head.head(z), axis=1)[rows, labels]
-    return _difference((loss(student.features), loss(teacher.features)), constant)
-
-
-@cache
-def _compiled():
-    """Exact W1 of a cost; exact squared W2, CW2 and paired L2 of features."""
-
-    def of_cost(cost):
-        n = len(cost)
-        weights = jnp.full(n, 1 / n, cost.dtype)
-        costs = Costs(cost, None, None, weights, weights)
-        return transport_cost(costs, solver="exact")[0]
-
-    conditional = partial(class_wasserstein, reduction="weighted", solver="exact")
-    squares = {
-        "w2": lambda x, y, labels: wasserstein(x, y, solver="exact"),
-        "cw2": conditional,
-        "paired": lambda x, y, labels: paired_l2(x, y),
-    }
-    return jax.jit(of_cost), {name: jax.jit(fn) for name, fn in squares.items()}
-
-
-def distances(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Exact distances of paired features in float64, unsquared.
-
-    Args:
-      x: student, shape ``[n, d]``.
-      y: teacher, shape ``[n, d]``.
-      labels: shape ``[n]``.
-
-    Returns:
-      ``w1``, ``w2``, ``cw2`` and ``paired``; ``size``, the root mean squared norm.
-    """
-    x, y = (np.asarray(z, np.float64) for z in (x, y))
-    with jax.enable_x64(True):
-        w1, squares = _compiled()
-        arrays = jnp.asarray(x), jnp.asarray(y), jnp.asarray(labels)
-        found = {"w1": float(w1(jnp.asarray(cdist(x, y))))}
-        for name, fn in squares.items():
-            found[name] = max(float(fn(*arrays)), 0.0) ** 0.5
-    found["size"] = float((np.sum(x**2) + np.sum(y**2)) / len(x)) ** 0.5
-    return found
-
-
-def links(record: Mapping) -> Iterator[tuple[str, float, str, float]]:
-    """Every inequality of the chain: the smaller's name and value, the larger's."""
-    value = {
-        **{name: record[name] for name in ("w1", "w2", "cw2", "paired")},
-        **{name: risk["normalised"] for name, risk in record["risks"].items()},
-    }
-    for small, large in (
-        *(("heads", "w1"), ("w1", "w2"), ("w2", "cw2"), ("cw2", "paired")),
-        *(("labels, student's head", "cw2"), ("labels, teacher's head", "cw2")),
-    ):
-        yield small, value[small], large, value[large]
-
-
-def violations(records: Sequence[Mapping]) -> list[str]:
-    """The inequalities that fail by more than the tolerance, a line each."""
-    return [
-        f"{record['run']}, epoch {record['epoch']}: {small} {low:.9g} > "
-        f"{large} {high:.9g}"
-        for record in records
-        for small, low, large, high in links(record)
-        if not low <= high + TOLERANCE * record["size"]  # NaN fails
-    ]
-
-
-def measure(student: Seen, teacher: Seen, labels: np.ndarray) -> dict[str, object]:
-    """The chain of one pair of networks.
-
-    Args:
-      student: what it makes of the images.
-      teacher: likewise, features of the same width.
-      labels: of the images, shape ``[n]``.
-
-    Returns:
-      `distances`, the risks by name, and the student's accuracy.
-    """
-    by_head = partial(label_risk, student=student, teacher=teacher, labels=labels)
-    return {
-        "accuracy": 100 * float(np.mean(np.argmax(student.logits, 1) == labels)),
-        **distances(student.features, teacher.features, labels),
-        "risks": {
-            "heads": heads_risk(student, teacher),
-            "labels, student's head": by_head(student),
-            "labels, teacher's head": by_head(teacher),
-        },
-    }
-
-
-# ---------------------------------------------------------------------------
-# Batches against all images.
-
-# Rows that estimate a distance of the features' distributions from a sample of them.
-ESTIMATES: Mapping[str, tuple[str, Mapping[str, object]]] = {
-    "w2 exact": ("w2", {"solver": "exact"}),
-    **{
-        name: (name, {})
-        for name in (
-            *("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian"),
-            *("kl_gaussian", "ckl_gaussian", "mmd_linear", "mmd_rbf", "cmmd_rbf"),
-            "sliced_w2",
-        )
-    },
-}
-
-
-def title_of(name: str) -> str:
-    """Of a row of `ESTIMATES`."""
-    key, _ = ESTIMATES[name]
-    plain = DISTANCES[key].title
-    return plain if name == key else f"{plain}, {name.removeprefix(key).strip()}"
-
-
-def estimator(name: str, student: Seen, teacher: Seen, labels: np.ndarray) -> Callable:
-    """A distance as a function of the rows that it sees, compiled for each number.
-
-    Args:
-      name: of `ESTIMATES`.
-      student: what it makes of the images.
-      teacher: likewise.
-      labels: of the images.
-
-    Returns:
-      ``f(rows, others, key) -> scalar``: the student sees rows, the teacher others.
-    """
-    key_of, options = ESTIMATES[name]
-    row = DISTANCES[key_of]
-    options = {**row.options, **options}
-    if key_of == "jw2":
-        # beta = "max" is of the batch: fixed, so that all estimate one number.
-        apart = cdist(student.features, teacher.features, "sqeuclidean")
-        options["beta"] = float(apart.max())
-    arrays = {
-        "features": (student.features, teacher.features),
-        "logits": (student.logits, teacher.logits),
-        "labels": (labels,),
-    }
-    arrays = {kind: tuple(map(jnp.asarray, of)) for kind, of in arrays.items()}
-
-    @jax.jit
-    def one(rows, others, key):
-        taken = []
-        for kind in row.inputs:
-            if kind == "key":
-                taken.append(key)
-            else:  # labels are those of either
-                of = arrays[kind]
-                taken += [z[at] for z, at in zip(of, (rows, others), strict=False)]
-        return row.fn(*taken, **options)
-
-    return one
-
-
-def of_the_same_classes(
-    rows: np.ndarray, labels: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Draws another batch, independently, with the labels of a first.
-
-    Args:
-      rows: of the first.
-      labels: of all images.
-      rng: draws.
-
-    Returns:
-      Its rows; label by label those of the first.
-    """
-    others = np.empty_like(rows)
-    for label in np.unique(labels[rows]):
-        mine = labels[rows] == label
-        (known,) = np.nonzero(labels == label)
-        others[mine] = rng.choice(known, mine.sum(), replace=False)
-    return others
-
-
-SAME, OTHER = "same images", "other images"
-
-
-def estimates(
-    student: Seen,
-    teacher: Seen,
-    labels: np.ndarray,
-    *,
-    batches: Sequence[int],
-    draws: int,
-    names: Sequence[str] = tuple(ESTIMATES),
-) -> dict[str, dict[str, object]]:
-    """Every distance on random batches, and on all images.
-
-    Args:
-      student: what it makes of the n images.
-      teacher: likewise.
-      labels: of the images.
-      batches: their sizes; those of n and more are left out.
-      draws: batches of each size, without replacement within one.
-      names: of `ESTIMATES`.
-
-    Returns:
-      For batches in which both networks see the `SAME` images, as in training, and for
-      those in which the teacher sees `OTHER` images of the same classes: by name
-      ``whole``, the distance on all images (over as many keys, where the row takes
-      one), and by size ``mean`` and ``spread`` (standard deviation) over draws.
-    """
-    n = len(labels)
-    rng = np.random.default_rng(0)
-    drawn = {SAME: {}, OTHER: {}}
-    for size in (size for size in batches if size < n):
-        rows = [rng.choice(n, size, replace=False) for _ in range(draws)]
-        drawn[SAME][str(size)] = [(one, one) for one in rows]
-        drawn[OTHER][str(size)] = [
-            (one, of_the_same_classes(one, labels, rng)) for one in rows
-        ]
-    keys = [jax.random.key(i) for i in range(draws)]
-    found = {SAME: {}, OTHER: {}}
-    for name in names:
-        fn = estimator(name, student, teacher, labels)
-        takes_key = "key" in DISTANCES[ESTIMATES[name][0]].inputs
-        every = np.arange(n)
-        whole = [fn(every, every, key) for key in keys[: draws if takes_key else 1]]
-        for kind, by_size in drawn.items():
-            record = {"whole": float(np.mean(whole)), "batches": {}}
-            for size, pairs in by_size.items():
-                values = [
-                    float(fn(*pair, key)) for pair, key in zip(pairs, keys, strict=True)
-                ]
-                spread = float(np.std(values, ddof=1)) if draws > 1 else 0.0
-                mean = float(np.mean(values))
-                record["batches"][size] = {"mean": mean, "spread": spread}
-            found[kind][name] = record
-    return found
 
 
 # ---------------------------------------------------------------------------
 # A pair of networks, every epoch of it.
 
 
-def seen_by(problem: runs.Problem, model, variables, images, who: str) -> Seen:
+def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
     """What a network makes of images, with its head.
 
     Args:
@@ -546,62 +224,17 @@ def chain_table(records: Sequence[Mapping], about: str) -> dict[str, object]:
     for record in records:
         if record["epoch"] not in told_epochs(record["epochs"]):
             continue
-        risks = [risk["normalised"] for risk in record["risks"].values()]
-        numbers = [risks[0], *(record[k] for k in ("w1", "w2", "cw2", "paired"))]
+        differences = [risk["normalised"] for risk in record["risks"].values()]
+        numbers = [differences[0], *(record[k] for k in ("w1", "w2", "cw2", "paired"))]
         rows.append(
             (
                 record["title"],
                 str(record["epoch"]),
                 f"{record['accuracy']:.1f}",
-                *(f"{value:.3g}" for value in (*numbers, *risks[1:])),
+                *(f"{value:.3g}" for value in (*numbers, *differences[1:])),
             )
         )
     return {"columns": CHAIN_COLUMNS, "rows": rows, "caption": about}
-
-
-def bias_table(bias: Mapping, about: str) -> dict[str, object]:
-    """Batches relative to all images as a table of `report.markdown`."""
-    sizes = list(next(iter(bias.values()))["batches"])
-    rows = []
-    for name, record in bias.items():
-        cells = []
-        for size in sizes:
-            mean, spread = relative(record, size)
-            known = mean is not None
-            cells.append(f"{mean:.3g} ± {spread:.2g}" if known else "–")
-        rows.append((title_of(name), f"{record['whole']:.3g}", *cells))
-    columns = ("", "all images", *(f"batch {size}" for size in sizes))
-    return {"columns": columns, "rows": rows, "caption": about}
-
-
-def relative(record: Mapping, size: str) -> tuple[float | None, float | None]:
-    """Mean and spread of a size, of the whole; None where the whole is nothing."""
-    if record["whole"] <= 0:
-        return None, None
-    found = record["batches"][size]
-    return found["mean"] / record["whole"], found["spread"] / record["whole"]
-
-
-def _draw_bias(axes, bias):
-    """Mean and spread of every estimate against the size of the batch, on log axes."""
-    for i, (name, of) in enumerate(bias.items()):
-        sizes = [size for size in of["batches"] if relative(of, size)[0] is not None]
-        if not sizes:
-            continue
-        mean, spread = zip(*(relative(of, size) for size in sizes), strict=True)
-        wide = [int(size) * 1.02 ** (i - len(bias) / 2) for size in sizes]  # apart
-        axes.errorbar(
-            *(wide, mean, spread),
-            label=title_of(name),
-            linestyle=("-", "--")[i // 10],
-            linewidth=1,
-            elinewidth=0.4,
-        )
-    axes.axhline(1, color="grey", linewidth=0.8)
-    ticks = [int(size) for size in next(iter(bias.values()))["batches"]]
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylim=(0.3, 30))
-    axes.set_xticks(ticks, ticks)
-    axes.minorticks_off()
 
 
 def picture(record: Mapping, path: Path) -> Path:
@@ -633,7 +266,7 @@ def picture(record: Mapping, path: Path) -> Path:
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, fontsize="x-small", loc="outside lower left", ncols=7)
     for axes, (kind, bias) in zip(panels[-2:], record["bias"].items(), strict=True):
-        _draw_bias(axes, bias)
+        estimates.draw(axes, bias)
         axes.set_title(f"batches of {kind}")
         axes.sharey(panels[-2])
     panels[-2].set_ylabel("distance, relative to all images")
@@ -666,7 +299,7 @@ def _captions(settings, problem, labels, teacher, shown, draws, devices):
         "The same distances, the teacher seeing other images of the same classes. "
         f"{where}"
     )
-    return chain, {SAME: same, OTHER: other}
+    return chain, {estimates.SAME: same, estimates.OTHER: other}
 
 
 def title_of_run(name: str) -> str:
@@ -682,20 +315,20 @@ def record_of(settings, options, console) -> dict[str, object]:
         console.print(f"{name}: measuring {kept.count + 1} epochs")
         about = {"run": name, "title": title_of_run(name), "epochs": kept.count}
         for epoch, last[name] in kept.read():
-            found = measure(last[name], teacher, labels)
+            found = risks.measure(last[name], teacher, labels)
             chain.append({**about, "epoch": epoch, **found})
     shown = settings.distances[0]
     console.print(f"{shown}: measuring batches")
-    bias = estimates(
+    bias = estimates.of_batches(
         *(last[shown], teacher, labels), batches=options.batches, draws=options.draws
     )
-    environment = runs.environment(problem.devices)
+    environment = records.environment(problem.devices)
     about_chain, about_bias = _captions(
         settings, problem, labels, teacher, shown, options.draws, environment
     )
     tables = [
         chain_table(chain, about_chain),
-        *(bias_table(bias[kind], about) for kind, about in about_bias.items()),
+        *(estimates.table(bias[kind], about) for kind, about in about_bias.items()),
     ]
     own = [
         word
@@ -781,17 +414,17 @@ def main(arguments: list[str]) -> int:
         out = settings.out or default_out(settings)
         path = options.json or out / "theorem.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, record)
+        records.write_json(path, record)
         picture(record, path.with_suffix(".png"))
         print(report.markdown(record))
         console.print(f"{path}, {path.with_suffix('.png')}")
-        if failed := violations(record["chain"]):
+        if failed := risks.violations(record["chain"]):
             more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
             raise RunError(
                 f"the chain fails: {failed[0]}{more}; tolerance {TOLERANCE:g} of the "
                 f"features' size; see {path}"
             )
-        count = sum(1 for one in record["chain"] for _ in links(one))
+        count = sum(1 for one in record["chain"] for _ in risks.links(one))
         console.print(f"{count} inequalities hold, tolerance {TOLERANCE:g}")
 
     return cifar.answer_errors(work)

@@ -36,7 +36,10 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import cifar  # noqa: E402
 import models  # noqa: E402
+import optimizers  # noqa: E402
 import pretrained  # noqa: E402
+import problems  # noqa: E402
+import records  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 import settings as settings_module  # noqa: E402
@@ -380,7 +383,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     shutil.copytree(run_folder, tmp_path / "w2" / "seed1")
     (tmp_path / "w2" / "seed1" / "result.json").unlink()
     settings = parse([*map(str, tiny(shared, tmp_path)), "--devices", "1"])
-    problem = runs.prepare(settings, tmp_path)
+    problem = problems.prepare(settings, tmp_path)
     digest = results_of(finished / "out")["teacher"]["digest"]
     run = next(r for r in runs.student_runs(problem, digest) if r.name == "w2")
     model = problem.model("ResNet9", 4)
@@ -507,7 +510,7 @@ def trained(shared):
     with once(shared, "trained") as (folder, first):
         if first:
             settings = parse([*TINY, "--compilation-cache", "None", "--devices", "1"])
-            problem = runs.prepare(settings, folder)
+            problem = problems.prepare(settings, folder)
             run = runs.teacher_run(problem)
             variables = problem.init(problem.model("ResNet9", 4), 0)
             for dataset in ("digits", "mnist"):
@@ -554,7 +557,7 @@ def started_afresh(tmp_path, trained):
     for path in (tmp_path / "out").rglob("run.json"):
         found = json.loads(path.read_text())
         del found["pretrained"]
-        runs.write_json(path, found)
+        records.write_json(path, found)
     return ["--pretrained-student", weights_file(tmp_path)]
 
 
@@ -624,13 +627,13 @@ def made_with(**changes):
     def make(tmp_path, trained):
         out = tmp_path / "out"
         settings = parse([*TINY, "--devices", "1"])
-        problem = runs.prepare(settings, out)
+        problem = problems.prepare(settings, out)
         every = [runs.teacher_run(problem), *runs.student_runs(problem, "0" * 16)]
         for run in every:
             folder = run.folder(out)
             folder.mkdir(parents=True)
             known = {k: v for k, v in changes.items() if k in run.identity}
-            runs.write_json(folder / "run.json", {**run.identity, **known})
+            records.write_json(folder / "run.json", {**run.identity, **known})
             (folder / "mine").write_text("mine")
         if "teacher" in changes:  # not trained here: given, and of this digest
             shutil.rmtree(out / "teacher")
@@ -970,7 +973,7 @@ def test_model_of_mine_is_teacher_and_student(tmp_path, capsys, monkeypatch):
 def test_settings_of_data_reach_the_reader(tmp_path):
     digits = data.load("digits")
     pixels = [Image.fromarray(image[..., 0]) for image in digits.train_images[:40]]
-    problems = []
+    made = []
     for folder, first in (("one", pixels[0]), ("other", pixels[1])):
         for i, image in enumerate([first, *pixels[2:]]):
             path = tmp_path / folder / ("train", "test")[i % 2] / "ab"[i // 2 % 2]
@@ -982,11 +985,11 @@ def test_settings_of_data_reach_the_reader(tmp_path):
         more = ("--image-size", 6, "--skip-damaged", "--no-progress", "--devices", 1)
         settings = parse([str(word) for word in (*line, *sizes, *more)])
         with pytest.warns(UserWarning, match="left out 1 damaged"):
-            problems.append(runs.prepare(settings, tmp_path / "out"))
-    assert problems[0].dataset.train_images.shape == (20, 6, 6, 1)
-    assert problems[0].resident[0].shape == (20, 6, 6, 1)
+            made.append(problems.prepare(settings, tmp_path / "out"))
+    assert made[0].dataset.train_images.shape == (20, 6, 6, 1)
+    assert made[0].resident[0].shape == (20, 6, 6, 1)
     # Folders of other images are other runs, although their settings agree.
-    identities = [runs.teacher_run(problem).identity for problem in problems]
+    identities = [runs.teacher_run(problem).identity for problem in made]
     differ = {k for k in identities[0] if identities[0][k] != identities[1][k]}
     assert differ == {"data"}
 
@@ -1080,9 +1083,9 @@ def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoint, "restore_arrays", lambda path: read.append(path) or restore(path)
     )
-    monkeypatch.setattr(runs, "evaluate", lambda *arguments: 12.5)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
     line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
-    problem = runs.prepare(parse([*map(str, line)]), tmp_path)
+    problem = problems.prepare(parse([*map(str, line)]), tmp_path)
     source = find_teacher(problem)
     teacher = load_teacher(source, unwanted_training)
     assert (teacher.digest, teacher.accuracy) == (known_digest(source), 12.5)
@@ -1194,19 +1197,19 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
     """By way of a file and back: the same arrays."""
     convert.convert(trained / "digits", tmp_path / "a.safetensors")
     convert.convert(tmp_path / "a.safetensors", tmp_path / "converted")
-    monkeypatch.setattr(runs, "evaluate", lambda *arguments: 12.5)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
     found = []
     for folder in (trained / "digits", tmp_path / "converted"):
         line = (*TINY, "--compilation-cache", "None", "--teacher", folder)
-        problem = runs.prepare(parse([*map(str, line)]), tmp_path)
+        problem = problems.prepare(parse([*map(str, line)]), tmp_path)
         found.append(load_teacher(find_teacher(problem), unwanted_training))
     assert found[0].digest == found[1].digest
     assert (found[1].model, found[1].width) == (found[0].model, 4)
     settings = parse([*map(str, line), "--held-out", "100"])
     with pytest.raises(UserError, match="may have seen these images"):
-        find_teacher(runs.prepare(settings, tmp_path))
+        find_teacher(problems.prepare(settings, tmp_path))
     told = replace(settings, teacher_saw_held_out=True)
-    assert find_teacher(runs.prepare(told, tmp_path)).given
+    assert find_teacher(problems.prepare(told, tmp_path)).given
 
 
 # ---------------------------------------------------------------------------
@@ -1318,7 +1321,7 @@ def test_markdown():
 
 
 def test_schedules_of_lambda_start_and_end_where_they_say():
-    make = lambda name, steps=100: runs.make_weight_schedule(
+    make = lambda name, steps=100: optimizers.make_weight_schedule(
         parse(["--weight-schedule", name]), steps
     )
     assert make("constant") is None
@@ -1331,7 +1334,7 @@ RISES = {"warmup": [0, 0.5, 1, 1], "decay": [1, (1 + 0.5**0.5) / 2, 0.5, 0]}
 
 
 def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatch):
-    problem = runs.prepare(parse(list(map(str, TINY))), tmp_path)
+    problem = problems.prepare(parse(list(map(str, TINY))), tmp_path)
     *_, run = runs.student_runs(problem, None)
     assert run.identity["weight_schedule"] == "constant"
     older = {k: v for k, v in run.identity.items() if k != "weight_schedule"}
@@ -1586,7 +1589,7 @@ def test_schedules():
 
     def rates(*line, steps):
         settings = parse(["--lr", "0.5", "--lr-end", "0.1", *line])
-        schedule = runs.make_schedule(settings, 10, 4)
+        schedule = optimizers.make_schedule(settings, 10, 4)
         return [float(schedule(step)) for step in steps]
 
     constant = rates("--schedule", "constant", steps=[0, 20, 39])
@@ -1605,7 +1608,7 @@ def test_schedules():
 def test_adamw_decays_apart_from_its_moments():
     line = ["--optimizer", "adamw", "--lr", "0.5", "--weight-decay", "0.1"]
     settings = parse(line)
-    tx = runs.make_optimizer(settings, 0.5)
+    tx = optimizers.make_optimizer(settings, 0.5)
     params = {"w": np.float32([2.0, -1.0])}
     gradient = {"w": np.float32([3.0, 0.0])}
     updates, _ = tx.update(gradient, tx.init(params), params)
@@ -1629,7 +1632,7 @@ def test_parts_are_nested_and_disjoint():
     settings = parse(["--train-images", "800", "--student-images", "200"])
     settings = type(settings)(**{**vars(settings), "held_out": 300})
     digits = data.load("digits")
-    parts = runs.split(digits, settings)
+    parts = problems.split(digits, settings)
     assert (len(parts.teacher), len(parts.student)) == (800, 200)
     assert set(parts.student) <= set(parts.teacher)
     assert len(parts.eval_labels) == 300

@@ -37,6 +37,8 @@ from test_experiments import (  # the fixtures are used by name
 from kddm_jax import checkpoint
 
 import cifar  # isort: skip
+import problems  # isort: skip
+import records  # isort: skip
 import runs  # isort: skip
 import signals  # isort: skip
 from progress import Progress, RunError, Tally  # isort: skip
@@ -236,7 +238,7 @@ def test_sigterm_is_left_as_it_was():
 def terminated_at(monkeypatch):
     """Sends SIGTERM as the n-th step of a run is shown, or as it is evaluated."""
     moments = []
-    show, evaluate = cifar.Reporter.__call__, runs.evaluate
+    show, evaluate = cifar.Reporter.__call__, problems.evaluate
 
     def show_and_terminate(self, run, **shown):
         if moments and moments[0] == (run.name, shown["done"]):
@@ -252,7 +254,7 @@ def terminated_at(monkeypatch):
 
     monkeypatch.setattr(runs, "LOOK_SECONDS", 0)
     monkeypatch.setattr(cifar.Reporter, "__call__", show_and_terminate)
-    monkeypatch.setattr(runs, "evaluate", terminate_and_evaluate)
+    monkeypatch.setattr(problems, "evaluate", terminate_and_evaluate)
     return moments
 
 
@@ -313,7 +315,7 @@ def test_sigterm_outside_training_stops_at_once(tmp_path, capsys, monkeypatch):
         terminate()
         raise AssertionError("went on")
 
-    monkeypatch.setattr(runs.data, "load", load)
+    monkeypatch.setattr(problems.data, "load", load)
     assert call(*TINY, "--out", tmp_path / "out") == signals.STATUS
     assert not (tmp_path / "out").exists()
 
@@ -324,12 +326,12 @@ def test_sigterm_outside_training_stops_at_once(tmp_path, capsys, monkeypatch):
 
 def test_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
     path = tmp_path / "result.json"
-    runs.write_json(path, {"a": 1})
+    records.write_json(path, {"a": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         with pytest.raises(OSError, match="File too large: .*/result.json"):
-            runs.write_json(path, list(range(100)))
+            records.write_json(path, list(range(100)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert json.loads(path.read_text()) == {"a": 1}
@@ -375,7 +377,7 @@ def beside(finished, tmp_path, monkeypatch):  # noqa: F811
 def test_steps_that_are_not_finite(shared, tmp_path, capsys):  # noqa: F811
     """Stops with what is known; skips on request, and both give the same history."""
     line = (*tiny(shared, "out"), "--distances", "wrong:BROKEN", "--devices", 1)
-    problem = runs.prepare(parse([*map(str, line[:-4])]), tmp_path)
+    problem = problems.prepare(parse([*map(str, line[:-4])]), tmp_path)
     run = runs.Run("any", 1, 0.0, 2, problem.parts.student, {})
     labels = first_labels(problem, run)
     bad = labels[5]  # the second step of the second epoch, at the earliest

@@ -19,6 +19,7 @@ import layers  # isort: skip
 import methods  # isort: skip
 import models  # isort: skip
 import report  # isort: skip
+import problems  # isort: skip
 import runs  # isort: skip
 from settings import UserError, parse  # isort: skip
 
@@ -214,7 +215,7 @@ def test_shapes_keep_the_order_of_the_layers():
 
 def problem_of(student, monkeypatch, tmp_path, *line):
     settings = parse([*TINY, "--devices", "1", "--student-model", student, *line])
-    problem = runs.prepare(replace(settings, compilation_cache=None), tmp_path)
+    problem = problems.prepare(replace(settings, compilation_cache=None), tmp_path)
     runs.check_distances(problem, problem.model("ResNet18", 4))
     return problem
 

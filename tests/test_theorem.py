@@ -19,8 +19,11 @@ from test_experiments import (  # the fixtures are used by name
 import kddm_jax
 from kddm_jax.resnet import Outputs
 
+import estimates  # isort: skip
 import figures  # isort: skip
 import report  # isort: skip
+import problems  # isort: skip
+import risks  # isort: skip
 import runs  # isort: skip
 import theorem  # isort: skip
 from settings import UserError, parse  # isort: skip
@@ -31,7 +34,7 @@ def seen(rng, n=30, d=5, k=4, features=None):
     if features is None:
         features = np.maximum(rng.normal(size=(n, d)), 0)
     kernel, bias = rng.normal(size=(features.shape[1], k)), rng.normal(size=k)
-    return theorem.Seen(features, features @ kernel + bias, kernel, bias)
+    return risks.Seen(features, features @ kernel + bias, kernel, bias)
 
 
 @cache
@@ -51,7 +54,7 @@ def matched(cost):
 def test_distances_are_the_assignments():
     student, teacher, labels = pair(0)
     x, y = student.features, teacher.features
-    found = theorem.distances(x, y, labels)
+    found = risks.distances(x, y, labels)
     squares = cdist(x, y, "sqeuclidean")
     assert found["w1"] == pytest.approx(matched(cdist(x, y)), rel=1e-12)
     assert found["w2"] == pytest.approx(matched(squares) ** 0.5, rel=1e-9)
@@ -65,7 +68,7 @@ def test_distances_are_the_assignments():
 
 
 def record(student, teacher, labels, **more):
-    measured = theorem.measure(student, teacher, labels)
+    measured = risks.measure(student, teacher, labels)
     return {"run": "w2", "epoch": 3, **measured, **more}
 
 
@@ -73,48 +76,48 @@ def record(student, teacher, labels, **more):
 def test_chain_holds_on_random_pairs(seed):
     student, teacher, labels = pair(seed)
     found = record(student, teacher, labels)
-    assert theorem.violations([found]) == []
-    assert len(list(theorem.links(found))) == 6
+    assert risks.violations([found]) == []
+    assert len(list(risks.links(found))) == 6
     # None of its members is trivially zero.
-    assert min(low for _, low, _, _ in theorem.links(found)) > 1e-4
+    assert min(low for _, low, _, _ in risks.links(found)) > 1e-4
     # The same network twice: all are zero, up to the root of rounding.
     same = record(student, student, labels)
-    assert theorem.violations([same]) == []
-    assert max(high for *_, high in theorem.links(same)) < 1e-7
+    assert risks.violations([same]) == []
+    assert max(high for *_, high in risks.links(same)) < 1e-7
     assert same["accuracy"] == found["accuracy"]
 
 
 @pytest.mark.parametrize("link", range(6))
 def test_a_broken_link_is_found(link):
     found = record(*pair(0))
-    small, low, large, high = list(theorem.links(found))[link]
+    small, low, large, high = list(risks.links(found))[link]
     names = ("w1", "w2", "cw2", "paired")
 
     def with_value(name, value):
-        risks = found["risks"]
+        old = found["risks"]
         if name in names:
             return {**found, name: value}
-        return {**found, "risks": {**risks, name: {"normalised": value}}}
+        return {**found, "risks": {**old, name: {"normalised": value}}}
 
-    slack = theorem.TOLERANCE * found["size"]
-    assert theorem.violations([with_value(small, high + slack / 2)]) == [] or (
+    slack = risks.TOLERANCE * found["size"]
+    assert risks.violations([with_value(small, high + slack / 2)]) == [] or (
         small in names  # then it is too large for what it bounds no more, not less
     )
-    said = theorem.violations([with_value(small, high + 2 * slack)])
+    said = risks.violations([with_value(small, high + 2 * slack)])
     assert any(line.startswith(f"w2, epoch 3: {small} ") for line in said)
     assert any(f"> {large} " in line for line in said)
-    assert theorem.violations([with_value(small, float("nan"))])
+    assert risks.violations([with_value(small, float("nan"))])
 
 
 def test_constant_of_the_heads_is_attained():
     """Slope of ||softmax h - (1, 0)|| where both classes are as likely."""
     a, step = 3.0, 1e-4
     zero = np.zeros((1, 2))
-    of = lambda z, kernel, bias: theorem.Seen(np.array([[z]]), zero, kernel, bias)
+    of = lambda z, kernel, bias: risks.Seen(np.array([[z]]), zero, kernel, bias)
     kernel = np.array([[a, -a]]) + 7.0  # softmax does not see the 7
     student = of(step, kernel, np.zeros(2))
     teacher = of(0.0, np.zeros((1, 2)), np.array([50.0, 0.0]))
-    found = theorem.heads_risk(student, teacher)
+    found = risks.heads_risk(student, teacher)
     assert found["lipschitz"] == pytest.approx(a / 2**0.5)
     assert found["normalised"] == pytest.approx(step, rel=1e-3)
     assert found["teacher"] == pytest.approx(2**0.5 / 2)
@@ -124,19 +127,19 @@ def test_constant_of_the_labels_is_attained():
     """Far on the wrong side the cross-entropy rises at the full rate."""
     kernel, bias = np.array([[1.0, -1.0, 0.5], [2.0, 0.0, 0.0]]), np.zeros(3)
     direction = np.array([2.0, 2.0]) / 8**0.5  # w_0 - w_1
-    of = lambda t: theorem.Seen(-t * direction[None], np.zeros((1, 3)), kernel, bias)
+    of = lambda t: risks.Seen(-t * direction[None], np.zeros((1, 3)), kernel, bias)
     student, teacher = of(60.0), of(50.0)
-    found = theorem.label_risk(student, student, teacher, np.array([0]))
+    found = risks.label_risk(student, student, teacher, np.array([0]))
     assert found["lipschitz"] == pytest.approx(8**0.5)
     assert found["normalised"] == pytest.approx(10.0, rel=1e-9)
 
 
 def test_risks_are_those_of_one_head_on_both_features():
     student, teacher, labels = pair(1)
-    measured = theorem.measure(student, teacher, labels)
-    assert measured["risks"]["heads"] == theorem.heads_risk(student, teacher)
+    measured = risks.measure(student, teacher, labels)
+    assert measured["risks"]["heads"] == risks.heads_risk(student, teacher)
     for head in (student, teacher):
-        found = theorem.label_risk(head, student, teacher, labels)
+        found = risks.label_risk(head, student, teacher, labels)
         for name, one in (("student", student), ("teacher", teacher)):
             logits = one.features @ head.kernel + head.bias
             p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -151,8 +154,8 @@ def test_risks_are_those_of_one_head_on_both_features():
 def test_a_constant_head_has_no_difference():
     student, teacher, labels = pair(1)
     flat = [z._replace(kernel=np.zeros_like(z.kernel)) for z in (student, teacher)]
-    assert theorem.heads_risk(*flat)["normalised"] == 0.0
-    assert theorem.label_risk(flat[0], *flat, labels)["normalised"] == 0.0
+    assert risks.heads_risk(*flat)["normalised"] == 0.0
+    assert risks.label_risk(flat[0], *flat, labels)["normalised"] == 0.0
 
 
 # ---------------------------------------------------------------------------
@@ -163,14 +166,14 @@ def test_a_constant_head_has_no_difference():
 def test_bias_of_the_means_is_the_textbooks(size):
     student, teacher, labels = pair(2)
     n, draws = len(labels), 1000
-    found = theorem.estimates(
+    found = estimates.of_batches(
         student,
         teacher,
         labels,
         batches=(size, n, 1000),
         draws=draws,
         names=("mmd_linear",),
-    )[theorem.SAME]["mmd_linear"]
+    )[estimates.SAME]["mmd_linear"]
     assert list(found["batches"]) == [str(size)]
     apart = student.features - teacher.features
     whole = (apart.mean(0) ** 2).sum()
@@ -183,18 +186,18 @@ def test_bias_of_the_means_is_the_textbooks(size):
     assert abs(batch["mean"] - whole - added) < 4 * error
     largest = apart.var(0).sum() / size
     assert largest > 10 * error  # or the line above would say nothing
-    mean, spread = theorem.relative(found, str(size))
+    mean, spread = estimates.relative(found, str(size))
     assert mean == pytest.approx(batch["mean"] / whole, rel=1e-5)
     assert spread == pytest.approx(batch["spread"] / whole, rel=1e-5)
-    assert theorem.relative({**found, "whole": 0.0}, str(size)) == (None, None)
+    assert estimates.relative({**found, "whole": 0.0}, str(size)) == (None, None)
 
 
 @pytest.mark.slow
 def test_every_estimate_is_of_its_row():
     student, teacher, labels = pair(3)
-    both = theorem.estimates(student, teacher, labels, batches=(8,), draws=2)
-    found = both[theorem.SAME]
-    assert list(found) == list(both[theorem.OTHER]) == list(theorem.ESTIMATES)
+    both = estimates.of_batches(student, teacher, labels, batches=(8,), draws=2)
+    found = both[estimates.SAME]
+    assert list(found) == list(both[estimates.OTHER]) == list(estimates.ESTIMATES)
     x, y = (jnp.asarray(z.features, jnp.float32) for z in (student, teacher))
     s, t = (jnp.asarray(z.logits, jnp.float32) for z in (student, teacher))
     beta = float(cdist(student.features, teacher.features, "sqeuclidean").max())
@@ -211,30 +214,30 @@ def test_every_estimate_is_of_its_row():
         batch = one["batches"]["8"]
         assert batch["spread"] > 0, name
         assert np.isfinite([one["whole"], *batch.values()]).all(), name
-        assert both[theorem.OTHER][name]["whole"] == one["whole"], name
+        assert both[estimates.OTHER][name]["whole"] == one["whole"], name
     # The debiased divergence has the bias of the sample, as the exact value does.
     exact, debiased = (
         found[name]["batches"]["8"]["mean"] for name in ("w2 exact", "w2")
     )
     assert exact > found["w2 exact"]["whole"]
     assert debiased == pytest.approx(exact, rel=0.1)
-    assert theorem.title_of("w2 exact") == "W2 (E), exact"
-    assert theorem.title_of("w2_gaussian") == "W2 (G)"
+    assert estimates.title_of("w2 exact") == "W2 (E), exact"
+    assert estimates.title_of("w2_gaussian") == "W2 (G)"
 
 
 def test_images_that_both_see_are_nearer():
-    found = theorem.estimates(*pair(3), batches=(8,), draws=30, names=("w2 exact",))
+    found = estimates.of_batches(*pair(3), batches=(8,), draws=30, names=("w2 exact",))
     same, other = (
         found[kind]["w2 exact"]["batches"]["8"]
-        for kind in (theorem.SAME, theorem.OTHER)
+        for kind in (estimates.SAME, estimates.OTHER)
     )
     error = (same["spread"] ** 2 + other["spread"] ** 2) ** 0.5 / 30**0.5
     assert other["mean"] - same["mean"] > 4 * error
 
 
 def test_one_draw_has_no_spread():
-    found = theorem.estimates(*pair(3), batches=(8,), draws=1, names=("mmd_linear",))
-    for kind in (theorem.SAME, theorem.OTHER):
+    found = estimates.of_batches(*pair(3), batches=(8,), draws=1, names=("mmd_linear",))
+    for kind in (estimates.SAME, estimates.OTHER):
         assert found[kind]["mmd_linear"]["batches"]["8"]["spread"] == 0
 
 
@@ -243,7 +246,7 @@ def test_other_images_are_of_the_same_classes():
     rng, rows = np.random.default_rng(0), np.array([6, 3, 1, 0])
     seen = set()
     for _ in range(50):
-        others = theorem.of_the_same_classes(rows, labels, rng)
+        others = estimates.of_the_same_classes(rows, labels, rng)
         np.testing.assert_array_equal(labels[others], labels[rows])
         assert len(set(others)) == 4
         seen |= set(others)
@@ -267,7 +270,7 @@ class Net(nn.Module):
 
 
 def test_head_is_read_from_the_network():
-    problem = runs.prepare(parse(["--compilation-cache", "None"]), None)
+    problem = problems.prepare(parse(["--compilation-cache", "None"]), None)
     images = problem.parts.eval_images[:7]
     model = Net()
     variables = problem.init(model, 0)
@@ -356,7 +359,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
     alone, *_ = record["chain"]
     assert {**start, "run": 0, "title": 0} == {**alone, "run": 0, "title": 0}
     assert record["chain"][2]["w2"] != alone["w2"]
-    assert list(record["bias"][theorem.SAME]["w2"]["batches"]) == ["8", "32"]
+    assert list(record["bias"][estimates.SAME]["w2"]["batches"]) == ["8", "32"]
     assert [len(table["rows"]) for table in record["tables"]] == [6, 12, 12]
     assert record["command"].startswith(
         "python experiments/theorem.py --images 60 --batches 8 32 64 --draws 3 -- "
@@ -371,7 +374,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
     # Again: nothing is trained, the same is measured; a broken chain is status 1.
     before = path.read_text()
     monkeypatch.setattr(runs.train_step, "make_train_step", None)
-    distances = theorem.distances
+    distances = risks.distances
 
     def broken(*arrays):
         found = distances(*arrays)

@@ -14,7 +14,7 @@ from test_experiments import TINY, call, results_of
 from kddm_jax import augment, resnet
 from kddm_jax.train_step import known_outputs, scan_steps
 
-import runs  # isort: skip
+import problems  # isort: skip
 import views  # isort: skip
 from settings import UserError, parse  # isort: skip
 
@@ -146,10 +146,10 @@ def test_outputs_beyond_the_memory_are_refused(tmp_path):
 
 
 def test_views_beyond_the_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.Problem, "memory", 1e5)
+    monkeypatch.setattr(problems.Problem, "memory", 1e5)
     settings = replace(parse([*TINY, "--views", "9"]), compilation_cache=None)
     with pytest.raises(UserError, match="--views 9: .* lower it"):
-        runs.prepare(settings, tmp_path)
+        problems.prepare(settings, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,0 +1,50 @@
+"""The optimiser of a run, and what its learning rate and lambda do over time."""
+
+import jax.numpy as jnp
+import optax
+from settings import Settings
+
+
+def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
+    """The learning rate as a function of the step."""
+    total = steps_per_epoch * epochs
+    if settings.schedule == "constant":
+        return optax.constant_schedule(settings.lr)
+    if settings.schedule == "onecycle":  # torch's OneCycleLR, with its defaults
+        return optax.cosine_onecycle_schedule(
+            total, settings.lr, pct_start=0.3, div_factor=25.0, final_div_factor=1e4
+        )
+    if settings.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if settings.warmup else settings.lr,
+            peak_value=settings.lr,
+            warmup_steps=round(settings.warmup * total),
+            decay_steps=total,
+            end_value=settings.lr_end,
+        )
+
+    def per_epoch(step):
+        share = (step // steps_per_epoch) / epochs
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * share))
+        return settings.lr_end + (settings.lr - settings.lr_end) * fall
+
+    return per_epoch
+
+
+def make_weight_schedule(settings: Settings, steps: int):
+    """The factor of lambda as a function of the step, None where it is constant."""
+    if settings.weight_schedule == "warmup":
+        return optax.linear_schedule(0.0, 1.0, transition_steps=max(1, steps // 2))
+    if settings.weight_schedule == "decay":
+        return optax.cosine_decay_schedule(1.0, decay_steps=steps)
+    return None
+
+
+def make_optimizer(settings: Settings, schedule) -> optax.GradientTransformation:
+    """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum."""
+    if settings.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=settings.weight_decay)
+    sgd = optax.sgd(schedule, settings.momentum, settings.nesterov)
+    if not settings.weight_decay:
+        return sgd
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), sgd)

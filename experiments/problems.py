@@ -1,0 +1,298 @@
+"""What the runs of one command share: images on the devices, networks, programs."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import methods
+import models
+import numpy as np
+import pretrained
+import processes
+import signals
+import views
+from flax import linen as nn
+from settings import Settings, UserError
+
+from kddm_jax import augment, data, resnet, stream, train_step
+
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which images teacher and students see, and on which accuracy is measured."""
+
+    teacher: np.ndarray
+    student: np.ndarray
+    eval_images: np.ndarray
+    eval_labels: np.ndarray
+
+
+def split(dataset: data.Dataset, settings: Settings) -> Split:
+    """Chooses stratified, nested parts of the training set, the same in every run."""
+    labels = dataset.train_labels
+    train, held_out = np.arange(len(labels)), None
+    if settings.held_out >= len(labels):
+        raise UserError(
+            f"--held-out {settings.held_out}: there are only {len(labels)} training "
+            "images; lower it"
+        )
+    if settings.held_out:
+        train, held_out = data.stratified_split(labels, settings.held_out, seed=0)
+
+    def choose(indices, count, option):
+        if count is None:
+            return indices
+        if count > len(indices):
+            raise UserError(
+                f"--{option} {count}: there are only {len(indices)} images; lower it"
+            )
+        return indices[data.balanced_subset(labels[indices], count, seed=0)]
+
+    teacher = choose(train, settings.train_images, "train-images")
+    student = choose(teacher, settings.student_images, "student-images")
+    if held_out is not None:
+        images, eval_labels = dataset.train_images[held_out], labels[held_out]
+    else:
+        images, eval_labels = dataset.test_images, dataset.test_labels
+        if settings.test_images is not None and settings.test_images < len(eval_labels):
+            chosen = data.balanced_subset(eval_labels, settings.test_images, seed=0)
+            images, eval_labels = images[chosen], eval_labels[chosen]
+    return Split(teacher, student, images, eval_labels)
+
+
+@dataclass
+class Problem:
+    """Everything that the runs of one command share."""
+
+    settings: Settings
+    out: Path
+    dataset: data.Dataset
+    devices: list[jax.Device]
+    parts: Split
+    programs: dict[object, Callable] = field(default_factory=dict)
+    shapes: tuple[methods.Shapes, methods.Shapes] | None = None
+    chosen_layers: tuple[str, ...] = ()
+    class_cost: np.ndarray | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.dataset.train_images.shape[-1]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a device's memory; a CPU's is the machine's."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @property
+    def compared_images(self) -> int:
+        """Images that a distance sees at once: the batch, or a group's share of it."""
+        group = self.settings.distance_group or len(self.devices)
+        return self.settings.batch_size // len(self.devices) * group
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data set."""
+        return len(self.dataset.class_names)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the training images are too large to lie on every device."""
+        limit = self.settings.stream_above
+        limit = 1e6 * limit if limit is not None else self.memory / 4
+        return processes.first(lambda: self.dataset.train_images.nbytes > limit)
+
+    @cached_property
+    def starts(self) -> dict[str, pretrained.Pretrained]:
+        """What "teacher" and "student" start from, where a file is given."""
+        given = self.settings
+        width = given.teacher_width or given.width
+        networks = {
+            "teacher": (given.pretrained_teacher, given.teacher_model, width),
+            "student": (given.pretrained_student, given.student_model, given.width),
+        }
+        return {
+            who: pretrained.load(
+                f"--pretrained-{who}", path, self.model(name, width), self.channels
+            )
+            for who, (path, name, width) in networks.items()
+            if path is not None
+        }
+
+    @cached_property
+    def resident(self) -> tuple[jax.Array, jax.Array]:
+        """All training images (uint8) and labels, on every device."""
+        pair = (self.dataset.train_images, self.dataset.train_labels)
+        return train_step.replicate(pair, self.devices)
+
+    @cached_property
+    def views(self) -> views.Views | None:
+        """Fixed views of the students' images, where asked for."""
+        if self.settings.views is None:
+            return None
+        dataset = self.dataset
+        return views.Views(
+            *(self.settings, dataset.train_images, dataset.train_labels),
+            indices=self.parts.student,
+        )
+
+    @cached_property
+    def resident_views(self) -> tuple[jax.Array, jax.Array]:
+        """All views (uint8) and labels, on every device."""
+        return train_step.replicate(self.views.pair, self.devices)
+
+    def dispatches(
+        self, order: np.ndarray, length: int, *, of_views: bool = False
+    ) -> Iterator[tuple]:
+        """Images, labels and indices of an epoch's dispatches, ``length`` steps each.
+
+        Streamed or resident, one program reads both: ``scan_steps`` looks its images
+        up among those it is given, all or only its own.
+        """
+        if not len(order):
+            return
+        shares = processes.mine(self.devices)
+        rows = stream.reads(order, length=length, shares=shares, of=len(self.devices))
+        if of_views or not self.streams:
+            resident = self.resident_views if of_views else self.resident
+            for shares in rows:
+                yield *resident, shares
+            return
+        own = np.arange(rows[0, 0].size, dtype=np.int32).reshape(rows[0, 0].shape)
+        own = np.broadcast_to(own, rows[0].shape)  # [devices, length, b]
+        dataset = self.dataset
+        for pair in stream.stream(dataset.train_images, dataset.train_labels, rows):
+            yield *pair, own
+
+    @cached_property
+    def augment(self) -> Callable:
+        """The recipe's augmentation of one image."""
+        return augment.make_augment(
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            padding=self.settings.padding,
+            flip=self.settings.flip,
+            degrees=self.settings.degrees,
+            shift=self.settings.shift,
+            zoom=self.settings.zoom,
+            dtype=jnp.dtype(self.settings.dtype),
+        )
+
+    @cached_property
+    def data_digest(self) -> str | None:
+        """Tells images apart that lie in a folder, whose name says nothing of them."""
+        if self.settings.dataset in {*data.DATASETS} - {"folder"}:
+            return None
+        digest = hashlib.sha256(repr((self.dataset.mean, self.dataset.std)).encode())
+        for labels in (self.dataset.train_labels, self.dataset.test_labels):
+            digest.update(labels.tobytes())
+        return digest.hexdigest()[:16]
+
+    def normalize(self, key: None, image: jax.Array) -> jax.Array:
+        """Of one image, nothing else."""
+        del key
+        return self.augment(None, image, train=False)
+
+    def model(self, name: str, width: int) -> nn.Module:
+        """A network whose BatchNorm sees the global batch."""
+        return models.build(
+            name,
+            num_classes=self.num_classes,
+            stem=self.settings.stem,
+            width=width,
+            dtype=jnp.dtype(self.settings.dtype),
+            axis_name=train_step.AXIS,
+        )
+
+    def init(self, model: nn.Module, seed: int):
+        """Fresh variables, on the host."""
+        key = ("init", model)
+        if key not in self.programs:  # tracing and compiling it takes seconds
+            self.programs[key] = jax.jit(model.init)
+        image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
+        return jax.device_get(self.programs[key](jax.random.key(seed), image))
+
+
+def prepare(settings: Settings, out: Path) -> Problem:
+    """Loads the data and answers what can be wrong before anything runs."""
+    if settings.compilation_cache is not None:
+        cache = settings.compilation_cache
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    dataset = data.load(
+        settings.dataset,
+        data_dir=settings.data_dir,
+        image_size=settings.image_size,
+        skip_damaged=settings.skip_damaged,
+        progress=None if settings.progress else lambda done, total: None,
+    )
+    devices = processes.choose_devices(settings.devices)
+    count = len(devices)
+    if settings.batch_size % count:
+        raise UserError(
+            f"--batch-size {settings.batch_size} does not divide among {count} "
+            f"devices; choose a multiple of {count}"
+        )
+    if count % (settings.distance_group or count):
+        raise UserError(
+            f"--distance-group {settings.distance_group} does not divide the {count} "
+            f"devices; choose a divisor of {count}"
+        )
+    problem = Problem(settings, out, dataset, devices, split(dataset, settings))
+    for option, part in (("train", "teacher"), ("student", "student")):
+        images = len(getattr(problem.parts, part))
+        if images < settings.batch_size:
+            raise UserError(
+                f"--{option}-images {images} is less than one batch of "
+                f"{settings.batch_size}; raise it or lower --batch-size"
+            )
+    if settings.views is not None:
+        pixels = dataset.train_images[0].nbytes * len(problem.parts.student)
+        if pixels * settings.views > problem.memory / 4:
+            raise UserError(
+                f"--views {settings.views}: {pixels * settings.views / 1e9:.1f} GB of "
+                f"images, a quarter of the memory is {problem.memory / 4e9:.1f} GB; "
+                "lower it, or leave it out"
+            )
+    return problem
+
+
+def evaluate(problem: Problem, model: nn.Module, variables) -> float:
+    """Accuracy on the evaluation images, in percent."""
+    if model not in problem.programs:
+        step = train_step.make_eval_step(
+            resnet.linen_apply(model),
+            normalize=lambda image: problem.normalize(None, image),
+        )
+        problem.programs[model] = train_step.parallel(
+            step,
+            in_axes=(None, 0, 0),
+            devices=problem.devices,
+            how=problem.settings.mapping,
+        )
+    images, labels = problem.parts.eval_images, problem.parts.eval_labels
+    devices, mine = len(problem.devices), processes.mine(problem.devices)
+    size = -(-min(EVAL_BATCH, len(labels)) // devices) * devices
+    correct = 0
+    for start in range(0, len(labels), size):
+        if processes.count() == 1:  # several stop together, within an epoch
+            signals.check()
+        x, y = images[start : start + size], labels[start : start + size]
+        short = size - len(y)
+        x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
+        y = np.pad(y, (0, short), constant_values=-1)
+        shares = (
+            part[mine.start : mine.stop] for part in train_step.shard((x, y), devices)
+        )
+        counts = problem.programs[model](variables, *shares)
+        correct += int(counts["correct"])
+    return 100 * correct / len(labels)
