@@ -13,130 +13,25 @@ clouds of two dimensions on which the distances differ.
 import argparse
 import importlib
 import importlib.util
-import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cifar  # sets the environment before JAX is imported
+import curves
 import finished
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
-import report
 import toys
+from curves import PLAIN, plt
 from embedding import SEED, tsne
-from PIL import Image
 from settings import UserError
 
 from kddm_jax import data, wasserstein
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
-
-DPI = 110
-COLOURS = 128  # of a picture's palette: a third of the bytes
 EMBEDDED = 300  # images
 RUNS = "results.json"  # of cifar.py
 GRID = "weights.json"  # of choose_weights.py
-
-
-def save(figure, path: Path) -> Path:
-    """Writes a figure as a small PNG and closes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI)
-    plt.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.open(buffer).convert("RGB").quantize(COLOURS, dither=0)
-    picture.save(path, optimize=True)
-    return path
-
-
-# ---------------------------------------------------------------------------
-# Curves against the epoch: of all runs, or of all lambdas.
-
-
-def series(runs: Sequence[Mapping], value: Callable):
-    """A number of the runs' histories, over seeds.
-
-    Args:
-      runs: of one method, a seed each, as in ``result.json``.
-      value: of an epoch's record; None where it was not measured.
-
-    Returns:
-      ``(epochs, mean, spread)``, the spread being the standard deviation over seeds,
-      zero for one seed.
-    """
-    epochs = [r["epoch"] for r in runs[0]["history"] if value(r) is not None]
-    rows = np.array(
-        [[value(r) for r in run["history"] if value(r) is not None] for run in runs]
-    )
-    spread = rows.std(0, ddof=1) if len(runs) > 1 else np.zeros(rows.shape[1])
-    return epochs, rows.mean(0), spread
-
-
-def _draw(axes, runs, value, **style):
-    epochs, mean, spread = series(runs, value)
-    (line,) = axes.plot(epochs, mean, **style)
-    if len(runs) > 1:
-        band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(epochs, mean - spread, mean + spread, **band)
-
-
-PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher taught
-
-
-def _panels(groups: Mapping[str, Sequence[Mapping]], styles: Mapping, part: str):
-    """Accuracy, cross-entropy and distance, a curve for each group of runs."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for label, runs in groups.items():
-        style = {"label": label, "linewidth": 1.2, **styles[label]}
-        _draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
-        _draw(axes[1], runs, lambda r: r["task"], **style)
-        distance = lambda r, name=runs[0]["name"]: report.distance_of(r, name)
-        if distance(runs[0]["history"][0]) is not None:
-            _draw(axes[2], runs, distance, **style)
-    axes[0].set(ylabel=f"accuracy on {part} images, %")
-    axes[1].set(ylabel="cross-entropy of training", yscale="log")
-    axes[2].set(ylabel="distance in training", yscale="log")
-    for one in axes:
-        one.set_xlabel("epoch")
-    return figure, axes
-
-
-def _seeds_of(runs):
-    count = len(runs)
-    return f"{count} seeds, mean and standard deviation" if count > 1 else "1 seed"
-
-
-def curves(results: Mapping, path: Path) -> Path:
-    """Draws the learning curves of all runs: mean and spread over seeds.
-
-    Args:
-      results: as in ``results.json``.
-      path: of the picture.
-
-    Returns:
-      The path.
-    """
-    groups: dict[str, list] = {}
-    for run in results["runs"]:
-        groups.setdefault(run["title"], []).append(run)
-    part = "held-out" if results["settings"]["held_out"] else "test"
-    styles = {
-        title: PLAIN if runs[0]["name"] == "student" else {}
-        for title, runs in groups.items()
-    }
-    figure, axes = _panels(groups, styles, part)
-    line = {"color": "grey", "linewidth": 1, "linestyle": ":"}
-    axes[0].axhline(results["teacher"]["accuracy"], label="teacher", **line)
-    axes[0].legend(fontsize="small")
-    if not axes[2].lines:  # students alone
-        axes[2].set_axis_off()
-    figure.suptitle(
-        f"{results['settings']['dataset']}: {_seeds_of(next(iter(groups.values())))}"
-    )
-    return save(figure, path)
 
 
 PLAN = {"diagonal": "on the image itself", "within_class": "within its class"}
@@ -168,15 +63,16 @@ def plans(results: Mapping, path: Path) -> Path:
     for title, runs in groups.items():
         for one, part in zip(axes, PLAN, strict=True):
             key = f"{runs[0]['name']}/{part}"
-            _draw(one, runs, lambda r, key=key: r.get(key), label=title, linewidth=1.2)
+            style = {"label": title, "linewidth": 1.2}
+            curves.draw(one, runs, lambda r, key=key: r.get(key), **style)
     for one, where in zip(axes, PLAN.values(), strict=True):
         one.set(xlabel="epoch", ylabel=f"mass {where}", ylim=(-0.02, 1.02))
     axes[0].legend(fontsize="small")
     figure.suptitle(
         f"{results['settings']['dataset']}: the plan in training, "
-        f"{_seeds_of(next(iter(groups.values())))}"
+        f"{curves.seeds_of(next(iter(groups.values())))}"
     )
-    return save(figure, path)
+    return curves.save(figure, path)
 
 
 def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
@@ -231,15 +127,15 @@ def ablation(folder: Path, to: Path) -> list[Path]:
             label: PLAIN if label == "λ = 0" else {"color": shade}
             for label, shade in zip(groups, shades, strict=True)
         }
-        figure, axes = _panels(groups, styles, "held-out")
+        figure, axes = curves.panels(groups, styles, "held-out")
         for weight, runs in by_weight.items():
             if not runs:
                 axes[0].plot([], [], " ", label=f"λ = {weight}: not finite")
         axes[0].legend(fontsize="small")
         runs = next(iter(groups.values()))
         dataset = chosen["settings"]["dataset"]
-        figure.suptitle(f"{dataset}, {runs[0]['title']}: {_seeds_of(runs)}")
-        paths.append(save(figure, to / f"ablation-{name.replace(':', '.')}.png"))
+        figure.suptitle(f"{dataset}, {runs[0]['title']}: {curves.seeds_of(runs)}")
+        paths.append(curves.save(figure, to / f"ablation-{name.replace(':', '.')}.png"))
     return paths
 
 
@@ -393,7 +289,7 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
         f"{problem.settings.dataset}: joint {title} of the features of {len(shown)} "
         f"images, seed {seed}"
     )
-    return [save(figure, to / f"embedding-{name.replace(':', '.')}.png")]
+    return [curves.save(figure, to / f"embedding-{name.replace(':', '.')}.png")]
 
 
 # ---------------------------------------------------------------------------
@@ -428,7 +324,7 @@ def classes_picture(to: Path) -> Path:
         for k, m in ((0, "o"), (1, "^"))
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    return save(figure, to / "toy-classes.png")
+    return curves.save(figure, to / "toy-classes.png")
 
 
 def shapes_picture(to: Path) -> Path:
@@ -458,7 +354,7 @@ def shapes_picture(to: Path) -> Path:
     panels[0].legend(fontsize="small")
     for axes in panels:
         axes.set(xticks=[], yticks=[], aspect="equal")
-    return save(figure, to / "toy-shapes.png")
+    return curves.save(figure, to / "toy-shapes.png")
 
 
 # ---------------------------------------------------------------------------
@@ -572,7 +468,9 @@ def draw(options: argparse.Namespace) -> list[Path]:
         )
         paths += embedding(opened, options, to)
     if "curves" in wanted:
-        paths.append(curves(finished.read_record(folder / RUNS), to / "curves.png"))
+        paths.append(
+            curves.of_runs(finished.read_record(folder / RUNS), to / "curves.png")
+        )
     if "plans" in wanted:
         paths.append(plans(finished.read_record(folder / RUNS), to / "plans.png"))
     if "toys" in wanted:

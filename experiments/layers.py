@@ -115,7 +115,9 @@ def _rated(problem, teacher) -> dict[str, object]:
             "pairs": [f"{a}:{b}" for a, b in zip(own, best, strict=True)],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        report.quality_plot(record, path.with_suffix(".png"))
+        from curves import of_layers  # with Matplotlib, for which no command need wait
+
+        of_layers(record, path.with_suffix(".png"))
         records.write_json(path, record)  # last: without it both are made again
     return record
 

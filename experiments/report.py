@@ -222,28 +222,6 @@ def show_quality(record: dict[str, object], console: Console) -> None:
     console.print(view)
 
 
-def quality_plot(record: dict[str, object], path: Path) -> None:
-    """Draws quality and its parts against the teacher's layer."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    layers = list(record["layers"])
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for letter, style in (("Q", "-o"), ("S", ":"), ("I", "--"), ("E", "-.")):
-        values = [record["layers"][layer][letter] for layer in layers]
-        axes.plot(values, style, label=letter, markersize=3)
-    chosen = [layers.index(pair.split(":")[1]) for pair in record["pairs"]]
-    best = [record["layers"][layers[i]]["Q"] for i in chosen]
-    axes.plot(chosen, best, "kx", markersize=9, label="chosen")
-    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize="small")
-    axes.set(ylabel="quality", title="the teacher's layers, from the first to the last")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def distance_of(record: dict[str, object], name: str) -> object | None:
     """The distance of a run's record, summed over layers, unweighted; None: none."""
     layers = [
@@ -254,55 +232,14 @@ def distance_of(record: dict[str, object], name: str) -> object | None:
     return sum(layers) if layers else None
 
 
-def curves(results: dict[str, object], path: Path) -> None:
-    """Draws test accuracy and distance against the epoch, means over seeds."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from cycler import cycler
-    from matplotlib import pyplot as plt
-
-    groups: dict[str, list[dict]] = {}
-    for run in results["runs"]:
-        groups.setdefault(run["name"], []).append(run)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    colors = cycler(color=plt.get_cmap("tab10").colors)
-    for axes in (left, right):
-        axes.set_prop_cycle(cycler(linestyle=["-", "-."]) * colors)
-    for name, runs in groups.items():
-        measured = [r for r in runs[0]["history"] if "test_accuracy" in r]
-        epochs = [r["epoch"] for r in measured]
-        accuracy = np.mean(
-            [[r["test_accuracy"] for r in run["history"] if "test_accuracy" in r]
-             for run in runs],
-            axis=0,
-        )  # fmt: skip
-        style = {"color": "black", "linestyle": "--"} if name == "student" else {}
-        left.plot(epochs, accuracy, label=runs[0]["title"], **style)
-        if name != "student":
-            distance = np.mean(
-                [[distance_of(r, name) for r in run["history"]] for run in runs], 0
-            )
-            every = [r["epoch"] for r in runs[0]["history"]]
-            right.plot(every, distance / distance[0], label=runs[0]["title"])
-    left.axhline(results["teacher"]["accuracy"], color="black", ls=":", label="teacher")
-    left.set(xlabel="epoch", ylabel="accuracy, %", title="evaluation images")
-    right.set(
-        xlabel="epoch", ylabel="share of the first epoch's", title="training distance"
-    )
-    right.set_yscale("log")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def write(results: dict[str, object], out: Path) -> None:
     """Writes ``results.json``, ``table.md`` and ``curves.png``."""
+    from curves import of_runs
     from records import write_json
 
     write_json(out / "results.json", results)
     (out / "table.md").write_text(markdown(results))
-    curves(results, out / "curves.png")
+    of_runs(results, out / "curves.png")
 
 
 def _check_alike(first, other):

@@ -44,7 +44,7 @@ import records
 import report
 import risks
 import runs
-from figures import PLAIN, plt, save
+from curves import PLAIN, plt, save
 from problems import Problem
 from progress import RunError
 from risks import TOLERANCE, Seen

@@ -35,6 +35,7 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import cifar  # noqa: E402
+import curves  # noqa: E402
 import models  # noqa: E402
 import optimizers  # noqa: E402
 import pretrained  # noqa: E402
@@ -289,7 +290,7 @@ def test_table_and_curves_are_written(finished):
     from matplotlib import pyplot as plt
 
     image = plt.imread(finished / "out" / "curves.png")
-    assert image.shape[:2] == (480, 1320)
+    assert image.shape[:2] == (396, 1320)
     assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 20
 
 
@@ -1439,14 +1440,14 @@ def test_curves_of_runs_with_few_evaluations(tmp_path):
     results = small_results()
     for run in results["runs"]:
         del run["history"][0]["test_accuracy"]
-    report.curves(results, tmp_path / "curves.png")
+    curves.of_runs(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_curves_without_distilled_students(tmp_path):
     results = small_results()
     del results["runs"][2:]
-    report.curves(results, tmp_path / "curves.png")
+    curves.of_runs(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
