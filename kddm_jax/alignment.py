@@ -19,13 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kddm_jax.checks import as_float, check_choice, check_number, check_pair
 from kddm_jax.linalg import (
     adaptive_cells,
-    as_float,
     average_pool,
-    check_choice,
-    check_number,
-    check_pair,
     constant,
     cross_nuclear_norm,
     matmul,

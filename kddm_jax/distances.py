@@ -30,6 +30,7 @@ from kddm_jax.alignment import (
     similarity_preserving,
     wkd_features,
 )
+from kddm_jax.checks import as_released, check_choice, check_number, check_pair
 from kddm_jax.gaussian import (
     class_gaussian_kl,
     class_gaussian_wasserstein,
@@ -37,10 +38,6 @@ from kddm_jax.gaussian import (
     gaussian_wasserstein,
 )
 from kddm_jax.linalg import (
-    as_released,
-    check_choice,
-    check_number,
-    check_pair,
     class_means,
     constant,
     labelled_pair,

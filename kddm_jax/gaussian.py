@@ -13,13 +13,15 @@ References:
 import jax
 import jax.numpy as jnp
 
-from kddm_jax.linalg import (
+from kddm_jax.checks import (
     DIRECTIONS,
     as_float,
     as_released,
     check_choice,
     check_number,
     check_pair,
+)
+from kddm_jax.linalg import (
     class_means,
     constant,
     cross_nuclear_norm,

@@ -9,15 +9,16 @@ eigen-decomposition does not: at repeated and at zero singular values.
 ``x`` and ``y`` are samples in rows, ``[n, d]`` and ``[m, d]``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from kddm_jax.checks import as_float, check_choice, check_labels, check_pair
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -101,185 +102,6 @@ def unit(
     # Below the root of the smallest number 1 / norm^3 of the derivative overflows.
     known = ~(squares <= floor + jnp.finfo(x.dtype).tiny ** 0.5)  # NaN stays
     return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
-
-
-# ---------------------------------------------------------------------------
-# Arguments: what every distance asks of its arrays, checked while tracing.
-
-# Of a divergence; the first is the released code's.
-DIRECTIONS = ("student||teacher", "teacher||student")
-
-
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of ``known``.
-
-    Args:
-      name: the argument's name, for the message.
-      value: what the caller passed.
-      known: the choices.
-
-    Raises:
-      ValueError: naming the argument, the value and the choices.
-    """
-    if not isinstance(value, str) or value not in known:
-        choices = ", ".join(repr(k) for k in known)
-        raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-
-
-def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any]:
-    """Chooses a function's options: its own, or those that released code has fixed.
-
-    Args:
-      compat: None or ``"released"``.
-      **options: name -> (what the caller gave, the default, the released value).
-
-    Returns:
-      The values in their order: given ones, or under ``"released"`` the released.
-
-    Raises:
-      ValueError: an unknown ``compat``, or an option that contradicts it.
-
-    Examples:
-      >>> as_released("released", reduction=("mean", "mean", "sum"))
-      ['sum']
-    """
-    if compat not in (None, "released"):
-        raise ValueError(f'compat must be None or "released", got {compat!r}')
-    if compat is None:
-        return [given for given, _, _ in options.values()]
-    for name, (given, default, released) in options.items():
-        known = isinstance(given, str | int) and given in (default, released)
-        if given is not default and not known:
-            raise ValueError(
-                f'compat="released" means {name}={released!r}, got {name}={given!r}; '
-                "leave out one of the two"
-            )
-    return [released for _, _, released in options.values()]
-
-
-def check_number(
-    name: str, value: float | jax.Array, *, positive: bool, cure: str = ""
-) -> None:
-    """Checks a number's sign where it is known: traced ones pass.
-
-    Args:
-      name: the argument's name, for the message.
-      value: a number, or a scalar array.
-      positive: whether zero is wrong, too.
-      cure: ends the message.
-
-    Raises:
-      ValueError: a negative number, NaN, or zero if ``positive``.
-    """
-    if isinstance(value, Tracer) or np.ndim(value) != 0:
-        return
-    number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
-    if not (number > 0 if positive else number >= 0):
-        wanted = "positive" if positive else "a number >= 0"
-        raise ValueError(f"{name} must be {wanted}, got {value}{cure}")
-
-
-def as_float(name: str, x: jax.Array) -> jax.Array:
-    """Casts a floating array to float32 at least.
-
-    Args:
-      name: the argument's name, for the message.
-      x: array of any floating dtype.
-
-    Returns:
-      ``x`` as float32, or as it is in float64.
-
-    Raises:
-      ValueError: ``x`` is not a floating array.
-    """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{name} must be floating, got {x.dtype}; cast it with .astype(jnp.float32)"
-        )
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
-def check_pair(
-    x: jax.Array,
-    y: jax.Array,
-    *,
-    names: tuple[str, str] = ("x", "y"),
-    same_rows: bool = False,
-    same_columns: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """Checks a student's and a teacher's rows and casts them to one float dtype.
-
-    Args:
-      x: student's, shape ``[n, d]``.
-      y: teacher's, shape ``[m, d]``.
-      names: how messages call them.
-      same_rows: whether ``n`` must equal ``m``.
-      same_columns: whether the widths must be equal.
-
-    Returns:
-      Both, as float32 or float64.
-
-    Raises:
-      ValueError: wrong rank, dtype or shape.
-    """
-    x, y = as_float(names[0], x), as_float(names[1], y)
-    for name, array in zip(names, (x, y), strict=True):
-        if array.ndim != 2 or 0 in array.shape:
-            raise ValueError(
-                f"{name} must have shape [samples, features], got {list(array.shape)}; "
-                "pool or flatten maps, add an axis to vectors"
-            )
-    if same_columns and x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must have the same width, got "
-            f"{x.shape[1]} and {y.shape[1]}; map the student to the teacher's width "
-            "with kddm_jax.projectors"
-        )
-    if same_rows and x.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must hold the same samples, got "
-            f"{x.shape[0]} and {y.shape[0]} rows; pass both networks the same batch"
-        )
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    return x.astype(dtype), y.astype(dtype)
-
-
-def check_labels(
-    labels: jax.Array, n: int, *, num_classes: int | None = None
-) -> jax.Array:
-    """Checks class labels; their values only where they are known (not traced).
-
-    Args:
-      labels: int, shape ``[n]``; negative ones are padding.
-      n: number of samples.
-      num_classes: if given, concrete labels must lie below it.
-
-    Returns:
-      The labels.
-
-    Raises:
-      ValueError: wrong shape, dtype or value.
-    """
-    labels = jnp.asarray(labels)
-    if labels.shape != (n,):
-        raise ValueError(
-            f"labels must have shape [n]=[{n}], got {list(labels.shape)}; "
-            "pass argmax(one_hot, axis=-1) for one-hot labels"
-        )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be integers, got {labels.dtype}; cast with .astype(jnp.int32)"
-        )
-    if num_classes is None or isinstance(labels, Tracer):
-        return labels
-    largest = int(np.asarray(labels).max())  # jnp would stage it inside a trace
-    if largest >= num_classes:
-        raise ValueError(
-            f"labels must lie below num_classes={num_classes}, got {largest}; "
-            "raise num_classes or mend the labels"
-        )
-    return labels
 
 
 # ---------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from kddm_jax.alignment import normalized
-from kddm_jax.linalg import (
+from kddm_jax.checks import (
     DIRECTIONS,
     as_float,
     as_released,
@@ -26,10 +26,8 @@ from kddm_jax.linalg import (
     check_labels,
     check_number,
     check_pair,
-    constant,
-    matmul,
-    safe_sqrt,
 )
+from kddm_jax.linalg import constant, matmul, safe_sqrt
 from kddm_jax.transport import Stats
 
 NAMES = ("logits_x", "logits_y")

@@ -14,14 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kddm_jax.checks import as_float, check_choice, check_labels, check_number
 from kddm_jax.distances import DISTANCES, Distance
-from kddm_jax.linalg import (
-    as_float,
-    average_pool,
-    check_choice,
-    check_labels,
-    check_number,
-)
+from kddm_jax.linalg import average_pool
 
 DEFAULT_WEIGHT = 1e-3
 RESERVED = ("task", "loss", "accuracy", "finite")  # the step's own metrics

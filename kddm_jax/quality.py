@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.linalg import as_float, check_labels, check_number, matmul
+from kddm_jax.checks import as_float, check_labels, check_number
+from kddm_jax.linalg import matmul
 
 # The released code's two quirks, as options: `knowledge_quality(f, y, **RELEASED)`.
 RELEASED: Mapping[str, object] = MappingProxyType(

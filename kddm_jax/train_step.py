@@ -22,8 +22,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kddm_jax.checks import check_choice
 from kddm_jax.distances import Distance
-from kddm_jax.linalg import check_choice
 from kddm_jax.losses import Term, carries_weights, distill_loss
 
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it

@@ -448,18 +448,6 @@ MESSAGES = {
         lambda: linalg.classes(jnp.zeros(4, int), reduction="max", dtype=X.dtype),
         "'mean', 'weighted', 'sum'; got 'max'",
     ),
-    "not a string": (lambda: linalg.check_choice("kernel", 3, ("rbf",)), "kernel.*3"),
-    "ints": (lambda: linalg.as_float("x", jnp.ones(3, int)), "x must be floating, got"),
-    "rank": (lambda: linalg.check_pair(X[0], X), r"x must have shape .*\[3\].*pool"),
-    "empty": (lambda: linalg.check_pair(X, X[:0]), r"y must have shape .*\[0, 3\]"),
-    "projectors": (lambda: linalg.check_pair(X, X[:, :2]), "3 and 2.*projectors"),
-    "rows": (lambda: linalg.check_pair(X, X[:2], same_rows=True), "4 and 2 rows"),
-    "one-hot": (lambda: linalg.check_labels(X, 4), r"\[n\]=\[4\].*\[4, 3\].*argmax"),
-    "float labels": (lambda: linalg.check_labels(X[:, 0], 4), "integers.*float32"),
-    "too large": (
-        lambda: linalg.check_labels(jnp.array([0, 9]), 2, num_classes=9),
-        "below num_classes=9, got 9",
-    ),
 }
 
 
@@ -468,19 +456,3 @@ def test_messages(name):
     call, message = MESSAGES[name]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_as_float_casts_up(dtype):
-    assert linalg.as_float("x", jnp.ones(2, dtype)).dtype == jnp.float32
-
-
-def test_check_pair_takes_the_wider_dtype(x64):
-    with jax.numpy_dtype_promotion("standard"):  # the one promotion that is meant
-        x, y = linalg.check_pair(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((4, 3)))
-    assert x.dtype == y.dtype == jnp.float64
-
-
-def test_check_labels_leaves_traced_values_alone():
-    check = lambda labels: linalg.check_labels(labels, 2, num_classes=3)
-    chex.assert_trees_all_equal(jax.jit(check)(jnp.array([7, -1])), jnp.array([7, -1]))

@@ -21,6 +21,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # A module imports modules of lower layers only.
 LAYERS = [
+    {"checks"},
     {"linalg"},
     {"transport", "alignment", "quality"},
     {"logits", "gaussian"},
@@ -31,10 +32,10 @@ LAYERS = [
 ]
 # These stand alone, whatever their layer would allow.
 ALLOWED = {
-    "quality": {"linalg"},
-    "alignment": {"linalg"},
-    "gaussian": {"linalg"},
-    "transport": {"linalg"},
+    "quality": {"checks", "linalg"},
+    "alignment": {"checks", "linalg"},
+    "gaussian": {"checks", "linalg"},
+    "transport": {"checks", "linalg"},
     "convolution": set(),
     "resnet": {"convolution"},
     "mobilenet": {"resnet"},
