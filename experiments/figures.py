@@ -22,6 +22,7 @@ import curves
 import finished
 import jax.numpy as jnp
 import numpy as np
+import records
 import toys
 from curves import PLAIN, plt
 from embedding import SEED, tsne
@@ -99,7 +100,7 @@ def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
             ]
             ended = [path for path in paths if path.exists()]
             found.setdefault(name, {})[weight] = [
-                finished.read_record(path) for path in ended
+                records.read_json(path) for path in ended
             ]
         if not any(found[name].values()):
             raise UserError(
@@ -119,7 +120,7 @@ def ablation(folder: Path, to: Path) -> list[Path]:
     Returns:
       Their paths.
     """
-    chosen, paths = finished.read_record(folder / GRID), []
+    chosen, paths = records.read_json(folder / GRID), []
     for name, by_weight in of_lambda(folder, chosen).items():
         groups = {f"λ = {w}": runs for w, runs in by_weight.items() if runs}
         shades = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, len(groups)))
@@ -461,7 +462,7 @@ def draw(options: argparse.Namespace) -> list[Path]:
     if "ablation" in wanted:
         paths += ablation(folder, to)
     if "embedding" in wanted:
-        distilled(finished.read_record(folder / RUNS), options.distance, options.seed)
+        distilled(records.read_json(folder / RUNS), options.distance, options.seed)
         embedding_of(options.embedding)
         opened = finished.load(
             folder, data_dir=options.data_dir, teacher=options.teacher
@@ -469,10 +470,10 @@ def draw(options: argparse.Namespace) -> list[Path]:
         paths += embedding(opened, options, to)
     if "curves" in wanted:
         paths.append(
-            curves.of_runs(finished.read_record(folder / RUNS), to / "curves.png")
+            curves.of_runs(records.read_json(folder / RUNS), to / "curves.png")
         )
     if "plans" in wanted:
-        paths.append(plans(finished.read_record(folder / RUNS), to / "plans.png"))
+        paths.append(plans(records.read_json(folder / RUNS), to / "plans.png"))
     if "toys" in wanted:
         paths += [classes_picture(to), shapes_picture(to)]
     return paths

@@ -4,7 +4,6 @@ A folder of cifar.py holds ``results.json``, and for each run its checkpoints: e
 compute, long after, what both networks make of the same images.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 import layers
 import numpy as np
 import problems
+import records
 import runs
 from flax import linen as nn
 from settings import UserError, from_json
@@ -44,26 +44,6 @@ def outputs_of(
         )
         problem.programs[key] = layers.program(problem, model, pick)
     return Outputs(*layers.compute(problem.programs[key], variables, images))
-
-
-def read_record(path: Path) -> dict[str, object]:
-    """Reads a JSON file that a command wrote.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      Its content.
-
-    Raises:
-      UserError: it is not readable.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not readable as JSON; run its command again"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -139,7 +119,7 @@ def load(
             f"{folder} has no results.json: it is not finished; run its command "
             "(experiments/cifar.py) to the end"
         )
-    results = read_record(path)
+    results = records.read_json(path)
     settings = from_json(results["settings"])
     cache = settings.compilation_cache
     given = teacher or settings.teacher or runs.folder_of(folder, "teacher", 0)

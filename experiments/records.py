@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import processes
+from settings import UserError
 
 
 def _commit() -> str:
@@ -56,3 +57,23 @@ def write_json(path: Path, value: object) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Reads a JSON file that a command wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Its content.
+
+    Raises:
+      UserError: it is not readable.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not readable as JSON; run its command again"
+        ) from error

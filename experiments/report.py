@@ -5,7 +5,6 @@ deviation over seeds and the share of the gap between student and teacher that a
 distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
 """
 
-import json
 import math
 import re
 import sys
@@ -310,23 +309,26 @@ def _title(name):
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
-def _rendered(files):
+def _rendered(paths):
+    from records import read_json
+    from settings import UserError
+
+    files = [read_json(path) for path in paths]
     if all("held_out_accuracy" in results for results in files):
         return weights_markdown(files)
     if len(files) > 1:
-        from settings import UserError
-
         raise UserError(
-            "of several files only grids of choose_weights.py are one table"
+            f"{' '.join(map(str, paths))}: of several files only grids of "
+            "choose_weights.py are one table"
         )
     return markdown(files[0])
 
 
 def fill(page: Path) -> str:
-    """Renders a page's tables anew.
+    """Renders the tables that a Markdown page holds.
 
     Args:
-      page: Markdown with ``<!-- table: FILE.json -->`` ... ``<!-- /table -->``, the
+      page: with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around each table, a
         file relative to the page; several files of choose_weights.py make one table.
 
     Returns:
@@ -334,8 +336,8 @@ def fill(page: Path) -> str:
     """
 
     def render(match):
-        files = [json.loads((page.parent / f).read_text()) for f in match[2].split()]
-        return f"{match[1]}{_rendered(files)}{match[3]}"
+        table = _rendered([page.parent / name for name in match[2].split()])
+        return f"{match[1]}{table}{match[3]}"
 
     return BLOCK.sub(render, page.read_text())
 
@@ -349,22 +351,16 @@ def main(names: Sequence[str]) -> int:
     Returns:
       The exit status; a page that cannot be rendered is left as it is.
     """
-    from settings import UserError
+    from cifar import answer_errors  # which imports this module
 
-    for name in names:
-        path = Path(name)
-        try:
+    def work():
+        for path in map(Path, names):
             if path.suffix == ".md":
                 path.write_text(fill(path))
             else:
-                print(_rendered([json.loads(path.read_text())]))
-        except OSError as error:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
-        except (UserError, ValueError) as error:  # ValueError: no JSON
-            print(f"error: {name}: {error}", file=sys.stderr)
-            return 2
-    return 0
+                print(_rendered([path]))
+
+    return answer_errors(work)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from test_experiments import (  # the fixtures are used by name
 )
 
 import embedding  # isort: skip
+import charts  # isort: skip
 import html_report  # isort: skip
 import report  # isort: skip
 from settings import Settings, as_json, defaults  # isort: skip
@@ -292,7 +293,7 @@ def test_colours_are_seen_on_either_paper():
     light, dark = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
     for scheme in (light, dark):
         colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
-        assert len(colours) == 5 + html_report.COLOURS
+        assert len(colours) == 5 + charts.COLOURS
         paper = _brightness(colours["paper"])
         for name, colour in colours.items():
             low, high = sorted([_brightness(colour), paper])
@@ -308,7 +309,7 @@ def test_colours_are_seen_on_either_paper():
 
 
 def series(*values, epochs=(1, 2, 3)):
-    return html_report.Series("it", "c0", epochs, np.array(values, float))
+    return charts.Series("it", "c0", epochs, np.array(values, float))
 
 
 def points_of(text):
@@ -316,7 +317,7 @@ def points_of(text):
 
 
 def test_a_line_is_where_its_numbers_are():
-    found = html_report.chart("it", [series([0.0, 5.0, 10.0])])
+    found = charts.chart("it", [series([0.0, 5.0, 10.0])])
     left, top, right, bottom, *_ = found.box
     (line,) = found.lines
     middle = (left + right) / 2, (top + bottom) / 2
@@ -328,7 +329,7 @@ def test_a_line_is_where_its_numbers_are():
 
 
 def test_a_line_is_the_mean_and_its_band_the_range():
-    found = html_report.chart("it", [series([0.0, 0.0, 0.0], [10.0, 10.0, 10.0])])
+    found = charts.chart("it", [series([0.0, 0.0, 0.0], [10.0, 10.0, 10.0])])
     _, top, _, bottom, *_ = found.box
     (line,) = found.lines
     assert {y for _, y in points_of(line.points)} == {(top + bottom) / 2}
@@ -336,7 +337,7 @@ def test_a_line_is_the_mean_and_its_band_the_range():
 
 
 def test_a_logarithmic_axis():
-    found = html_report.chart("it", [series([1.0, 10.0, 100.0])], log=True)
+    found = charts.chart("it", [series([1.0, 10.0, 100.0])], log=True)
     _, top, _, bottom, *_ = found.box
     assert [y for _, y in points_of(found.lines[0].points)] == [
         bottom,
@@ -347,18 +348,18 @@ def test_a_logarithmic_axis():
 
 
 def test_numbers_without_a_place_are_left_out():
-    found = html_report.chart("it", [series([1.0, np.nan, 3.0])])
+    found = charts.chart("it", [series([1.0, np.nan, 3.0])])
     assert len(points_of(found.lines[0].points)) == 2
-    found = html_report.chart("it", [series([0.0, 2.0, 3.0])], log=True)
+    found = charts.chart("it", [series([0.0, 2.0, 3.0])], log=True)
     assert len(points_of(found.lines[0].points)) == 2
-    assert html_report.chart("it", [series([np.inf] * 3)]) is None
-    assert html_report.chart("it", []) is None
+    assert charts.chart("it", [series([np.inf] * 3)]) is None
+    assert charts.chart("it", []) is None
 
 
 def test_constants_and_single_epochs_have_a_chart():
-    found = html_report.chart("it", [series([2.0, 2.0, 2.0])])
+    found = charts.chart("it", [series([2.0, 2.0, 2.0])])
     assert len({y for _, y in points_of(found.lines[0].points)}) == 1
-    found = html_report.chart("it", [series([2.0], epochs=(4,))])
+    found = charts.chart("it", [series([2.0], epochs=(4,))])
     assert found.single
     assert [label for _, label in found.x_ticks] == ["4"]
 
@@ -368,12 +369,21 @@ def test_constants_and_single_epochs_have_a_chart():
     [(0, "0"), (20.0, "20"), (0.002, "0.002"), (2e-4, "2e-4"), (-2.5e6, "-2.5e6")],
 )
 def test_labels_are_short(value, label):
-    assert html_report._label(value) == label
+    assert charts._label(value) == label
 
 
 def test_more_lines_than_colours_differ_by_their_dashes():
-    styles = [html_report.style(i) for i in range(23)]
+    styles = [charts.style(i) for i in range(23)]
     assert len(set(styles)) == 23
+
+
+def test_a_page_of_nothing_is_one_line(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{")
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert html_report.main([str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder / 'results.json'} is not readable")
+        assert error.count("\n") == 1
 
 
 def test_what_solvers_say():
@@ -383,11 +393,11 @@ def test_what_solvers_say():
             record["w2/converged"] = share
             record["w2/iterations"] = iterations
             record["w2/marginal_error"] = 2e-4 / share
-    (row,), legend, charts = html_report.solvers(results)
+    (row,), legend, drawn = html_report.solvers(results)
     assert row == ("W2 (E)", "75 % (50 %)", "20.0 (30.0)", "0.0003 (0.0004)")
     assert legend == [("W2 (E)", "c0 d0")]
-    assert [c.title for c in charts] == [t for t, _ in html_report.STATS.values()]
-    share = charts[0]
+    assert [c.title for c in drawn] == [t for t, _ in html_report.STATS.values()]
+    share = drawn[0]
     _, top, _, bottom, *_ = share.box
     heights = [y for _, y in points_of(share.lines[0].points)]
     assert heights == [(top + bottom) / 2, top]
