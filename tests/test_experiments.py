@@ -4,11 +4,9 @@ The expensive runs are made once per session, whichever worker comes first, and 
 one cache of compiled programs.
 """
 
-import ast
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -18,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -35,23 +33,15 @@ EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import cifar  # noqa: E402
-import curves  # noqa: E402
-import models  # noqa: E402
-import optimizers  # noqa: E402
 import pretrained  # noqa: E402
 import problems  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
-import settings as settings_module  # noqa: E402
 from progress import RunError  # noqa: E402
 from settings import (  # noqa: E402
-    LAPTOP_DIGITS,
-    RECIPES,
-    Settings,
     UserError,
     parse,
-    weight_of,
 )
 from teacher import (  # noqa: E402
     Teacher,
@@ -499,6 +489,19 @@ def test_live_bar():
     assert "w2 seed 3" in shown
     assert "loss 1.250  distance 0.125  train 75.0 %  eval 81.0 %  11 images/s" in shown
     assert "epoch 1" not in shown
+
+
+def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatch):
+    problem = problems.prepare(parse(list(map(str, TINY))), tmp_path)
+    *_, run = runs.student_runs(problem, None)
+    assert run.identity["weight_schedule"] == "constant"
+    older = {k: v for k, v in run.identity.items() if k != "weight_schedule"}
+    run.folder(tmp_path).mkdir(parents=True)
+    (run.folder(tmp_path) / "run.json").write_text(json.dumps(older))
+    runs.check_folder(run, tmp_path)
+    changed = replace(run, identity={**run.identity, "weight_schedule": "decay"})
+    with pytest.raises(UserError, match="weight_schedule=None"):
+        runs.check_folder(changed, tmp_path)
 
 
 # ---------------------------------------------------------------------------
@@ -1211,456 +1214,3 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
         find_teacher(problems.prepare(settings, tmp_path))
     told = replace(settings, teacher_saw_held_out=True)
     assert find_teacher(problems.prepare(told, tmp_path)).given
-
-
-# ---------------------------------------------------------------------------
-# The report.
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "student", "teacher", "images", "expected"),
-    [
-        # Two seeds: error sqrt(2) / sqrt(2) = 1; teacher sqrt(90 * 10 / 100) = 3;
-        # together 3.16, and the gap of 9 is more than twice that.
-        (84.6, [80.0, 82.0], 90.0, 100, 40.0),
-        (81.0, [80.0, 82.0], 90.0, 100, 0.0),
-        (76.5, [80.0, 82.0], 90.0, 100, -50.0),
-        (94.5, [80.0, 82.0], 90.0, 100, 150.0),
-        # A quarter of the images: sqrt(1 + 36) = 6.1, twice that exceeds 9.
-        (84.6, [80.0, 82.0], 90.0, 25, None),
-        # Seeds 16 apart: 8 sqrt(2) / sqrt(2) = 8, and 15 is less than 16.
-        (90.0, [72.0, 88.0], 95.0, 10_000, None),
-        # One seed: sqrt(25 + 22.44) = 6.9; 16 is more than 13.8, 13 is not.
-        (58.0, [50.0], 66.0, 100, 50.0),
-        (58.0, [50.0], 63.0, 100, None),
-        # A teacher that is worse, equal, or perfect like its student.
-        (60.0, [80.0], 70.0, 10_000, None),
-        (80.0, [80.0], 80.0, 10_000, None),
-        (100.0, [100.0], 100.0, 100, None),
-        (100.0, [100.0, 100.0], 100.0, 100, None),
-    ],
-)
-def test_gap_closed(accuracy, student, teacher, images, expected):
-    found = report.gap_closed(accuracy, student, teacher, images)
-    assert found == (None if expected is None else pytest.approx(expected))
-
-
-def small_results(teacher=90.0, given=False):
-    def run(name, title, seed, accuracy, best, weight, seconds):
-        history = [
-            {"epoch": 1, "loss": 2.0, name: 4.0, "test_accuracy": best},
-            {"epoch": 2, "loss": 1.0, name: 2.0, "test_accuracy": accuracy},
-        ]
-        return {
-            "name": name,
-            "title": title,
-            "seed": seed,
-            "accuracy": accuracy,
-            "best_accuracy": best,
-            "weight": weight,
-            "history": history,
-            "timing": {"seconds": seconds},
-            "environment": environment,
-        }
-
-    environment = {
-        "device_count": 2,
-        "device": "Some GPU",
-        "jax": "1.2.3",
-        "commit": "abc1234",
-    }
-    return {
-        "settings": {
-            "dataset": "digits",
-            "recipe": "laptop",
-            "student_model": "ResNet18",
-            "width": 16,
-            "stem": "cifar",
-            "seeds": [0, 1],
-            "held_out": 0,
-        },
-        "eval_images": 100,
-        "teacher": {
-            "model": "ResNet34",
-            "width": 32,
-            "accuracy": teacher,
-            "best_accuracy": None if given else 91.5,
-            "timing": None if given else {"seconds": 61.4},
-            "environment": None if given else environment,
-        },
-        "runs": [
-            run("student", "student", 0, 80.0, 80.5, 0.0, 10.0),
-            run("student", "student", 1, 82.0, 82.5, 0.0, 13.0),
-            run("w2", "W2 (E)", 0, 84.0, 86.0, 1e-4, 20.0),
-            run("w2", "W2 (E)", 1, 85.2, 85.2, 1e-4, 20.0),
-        ],
-        "environment": {
-            **environment,
-            "commit": "of-the-last-command",
-            "command": "python experiments/cifar.py --out /home/me --seeds 0 1",
-        },
-    }
-
-
-# By hand: means 81 and 84.6, standard deviations sqrt(2) and 0.6 sqrt(2), of the best
-# ones sqrt(2) and 0.4 sqrt(2); (84.6 - 81) / (90 - 81) = 40 %.
-GOLDEN = """\
-|  | last epoch % | best epoch % | gap closed | λ | seconds |
-|---|---|---|---|---|---|
-| student | 81.00 ± 1.41 | 81.50 ± 1.41 | – |  | 12 |
-| teacher | 90.00 | 91.50 |  |  | 61 |
-| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | 40 % | 0.0001 | 20 |
-
-digits, recipe laptop: ResNet34 (width 32) to ResNet18 (width 16), cifar stem; \
-accuracy on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, commit abc1234. \
-`python experiments/cifar.py --dataset digits --seeds 0 1`
-"""
-
-
-def test_markdown():
-    assert report.markdown(small_results()) == GOLDEN
-
-
-def test_schedules_of_lambda_start_and_end_where_they_say():
-    make = lambda name, steps=100: optimizers.make_weight_schedule(
-        parse(["--weight-schedule", name]), steps
-    )
-    assert make("constant") is None
-    factors = [[float(make(name)(i)) for i in (0, 25, 50, 100)] for name in RISES]
-    np.testing.assert_allclose(factors, list(RISES.values()), atol=1e-6)
-    assert make("warmup", 1)(1) == 1  # one step only: never nothing throughout
-
-
-RISES = {"warmup": [0, 0.5, 1, 1], "decay": [1, (1 + 0.5**0.5) / 2, 0.5, 0]}
-
-
-def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatch):
-    problem = problems.prepare(parse(list(map(str, TINY))), tmp_path)
-    *_, run = runs.student_runs(problem, None)
-    assert run.identity["weight_schedule"] == "constant"
-    older = {k: v for k, v in run.identity.items() if k != "weight_schedule"}
-    run.folder(tmp_path).mkdir(parents=True)
-    (run.folder(tmp_path) / "run.json").write_text(json.dumps(older))
-    runs.check_folder(run, tmp_path)
-    changed = replace(run, identity={**run.identity, "weight_schedule": "decay"})
-    with pytest.raises(UserError, match="weight_schedule=None"):
-        runs.check_folder(changed, tmp_path)
-
-
-def chosen(accuracy, **settings):
-    """What choose_weights.py writes."""
-    environment = {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"}
-    settings = {"dataset": "digits", "held_out": 300, "seeds": [0], **settings}
-    made = {"teacher": 90.0, "environment": environment}
-    return {"settings": settings, "held_out_accuracy": accuracy, **made}
-
-
-def test_grids_of_weights_are_one_table(tmp_path):
-    files = {
-        "a.json": chosen({"w2": {"0.01": 80.0, "1e-05": 81.04}, "l2": {"1": 0.0}}),
-        "b.json": chosen({"w2": {"1": 60.0}, "mine:ROW": {"1": 70.0}}),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    page = tmp_path / "page.md"
-    page.write_text("<!-- table: a.json b.json -->\nold\n<!-- /table -->\n")
-    assert report.fill(page).splitlines()[1:-1] == [
-        "| λ | 1e-05 | 0.01 | 1 |",
-        "|---|---|---|---|",
-        "| W2 (E) | **81.0** | 80.0 | 60.0 |",
-        "| paired L2 |  |  | diverged |",
-        "| mine:ROW |  |  | **70.0** |",
-        "",
-        "digits: accuracy on 300 held-out training images, 1 seed; teacher 90.00; "
-        "Some GPU, JAX 1.2.3, commit abc1234.",
-    ]
-
-
-def test_grids_of_other_settings_are_no_table():
-    one, other = chosen({"w2": {"1": 60.0}}), chosen({"w2": {"2": 61.0}}, seeds=[0, 1])
-    with pytest.raises(UserError, match="seeds"):
-        report.weights_markdown([one, other])
-    saw = chosen({"w2": {"1": 60.0}}, teacher_saw_held_out=True)
-    assert "which the teacher has seen" in report.weights_markdown([saw])
-
-
-def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    old = "<!-- table: a.json b.json -->\nold\n<!-- /table -->\n"
-    page.write_text(old)
-    said = lambda: (report.main([str(page)]), capsys.readouterr().err)
-    status, error = said()
-    assert status == 2
-    assert error.startswith(f"error: {tmp_path / 'a.json'} is not readable as JSON; ")
-    assert error.count("\n") == 1
-    for name in ("a.json", "b.json"):
-        (tmp_path / name).write_text(json.dumps(small_results()))
-    status, error = said()
-    assert (status, error.count("\n")) == (2, 1)
-    assert "only grids of choose_weights.py" in error
-    assert page.read_text() == old
-
-
-def test_no_gap_is_a_dash():
-    text = report.markdown(small_results(teacher=86.0))
-    assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
-    assert "%" not in text.splitlines()[4]
-
-
-def test_given_teacher_has_no_time():
-    text = report.markdown(small_results(given=True))
-    assert "| teacher | 90.00 |  |  |  |  |" in text
-
-
-def test_one_seed_has_no_spread():
-    results = small_results()
-    results["runs"] = results["runs"][::2]
-    results["settings"]["seeds"] = [0]
-    results["eval_images"] = 400  # errors of 2 and 1.5: the gap of 10 counts
-    text = report.markdown(results)
-    assert "| W2 (E) | 84.00 | 86.00 | 40 % | 0.0001 | 20 |" in text
-    assert "; 1 seed; " in text
-    assert "±" not in text
-
-
-def test_held_out_images_are_called_so():
-    results = small_results()
-    results["settings"]["held_out"] = 100
-    assert "accuracy on 100 held-out training images" in report.markdown(results)
-
-
-def test_report_is_rendered_again_from_json(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(small_results()))
-    script = (str(EXPERIMENTS / "report.py"),)
-    env = environ(PYTHONIOENCODING="utf-8")
-    done = command("results.json", script=script, cwd=tmp_path, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == GOLDEN.strip()
-
-
-def test_curves_of_runs_with_few_evaluations(tmp_path):
-    """The last epoch always is evaluated, others may not be."""
-    results = small_results()
-    for run in results["runs"]:
-        del run["history"][0]["test_accuracy"]
-    curves.of_runs(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_curves_without_distilled_students(tmp_path):
-    results = small_results()
-    del results["runs"][2:]
-    curves.of_runs(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_weights_are_named_without_their_place():
-    results = small_results()
-    results["settings"]["pretrained_teacher"] = "/home/me/resnet18.safetensors"
-    text = report.markdown(results)
-    assert "--seeds 0 1 --pretrained-teacher resnet18.safetensors`" in text
-
-
-def test_terminal_table_says_what_markdown_says():
-    file = io.StringIO()
-    report.show(small_results(), Console(file=file, width=120))
-    rows = [
-        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
-        for line in table_lines(file.getvalue())
-    ]
-    assert rows == [list(report.COLUMNS), *map(list, report.table(small_results()))]
-
-
-# ---------------------------------------------------------------------------
-# Settings.
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_arrives(recipe):
-    found = parse(["--dataset", "cifar10", "--recipe", recipe])
-    assert found.recipe == recipe
-    for field in fields(Settings):
-        if field.name in ("dataset", "recipe"):
-            continue
-        expected = RECIPES[recipe].get(field.name, field.default)
-        if isinstance(expected, Path):
-            expected = expected.expanduser()
-        assert getattr(found, field.name) == expected, field.name
-
-
-def test_recipes_have_only_settings():
-    names = {field.name for field in fields(Settings)}
-    tables = [*RECIPES.values(), *settings_module.DATASET_SETTINGS.values()]
-    for table in (*tables, LAPTOP_DIGITS):
-        assert set(table) <= names
-
-
-def test_paper_recipe_is_the_papers():
-    """KD2M, arXiv 2504.01757, section 4 and its released code."""
-    found = parse(["--dataset", "cifar10", "--recipe", "paper"])
-    assert (found.teacher_model, found.student_model) == ("ResNet34", "ResNet18")
-    assert (found.stem, found.width) == ("imagenet", 64)
-    assert (found.batch_size, found.epochs) == (128, 15)
-    assert (found.lr, found.lr_end, found.momentum) == (1e-2, 1e-4, 0.9)
-    assert (found.weight_decay, found.nesterov) == (0.0, False)
-    assert found.schedule == "cosine-epoch"
-    assert (found.train_images, found.student_images) == (None, None)
-
-
-@pytest.mark.parametrize("form", ["--lr 0.5", "--lr=0.5"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_command_line_comes_last(recipe, form):
-    found = parse([*form.split(), "--recipe", recipe, "--width", "8"])
-    assert (found.lr, found.width) == (0.5, 8)
-    assert found.batch_size == RECIPES[recipe]["batch_size"]
-
-
-def test_digits_on_a_laptop_is_the_default():
-    found = parse([])
-    assert (found.dataset, found.recipe) == ("digits", "laptop")
-    assert found.data_dir is None
-    for name, value in LAPTOP_DIGITS.items():
-        assert getattr(found, name) == value
-    assert not found.flip  # numerals are never mirrored
-    assert found.padding == 1
-    assert found.distances == settings_module.KD2M
-
-
-def test_digits_of_another_recipe_keeps_its_epochs():
-    found = parse(["--recipe", "strong"])
-    assert found.epochs == RECIPES["strong"]["epochs"]
-    assert found.student_images is None
-    assert not found.flip
-    assert parse(["--dataset", "cifar10"]).flip
-
-
-def test_weights_come_before_weight_before_the_catalogue():
-    line = ["--distances", "w2", "cw2", "jw2"]
-    found = parse([*line, "--weights", "w2", "0.5", "cw2", "0", "--weight", "0.25"])
-    assert [weight_of(found, name) for name in found.distances] == [0.5, 0.0, 0.25]
-    found = parse([*line, "--weights", "w2", "0.5", "--scale", "teacher"])
-    assert weight_of(found, "w2") == 0.5
-    assert weight_of(found, "cw2") == DISTANCES["cw2"].weight
-    found = parse([*line, "--weight", "0"])
-    assert weight_of(found, "w2") == 0.0
-    # The catalogue's are for scaled distances; raw ones have the released code's.
-    found = parse([*line, "--scale", "None"])
-    assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
-
-
-def test_settings_as_json():
-    found = parse(["--out", "a/b", "--weights", "w2", "0.5"])
-    values = json.loads(json.dumps(settings_module.as_json(found)))
-    assert set(values) == {field.name for field in fields(Settings)}
-    assert values["out"] == "a/b"
-    assert values["weights"] == {"w2": 0.5}
-    assert values["teacher"] is None
-
-
-def described():
-    """Each setting and the text below it in the source."""
-    body = ast.parse(Path(settings_module.__file__).read_text()).body
-    (node,) = (n for n in body if getattr(n, "name", "") == "Settings")
-    return {
-        field.target.id: text.value.value
-        for field, text in zip(node.body, node.body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_help_explains_every_option(recipe, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stop:
-        parse(["--recipe", recipe, "--help"])
-    assert stop.value.code == 0
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    squeezed = re.sub(r"[\s│|]+", "", plain)
-    texts = described()
-    for field in fields(Settings):
-        assert f"--{field.name.replace('_', '-')}" in plain, field.name
-        text = re.sub(r"[\s│|]+", "", texts[field.name])
-        assert text in squeezed, field.name
-    # The recipe's own values are the defaults shown.
-    for name in ("lr", "epochs"):
-        value = getattr(parse(["--recipe", recipe]), name)
-        option = squeezed[squeezed.index(f"--{name.replace('_', '-')}") :]
-        assert f"(default:{value})" in option[:200], name
-
-
-def test_schedules():
-    """Values at the ends, in the middle, and within an epoch; ten steps per epoch."""
-
-    def rates(*line, steps):
-        settings = parse(["--lr", "0.5", "--lr-end", "0.1", *line])
-        schedule = optimizers.make_schedule(settings, 10, 4)
-        return [float(schedule(step)) for step in steps]
-
-    constant = rates("--schedule", "constant", steps=[0, 20, 39])
-    assert constant == pytest.approx([0.5, 0.5, 0.5])
-    cosine = ("--schedule", "cosine", "--warmup")
-    found = rates(*cosine, "0", steps=[0, 20, 40])
-    assert found == pytest.approx([0.5, 0.3, 0.1])
-    found = rates(*cosine, "0.25", steps=[0, 5, 10, 25, 40])
-    assert found == pytest.approx([0.0, 0.25, 0.5, 0.3, 0.1])
-    found = rates("--schedule", "cosine-epoch", steps=[0, 9, 20, 29])
-    assert found == pytest.approx([0.5, 0.5, 0.3, 0.3])
-    found = rates("--schedule", "onecycle", steps=[0, 6, 12, 26, 40])
-    assert found == pytest.approx([0.02, 0.26, 0.5, 0.25, 2e-6], rel=1e-4)
-
-
-def test_adamw_decays_apart_from_its_moments():
-    line = ["--optimizer", "adamw", "--lr", "0.5", "--weight-decay", "0.1"]
-    settings = parse(line)
-    tx = optimizers.make_optimizer(settings, 0.5)
-    params = {"w": np.float32([2.0, -1.0])}
-    gradient = {"w": np.float32([3.0, 0.0])}
-    updates, _ = tx.update(gradient, tx.init(params), params)
-    # A first step of Adam is of size lr; the decay is lr * 0.1 * w.
-    np.testing.assert_allclose(updates["w"], [-0.5 - 0.1, 0.05], rtol=1e-4)
-
-
-def test_epoch_order_is_of_seed_and_epoch():
-    run = lambda seed: runs.Run("student", seed, 0.0, 2, np.arange(100, 170), {})
-    first = runs.epoch_order(run(0), 0, 32)
-    assert first.shape == (2, 32)  # the last 6 wait for another epoch
-    assert first.dtype == np.int32
-    assert len(np.unique(first)) == 64
-    assert set(first.ravel()) <= set(range(100, 170))
-    np.testing.assert_array_equal(first, runs.epoch_order(run(0), 0, 32))
-    assert (first != runs.epoch_order(run(0), 1, 32)).any()
-    assert (first != runs.epoch_order(run(1), 0, 32)).any()
-
-
-def test_parts_are_nested_and_disjoint():
-    settings = parse(["--train-images", "800", "--student-images", "200"])
-    settings = type(settings)(**{**vars(settings), "held_out": 300})
-    digits = data.load("digits")
-    parts = problems.split(digits, settings)
-    assert (len(parts.teacher), len(parts.student)) == (800, 200)
-    assert set(parts.student) <= set(parts.teacher)
-    assert len(parts.eval_labels) == 300
-    # What is evaluated on is in nobody's training set.
-    training = {digits.train_images[i].tobytes() for i in parts.teacher}
-    held_out = {image.tobytes() for image in parts.eval_images}
-    assert not training & held_out
-    np.testing.assert_array_equal(np.bincount(digits.train_labels[parts.student]), 20)
-
-
-@pytest.mark.parametrize("name", models.NETWORKS)
-def test_networks_by_name(name):
-    assert tuple(models.NETWORKS) == settings_module.MODELS
-    model = models.build(
-        name, num_classes=7, stem="cifar", width=4, dtype=np.float32, axis_name="batch"
-    )
-    found = models.shapes(name, model, (8, 8, 1), 2)
-    assert found["logits"].shape == (2, 7)
-    assert found["features"].ndim == 2
-    assert found["maps"]
-    text = inspect.cleandoc(described()["teacher_model"])
-    assert name in re.findall(r"\w+", text)
-
-
-def test_settings_errors_are_user_errors():
-    with pytest.raises(UserError, match="unknown stem"):
-        parse(["--stem", "other"])

@@ -15,9 +15,9 @@ from test_experiments import (  # the fixtures are used by name
     results_of,
     settings_of_jax,  # noqa: F401
     shared,  # noqa: F401
-    small_results,
     tiny,
 )
+from test_report import small_results
 
 import embedding  # isort: skip
 import charts  # isort: skip

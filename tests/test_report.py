@@ -1,0 +1,247 @@
+"""What a reader sees of runs: tables, shares of the gap, curves, grids of weights."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+from test_experiments import (
+    EXPERIMENTS,
+    command,
+    environ,
+    settings_of_jax,  # noqa: F401  (a fixture)
+    table_lines,
+)
+
+import curves  # isort: skip
+import report  # isort: skip
+from settings import UserError  # isort: skip
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "student", "teacher", "images", "expected"),
+    [
+        # Two seeds: error sqrt(2) / sqrt(2) = 1; teacher sqrt(90 * 10 / 100) = 3;
+        # together 3.16, and the gap of 9 is more than twice that.
+        (84.6, [80.0, 82.0], 90.0, 100, 40.0),
+        (81.0, [80.0, 82.0], 90.0, 100, 0.0),
+        (76.5, [80.0, 82.0], 90.0, 100, -50.0),
+        (94.5, [80.0, 82.0], 90.0, 100, 150.0),
+        # A quarter of the images: sqrt(1 + 36) = 6.1, twice that exceeds 9.
+        (84.6, [80.0, 82.0], 90.0, 25, None),
+        # Seeds 16 apart: 8 sqrt(2) / sqrt(2) = 8, and 15 is less than 16.
+        (90.0, [72.0, 88.0], 95.0, 10_000, None),
+        # One seed: sqrt(25 + 22.44) = 6.9; 16 is more than 13.8, 13 is not.
+        (58.0, [50.0], 66.0, 100, 50.0),
+        (58.0, [50.0], 63.0, 100, None),
+        # A teacher that is worse, equal, or perfect like its student.
+        (60.0, [80.0], 70.0, 10_000, None),
+        (80.0, [80.0], 80.0, 10_000, None),
+        (100.0, [100.0], 100.0, 100, None),
+        (100.0, [100.0, 100.0], 100.0, 100, None),
+    ],
+)
+def test_gap_closed(accuracy, student, teacher, images, expected):
+    found = report.gap_closed(accuracy, student, teacher, images)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def small_results(teacher=90.0, given=False):
+    def run(name, title, seed, accuracy, best, weight, seconds):
+        history = [
+            {"epoch": 1, "loss": 2.0, name: 4.0, "test_accuracy": best},
+            {"epoch": 2, "loss": 1.0, name: 2.0, "test_accuracy": accuracy},
+        ]
+        return {
+            "name": name,
+            "title": title,
+            "seed": seed,
+            "accuracy": accuracy,
+            "best_accuracy": best,
+            "weight": weight,
+            "history": history,
+            "timing": {"seconds": seconds},
+            "environment": environment,
+        }
+
+    environment = {
+        "device_count": 2,
+        "device": "Some GPU",
+        "jax": "1.2.3",
+        "commit": "abc1234",
+    }
+    return {
+        "settings": {
+            "dataset": "digits",
+            "recipe": "laptop",
+            "student_model": "ResNet18",
+            "width": 16,
+            "stem": "cifar",
+            "seeds": [0, 1],
+            "held_out": 0,
+        },
+        "eval_images": 100,
+        "teacher": {
+            "model": "ResNet34",
+            "width": 32,
+            "accuracy": teacher,
+            "best_accuracy": None if given else 91.5,
+            "timing": None if given else {"seconds": 61.4},
+            "environment": None if given else environment,
+        },
+        "runs": [
+            run("student", "student", 0, 80.0, 80.5, 0.0, 10.0),
+            run("student", "student", 1, 82.0, 82.5, 0.0, 13.0),
+            run("w2", "W2 (E)", 0, 84.0, 86.0, 1e-4, 20.0),
+            run("w2", "W2 (E)", 1, 85.2, 85.2, 1e-4, 20.0),
+        ],
+        "environment": {
+            **environment,
+            "commit": "of-the-last-command",
+            "command": "python experiments/cifar.py --out /home/me --seeds 0 1",
+        },
+    }
+
+
+# By hand: means 81 and 84.6, standard deviations sqrt(2) and 0.6 sqrt(2), of the best
+# ones sqrt(2) and 0.4 sqrt(2); (84.6 - 81) / (90 - 81) = 40 %.
+GOLDEN = """\
+|  | last epoch % | best epoch % | gap closed | λ | seconds |
+|---|---|---|---|---|---|
+| student | 81.00 ± 1.41 | 81.50 ± 1.41 | – |  | 12 |
+| teacher | 90.00 | 91.50 |  |  | 61 |
+| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | 40 % | 0.0001 | 20 |
+
+digits, recipe laptop: ResNet34 (width 32) to ResNet18 (width 16), cifar stem; \
+accuracy on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, commit abc1234. \
+`python experiments/cifar.py --dataset digits --seeds 0 1`
+"""
+
+
+def test_markdown():
+    assert report.markdown(small_results()) == GOLDEN
+
+
+def chosen(accuracy, **settings):
+    """What choose_weights.py writes."""
+    environment = {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"}
+    settings = {"dataset": "digits", "held_out": 300, "seeds": [0], **settings}
+    made = {"teacher": 90.0, "environment": environment}
+    return {"settings": settings, "held_out_accuracy": accuracy, **made}
+
+
+def test_grids_of_weights_are_one_table(tmp_path):
+    files = {
+        "a.json": chosen({"w2": {"0.01": 80.0, "1e-05": 81.04}, "l2": {"1": 0.0}}),
+        "b.json": chosen({"w2": {"1": 60.0}, "mine:ROW": {"1": 70.0}}),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: a.json b.json -->\nold\n<!-- /table -->\n")
+    assert report.fill(page).splitlines()[1:-1] == [
+        "| λ | 1e-05 | 0.01 | 1 |",
+        "|---|---|---|---|",
+        "| W2 (E) | **81.0** | 80.0 | 60.0 |",
+        "| paired L2 |  |  | diverged |",
+        "| mine:ROW |  |  | **70.0** |",
+        "",
+        "digits: accuracy on 300 held-out training images, 1 seed; teacher 90.00; "
+        "Some GPU, JAX 1.2.3, commit abc1234.",
+    ]
+
+
+def test_grids_of_other_settings_are_no_table():
+    one, other = chosen({"w2": {"1": 60.0}}), chosen({"w2": {"2": 61.0}}, seeds=[0, 1])
+    with pytest.raises(UserError, match="seeds"):
+        report.weights_markdown([one, other])
+    saw = chosen({"w2": {"1": 60.0}}, teacher_saw_held_out=True)
+    assert "which the teacher has seen" in report.weights_markdown([saw])
+
+
+def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    old = "<!-- table: a.json b.json -->\nold\n<!-- /table -->\n"
+    page.write_text(old)
+    said = lambda: (report.main([str(page)]), capsys.readouterr().err)
+    status, error = said()
+    assert status == 2
+    assert error.startswith(f"error: {tmp_path / 'a.json'} is not readable as JSON; ")
+    assert error.count("\n") == 1
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(small_results()))
+    status, error = said()
+    assert (status, error.count("\n")) == (2, 1)
+    assert "only grids of choose_weights.py" in error
+    assert page.read_text() == old
+
+
+def test_no_gap_is_a_dash():
+    text = report.markdown(small_results(teacher=86.0))
+    assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
+    assert "%" not in text.splitlines()[4]
+
+
+def test_given_teacher_has_no_time():
+    text = report.markdown(small_results(given=True))
+    assert "| teacher | 90.00 |  |  |  |  |" in text
+
+
+def test_one_seed_has_no_spread():
+    results = small_results()
+    results["runs"] = results["runs"][::2]
+    results["settings"]["seeds"] = [0]
+    results["eval_images"] = 400  # errors of 2 and 1.5: the gap of 10 counts
+    text = report.markdown(results)
+    assert "| W2 (E) | 84.00 | 86.00 | 40 % | 0.0001 | 20 |" in text
+    assert "; 1 seed; " in text
+    assert "±" not in text
+
+
+def test_held_out_images_are_called_so():
+    results = small_results()
+    results["settings"]["held_out"] = 100
+    assert "accuracy on 100 held-out training images" in report.markdown(results)
+
+
+def test_report_is_rendered_again_from_json(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(small_results()))
+    script = (str(EXPERIMENTS / "report.py"),)
+    env = environ(PYTHONIOENCODING="utf-8")
+    done = command("results.json", script=script, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == GOLDEN.strip()
+
+
+def test_curves_of_runs_with_few_evaluations(tmp_path):
+    """The last epoch always is evaluated, others may not be."""
+    results = small_results()
+    for run in results["runs"]:
+        del run["history"][0]["test_accuracy"]
+    curves.of_runs(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_without_distilled_students(tmp_path):
+    results = small_results()
+    del results["runs"][2:]
+    curves.of_runs(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_are_named_without_their_place():
+    results = small_results()
+    results["settings"]["pretrained_teacher"] = "/home/me/resnet18.safetensors"
+    text = report.markdown(results)
+    assert "--seeds 0 1 --pretrained-teacher resnet18.safetensors`" in text
+
+
+def test_terminal_table_says_what_markdown_says():
+    file = io.StringIO()
+    report.show(small_results(), Console(file=file, width=120))
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in table_lines(file.getvalue())
+    ]
+    assert rows == [list(report.COLUMNS), *map(list, report.table(small_results()))]
