@@ -94,6 +94,18 @@ def test_a_part_is_told_to_save_when_the_time_is_up(
     assert (count(out, "one"), count(out, "two")) == (2, 1)
 
 
+def test_a_step_without_all_its_rows_is_not_finished(tmp_path, capsys, monkeypatch):
+    """By benchmarks/step.py itself, whose rows have no time."""
+    environment = environ()
+    for name in ("PYTHONPATH", "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.setattr(lease, "LEAST", 1.0)
+    line = ["--out", str(tmp_path), "--parts", "step", "--minutes", "0.9"]
+    assert lease.main(line) == lease.TIME_IS_UP
+    assert "rows are missing" in capsys.readouterr().out
+    assert not (tmp_path / "lease.json").exists()
+
+
 def test_unknown_parts_are_refused(tmp_path, scripted, capsys):
     out = tmp_path / "out"
     assert lease.main(["--out", str(out), "--parts", "one", "three"]) == 2
