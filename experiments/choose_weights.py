@@ -49,15 +49,18 @@ def choose(settings, grid, console) -> dict[str, object]:
             # one folder per lambda, one set of compiled programs for all
             problem.settings = dataclasses.replace(settings, weight=weight)
             problem.out = out / f"weight-{weight:g}"
-            for run in runs.student_runs(problem, teacher.digest):
-                if run.name == "student":
+            for group in runs.groups(problem, teacher.digest):
+                name = group[0].name
+                if name == "student":
                     continue
                 try:
-                    result = runs.train(problem, run, model, teacher, reporter)
-                    reached = result["accuracy"]
+                    results = runs.train_together(
+                        problem, group, model, teacher, reporter
+                    )
+                    reached = sum(result["accuracy"] for result in results)
                 except RunError:  # a lambda may be far too large
                     reached = 0.0
-                row = accuracy[run.name]
+                row = accuracy[name]
                 share = reached / len(settings.seeds)
                 row[f"{weight:g}"] = row.get(f"{weight:g}", 0.0) + share
     best = {

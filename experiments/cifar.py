@@ -151,11 +151,12 @@ def _train_all(problem, source, console):
         layers.prepare(problem, teacher, reporter.progress.console)
         results = []
         student = problem.model(settings.student_model, settings.width)
-        for run in runs.student_runs(problem, teacher.digest):
-            results.append(runs.train(problem, run, student, teacher, reporter))
-            reporter.progress.console.print(
-                f"{run.name} seed {run.seed}: {results[-1]['accuracy']:.2f} %"
-            )
+        for group in runs.groups(problem, teacher.digest):
+            results += runs.train_together(problem, group, student, teacher, reporter)
+            for run, result in zip(group, results[-len(group) :], strict=True):
+                reporter.progress.console.print(
+                    f"{run.name} seed {run.seed}: {result['accuracy']:.2f} %"
+                )
 
     trained = teacher.result
     summary = {

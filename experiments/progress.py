@@ -1,4 +1,4 @@
-"""How far a run has come: what its checkpoints hold.
+"""How far runs have come: what their checkpoints hold.
 
 A checkpoint may lie between any two dispatches.  It then holds what the epoch's steps
 add up to so far, in float64 and in their order, so that a run that is cut anywhere and
@@ -8,7 +8,7 @@ continued ends with the same history, to the last bit.
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -80,28 +80,28 @@ def _first_not_finite(metrics):
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come, or several that train together.
 
     Attributes:
-      title: of the run, in messages.
-      folder: of its checkpoints.
-      about: what each of them says of the run.
+      titles: of the runs, in messages.
+      folder: of their checkpoints.
+      about: what each of them says of the runs.
       steps: in an epoch.
-      state: after the newest step.
-      history: a record of each epoch that has ended.
-      tally: of the epoch that has not.
-      earlier: seconds that earlier commands spent on it.
+      state: after the newest step; of several runs, as `train_step.stack_states`.
+      histories: of each run, a record of each epoch that has ended.
+      tallies: of each run, of the epoch that has not.
+      earlier: seconds that earlier commands spent.
       first_step: seconds to the end of this command's first step.
       last: the newest checkpoint, None before the first.
     """
 
-    title: str
+    titles: Sequence[str]
     folder: Path
     about: Mapping[str, object]
     steps: int
     state: train_step.TrainState
-    history: list[dict[str, object]] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
+    histories: list[list[dict[str, object]]] = field(default_factory=list)
+    tallies: list[Tally] = field(default_factory=list)
     earlier: float = 0.0
     first_step: float | None = None
     last: Path | None = None
@@ -109,13 +109,18 @@ class Progress:
     def __post_init__(self):
         """Goes on from the newest checkpoint that is whole."""
         self.began = self.saved = time.monotonic()
+        self.histories = [[] for _ in self.titles]
+        self.tallies = [Tally() for _ in self.titles]
         last = processes.first(lambda: str(checkpoint.latest(self.folder) or ""))
         self.last = Path(last) if last else None
         self.state = processes.first_tree(self._restored, self.state)
         if self.last is not None:
             meta = processes.first(lambda: checkpoint.read_meta(self.last))
-            self.history, self.earlier = meta["history"], meta["seconds"]
-            self.tally = Tally(**meta.get("tally", {}))
+            self.earlier = meta["seconds"]
+            alone = {"history": meta["history"], "tally": meta.get("tally", {})}
+            every = meta.get("together") or [alone]
+            self.histories = [of["history"] for of in every]
+            self.tallies = [Tally(**of["tally"]) for of in every]
 
     def _restored(self):
         if self.last is None:
@@ -123,46 +128,72 @@ class Progress:
         return checkpoint.restore(self.last, self.state)[0]
 
     @property
+    def epoch(self) -> int:
+        """Number of epochs that have ended."""
+        return len(self.histories[0])
+
+    @property
+    def taken(self) -> int:
+        """Number of steps of the epoch that has not."""
+        return self.tallies[0].steps
+
+    @property
     def step(self) -> int:
         """Number of steps taken."""
-        return len(self.history) * self.steps + self.tally.steps
+        return self.epoch * self.steps + self.taken
 
     @property
     def seconds(self) -> float:
         """Time spent, by earlier commands too."""
         return self.earlier + time.monotonic() - self.began
 
+    def split(self, metrics: Mapping) -> list[Mapping]:
+        """The metrics of each run, whose axis is the last where there are several."""
+        if len(self.titles) == 1:
+            return [metrics]
+        return [
+            {name: np.asarray(value)[..., i] for name, value in metrics.items()}
+            for i in range(len(self.titles))
+        ]
+
     def take(self, metrics: Mapping, *, stop: bool) -> None:
         """Counts the steps of a dispatch; ``stop``: not past one that is not finite."""
-        found = _first_not_finite(metrics) if stop else None
-        if found is not None:
-            place, terms = found
-            said = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
-            last = f"last checkpoint: {self.last}" if self.last else "no checkpoint yet"
-            raise RunError(
-                f"{self.title}: loss or gradient not finite at step "
-                f"{self.step + place + 1} ({said}); lower --lr or the weight in "
-                f"another --out, or leave such steps out by --on-nonfinite skip; {last}"
-            )
-        self.tally.add(metrics)
+        every = self.split(metrics)
+        for title, own in zip(self.titles, every, strict=True):
+            found = _first_not_finite(own) if stop else None
+            if found is not None:
+                raise RunError(self._not_finite(title, *found))
+        for tally, own in zip(self.tallies, every, strict=True):
+            tally.add(own)
 
-    def means(self) -> dict[str, float]:
-        """Means over the epoch's steps; warns of what went wrong in them."""
-        tally, epoch = self.tally, len(self.history) + 1
-        if tally.skipped == tally.steps:
-            raise RunError(
-                f"{self.title}: loss or gradient not finite at any of the "
-                f"{tally.steps} steps of epoch {epoch}; lower --lr or the weight in "
-                "another --out"
-            )
-        for complaint in tally.complaints():
-            warnings.warn(f"{self.title}: epoch {epoch}: {complaint}", stacklevel=3)
-        return tally.means()
+    def _not_finite(self, title, place, terms):
+        said = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
+        last = f"last checkpoint: {self.last}" if self.last else "no checkpoint yet"
+        return (
+            f"{title}: loss or gradient not finite at step {self.step + place + 1} "
+            f"({said}); lower --lr or the weight in another --out, or leave such steps "
+            f"out by --on-nonfinite skip; {last}"
+        )
 
-    def end_epoch(self, record: dict[str, object]) -> None:
-        """Closes the epoch's tally."""
-        self.history.append(record)
-        self.tally = Tally()
+    def means(self) -> list[dict[str, float]]:
+        """Each run's means over the epoch's steps; warns of what went wrong in them."""
+        epoch = self.epoch + 1
+        for title, tally in zip(self.titles, self.tallies, strict=True):
+            if tally.skipped == tally.steps:
+                raise RunError(
+                    f"{title}: loss or gradient not finite at any of the "
+                    f"{tally.steps} steps of epoch {epoch}; lower --lr or the weight "
+                    "in another --out"
+                )
+            for complaint in tally.complaints():
+                warnings.warn(f"{title}: epoch {epoch}: {complaint}", stacklevel=3)
+        return [tally.means() for tally in self.tallies]
+
+    def end_epoch(self, records: Sequence[dict[str, object]]) -> None:
+        """Closes the epoch's tallies with a record of each run."""
+        for history, record in zip(self.histories, records, strict=True):
+            history.append(record)
+        self.tallies = [Tally() for _ in self.titles]
 
     def due(self, seconds: float) -> bool:
         """Whether the last checkpoint is as old as that."""
@@ -170,12 +201,13 @@ class Progress:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        meta = {
-            **self.about,
-            "history": self.history,
-            "tally": asdict(self.tally),
-            "seconds": self.seconds,
-        }
+        every = [
+            {"history": history, "tally": asdict(tally)}
+            for history, tally in zip(self.histories, self.tallies, strict=True)
+        ]
+        meta = {**self.about, **every[0], "seconds": self.seconds}
+        if every[1:]:
+            meta["together"] = every
         save = lambda: checkpoint.save(self.folder, self.step, self.state, meta)
         self.last = Path(processes.first(lambda: str(save())))
         self.saved = time.monotonic()

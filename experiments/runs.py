@@ -5,11 +5,13 @@ A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its r
 result in an existing folder is refused before anything starts.
 """
 
+import itertools
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +27,10 @@ import records
 import signals
 from flax import linen as nn
 from problems import Problem
-from progress import Progress
+from progress import Progress, Tally
 from settings import FEATURE_ONLY, UserError, as_json, weight_of
 
-from kddm_jax import resnet, train_step
+from kddm_jax import checkpoint, resnet, train_step
 from kddm_jax.losses import carries_weights
 from kddm_jax.projectors import without_projectors
 
@@ -128,6 +130,8 @@ class Run:
       indices: of the training images it sees.
       identity: what decides its result, as JSON values.
       start: weights of a file that it starts from, None for fresh ones.
+      batches: seed of order and augmentation where runs of several seeds share their
+        batches; None: its own.
     """
 
     name: str
@@ -137,6 +141,12 @@ class Run:
     indices: np.ndarray
     identity: dict[str, object]
     start: pretrained.Pretrained | None = None
+    batches: int | None = None
+
+    @property
+    def seed_of_batches(self) -> int:
+        """Of order and augmentation."""
+        return self.seed if self.batches is None else self.batches
 
     def folder(self, out: Path) -> Path:
         """Where it lives."""
@@ -177,6 +187,7 @@ def teacher_run(problem: Problem) -> Run:
 def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Students alone, then distilled ones; those of one distance follow each other."""
     settings, start = problem.settings, problem.starts.get("student")
+    batches = settings.seeds[0] if settings.together else None
     for name in ("student", *settings.distances):
         fields, more = STUDENT_FIELDS, {}
         if name not in ALONE:
@@ -194,9 +205,21 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
                 weight=more.get("weight", 0.0),
                 epochs=settings.epochs,
                 indices=problem.parts.student,
-                identity=_identity(problem, fields, start, seed=seed, **more),
+                identity=_identity(
+                    problem, fields, start, seed=seed, batches=batches, **more
+                ),
                 start=start,
+                batches=batches,
             )
+
+
+def groups(problem: Problem, teacher_digest: str | None) -> Iterator[list[Run]]:
+    """The runs of `student_runs`; those that train together in one list."""
+    every = student_runs(problem, teacher_digest)
+    if not problem.settings.together:
+        return ([run] for run in every)
+    named = itertools.groupby(every, key=lambda run: run.name)
+    return (list(runs) for _, runs in named)
 
 
 def check_folder(run: Run, out: Path) -> None:
@@ -225,7 +248,8 @@ def _steps_per_dispatch(settings, steps_per_epoch):
 
 def epoch_order(run: Run, epoch: int, batch_size: int) -> np.ndarray:
     """Indices of an epoch's full batches, ``[steps, batch]``, from seed and epoch."""
-    order = np.random.default_rng((run.seed, epoch)).permutation(run.indices)
+    rng = np.random.default_rng((run.seed_of_batches, epoch))
+    order = rng.permutation(run.indices)
     steps = len(order) // batch_size
     return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
 
@@ -249,10 +273,10 @@ def _what_teaches(problem, run, method, teacher):
     return problem.programs[key]
 
 
-def _train_program(problem, run, method, model, teacher, tx, length):
+def _train_program(problem, run, method, model, teacher, tx, length, count):
     """The compiled steps; runs that differ in seed, or lambda alone, share it."""
     own_weights = run.weight if carries_weights(method.distance) else None
-    key = (run.name, run.epochs, length, own_weights)
+    key = (run.name, run.epochs, length, own_weights, count)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
         teacher_apply = None
@@ -270,6 +294,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
             group_size=problem.settings.distance_group,
+            together=problem.settings.together if count > 1 else None,
             **method.options,
         )
         images = 0 if problem.streams and not of_views else None
@@ -283,9 +308,9 @@ def _train_program(problem, run, method, model, teacher, tx, length):
     return problem.programs[key]
 
 
-def _epoch(problem, run, progress, program, fixed, length, report):
+def _epoch(problem, group, progress, program, fixed, length, report):
     """Takes the steps that are left of an epoch; gives images per second."""
-    settings, epoch = problem.settings, len(progress.history)
+    settings, epoch = problem.settings, progress.epoch
     began = looked = time.monotonic()
     counted, waiting = 0, []
     speed = lambda: counted / max(time.monotonic() - began, 1e-6)
@@ -294,24 +319,26 @@ def _epoch(problem, run, progress, program, fixed, length, report):
         for metrics in jax.device_get(dispatches):
             progress.take(metrics, stop=settings.on_nonfinite == "stop")
         if dispatches:
-            report(
-                run,
-                epoch=epoch,
-                done=progress.step,
-                total=run.epochs * progress.steps,
-                metrics=metrics,
-                speed=speed(),
-            )
+            for run, own in zip(group, progress.split(metrics), strict=True):
+                report(
+                    run,
+                    epoch=epoch,
+                    done=progress.step,
+                    total=run.epochs * progress.steps,
+                    metrics=own,
+                    speed=speed(),
+                )
 
     watch = processes.Watch()
-    order = epoch_order(run, epoch, settings.batch_size)
-    of_views = _on_views(problem, run)
+    first = group[0]
+    order = epoch_order(first, epoch, settings.batch_size)
+    of_views = _on_views(problem, first)
     if of_views:
-        order = problem.views.order(order, run.seed, epoch)
-    order = order[progress.tally.steps :]
+        order = problem.views.order(order, first.seed_of_batches, epoch)
+    order = order[progress.taken :]
     for inputs in problem.dispatches(order, length, of_views=of_views):
         progress.state, metrics = program(progress.state, fixed, *inputs)
-        counted += length * settings.batch_size
+        counted += length * settings.batch_size * len(group)
         waiting.append(metrics)
         if progress.first_step is None:  # compiling is no part of the speed
             jax.block_until_ready(metrics)
@@ -330,10 +357,50 @@ def _epoch(problem, run, progress, program, fixed, length, report):
             if asked:  # of another process, maybe
                 signals.ask()
             signals.check()
-            if progress.tally.steps < progress.steps:
+            if progress.taken < progress.steps:
                 progress.save()
     look(waiting)
     return speed()
+
+
+def _finished(problem, run):
+    """The result of a run that has ended; else its folder is begun, and None."""
+
+    def begin():
+        check_folder(run, problem.out)
+        folder = run.folder(problem.out)
+        if (folder / "result.json").exists():
+            return json.loads((folder / "result.json").read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write_json(folder / "run.json", run.identity)
+        return None
+
+    return processes.first(begin)
+
+
+def _fresh(problem, run, model, method, tx):
+    """The state in which a run begins."""
+    variables = (
+        run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
+    )
+    if method.projectors:
+        key = jax.random.fold_in(jax.random.key(run.seed), 1)
+        variables = methods.with_projectors(method, variables, key, problem.shapes[0])
+    seed = run.seed_of_batches
+    return train_step.create_state(variables, tx, seed=seed, weight=run.weight)
+
+
+def _about(problem, run):
+    """What a checkpoint says of its run."""
+    return {
+        "run": run.identity,
+        "num_classes": problem.num_classes,
+        "channels": problem.channels,
+    }
+
+
+def _name(run):
+    return f"{run.name} seed {run.seed}"
 
 
 def train(
@@ -364,78 +431,161 @@ def train(
       UserError: the folder's run was made by other settings.
       CheckpointError: checkpoints cannot be written, or all are damaged.
     """
-    settings, folder = problem.settings, run.folder(problem.out)
-    result_path = folder / "result.json"
-
-    def begin():
-        check_folder(run, problem.out)
-        if result_path.exists():
-            return json.loads(result_path.read_text())
-        folder.mkdir(parents=True, exist_ok=True)
-        records.write_json(folder / "run.json", run.identity)
-        return None
-
-    if finished := processes.first(begin):
+    if finished := _finished(problem, run):
         return finished
+    folder = run.folder(problem.out) / "checkpoints"
+    (result,) = _train(problem, [run], model, teacher, report, observe, folder)
+    return result
+
+
+def train_together(
+    problem: Problem,
+    group: Sequence[Run],
+    model: nn.Module,
+    teacher: "Teacher | None",
+    report: Callable[..., None],
+) -> list[dict[str, object]]:
+    """Trains runs that differ in seed alone in one program, on the same batches.
+
+    Until all have ended, their checkpoints are one, in ``together-<seeds>`` beside
+    their folders; then each has its own.
+
+    Args:
+      problem: data, devices, settings.
+      group: the runs, of one name and the same batches.
+      model: the network.
+      teacher: None for cross-entropy alone.
+      report: as of `train`, for each of them.
+
+    Returns:
+      Their results.
+
+    Raises:
+      As `train`; what stops one of them stops all.
+    """
+    known = [_finished(problem, run) for run in group]
+    shared = _shared_folder(problem, group)
+    if all(known):
+        processes.first(lambda: shutil.rmtree(shared, ignore_errors=True))
+        return known
+    # A command that was cut between two results makes both again, from the end.
+    left = list(group) if processes.first(shared.exists) else [
+        run for run, result in zip(group, known, strict=True) if result is None
+    ]  # fmt: skip
+    if len(left) < 2:
+        return [train(problem, run, model, teacher, report) for run in group]
+    shared = _shared_folder(problem, left)
+    made = _train(problem, left, model, teacher, report, None, shared / "checkpoints")
+    processes.first(lambda: shutil.rmtree(shared))
+    found = {run.seed: result for run, result in zip(left, made, strict=True)}
+    return [
+        found.get(run.seed, result) for run, result in zip(group, known, strict=True)
+    ]
+
+
+def _shared_folder(problem, group):
+    seeds = "-".join(str(run.seed) for run in group)
+    return group[0].folder(problem.out).parent / f"together-{seeds}"
+
+
+def _train(problem, group, model, teacher, report, observe, folder):
+    """Trains runs of one program from the last checkpoint of a folder to their end."""
+    settings, first, alone = problem.settings, group[0], len(group) == 1
 
     # --- state: fresh, or that of the last checkpoint --------------------------
-    steps = len(run.indices) // settings.batch_size
-    schedule = optimizers.make_schedule(settings, steps, run.epochs)
+    steps = len(first.indices) // settings.batch_size
+    schedule = optimizers.make_schedule(settings, steps, first.epochs)
     tx = optimizers.make_optimizer(settings, schedule)
-    variables = (
-        run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
-    )
-    method = method_of(problem, run.name, run.weight)
-    if method.projectors:
-        key = jax.random.fold_in(jax.random.key(run.seed), 1)
-        variables = methods.with_projectors(method, variables, key, problem.shapes[0])
-    state = train_step.create_state(variables, tx, seed=run.seed, weight=run.weight)
-    about = {
-        "run": run.identity,
-        "num_classes": problem.num_classes,
-        "channels": problem.channels,
-    }
-    title = f"{run.name} seed {run.seed}"
-    progress = Progress(title, folder / "checkpoints", about, steps, state)
+    method = method_of(problem, first.name, first.weight)
+    states = [_fresh(problem, run, model, method, tx) for run in group]
+    state = states[0] if alone else train_step.stack_states(states)
+    about = _about(problem, first)
+    progress = Progress([_name(run) for run in group], folder, about, steps, state)
     progress.state = train_step.replicate(progress.state, problem.devices)
+
+    def each():
+        return [progress.state] if alone else train_step.unstack_states(progress.state)
 
     # --- epochs ------------------------------------------------------------------
     # From a checkpoint within an epoch on, dispatches must end with it, too.
-    length = _steps_per_dispatch(settings, math.gcd(steps, progress.tally.steps))
-    program = _train_program(problem, run, method, model, teacher, tx, length)
-    fixed, speeds = _what_teaches(problem, run, method, teacher), []
+    length = _steps_per_dispatch(settings, math.gcd(steps, progress.taken))
+    program = _train_program(
+        problem, first, method, model, teacher, tx, length, len(group)
+    )
+    fixed, speeds = _what_teaches(problem, first, method, teacher), []
     with progress.running():
-        if progress.step == 0:
+        if progress.step == 0 and observe:
             observe(0, without_projectors(progress.state.variables))
-        for epoch in range(len(progress.history), run.epochs):
-            speed = _epoch(problem, run, progress, program, fixed, length, report)
+        for epoch in range(progress.epoch, first.epochs):
+            speed = _epoch(problem, group, progress, program, fixed, length, report)
             speeds += [speed] if speed else []  # none of the step that compiles
-            record = {
-                "epoch": epoch + 1,
-                "lr": float(schedule(epoch * steps)),
-                **progress.means(),
-                "skipped": progress.tally.skipped,
-            }
-            final = epoch + 1 == run.epochs
-            deployed = without_projectors(progress.state.variables)
-            observe(epoch + 1, deployed)  # before a checkpoint says that it is over
-            if final or (epoch + 1) % settings.eval_every == 0:
-                record["test_accuracy"] = problems.evaluate(problem, model, deployed)
-            progress.end_epoch(record)
-            report(
-                run,
-                epoch=epoch,
-                done=progress.step,
-                total=run.epochs * steps,
-                metrics=record,
-                speed=speed,
-            )
+            final = epoch + 1 == first.epochs
+            evaluates = final or (epoch + 1) % settings.eval_every == 0
+            deployed = [without_projectors(state.variables) for state in each()]
+            if observe:  # before a checkpoint says that it is over
+                observe(epoch + 1, deployed[0])
+            ended = [
+                {
+                    "epoch": epoch + 1,
+                    "lr": float(schedule(epoch * steps)),
+                    **means,
+                    "skipped": tally.skipped,
+                }
+                for means, tally in zip(progress.means(), progress.tallies, strict=True)
+            ]
+            if evaluates:
+                for record, variables in zip(ended, deployed, strict=True):
+                    record["test_accuracy"] = problems.evaluate(
+                        problem, model, variables
+                    )
+            progress.end_epoch(ended)
+            for run, record in zip(group, ended, strict=True):
+                report(
+                    run,
+                    epoch=epoch,
+                    done=progress.step,
+                    total=run.epochs * steps,
+                    metrics=record,
+                    speed=speed,
+                )
             due = final or progress.due(settings.checkpoint_seconds)
             if processes.first(lambda due=due: due):
                 progress.save()
 
-    # --- result ------------------------------------------------------------------
-    history = progress.history
+    # --- results -----------------------------------------------------------------
+    if not alone:
+        _part(problem, group, progress, each())
+    timing = {
+        "seconds": progress.seconds / len(group),
+        "seconds_to_first_step": progress.first_step,
+        "images_per_second": float(np.median(speeds)) if speeds else None,
+        **({} if alone else {"together": len(group)}),
+    }
+    return [
+        _result(problem, run, history, timing)
+        for run, history in zip(group, progress.histories, strict=True)
+    ]
+
+
+def _part(problem, group, progress, states):
+    """Gives each run of a group a last checkpoint of its own."""
+    for run, state, history in zip(group, states, progress.histories, strict=True):
+        folder = run.folder(problem.out) / "checkpoints"
+        meta = {
+            **_about(problem, run),
+            "history": history,
+            "tally": asdict(Tally()),
+            "seconds": progress.seconds / len(group),
+        }
+        processes.first(
+            lambda folder=folder, state=state, meta=meta: str(
+                checkpoint.save(folder, progress.step, state, meta)
+            )
+        )
+
+
+def _result(problem, run, history, timing):
+    """Writes and returns the result of a run that has ended."""
     evaluated = [r for r in history if "test_accuracy" in r]
     best = max(evaluated, key=lambda r: r["test_accuracy"])
     result = {
@@ -448,12 +598,9 @@ def train(
         "best_epoch": best["epoch"],
         "settings": run.identity,
         "history": history,
-        "timing": {
-            "seconds": progress.seconds,
-            "seconds_to_first_step": progress.first_step,
-            "images_per_second": float(np.median(speeds)) if speeds else None,
-        },
+        "timing": timing,
         "environment": records.environment(problem.devices),
     }
-    processes.first(lambda: records.write_json(result_path, result))
+    path = run.folder(problem.out) / "result.json"
+    processes.first(lambda: records.write_json(path, result))
     return result

@@ -171,6 +171,10 @@ class Settings:
     """Which of them this is, from 0."""
     mapping: str = "pmap"
     """pmap or shard_map (under jit): how a step is mapped over devices."""
+    together: str | None = None
+    """vmap or loop: the seeds of a student train in one program, on the same batches
+    and one forward pass of the teacher; loop is the faster on a CPU. They then differ
+    in their initialisation alone. None: one after the other, each on its own."""
     distance_group: int | None = None
     """Devices that gather features from each other; None: all. A smaller group is
     another loss, the mean over groups of the distance of each group's images."""
@@ -376,6 +380,7 @@ def _check_choices(settings):
         "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
         "mapping": ("pmap", "shard_map"),
+        "together": (None, "vmap", "loop"),
     }.items():
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)

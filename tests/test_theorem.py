@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from test_experiments import (  # the fixtures are used by name
@@ -20,7 +21,6 @@ import kddm_jax
 from kddm_jax.resnet import Outputs
 
 import estimates  # isort: skip
-import figures  # isort: skip
 import report  # isort: skip
 import problems  # isort: skip
 import risks  # isort: skip
@@ -368,7 +368,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert str(tmp_path) not in record["command"]
     picture = path.with_suffix(".png")
     assert picture.stat().st_size < 120_000
-    with figures.Image.open(picture) as image:
+    with Image.open(picture) as image:
         assert len(image.getcolors(256)) > 10
 
     # Again: nothing is trained, the same is measured; a broken chain is status 1.

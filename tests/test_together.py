@@ -1,0 +1,169 @@
+"""Seeds that train in one program are those that train alone, however they are cut."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_experiments import (  # the fixtures are used by name
+    assert_same_arrays,
+    call,
+    final_arrays,
+    finished,  # noqa: F401
+    results_of,
+    settings_of_jax,  # noqa: F401
+    shared,  # noqa: F401
+    timeless,
+    tiny,
+)
+
+from kddm_jax import checkpoint
+
+import cifar  # isort: skip
+import problems  # isort: skip
+import records  # isort: skip
+import runs  # isort: skip
+from settings import parse  # isort: skip
+from teacher import find_teacher, load_teacher  # isort: skip
+
+STEPS = 4  # in an epoch of TINY, which has two
+SEEDS = ("--seeds", "1", "2")
+
+
+@pytest.fixture
+def line(shared, finished):  # noqa: F811
+    """A command whose teacher is trained already."""
+    teacher = ("--teacher", finished / "out" / "teacher" / "seed0")
+    return (*tiny(shared, None)[:-2], *teacher, "--devices", 1)
+
+
+def of(line, out, *more):
+    return [*map(str, (*line, "--out", out, *more))]
+
+
+def alone(line, out, name, seed, batches):
+    """The result of one run, on the batches of another's seed."""
+    settings = parse(of(line, out, "--seeds", seed, "--distances", "w2"))
+    problem = problems.prepare(settings, out)
+    source = find_teacher(problem)
+    runs.check_distances(problem, source.model)
+    teacher = load_teacher(source, None)
+    every = runs.student_runs(problem, teacher.digest)
+    run = next(run for run in every if run.name == name)
+    run = replace(run, batches=batches)
+    model = problem.model(settings.student_model, settings.width)
+    return runs.train(problem, run, model, teacher, lambda *_, **__: None)
+
+
+def assert_near(left, right):
+    """What rounding leaves of the same steps in another program."""
+    for (key, a), (_, b) in zip(left[1], right[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4, err_msg=str(key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "distances"), [("loop", ["w2"]), ("vmap", [])])
+def test_together_is_alone(line, tmp_path, how, distances, capsys):
+    out, names = tmp_path / "out", ["student", *distances]
+    whole = of(line, out, *SEEDS, "--distances", *distances, "--together", how)
+    assert call(*whole) == 0
+    said = capsys.readouterr().out
+    for name in names:
+        assert f"{name} seed 1: epoch 2 " in said
+        assert f"{name} seed 2: epoch 2 " in said
+    results = results_of(out)
+    found = {(run["name"], run["seed"]): run for run in results["runs"]}
+    assert list(found) == [(n, s) for n in names for s in (1, 2)]
+    assert {p.name for p in (out / "student").iterdir()} == {"seed1", "seed2"}
+    for (name, seed), run in found.items():
+        expected = alone(line, tmp_path / f"alone{seed}", name, seed, 1)
+        assert run["settings"]["batches"] == 1
+        assert run["timing"]["together"] == 2
+        for record, other in zip(run["history"], expected["history"], strict=True):
+            assert list(record) == list(other)
+            for metric in ("loss", "task"):
+                assert record[metric] == pytest.approx(other[metric], rel=1e-3)
+        assert_near(
+            final_arrays(out, name, seed),
+            final_arrays(tmp_path / f"alone{seed}", name, seed),
+        )
+    one, two = (found["student", seed]["history"][0]["loss"] for seed in (1, 2))
+    assert abs(one - two) > 1e-3  # each has its own initialisation
+
+    # --- nothing is left to do; then another seed, on the same batches -------------
+    assert call(*whole) == 0
+    assert ": epoch" not in capsys.readouterr().out
+    more = of(line, out, "--seeds", 1, 2, 3, "--distances", "--together", how)
+    assert call(*more) == 0
+    said = capsys.readouterr().out
+    assert "student seed 3: epoch 2 " in said
+    assert "student seed 2: epoch" not in said
+    last = results_of(out)["runs"][-1]
+    assert (last["seed"], last["settings"]["batches"]) == (3, 1)
+    assert "together" not in last["timing"]
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Ends a command as if it were killed: as a step is shown, or at a file's write."""
+    moments = []
+    show, write = cifar.Reporter.__call__, records.write_json
+
+    def show_and_end(self, run, **shown):
+        if moments and moments[0] == (run.name, run.seed, shown["done"]):
+            moments.pop()
+            raise KeyboardInterrupt
+        show(self, run, **shown)
+
+    def end_or_write(path, value):
+        if moments and isinstance(moments[0], str) and path.match(moments[0]):
+            moments.pop()
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(runs, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(cifar.Reporter, "__call__", show_and_end)
+    monkeypatch.setattr(records, "write_json", end_or_write)
+    return moments
+
+
+@pytest.mark.slow
+def test_cut_anywhere_the_results_are_the_same(line, tmp_path, cut):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = (*SEEDS, "--distances", "w2", "--together", "loop")
+    more = (*more, "--checkpoint-seconds", "0")
+    assert call(*of(line, whole, *more)) == 0
+    # Within the first epoch, within the second, between the two results.
+    shared_folder = parts / "w2" / "together-1-2" / "checkpoints"
+    for moment, left in (
+        (("w2", 2, STEPS - 1), True),
+        (("w2", 1, STEPS + 2), True),
+        ("w2/seed2/result.json", True),
+    ):
+        cut.append(moment)
+        assert call(*of(line, parts, *more)) == 130
+        assert not cut
+        assert (checkpoint.latest(shared_folder) is not None) == left
+    assert call(*of(line, parts, *more)) == 0
+    assert not shared_folder.parent.exists()
+    for name in ("student", "w2"):
+        for seed in (1, 2):
+            assert_same_arrays(*(final_arrays(o, name, seed) for o in (whole, parts)))
+    assert timeless(results_of(parts))["runs"] == timeless(results_of(whole))["runs"]
+
+
+def test_runs_of_other_batches_are_refused(line, tmp_path, capsys):
+    settings = parse(of(line, tmp_path, *SEEDS, "--distances"))
+    problem = problems.prepare(settings, tmp_path)
+    first = next(runs.student_runs(problem, None))
+    assert first.identity["batches"] is None
+    folder = first.folder(tmp_path)
+    folder.mkdir(parents=True)
+    older = {k: v for k, v in first.identity.items() if k != "batches"}
+    (folder / "run.json").write_text(json.dumps(older))
+    runs.check_folder(first, tmp_path)  # folders of earlier versions go on
+    command = of(line, tmp_path, *SEEDS, "--distances", "--together", "loop")
+    assert call(*command) == 2
+    assert "was made with batches=None, this command says 1" in capsys.readouterr().err
+    assert call(*command, "--together", "both") == 2
+    assert "unknown together 'both'; known: None, vmap, loop" in capsys.readouterr().err
