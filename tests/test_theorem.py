@@ -383,7 +383,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert call(*line) == 0
     timeless = lambda text: re.sub(r'"environment".*', "", text, flags=re.DOTALL)
     assert timeless(path.read_text()) == timeless(before)
-    monkeypatch.setattr(theorem, "distances", broken)
+    monkeypatch.setattr(risks, "distances", broken)
     capsys.readouterr()
     assert call(*line) == 1
     error = capsys.readouterr().err
