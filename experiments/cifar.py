@@ -104,11 +104,14 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
     planned = [] if source.given else [runs.teacher_run(problem)]
-    planned += runs.student_runs(problem, known_digest(source))
+    digest = known_digest(source)
+    planned += runs.student_runs(problem, digest)
 
     def open_folder():
         for run in planned:
             runs.check_folder(run, out)
+        for group in runs.groups(problem, digest) if digest else ():
+            runs.members(problem, group)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -77,8 +77,8 @@ def panels(
     """Draws accuracy, cross-entropy and distance, a curve for each group of runs.
 
     Args:
-      groups: of runs, by their label.
-      styles: of the lines, by label.
+      groups: of runs, by any key.
+      styles: of the lines, by the same key; their label among it.
       part: of the images, in the axis's name.
       relative: whether distances are drawn as shares of their first epoch's, as those
         of several kinds must be.
@@ -93,8 +93,8 @@ def panels(
         one.set_prop_cycle(cycle)
         one.set_xlabel("epoch")
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for label, runs in groups.items():
-        style = {"label": label, "linewidth": 1.2, **styles[label]}
+    for key, runs in groups.items():
+        style = {"linewidth": 1.2, **styles[key]}
         draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
         draw(axes[1], runs, lambda r: r.get("task"), **style)
         distance = lambda r, name=runs[0]["name"]: report.distance_of(r, name)
@@ -126,11 +126,11 @@ def of_runs(results: Mapping, path: Path) -> Path:
     """
     groups: dict[str, list] = {}
     for run in results["runs"]:
-        groups.setdefault(run["title"], []).append(run)
+        groups.setdefault(run["name"], []).append(run)
     part = "held-out" if results["settings"]["held_out"] else "test"
     styles = {
-        title: PLAIN if runs[0]["name"] == "student" else {}
-        for title, runs in groups.items()
+        name: {"label": runs[0]["title"], **(PLAIN if name == "student" else {})}
+        for name, runs in groups.items()
     }
     figure, axes = panels(groups, styles, part, relative=True)
     line = {"color": "grey", "linewidth": 1, "linestyle": ":"}

@@ -181,6 +181,7 @@ def find(
     ).hexdigest()[:16]
     firsts = _first_seeds(problem, teacher, results)
     made_of = {
+        "seed": SEED,
         "method": method,
         "teacher": teacher.digest,
         "runs": {run.name: digest(result) for run, result in firsts},

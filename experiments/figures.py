@@ -54,17 +54,17 @@ def plans(results: Mapping, path: Path) -> Path:
     groups: dict[str, list] = {}
     for run in results["runs"]:
         if f"{run['name']}/diagonal" in run["history"][0]:
-            groups.setdefault(run["title"], []).append(run)
+            groups.setdefault(run["name"], []).append(run)
     if not groups:
         raise UserError(
             "--figures plans: no distance of this run reports its plan; train some of "
             "experiments/fused.py, such as --distances fused:W2_K01"
         )
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for title, runs in groups.items():
+    for name, runs in groups.items():
         for one, part in zip(axes, PLAN, strict=True):
-            key = f"{runs[0]['name']}/{part}"
-            style = {"label": title, "linewidth": 1.2}
+            key = f"{name}/{part}"
+            style = {"label": runs[0]["title"], "linewidth": 1.2}
             curves.draw(one, runs, lambda r, key=key: r.get(key), **style)
     for one, where in zip(axes, PLAN.values(), strict=True):
         one.set(xlabel="epoch", ylabel=f"mass {where}", ylim=(-0.02, 1.02))
@@ -125,7 +125,10 @@ def ablation(folder: Path, to: Path) -> list[Path]:
         groups = {f"λ = {w}": runs for w, runs in by_weight.items() if runs}
         shades = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, len(groups)))
         styles = {
-            label: PLAIN if label == "λ = 0" else {"color": shade}
+            label: {
+                "label": label,
+                **(PLAIN if label == "λ = 0" else {"color": shade}),
+            }
             for label, shade in zip(groups, shades, strict=True)
         }
         figure, axes = curves.panels(groups, styles, "held-out")

@@ -47,6 +47,9 @@ SHORT = (
 PAPER = ("--dataset", "cifar10", "--recipe", "paper", "--teacher-epochs", "60")
 
 
+PATH = re.compile(r"(?<![^\s'\"=])~?/[^\s'\"]*")  # a word that is an absolute path
+
+
 class Part(NamedTuple):
     """A command, and the file that it leaves.
 
@@ -97,7 +100,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
             ),
             Part(
                 name,
-                (*alone, *DISTANCES, *_chosen(grid), *options.settings),
+                (*alone, *_chosen(grid), *options.settings),
                 folder / "results.json",
             ),
         ]
@@ -112,47 +115,46 @@ def parts(options: argparse.Namespace) -> list[Part]:
 
 
 def _chosen(grid):
-    """The ``--weights`` that the grid chose, none before it has."""
+    """Distances and ``--weights`` that the grid chose, all distances before it has."""
     path = grid / "weights.json"
     if not path.exists():
-        return ()
-    chosen = records.read_json(path)["weights"]
-    return (
-        "--weights",
-        *(word for name in chosen for word in (name, f"{chosen[name]:g}")),
-    )
+        return DISTANCES
+    chosen = records.read_json(path)["weights"]  # without those that diverged at all
+    weights = (word for name, w in chosen.items() for word in (name, f"{w:g}"))
+    return (*chosen, "--weights", *weights)
 
 
-def portable(value: object, places: Sequence[str]) -> object:
+def portable(value: object) -> object:
     """Leaves this machine's places out of what is published.
 
     Args:
       value: JSON values.
-      places: paths; a word that begins with one is cut to its last part.
 
     Returns:
-      The same, of such words nothing but their name.
+      The same, of each word that is an absolute path its last part alone.
     """
     if isinstance(value, str):
-        for place in places:
-            value = re.sub(rf"{re.escape(place)}[^\s'\"]*/([^\s'\"/]+)", r"\1", value)
-        return value
+        return PATH.sub(lambda match: Path(match[0]).name or match[0], value)
     if isinstance(value, Mapping):
-        return {name: portable(one, places) for name, one in value.items()}
-    return (
-        [portable(one, places) for one in value] if isinstance(value, list) else value
-    )
+        return {name: portable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [portable(one) for one in value]
+    return value
 
 
-def publish(part: Part, options: argparse.Namespace) -> Path:
-    """Copies a part's result to ``OUT/results``, without this machine's places."""
-    given = (options.out, options.data_dir, options.weights_file)
-    places = {str(p) for path in given if path for p in (path, path.absolute())}
-    places |= {str(path.absolute().parent) for path in given if path}
-    target = options.out / "results" / f"{part.name}.json"
+def publish(part: Part, out: Path) -> Path:
+    """Copies a part's result to ``results``, without this machine's places.
+
+    Args:
+      part: that has ended.
+      out: of the lease.
+
+    Returns:
+      The copy.
+    """
+    target = out / "results" / f"{part.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    found = portable(records.read_json(part.result), sorted(places, key=len)[::-1])
-    records.write_json(target, found)
+    records.write_json(target, portable(records.read_json(part.result)))
     return target
 
 
@@ -189,7 +191,17 @@ def _misses_rows(result):
 
 
 def lease(options: argparse.Namespace) -> int:
-    """Works at what is not finished until the time is up; returns the exit status."""
+    """Works at what is not finished until the time is up.
+
+    Args:
+      options: of the command line.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      UserError: there is no such part, or it needs another one first.
+    """
     ends = time.monotonic() + 60 * options.minutes
     known = [part.name for part in parts(options)]
     wanted = options.parts or known
@@ -201,17 +213,22 @@ def lease(options: argparse.Namespace) -> int:
     for name in (name for name in known if name in wanted):
         # anew for each: what one part chose is an option of the next
         part = next(part for part in parts(options) if part.name == name)
-        command = shlex.join(part.command)
+        command = portable(shlex.join(part.command))
         if done.get(name, {}).get("command") == command and part.result.exists():
             print(f"{name}: finished before", flush=True)
             continue
+        grid = options.out / f"{name}-weights" / "weights.json"
+        if name in DATASETS and not grid.exists():
+            raise UserError(
+                f"--parts {name}: its lambdas come from {name}-weights first"
+            )
         left = ends - time.monotonic()
         if left < LEAST:
             print(f"{name}: not begun, the time is up", flush=True)
             return TIME_IS_UP
         # it begins no row after them, and a row takes seconds
         minutes = ("--minutes", f"{max(left - 60, 0) / 60:.2f}") if name == STEP else ()
-        print(f"{name}: python {command}", flush=True)
+        print(f"{name}: python {shlex.join(part.command)}", flush=True)
         status = work_at((*part.command, *minutes), left)
         if status is None:
             print(f"{name}: the time is up; the same command goes on", flush=True)
@@ -224,7 +241,7 @@ def lease(options: argparse.Namespace) -> int:
         taken = left - (ends - time.monotonic())
         done[name] = {"command": command, "seconds_of_last_lease": taken}
         records.write_json(log, done)
-        print(f"{name}: {publish(part, options)}", flush=True)
+        print(f"{name}: {publish(part, options.out)}", flush=True)
     return 0
 
 

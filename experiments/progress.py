@@ -93,6 +93,8 @@ class Progress:
       earlier: seconds that earlier commands spent.
       first_step: seconds to the end of this command's first step.
       last: the newest checkpoint, None before the first.
+      began: when this command went on with it, by the monotonic clock.
+      saved: when it last made a checkpoint, likewise.
     """
 
     titles: Sequence[str]
@@ -100,11 +102,13 @@ class Progress:
     about: Mapping[str, object]
     steps: int
     state: train_step.TrainState
-    histories: list[list[dict[str, object]]] = field(default_factory=list)
-    tallies: list[Tally] = field(default_factory=list)
+    histories: list[list[dict[str, object]]] = field(init=False)
+    tallies: list[Tally] = field(init=False)
     earlier: float = 0.0
     first_step: float | None = None
     last: Path | None = None
+    began: float = field(init=False)
+    saved: float = field(init=False)
 
     def __post_init__(self):
         """Goes on from the newest checkpoint that is whole."""

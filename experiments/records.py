@@ -59,11 +59,12 @@ def write_json(path: Path, value: object) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path, cure: str = "run its command again") -> dict[str, object]:
     """Reads a JSON file that a command wrote.
 
     Args:
       path: of the file.
+      cure: what the error says to do.
 
     Returns:
       Its content.
@@ -74,6 +75,4 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not readable as JSON; run its command again"
-        ) from error
+        raise UserError(f"{path} is not readable as JSON; {cure}") from error

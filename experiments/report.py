@@ -155,7 +155,8 @@ def conditions(results: dict[str, object]) -> str:
         f"{settings['dataset']}, recipe {settings['recipe']}: "
         f"{pair[0]} to {pair[1]}{stem}; accuracy on "
         f"{results['eval_images']} {part} images; {seeds} seed"
-        f"{'s' if seeds > 1 else ''}; "
+        f"{'s' if seeds > 1 else ''}"
+        f"{' on the same batches' if seeds > 1 and settings.get('together') else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
     )

@@ -1,7 +1,8 @@
 """Runs: a teacher, students alone, distilled students; each resumes where it stopped.
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its result),
-``checkpoints/`` and, once finished, ``result.json``.  A command that would give another
+``checkpoints/`` and, once finished, ``result.json``.  Seeds that train together share
+``<out>/<name>/together`` until all have ended.  A command that would give another
 result in an existing folder is refused before anything starts.
 """
 
@@ -130,8 +131,8 @@ class Run:
       indices: of the training images it sees.
       identity: what decides its result, as JSON values.
       start: weights of a file that it starts from, None for fresh ones.
-      batches: seed of order and augmentation where runs of several seeds share their
-        batches; None: its own.
+      batches: seed of order and augmentation where it sees another run's batches;
+        None: its own.
     """
 
     name: str
@@ -199,6 +200,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
             if teacher_digest is not None:
                 more["teacher"] = teacher_digest
         for seed in settings.seeds:
+            others = None if seed == batches else batches
             yield Run(
                 name=name,
                 seed=seed,
@@ -206,10 +208,10 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
                 epochs=settings.epochs,
                 indices=problem.parts.student,
                 identity=_identity(
-                    problem, fields, start, seed=seed, batches=batches, **more
+                    problem, fields, start, seed=seed, batches=others, **more
                 ),
                 start=start,
-                batches=batches,
+                batches=others,
             )
 
 
@@ -363,14 +365,15 @@ def _epoch(problem, group, progress, program, fixed, length, report):
     return speed()
 
 
-def _finished(problem, run):
-    """The result of a run that has ended; else its folder is begun, and None."""
+def _begin(problem, run):
+    """The result of a run that has ended; else None, and it has its folder."""
 
     def begin():
         check_folder(run, problem.out)
         folder = run.folder(problem.out)
         if (folder / "result.json").exists():
-            return json.loads((folder / "result.json").read_text())
+            cure = f"delete it, and {folder} is finished again"
+            return records.read_json(folder / "result.json", cure)
         folder.mkdir(parents=True, exist_ok=True)
         records.write_json(folder / "run.json", run.identity)
         return None
@@ -431,7 +434,7 @@ def train(
       UserError: the folder's run was made by other settings.
       CheckpointError: checkpoints cannot be written, or all are damaged.
     """
-    if finished := _finished(problem, run):
+    if finished := _begin(problem, run):
         return finished
     folder = run.folder(problem.out) / "checkpoints"
     (result,) = _train(problem, [run], model, teacher, report, observe, folder)
@@ -447,8 +450,8 @@ def train_together(
 ) -> list[dict[str, object]]:
     """Trains runs that differ in seed alone in one program, on the same batches.
 
-    Until all have ended, their checkpoints are one, in ``together-<seeds>`` beside
-    their folders; then each has its own.
+    Until all have ended they have one checkpoint, in ``together`` beside their folders;
+    then each has its own.
 
     Args:
       problem: data, devices, settings.
@@ -461,31 +464,60 @@ def train_together(
       Their results.
 
     Raises:
-      As `train`; what stops one of them stops all.
+      UserError: ``together`` holds other runs, cut before their end.
+      RunError, Terminated, CheckpointError: as `train`; what stops one stops all.
     """
-    known = [_finished(problem, run) for run in group]
+    known = {run.seed: _begin(problem, run) for run in group}
+    left = processes.first(lambda: [run.seed for run in members(problem, group)])
+    left = [run for run in group if run.seed in left]
     shared = _shared_folder(problem, group)
-    if all(known):
-        processes.first(lambda: shutil.rmtree(shared, ignore_errors=True))
-        return known
-    # A command that was cut between two results makes both again, from the end.
-    left = list(group) if processes.first(shared.exists) else [
-        run for run, result in zip(group, known, strict=True) if result is None
-    ]  # fmt: skip
-    if len(left) < 2:
-        return [train(problem, run, model, teacher, report) for run in group]
-    shared = _shared_folder(problem, left)
-    made = _train(problem, left, model, teacher, report, None, shared / "checkpoints")
-    processes.first(lambda: shutil.rmtree(shared))
-    found = {run.seed: result for run, result in zip(left, made, strict=True)}
-    return [
-        found.get(run.seed, result) for run, result in zip(group, known, strict=True)
-    ]
+    if len(left) == 1:
+        known[left[0].seed] = train(problem, left[0], model, teacher, report)
+    elif left:
+        folder = shared / "checkpoints"
+        made = _train(problem, left, model, teacher, report, None, folder)
+        known.update({run.seed: of for run, of in zip(left, made, strict=True)})
+    processes.first(lambda: shutil.rmtree(shared, ignore_errors=True))
+    return [known[run.seed] for run in group]
+
+
+def members(problem: Problem, group: Sequence[Run]) -> list[Run]:
+    """Says which runs of a group are to be trained together.
+
+    Args:
+      problem: data, devices, settings.
+      group: of runs.
+
+    Returns:
+      Those without a result; and, where a command was cut between two results, all of
+      that command's, whose last checkpoint makes them both again.
+
+    Raises:
+      UserError: there are runs of other settings or seeds, cut before their end.
+    """
+    has_result = lambda run: (run.folder(problem.out) / "result.json").exists()
+    left = [run for run in group if not has_result(run)]
+    shared = _shared_folder(problem, group)
+    newest = checkpoint.latest(shared / "checkpoints")
+    if newest is None or not left:
+        return left
+    meta = checkpoint.read_meta(newest)
+    held = [run for run in group if run.identity in meta["group"]]
+    ended = len(meta["history"]) == group[0].epochs
+    fits = len(held) == len(meta["group"]) and {*map(_name, left)} <= {
+        *map(_name, held)
+    }
+    if not fits or (len(held) > len(left) and not ended):
+        seeds = " ".join(str(identity["seed"]) for identity in meta["group"])
+        raise UserError(
+            f"{shared} holds runs of seeds {seeds}, cut before their end; finish them "
+            "by the command that they were begun with, or delete that folder"
+        )
+    return held
 
 
 def _shared_folder(problem, group):
-    seeds = "-".join(str(run.seed) for run in group)
-    return group[0].folder(problem.out).parent / f"together-{seeds}"
+    return group[0].folder(problem.out).parent / "together"
 
 
 def _train(problem, group, model, teacher, report, observe, folder):
@@ -500,6 +532,8 @@ def _train(problem, group, model, teacher, report, observe, folder):
     states = [_fresh(problem, run, model, method, tx) for run in group]
     state = states[0] if alone else train_step.stack_states(states)
     about = _about(problem, first)
+    if not alone:
+        about["group"] = [run.identity for run in group]
     progress = Progress([_name(run) for run in group], folder, about, steps, state)
     progress.state = train_step.replicate(progress.state, problem.devices)
 
@@ -554,12 +588,13 @@ def _train(problem, group, model, teacher, report, observe, folder):
 
     # --- results -----------------------------------------------------------------
     if not alone:
-        _part(problem, group, progress, each())
+        _save_each(problem, group, progress, each())
+    count = len(group)  # times and speed are shares of the group's
     timing = {
-        "seconds": progress.seconds / len(group),
-        "seconds_to_first_step": progress.first_step,
-        "images_per_second": float(np.median(speeds)) if speeds else None,
-        **({} if alone else {"together": len(group)}),
+        "seconds": progress.seconds / count,
+        "seconds_to_first_step": progress.first_step and progress.first_step / count,
+        "images_per_second": float(np.median(speeds)) / count if speeds else None,
+        **({} if alone else {"together": count}),
     }
     return [
         _result(problem, run, history, timing)
@@ -567,7 +602,7 @@ def _train(problem, group, model, teacher, report, observe, folder):
     ]
 
 
-def _part(problem, group, progress, states):
+def _save_each(problem, group, progress, states):
     """Gives each run of a group a last checkpoint of its own."""
     for run, state, history in zip(group, states, progress.histories, strict=True):
         folder = run.folder(problem.out) / "checkpoints"

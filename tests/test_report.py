@@ -223,6 +223,16 @@ def test_curves_of_runs_with_few_evaluations(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_of_two_distances_of_one_title(tmp_path):
+    """One's own distance may be a row of the catalogue with other options."""
+    results = small_results()
+    again = [dict(run, name="own:W2") for run in results["runs"] if run["name"] == "w2"]
+    results["runs"] += again[:1]
+    assert again[0]["title"] == "W2 (E)"
+    curves.of_runs(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_curves_without_distilled_students(tmp_path):
     results = small_results()
     del results["runs"][2:]

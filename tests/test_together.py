@@ -1,6 +1,7 @@
 """Seeds that train in one program are those that train alone, however they are cut."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ import cifar  # isort: skip
 import problems  # isort: skip
 import records  # isort: skip
 import runs  # isort: skip
+from progress import Progress, RunError  # isort: skip
 from settings import parse  # isort: skip
 from teacher import find_teacher, load_teacher  # isort: skip
 
@@ -77,7 +79,7 @@ def test_together_is_alone(line, tmp_path, how, distances, capsys):
     assert {p.name for p in (out / "student").iterdir()} == {"seed1", "seed2"}
     for (name, seed), run in found.items():
         expected = alone(line, tmp_path / f"alone{seed}", name, seed, 1)
-        assert run["settings"]["batches"] == 1
+        assert run["settings"]["batches"] == (None if seed == 1 else 1)
         assert run["timing"]["together"] == 2
         for record, other in zip(run["history"], expected["history"], strict=True):
             assert list(record) == list(other)
@@ -129,21 +131,23 @@ def cut(monkeypatch):
 
 @pytest.mark.slow
 def test_cut_anywhere_the_results_are_the_same(line, tmp_path, cut):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts = tmp_path / "whole", tmp_path / "out"
     more = (*SEEDS, "--distances", "w2", "--together", "loop")
     more = (*more, "--checkpoint-seconds", "0")
     assert call(*of(line, whole, *more)) == 0
-    # Within the first epoch, within the second, between the two results.
-    shared_folder = parts / "w2" / "together-1-2" / "checkpoints"
-    for moment, left in (
-        (("w2", 2, STEPS - 1), True),
-        (("w2", 1, STEPS + 2), True),
-        ("w2/seed2/result.json", True),
+    # Within the first epoch, within the second, between the two results, after them.
+    shared_folder = parts / "w2" / "together" / "checkpoints"
+    for moment in (
+        ("w2", 2, STEPS - 1),
+        ("w2", 1, STEPS + 2),
+        "w2/seed2/result.json",
+        "out/results.json",
     ):
         cut.append(moment)
         assert call(*of(line, parts, *more)) == 130
         assert not cut
-        assert (checkpoint.latest(shared_folder) is not None) == left
+        left = checkpoint.latest(shared_folder)
+        assert (left is None) == (moment == "out/results.json")
     assert call(*of(line, parts, *more)) == 0
     assert not shared_folder.parent.exists()
     for name in ("student", "w2"):
@@ -152,10 +156,52 @@ def test_cut_anywhere_the_results_are_the_same(line, tmp_path, cut):
     assert timeless(results_of(parts))["runs"] == timeless(results_of(whole))["runs"]
 
 
+@pytest.mark.slow
+def test_what_others_began_is_not_taken_over(line, tmp_path, cut, capsys):
+    """Other settings or seeds than those that were cut are refused, to the end."""
+    more = ("--distances", "--together", "loop", "--checkpoint-seconds", "0")
+    cut.append(("student", 2, STEPS + 1))
+    assert call(*of(line, tmp_path, *SEEDS, *more)) == 130
+    shared_folder = tmp_path / "student" / "together"
+    before = checkpoint.latest(shared_folder / "checkpoints")
+    assert before is not None
+    for seeds in (("1", "2", "3"), ("1",)):
+        capsys.readouterr()
+        assert call(*of(line, tmp_path, "--seeds", *seeds, *more)) == 2
+        error = capsys.readouterr().err
+        assert f"{shared_folder} holds runs of seeds 1 2, cut before" in error
+        assert error.count("\n") == 1
+    for seed in ("seed1", "seed2"):  # as the refusal of other settings says
+        shutil.rmtree(tmp_path / "student" / seed)
+    assert call(*of(line, tmp_path, *SEEDS, *more, "--lr", "0.01")) == 2
+    assert "holds runs of seeds 1 2" in capsys.readouterr().err
+    assert checkpoint.latest(shared_folder / "checkpoints") == before
+    assert call(*of(line, tmp_path, *SEEDS, *more)) == 0
+    assert "student seed 1: epoch 1 " not in capsys.readouterr().out
+
+
+def test_progress_of_several_names_the_one_that_is_not_finite(tmp_path):
+    state = {"a": np.zeros(2)}
+    both = Progress(["a seed 1", "a seed 2"], tmp_path, {"run": {}}, STEPS, state)
+    fine = {"loss": np.array([[1.0, 3.0]]), "finite": np.array([[True, True]])}
+    both.take(fine, stop=True)
+    bad = {"loss": np.array([[1.0, np.inf]]), "finite": np.array([[True, False]])}
+    with pytest.raises(RunError, match="^a seed 2: loss .* at step 2"):
+        both.take(bad, stop=True)
+    assert [tally.steps for tally in both.tallies] == [1, 1]
+    both.take(bad, stop=False)
+    assert [tally.skipped for tally in both.tallies] == [0, 1]
+    with pytest.warns(UserWarning, match="^a seed 2: epoch 1: 1 of 2 steps skipped"):
+        assert both.means() == [{"loss": 1.0}, {"loss": 3.0}]
+    both.save()
+    again = Progress(both.titles, tmp_path, {"run": {}}, STEPS, state)
+    assert again.tallies == both.tallies
+
+
 def test_runs_of_other_batches_are_refused(line, tmp_path, capsys):
     settings = parse(of(line, tmp_path, *SEEDS, "--distances"))
     problem = problems.prepare(settings, tmp_path)
-    first = next(runs.student_runs(problem, None))
+    _, first = runs.student_runs(problem, None)  # of seed 2
     assert first.identity["batches"] is None
     folder = first.folder(tmp_path)
     folder.mkdir(parents=True)
