@@ -27,7 +27,21 @@ GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def choose(settings, grid, console) -> dict[str, object]:
-    """Trains a student per distance, lambda and seed; averages over seeds."""
+    """Trains a student per distance, lambda and seed; averages over seeds.
+
+    A seed that diverges counts as zero; of seeds that train together it stops all.
+
+    Args:
+      settings: of cifar.py, with held-out images.
+      grid: of lambdas.
+      console: to print on.
+
+    Returns:
+      What ``weights.json`` says: settings, accuracy by distance and lambda, the best.
+
+    Raises:
+      UserError: there are no held-out images, or as cifar.py.
+    """
     if not settings.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
     for weight in grid:

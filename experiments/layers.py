@@ -103,8 +103,12 @@ def _rated(problem, teacher) -> dict[str, object]:
         "images": min(settings.quality_images, len(problem.parts.teacher)),
         "student": settings.student_model,
     }
-    record = json.loads(path.read_text()) if path.exists() else {}
-    if {name: record.get(name) for name in asked} != asked:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: it can be made again
+        record = None
+    known = isinstance(record, dict)
+    if not known or {name: record.get(name) for name in asked} != asked:
         quality = rate(problem, teacher)
         own = methods.student_layers(settings, problem.shapes[0])
         maps = {layer: q for layer, q in quality.items() if layer != "features"}

@@ -6,7 +6,16 @@ from settings import Settings
 
 
 def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
-    """The learning rate as a function of the step."""
+    """The learning rate as a function of the step.
+
+    Args:
+      settings: of the command.
+      steps_per_epoch: of the run.
+      epochs: of the run.
+
+    Returns:
+      An Optax schedule.
+    """
     total = steps_per_epoch * epochs
     if settings.schedule == "constant":
         return optax.constant_schedule(settings.lr)
@@ -32,7 +41,15 @@ def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
 
 
 def make_weight_schedule(settings: Settings, steps: int):
-    """The factor of lambda as a function of the step, None where it is constant."""
+    """The factor of lambda as a function of the step.
+
+    Args:
+      settings: of the command.
+      steps: of the run.
+
+    Returns:
+      An Optax schedule from 0 to 1 or from 1 to 0; None where it is constant.
+    """
     if settings.weight_schedule == "warmup":
         return optax.linear_schedule(0.0, 1.0, transition_steps=max(1, steps // 2))
     if settings.weight_schedule == "decay":
@@ -41,7 +58,15 @@ def make_weight_schedule(settings: Settings, steps: int):
 
 
 def make_optimizer(settings: Settings, schedule) -> optax.GradientTransformation:
-    """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum."""
+    """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum.
+
+    Args:
+      settings: of the command.
+      schedule: of the learning rate.
+
+    Returns:
+      The transformation of gradients.
+    """
     if settings.optimizer == "adamw":
         return optax.adamw(schedule, weight_decay=settings.weight_decay)
     sgd = optax.sgd(schedule, settings.momentum, settings.nesterov)

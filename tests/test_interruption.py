@@ -31,6 +31,7 @@ from test_experiments import (  # the fixtures are used by name
     results_of,
     settings_of_jax,  # noqa: F401
     shared,  # noqa: F401
+    timeless,
     tiny,
 )
 
@@ -45,14 +46,6 @@ from progress import Progress, RunError, Tally  # isort: skip
 from settings import parse  # isort: skip
 
 STEPS = 4  # in an epoch of TINY, which has two
-
-
-def timeless(value):
-    """Results without what two equal commands may differ in."""
-    if isinstance(value, dict):
-        skip = ("timing", "environment")
-        return {k: timeless(v) for k, v in value.items() if k not in skip}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def assert_same_runs(left, right, names):

@@ -120,7 +120,12 @@ def assert_same_run(left, right, name, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", ["--mapping pmap", "--mapping shard_map --stream-above 0.001"]
+    "how",
+    [
+        "--mapping pmap",
+        "--mapping shard_map --stream-above 0.001",
+        "--seeds 1 2 --together loop",
+    ],
 )
 def test_two_processes_are_one(how, alone, cache, tmp_path):
     (first, second) = both(tmp_path, *LINE, *cache, *how.split(), "--out", "out")
