@@ -45,8 +45,6 @@ SHORT = (
 # Under the paper's 15 epochs a grown ResNet34 is no better than the ResNet18 that it
 # was grown from: this teacher gets four times as many.
 PAPER = ("--dataset", "cifar10", "--recipe", "paper", "--teacher-epochs", "60")
-
-
 PATH = re.compile(r"(?<![^\s'\"=])~?/[^\s'\"]*")  # a word that is an absolute path
 
 

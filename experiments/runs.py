@@ -468,16 +468,15 @@ def train_together(
       RunError, Terminated, CheckpointError: as `train`; what stops one stops all.
     """
     known = {run.seed: _begin(problem, run) for run in group}
-    left = processes.first(lambda: [run.seed for run in members(problem, group)])
-    left = [run for run in group if run.seed in left]
-    shared = _shared_folder(problem, group)
+    chosen = processes.first(lambda: [run.seed for run in members(problem, group)])
+    left = [run for run in group if run.seed in chosen]
     if len(left) == 1:
         known[left[0].seed] = train(problem, left[0], model, teacher, report)
     elif left:
-        folder = shared / "checkpoints"
+        folder = _shared_folder(problem, group) / "checkpoints"
         made = _train(problem, left, model, teacher, report, None, folder)
         known.update({run.seed: of for run, of in zip(left, made, strict=True)})
-    processes.first(lambda: shutil.rmtree(shared, ignore_errors=True))
+    processes.first(lambda: _forget(problem, group))
     return [known[run.seed] for run in group]
 
 
@@ -497,23 +496,38 @@ def members(problem: Problem, group: Sequence[Run]) -> list[Run]:
     """
     has_result = lambda run: (run.folder(problem.out) / "result.json").exists()
     left = [run for run in group if not has_result(run)]
-    shared = _shared_folder(problem, group)
-    newest = checkpoint.latest(shared / "checkpoints")
-    if newest is None or not left:
+    found = _in_shared_folder(problem, group) if problem.settings.together else None
+    if found is None or not left:
         return left
-    meta = checkpoint.read_meta(newest)
-    held = [run for run in group if run.identity in meta["group"]]
-    ended = len(meta["history"]) == group[0].epochs
-    fits = len(held) == len(meta["group"]) and {*map(_name, left)} <= {
-        *map(_name, held)
-    }
-    if not fits or (len(held) > len(left) and not ended):
-        seeds = " ".join(str(identity["seed"]) for identity in meta["group"])
+    identities, ended = found
+    held = [run for run in group if run.identity in identities]
+    # Of a group that ended the last checkpoint makes results again, else it goes on.
+    fits = len(held) == len(identities) and all(r.identity in identities for r in left)
+    if not fits or not (ended or len(held) == len(left)):
+        seeds = " ".join(str(identity["seed"]) for identity in identities)
         raise UserError(
-            f"{shared} holds runs of seeds {seeds}, cut before their end; finish them "
-            "by the command that they were begun with, or delete that folder"
+            f"{_shared_folder(problem, group)} holds runs of seeds {seeds}, cut before "
+            "their end; finish them by the command that they were begun with, or "
+            "delete that folder"
         )
     return held
+
+
+def _in_shared_folder(problem, group):
+    """Identities of the runs that the group's folder holds, and whether they ended."""
+    newest = checkpoint.latest(_shared_folder(problem, group) / "checkpoints")
+    if newest is None:
+        return None
+    meta = checkpoint.read_meta(newest)
+    return meta["group"], len(meta["history"]) == group[0].epochs
+
+
+def _forget(problem, group):
+    """Removes the group's folder once its runs have ended, never that of others."""
+    found = _in_shared_folder(problem, group)
+    own = [run.identity for run in group]
+    if found is None or all(identity in own for identity in found[0]):
+        shutil.rmtree(_shared_folder(problem, group), ignore_errors=True)
 
 
 def _shared_folder(problem, group):

@@ -171,6 +171,12 @@ def test_what_others_began_is_not_taken_over(line, tmp_path, cut, capsys):
         error = capsys.readouterr().err
         assert f"{shared_folder} holds runs of seeds 1 2, cut before" in error
         assert error.count("\n") == 1
+    # Another seed alone needs the folder not, neither to train nor once it has ended.
+    for _ in range(2):
+        assert call(*of(line, tmp_path, "--seeds", 3, "--distances")) == 0
+        assert checkpoint.latest(shared_folder / "checkpoints") == before
+    assert call(*of(line, tmp_path, "--seeds", 3, *more)) == 0
+    assert checkpoint.latest(shared_folder / "checkpoints") == before
     for seed in ("seed1", "seed2"):  # as the refusal of other settings says
         shutil.rmtree(tmp_path / "student" / seed)
     assert call(*of(line, tmp_path, *SEEDS, *more, "--lr", "0.01")) == 2
