@@ -22,7 +22,10 @@ import jax
 if importlib.util.find_spec("kddm_jax") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from kddm_jax.convolution import prefer_eigen  # noqa: E402
 from kddm_jax.distances import DISTANCES, Distance  # noqa: E402
+
+prefer_eigen()  # as the experiments do
 
 # A variant of a distance is written "key/choice": "w2/exact", "w2_gaussian/diag".
 CHOICES: Mapping[str, str] = {

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.convolution import conv_general_dilated
+from kddm_jax.convolution import conv_general_dilated, max_pool
 
 ModuleDef = Any
 
@@ -239,9 +239,7 @@ class ResNet(nn.Module):
         x = conv(self.width, stem.kernel, stem.stride, name="conv1")(images)
         x = nn.relu(norm(name="bn1")(x))
         if stem.pool:
-            # Flax takes pairs of numbers, too, and does not declare it.
-            padding: Any = ((1, 1), (1, 1))
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+            x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         maps = {"stem": x}
         for stage, count in enumerate(self.blocks, start=1):
             for block in range(count):

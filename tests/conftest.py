@@ -22,7 +22,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import pytest
 
+from kddm_jax.convolution import prefer_eigen
+
 jax.config.update("jax_num_cpu_devices", 2)
+prefer_eigen()  # as the experiments do, whose results are compared with these
 
 
 MOST_MAPS = 25_000

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -8,7 +11,8 @@ from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
 
-from kddm_jax.convolution import conv_general_dilated
+from kddm_jax import convolution
+from kddm_jax.convolution import conv_general_dilated, max_pool, prefer_eigen
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -396,3 +400,140 @@ def test_flax_convolution(strict):
         rtol=1e-5,  # sums of 36 products in another order
         atol=1e-6,
     )
+
+
+# Spatial input, window, strides, padding.
+POOLS = [
+    ((16, 16), (3, 3), (2, 2), ((1, 1), (1, 1))),  # the ImageNet stem's
+    ((7, 6), (3, 2), (2, 1), ((0, 1), (1, 0))),
+    ((5, 5), (2, 2), (2, 2), ((0, 0), (0, 0))),
+    ((4, 5), (1, 3), (3, 1), ((0, 0), (2, 2))),
+    ((2, 2), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((1, 1), (3, 3), (1, 1), ((2, 2), (1, 1))),  # windows of nothing but padding
+]
+
+
+def pooled(pool, x, *window):
+    """The maxima, and the pullback of small integers, which add up exactly."""
+    y, pullback = jax.vjp(lambda x: pool(x, *window), x)
+    cotangent = (jnp.arange(y.size) * 37 % 101).reshape(y.shape)
+    return y, *pullback(cotangent.astype(y.dtype))
+
+
+@pytest.mark.parametrize(("size", *"wsp"), POOLS)
+@pytest.mark.parametrize("values", ["distinct", "ties"])
+def test_max_pool_equals_flax(strict, values, size, w, s, p):
+    (x,) = normal((3, *size, 5))
+    if values == "ties":  # zeros, mostly, as after a ReLU
+        x = jnp.maximum(jnp.round(x), 0)
+    ours, wanted = (
+        jax.jit(partial(pooled, pool), static_argnums=(1, 2, 3))(x, w, s, p)
+        for pool in (max_pool, nn.max_pool)
+    )
+    for a, b in zip(ours, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_max_pool_passes_on_what_is_not_finite():
+    x = jnp.arange(2 * 36.0).reshape(2, 6, 6, 1)
+    x = x.at[0, 0, 0].set(jnp.nan).at[0, 3, 4].set(jnp.nan).at[1].set(-jnp.inf)
+    window = (3, 3), (2, 2), ((1, 1), (1, 1))
+    np.testing.assert_array_equal(max_pool(x, *window), nn.max_pool(x, *window))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_max_pool_keeps_the_dtype(x64, dtype):
+    (x,) = normal((2, 4, 4, 3), dtype=dtype)
+    window = (3, 3), (2, 2), ((1, 1), (1, 1))
+    y = max_pool(x, *window)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, nn.max_pool(x, *window))
+
+
+def test_max_pool_keeps_the_accelerators_own():
+    (x,) = normal((2, 4, 4, 3))
+    fn = lambda x: pooled(max_pool, x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    assert "select_and_scatter" not in lowered(fn, x)
+    for platform in ("cuda", "tpu"):
+        assert "select_and_scatter" in lowered(fn, x, platform=platform)
+
+
+def test_max_pool_derivatives_and_vmap(x64):
+    (x,) = normal((2, 3, 4, 4, 2), dtype=jnp.float64)
+    pool = lambda x: max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    check_grads(pool, (x[0],), order=2, modes=("fwd", "rev"), eps=1e-6)
+    loss = lambda x: jnp.sum(jnp.sin(pool(x)))
+    np.testing.assert_array_equal(
+        jax.vmap(jax.grad(loss))(x), jnp.stack([jax.grad(loss)(one) for one in x])
+    )
+
+
+@pytest.mark.parametrize(
+    "x", [np.ones((4, 4, 3), np.float32), np.ones((1, 4, 4, 3), np.int32)]
+)
+def test_max_pool_names_what_it_does_not_pool(x):
+    with pytest.raises(ValueError, match=rf"{x.dtype}\[.*4, 4, 3\]"):
+        max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from kddm_jax.convolution import prefer_eigen
+prefer_eigen()
+layout = ("NHWC", "HWIO", "NHWC")
+conv = lambda x, k: jax.lax.conv_general_dilated(
+    x, k, (1, 1), "SAME", dimension_numbers=layout
+)
+arrays = jnp.ones((8, 8, 8, 32)), jnp.ones((3, 3, 32, 32))
+print(jax.jit(conv).lower(*arrays).compile().as_text())
+"""
+
+
+def test_prefer_eigen_reaches_the_compiler():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env["JAX_PLATFORMS"] = "cpu"
+    compiled = lambda program: (
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    assert "convolution(" in compiled(PROGRAM)
+    if os.uname().machine == "x86_64":  # or it would choose nothing
+        assert "ynn_fusion" in compiled(PROGRAM.replace("prefer_eigen()", ""))
+    assert "ynn_fusion" not in compiled(PROGRAM)
+
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, f"{FLAG}=-individual_convolution"),
+        ("--a=1 --b", f"--a=1 --b {FLAG}=-individual_convolution"),
+        (f"{FLAG}= --b", f"{FLAG}= --b"),
+    ],
+)
+def test_prefer_eigen_adds_to_the_flags(monkeypatch, before, after):
+    monkeypatch.setenv("XLA_FLAGS", before or "")
+    if before is None:
+        monkeypatch.delenv("XLA_FLAGS")
+    for _ in range(2):
+        prefer_eigen()
+        assert os.environ["XLA_FLAGS"] == after
+
+
+def test_prefer_eigen_spares_those_that_may_not_know_the_option(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(convolution, "find_spec", lambda name: name == "libtpu" or None)
+    prefer_eigen()
+    monkeypatch.undo()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    for version in ((0, 10, 1), (0, 13, 0)):
+        monkeypatch.setattr(convolution.jaxlib.version, "__version_info__", version)
+        prefer_eigen()
+    assert os.environ["XLA_FLAGS"] == ""
