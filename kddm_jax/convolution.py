@@ -1,4 +1,4 @@
-"""The convolutions and poolings that XLA is slow at on the CPU, made fast.
+"""Convolutions, pooling and rectifier that XLA is slow at on the CPU, made fast.
 
 Small images. XLA exchanges the image and the kernel of a convolution whenever the
 kernel has more taps than the image has pixels. On the CPU the exchanged form has no
@@ -304,6 +304,28 @@ def max_pool(
         nn.max_pool, window_shape=window_shape, strides=strides, padding=pads
     )
     return lax.platform_dependent(inputs, cpu=fast, default=plain)
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """The positive part, in a form that XLA:CPU does not compute over and over.
+
+    A maximum with zero has one operand, and XLA repeats such operations, with all
+    those before it, wherever their result is read. Where a convolution's gradient by
+    the kernel transposes its input, that reads the normalisation's input in strides.
+    A selection has two operands, is computed once, and the step takes a tenth to a
+    fifth less.
+
+    Args:
+      x: any floating point array.
+
+    Returns:
+      `max(x, 0)`; NaN stays NaN. The derivative at zero is zero, as of `jax.nn.relu`.
+
+    Examples:
+      >>> relu(jnp.array([-1.0, 2.0])).tolist()
+      [0.0, 2.0]
+    """
+    return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
 
 
 _CHOICE = "--xla_cpu_experimental_ynn_fusion_type"

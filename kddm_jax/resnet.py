@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.convolution import conv_general_dilated, max_pool
+from kddm_jax.convolution import conv_general_dilated, max_pool, relu
 
 ModuleDef = Any
 
@@ -63,12 +63,12 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[b, h, w, c]` to `[b, h / stride, w / stride, features]`."""
         y = self.conv(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.norm(name="bn2")(self.conv(self.features, 3, 1, name="conv2")(y))
         if x.shape != y.shape:
             x = self.conv(self.features, 1, self.stride, name="downsample_0")(x)
             x = self.norm(name="downsample_1")(x)
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 # torchvision's choices: normal with variance 2 / (k * k * features) for convolutions,
@@ -237,7 +237,7 @@ class ResNet(nn.Module):
 
         stem = STEMS[self.stem]
         x = conv(self.width, stem.kernel, stem.stride, name="conv1")(images)
-        x = nn.relu(norm(name="bn1")(x))
+        x = relu(norm(name="bn1")(x))
         if stem.pool:
             x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         maps = {"stem": x}

@@ -12,7 +12,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 from kddm_jax import convolution
-from kddm_jax.convolution import conv_general_dilated, max_pool, prefer_eigen
+from kddm_jax.convolution import conv_general_dilated, max_pool, prefer_eigen, relu
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -474,6 +474,16 @@ def test_max_pool_derivatives_and_vmap(x64):
 def test_max_pool_names_what_it_does_not_pool(x):
     with pytest.raises(ValueError, match=rf"{x.dtype}\[.*4, 4, 3\]"):
         max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_relu_equals_jax(strict, dtype):
+    x = jnp.array([-jnp.inf, -1.5, -0.0, 0.0, 2.5, jnp.inf], dtype)
+    for fn in (lambda fn: fn(x), lambda fn: jax.vmap(jax.grad(fn))(x)):
+        ours, wanted = fn(relu), fn(jax.nn.relu)
+        assert ours.dtype == dtype
+        np.testing.assert_array_equal(ours, wanted)
+    assert jnp.isnan(relu(jnp.array(jnp.nan, dtype)))
 
 
 PROGRAM = """
