@@ -8,7 +8,9 @@ ResNet34 teacher in evaluation mode, a ResNet18 student forward and backward, th
 distance and an SGD update with Nesterov momentum, on one device.  All programs of a
 setting take turns in one process.  Networks are random, the teacher's statistics are
 those of a batch.  Asserts that both frameworks run networks of the same number of
-parameters and that every loss is finite.
+parameters, that every loss is finite, and, at widths 16 and 64 and batches of 128 and
+more, what `LIMITS` says of the time beside PyTorch's and beside the step without the
+distance.
 """
 
 import os
@@ -35,6 +37,13 @@ from workload import Setting, default_settings, make_data, peak_tflops
 from kddm_jax.resnet import STEMS
 
 OUT_OF_TIME = "not run: out of time"
+# By platform: the step's time over PyTorch's (a stem's worst framework), the step's
+# with a distance of KD2M over its time without, the least share of the device's peak.
+LIMITS = {
+    "cpu": {"imagenet": 1.0, "cifar": 1.6, "distance": 1.05},
+    "gpu": {"imagenet": 1.0, "cifar": 1.0, "distance": 1.1, "peak": 0.3},
+}
+KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 
 
 def import_torch(args: argparse.Namespace):
@@ -139,6 +148,40 @@ def measure(setting, distances, torch_step, args, deadline) -> list[dict]:
     return rows
 
 
+def claims(rows: list[dict], platform: str) -> list[tuple[str, float, float, bool]]:
+    """What the rows say of `LIMITS`: what, the figure, its limit, whether it holds."""
+    limits, found = LIMITS.get(platform), []
+    settings = {}
+    for row in rows:
+        if "note" not in row:
+            setting = Setting(*(row[field] for field in Setting._fields))
+            settings.setdefault(setting, {})[row["framework"], row["distance"]] = row
+    for setting, programs in settings.items():
+        plain = programs.get(("JAX", "none"))
+        published = setting.width in (16, 64) and setting.batch >= 128
+        if limits is None or plain is None or not published:
+            continue
+        name = f"{setting.stem}, width {setting.width}, batch {setting.batch}"
+        name = f"{name}, {setting.dtype}: "
+        at_most = lambda what, figure, limit, name=name: found.append(
+            (name + what, figure, limit, figure <= limit)
+        )
+        # Where the convolutions are so large that a distance should not be noticed.
+        large = setting.stem == "cifar" and setting.width == 64
+        large = large and (platform == "cpu" or setting.batch >= 1024)
+        for (framework, distance), row in programs.items():
+            if framework != "JAX" and distance == "none":
+                ratio = plain["ms_per_step"] / row["ms_per_step"]
+                at_most(f"JAX / {framework}", ratio, limits[setting.stem])
+            elif large and framework == "JAX" and distance.partition("/")[0] in KD2M:
+                ratio = 1 + row["distance_ms"] / plain["ms_per_step"]
+                at_most(f"with {distance} / without", ratio, limits["distance"])
+        share, least = plain["share_of_peak"], limits.get("peak")
+        if large and least and share and setting.dtype == "bfloat16":
+            found.append((name + "share of peak", share, least, share >= least))
+    return found
+
+
 COLUMNS = {
     "stem": "stem",
     "width": "width",
@@ -186,6 +229,7 @@ def parse_args() -> argparse.Namespace:
     add("--torch-threads", type=int, help="of PyTorch on a CPU; default: all cores")
     add("--compile", action="store_true", help="torch.compile also without CUDA")
     add("--minutes", type=float, default=9, help="no new row starts after them")
+    add("--no-assert", action="store_true", help="measure only")
     return parser.parse_args()
 
 
@@ -237,6 +281,12 @@ def main() -> None:
         print("\nPyTorch is absent: no rows of it.")
     infinite = [row for row in report["rows"] if not row.get("finite", True)]
     assert not infinite, f"losses that are not finite: {infinite}"
+    found = claims(report["rows"], backend)
+    if found:
+        print("\nClaims:\n")
+        print(harness.markdown(["what", "figure", "limit", "holds"], found))
+    failed = [what for what, *_, holds in found if not holds]
+    assert args.no_assert or not failed, f"do not hold: {failed}"
 
 
 if __name__ == "__main__":

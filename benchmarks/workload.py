@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 def default_settings(backend: str) -> list[Setting]:
     """What fits the machine: minutes on two cores, full size on an accelerator."""
     if backend == "cpu":
-        kinds = (("imagenet", 16), ("imagenet", 64), ("cifar", 16))
+        kinds = [(stem, width) for stem in ("imagenet", "cifar") for width in (16, 64)]
         return [Setting(stem, width, 128, "float32") for stem, width in kinds]
     return [
         Setting("cifar", 64, batch, dtype)

@@ -55,6 +55,59 @@ def test_step(tmp_path):
     assert all(row["tflops"] > 0 for row in report["rows"])
 
 
+def test_claims_of_the_step(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+
+    def row(
+        ms, framework="JAX", distance="none", *, setting=("cifar", 64, 128), **more
+    ):
+        of_size = dict(zip(("stem", "width", "batch"), setting, strict=True))
+        kind = {"dtype": "float32", "framework": framework, "distance": distance}
+        return {**of_size, **kind, "ms_per_step": ms, "share_of_peak": None, **more}
+
+    small = ("imagenet", 16, 128)
+    rows = [
+        row(100.0),
+        row(106.0, distance="w2", distance_ms=6.0),
+        row(104.0, distance="jw2/exact", distance_ms=4.0),
+        row(150.0, distance="gromov", distance_ms=50.0),  # none of KD2M's
+        row(80.0, "PyTorch eager"),
+        row(50.0, "PyTorch compile"),
+        row(50.0, "PyTorch eager", "w2_gaussian"),
+        row(10.0, setting=small),
+        row(20.0, distance="w2", distance_ms=10.0, setting=small),
+        row(9.0, "PyTorch eager", setting=small),
+        row(10.0, setting=("imagenet", 16, 8)),  # a test's
+        row(9.0, "PyTorch eager", setting=("imagenet", 16, 8)),
+        {**row(0.0, setting=("imagenet", 64, 128)), "note": "not run: out of time"},
+    ]
+    large, little = "cifar, width 64, batch 128", "imagenet, width 16, batch 128"
+    assert step.claims(rows, "cpu") == [
+        (f"{large}, float32: with w2 / without", 1.06, 1.05, False),
+        (f"{large}, float32: with jw2/exact / without", 1.04, 1.05, True),
+        (f"{large}, float32: JAX / PyTorch eager", 1.25, 1.6, True),
+        (f"{large}, float32: JAX / PyTorch compile", 2.0, 1.6, False),
+        (
+            f"{little}, float32: JAX / PyTorch eager",
+            pytest.approx(1.11, 0.01),
+            1,
+            False,
+        ),
+    ]
+    assert step.claims(rows, "tpu") == []  # nothing beside it there
+
+    rows = [
+        row(9.0, setting=("cifar", 64, 1024), dtype="bfloat16", share_of_peak=0.29),
+        row(8.0, "PyTorch compile", setting=("cifar", 64, 1024), dtype="bfloat16"),
+    ]
+    name = "cifar, width 64, batch 1024, bfloat16: "
+    assert step.claims(rows, "gpu") == [
+        (f"{name}JAX / PyTorch compile", 1.125, 1.0, False),
+        (f"{name}share of peak", 0.29, 0.3, False),
+    ]
+
+
 def test_step_says_what_it_did_not_run(tmp_path):
     # No time for any row: the table still says which there would have been.
     text, report = run("step.py --minutes 0 --no-torch", tmp_path / "step.json")
