@@ -6,11 +6,11 @@
 One step is crop, flip and normalisation of uint8 images that stay on the device, a
 ResNet34 teacher in evaluation mode, a ResNet18 student forward and backward, the
 distance and an SGD update with Nesterov momentum, on one device.  All programs of a
-setting take turns in one process.  Networks are random, the teacher's statistics are
-those of a batch.  Asserts that both frameworks run networks of the same number of
-parameters, that every loss is finite, and, at widths 16 and 64 and batches of 128 and
-more, what `LIMITS` says of the time beside PyTorch's and beside the step without the
-distance.
+setting take turns; PyTorch has a process of its own.  Networks are random, the
+teacher's statistics are those of a batch.  Asserts that both frameworks run networks of
+the same number of parameters, that every loss is finite, and, at widths 16 and 64 and
+batches of 128 and more, what `LIMITS` says of the time beside PyTorch's and beside the
+step without the distance.
 """
 
 import os
@@ -20,9 +20,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # JAX would take three quarters of a GPU for itself and leave PyTorch the rest.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# PyTorch's threads wait for each other by spinning, which beside other work, XLA's
-# own threads included, makes its step 3 to 40 times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import math
@@ -32,6 +29,7 @@ import time
 import harness
 import jax
 from jax_step import JaxStep, count_parameters, make_models
+from torch_process import TorchProcess, TorchProgram
 from workload import Setting, default_settings, make_data, peak_tflops
 
 from kddm_jax.resnet import STEMS
@@ -46,33 +44,31 @@ LIMITS = {
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 
 
-def import_torch(args: argparse.Namespace):
-    """The module of the PyTorch step, or None where it is absent or not wanted."""
+def start_torch(args: argparse.Namespace) -> TorchProcess | None:
+    """PyTorch's process, or None where it is absent or not wanted."""
     if args.no_torch:
         return None
     try:
-        import torch
-        import torch_step
-    except ImportError:
+        return TorchProcess(args.torch_python, args.torch_threads)
+    except ImportError as error:
+        if args.torch_python:
+            raise SystemExit(f"--torch-python {args.torch_python}: {error}") from None
         return None
-    if args.torch_threads:
-        torch.set_num_threads(args.torch_threads)
-    return torch_step
 
 
-def wanted_programs(distances, torch_step, args) -> list[tuple[str, str]]:
+def wanted_programs(distances, torch, args) -> list[tuple[str, str]]:
     """``(framework, distance)`` of every row; PyTorch knows few distances."""
     wanted = [("JAX", distance) for distance in distances]
-    if torch_step is None:
+    if torch is None:
         return wanted
     frameworks = ["PyTorch eager"]
-    if args.compile or torch_step.torch.cuda.is_available():
+    if args.compile or torch.hello["cuda"]:
         frameworks.append("PyTorch compile")
-    known = [distance for distance in distances if distance in torch_step.DISTANCES]
+    known = [distance for distance in distances if distance in torch.hello["distances"]]
     return wanted + [(framework, d) for framework in frameworks for d in known]
 
 
-def make_programs(setting, data, wanted, torch_step, deadline):
+def make_programs(setting, data, wanted, torch, deadline):
     """The programs by ``(framework, distance)``, and why there is none of others."""
     programs, notes = {}, {}
     models = None
@@ -85,10 +81,19 @@ def make_programs(setting, data, wanted, torch_step, deadline):
             if framework == "JAX":
                 program = JaxStep(setting, distance, data, models)
             else:
-                compiled = framework == "PyTorch compile"
-                program = torch_step.TorchStep(setting, distance, data, compiled)
+                weight = 0.0
+                if distance != "none":
+                    weight = harness.parse_distance(distance)[0].weight
+                program = TorchProgram(
+                    torch,
+                    setting,
+                    distance,
+                    weight=weight,
+                    steps=len(data.indices),
+                    compiled=framework == "PyTorch compile",
+                )
                 ours = tuple(count_parameters(variables) for _, variables in models)
-                theirs = program.parameters()
+                theirs = program.parameters
                 assert ours == theirs, f"parameters: JAX {ours}, PyTorch {theirs}"
         except ImportError as error:
             notes[framework, distance] = harness.missing_package(error)
@@ -104,13 +109,13 @@ def make_programs(setting, data, wanted, torch_step, deadline):
     return programs, notes
 
 
-def measure(setting, distances, torch_step, args, deadline) -> list[dict]:
+def measure(setting, distances, torch, args, deadline) -> list[dict]:
     """The rows of one setting."""
     # XLA:CPU is many times slower inside a loop: one step a dispatch there.
     steps = 1 if jax.default_backend() == "cpu" else min(10, args.steps)
     data = make_data(setting.batch, steps)
-    wanted = wanted_programs(distances, torch_step, args)
-    programs, notes = make_programs(setting, data, wanted, torch_step, deadline)
+    wanted = wanted_programs(distances, torch, args)
+    programs, notes = make_programs(setting, data, wanted, torch, deadline)
     seconds = harness.interleaved(programs, math.ceil(args.steps / steps), deadline)
     base = programs.get(("JAX", "none"))
     flops = None if base is None else base.flops()
@@ -226,6 +231,9 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, help="timed steps of every row")
     add("--json", metavar="FILE", help="write the rows there too")
     add("--no-torch", action="store_true", help="leave PyTorch out")
+    add(
+        "--torch-python", metavar="FILE", help="interpreter with PyTorch; default: this"
+    )
     add("--torch-threads", type=int, help="of PyTorch on a CPU; default: all cores")
     add("--compile", action="store_true", help="torch.compile also without CUDA")
     add("--minutes", type=float, default=9, help="no new row starts after them")
@@ -237,7 +245,7 @@ def main() -> None:
     """Measures, prints the table, checks."""
     args, start = parse_args(), time.perf_counter()
     backend = jax.default_backend()
-    torch_step = import_torch(args)
+    torch = start_torch(args)
     args.steps = args.steps or (8 if backend == "cpu" else 100)
     fast = [] if backend == "cpu" else ["w2_gaussian/newton_schulz"]
     distances = args.distances or ["w2_gaussian", *fast, "cw2_gaussian", "w2", "cw2"]
@@ -256,17 +264,22 @@ def main() -> None:
     report = {
         "device": harness.device_name(),
         "platform": backend,
-        "versions": harness.versions("optax", "ott-jax", "torch"),
+        "versions": harness.versions("optax", "ott-jax"),
         "load_average": harness.load_average(),
-        "torch_threads": torch_step and torch_step.torch.get_num_threads(),
+        "torch": torch and torch.hello,
         "rows": [],
     }
     for setting in dict.fromkeys(settings):
         deadline = start + 60 * args.minutes
-        report["rows"] += measure(setting, distances, torch_step, args, deadline)
+        report["rows"] += measure(setting, distances, torch, args, deadline)
         harness.write_json(args.json, report)
 
     installed = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    if torch is not None:
+        installed += (
+            f", torch {torch.hello['version']} ({torch.hello['threads']} threads)"
+        )
+        torch.close()
     print(f"\n{report['device']} ({backend}); {installed}")
     print(f"Load average at the start: {report['load_average']}.\n")
     print(table(report["rows"]))
@@ -277,7 +290,7 @@ def main() -> None:
         "PyTorch's allocations on CUDA. PyTorch computes float32 convolutions in TF32 "
         "on CUDA, as XLA does."
     )
-    if torch_step is None and not args.no_torch:
+    if torch is None and not args.no_torch:
         print("\nPyTorch is absent: no rows of it.")
     infinite = [row for row in report["rows"] if not row.get("finite", True)]
     assert not infinite, f"losses that are not finite: {infinite}"

@@ -1,16 +1,20 @@
-"""The same step in PyTorch, as people write it there, as a program of `step.py`.
+"""The same step in PyTorch, as people write it there; `step.py` runs it beside ours.
 
 Channels last, images resident on the device as uint8, crop and flip of the whole
 batch by one gather, SGD with Nesterov momentum, autocast for bfloat16.
+
+As a program it answers the JSON lines of `torch_process.py`; it needs no JAX.
 """
 
+import json
+import os
+import sys
 import time
 
-import harness
 import torch
 import torch.nn.functional as F
 import torch_resnet
-from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting
+from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting, make_data
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,15 @@ DISTANCES = {"none": none, "w2_gaussian": gaussian_wasserstein}
 class TorchStep:
     """The step in PyTorch; a call makes as many steps as ours and waits."""
 
-    def __init__(self, setting: Setting, distance: str, data: Data, compiled: bool):
+    def __init__(
+        self,
+        setting: Setting,
+        distance: str,
+        data: Data,
+        *,
+        weight: float,
+        compiled: bool,
+    ):
         """Makes networks and step, and runs once."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         before = self._allocated(reset=True)
@@ -72,14 +84,12 @@ class TorchStep:
         torch_resnet.calibrate(self.teacher, normalize(self.images[:128]))
         self.teacher.eval()
         self.half = setting.dtype == "bfloat16"
-        self.distance, self.weight = DISTANCES[distance], 0.0
-        if distance != "none":
-            self.weight = harness.parse_distance(distance)[0].weight
+        self.distance, self.weight = DISTANCES[distance], weight
         self.loss = torch.compile(self._loss) if compiled else self._loss
         self.optimizer = torch.optim.SGD(
             self.student.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True
         )
-        self.losses, self.iterations = [], None
+        self.losses = []
 
         start = time.perf_counter()
         self()
@@ -125,3 +135,54 @@ class TorchStep:
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
         return torch.cuda.max_memory_allocated()
+
+
+def answer(message: dict, programs: list[TorchStep]) -> dict:
+    """What a message asks for: a program made, or one run."""
+    if "run" in message:
+        program = programs[message["run"]]
+        program.losses.clear()
+        program()
+        return {"losses": program.losses}
+    setting = Setting(*message["make"])
+    options = {key: message[key] for key in ("weight", "compiled")}
+    data = make_data(setting.batch, message["steps"])
+    program = TorchStep(setting, message["distance"], data, **options)
+    programs.append(program)
+    return {
+        "index": len(programs) - 1,
+        "first_s": program.first_s,
+        "parameters": program.parameters(),
+        "memory_gb": program.memory_gb(),
+    }
+
+
+def serve() -> None:
+    """Answers until the input ends; what PyTorch prints goes to standard error."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(reply: dict) -> None:
+        channel.write(json.dumps(reply) + "\n")
+        channel.flush()
+
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
+    say(
+        {
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.is_available(),
+            "distances": list(DISTANCES),
+        }
+    )
+    programs = []
+    for line in sys.stdin:
+        try:
+            say(answer(json.loads(line), programs))
+        except RuntimeError as error:  # PyTorch's, memory among them
+            say({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+
+
+if __name__ == "__main__":
+    serve()

@@ -243,9 +243,16 @@ def conv_general_dilated(
     return lax.platform_dependent(lhs, rhs, cpu=fast, default=xla)
 
 
+@jax.custom_jvp
 def _first_maximum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The larger one; of equals `a`, to which alone the gradient goes."""
-    return jnp.where((a >= b) | jnp.isnan(a), a, b)
+    """The larger one; of equals `a` has the derivative, not each half of it."""
+    return jnp.maximum(a, b)
+
+
+@_first_maximum.defjvp
+def _first_maximum_jvp(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    return _first_maximum(a, b), jnp.where((a >= b) | jnp.isnan(a), da, db)
 
 
 def _maxima(x, axis, size, stride, padding):
