@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -61,7 +62,9 @@ def interleaved(
     deadline: float = 1e99,
     most: float = 1e99,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, each call once a round.
+    """Seconds of every call in every round, each call once a round, in any order.
+
+    In one order the same call would always come after another's caches.
 
     Args:
       calls: by name; each must block until its work is done.
@@ -76,9 +79,10 @@ def interleaved(
     for i in range(rounds):
         if i >= 3 and time.perf_counter() > deadline:
             break
-        for name, call in calls.items():
+        for name in random.Random(i).sample(list(calls), len(calls)):
             if i >= 3 and sum(seconds[name]) > most:
                 continue
+            call = calls[name]
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

@@ -35,6 +35,7 @@ from workload import Setting, default_settings, make_data, peak_tflops
 from kddm_jax.resnet import STEMS
 
 OUT_OF_TIME = "not run: out of time"
+ENOUGH = 40.0  # seconds of a program, after three rounds
 # By platform: the step's time over PyTorch's (a stem's worst framework), the step's
 # with a distance of KD2M over its time without, the least share of the device's peak.
 LIMITS = {
@@ -116,7 +117,8 @@ def measure(setting, distances, torch, args, deadline) -> list[dict]:
     data = make_data(setting.batch, steps)
     wanted = wanted_programs(distances, torch, args)
     programs, notes = make_programs(setting, data, wanted, torch, deadline)
-    seconds = harness.interleaved(programs, math.ceil(args.steps / steps), deadline)
+    rounds = math.ceil(args.steps / steps)
+    seconds = harness.interleaved(programs, rounds, deadline, most=ENOUGH)
     base = programs.get(("JAX", "none"))
     flops = None if base is None else base.flops()
     peak = peak_tflops(jax.devices()[0].device_kind)
@@ -246,7 +248,7 @@ def main() -> None:
     args, start = parse_args(), time.perf_counter()
     backend = jax.default_backend()
     torch = start_torch(args)
-    args.steps = args.steps or (8 if backend == "cpu" else 100)
+    args.steps = args.steps or (25 if backend == "cpu" else 100)
     fast = [] if backend == "cpu" else ["w2_gaussian/newton_schulz"]
     distances = args.distances or ["w2_gaussian", *fast, "cw2_gaussian", "w2", "cw2"]
     distances = ["none", *(d for d in distances if d != "none")]
