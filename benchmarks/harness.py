@@ -1,7 +1,7 @@
 """What the benchmarks share: distances by name, interleaved rounds, tables.
 
 Timings on a shared machine drift by more than the differences in question.  Hence
-every comparison is made inside one process, in rounds ``A B A B ...``, and what is
+every comparison is made in one run, in rounds of one call each, and what is
 compared are medians over the rounds, or the median of the rounds' own differences.
 """
 
@@ -26,7 +26,7 @@ if importlib.util.find_spec("kddm_jax") is None:
 from kddm_jax.convolution import prefer_eigen  # noqa: E402
 from kddm_jax.distances import DISTANCES, Distance  # noqa: E402
 
-prefer_eigen()  # as the experiments do
+prefer_eigen()  # as the experiments do, before JAX looks for its devices
 
 # A variant of a distance is written "key/choice": "w2/exact", "w2_gaussian/diag".
 CHOICES: Mapping[str, str] = {

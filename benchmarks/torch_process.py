@@ -30,18 +30,21 @@ class TorchProcess:
           threads: of PyTorch; None is its own choice.
 
         Raises:
-          ImportError: the interpreter has no PyTorch.
+          OSError: there is no such interpreter.
+          RuntimeError: the process ended, without PyTorch for example.
         """
         command = [python or sys.executable, str(SCRIPT)]
         self.process = subprocess.Popen(
-            command if threads is None else [*command, str(threads)],
+            [*command, str(threads)] if threads else command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         line = self.process.stdout.readline()
         if not line:
-            raise ImportError(f"{command[0]} does not run PyTorch", name="torch")
+            self.close()
+            status = self.process.returncode
+            raise RuntimeError(f"{command[0]} {SCRIPT.name} ended with status {status}")
         self.hello = json.loads(line)
 
     def ask(self, **message: object) -> dict:
@@ -62,8 +65,7 @@ class TorchProcess:
 
     def close(self) -> None:
         """Ends the process, and with it its memory."""
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
 
 
 class TorchProgram:
@@ -95,7 +97,7 @@ class TorchProgram:
         )
         self.first_s = made["first_s"]
         self.parameters, self.gb = tuple(made["parameters"]), made["memory_gb"]
-        self.process, self.index, self.losses = process, made["index"], []
+        self.process, self.index, self.losses = process, made["index"], made["losses"]
 
     def __call__(self) -> None:
         """Makes the steps of one dispatch; the answer has their losses."""

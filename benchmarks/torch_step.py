@@ -152,6 +152,7 @@ def answer(message: dict, programs: list[TorchStep]) -> dict:
     return {
         "index": len(programs) - 1,
         "first_s": program.first_s,
+        "losses": program.losses,
         "parameters": program.parameters(),
         "memory_gb": program.memory_gb(),
     }
@@ -180,8 +181,8 @@ def serve() -> None:
     for line in sys.stdin:
         try:
             say(answer(json.loads(line), programs))
-        except RuntimeError as error:  # PyTorch's, memory among them
-            say({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+        except Exception as error:  # memory, most often; the next may fit
+            say({"error": repr(error)[:300]})
 
 
 if __name__ == "__main__":

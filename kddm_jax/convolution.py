@@ -19,14 +19,15 @@ Max pooling: maxima of shifted images, along one axis after the other. XLA deriv
 by four arrays of indices of the image's size; the 3x3/2 pooling of 128 images of 16x16
 pixels and 64 channels takes 7 instead of 48 ms with its gradient.
 
-All others: XLA:CPU hands them to YNNPACK, which takes twice as long as Eigen.
-`prefer_eigen` changes that for the whole process.
+All others: on x86-64 XLA:CPU hands them to YNNPACK, which takes up to three times as
+long as Eigen. `prefer_eigen` changes that for the whole process.
 """
 
 import math
 import os
 from collections.abc import Sequence
 from functools import partial, reduce
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
@@ -270,24 +271,25 @@ def max_pool(
     inputs: jax.Array,
     window_shape: tuple[int, int],
     strides: tuple[int, int],
-    padding: Sequence[tuple[int, int]],
+    padding: str | Sequence[tuple[int, int]],
 ) -> jax.Array:
     """Pools as `flax.linen.max_pool`, without its slow gradient on the CPU.
 
-    Same result, same gradient up to the order of a sum: of equal pixels the first of
-    the window, row by row, receives it.
+    Same result, and of finite images the same gradient up to the order of a sum: of
+    equal pixels the first of the window, row by row, receives it.
 
     Args:
       inputs: images, shape `[b, h, w, c]`, floating point.
       window_shape: rows and columns of a window.
       strides: one per spatial axis.
-      padding: `(low, high)` per spatial axis; never the maximum.
+      padding: "SAME", "VALID", or `(low, high)` per spatial axis; never the maximum.
 
     Returns:
       The maxima, shape `[b, out_h, out_w, c]`.
 
     Raises:
-      ValueError: inputs of another rank or dtype.
+      ValueError: inputs of another rank or dtype, a number of axes other than two,
+        windows larger than the padded images.
 
     Examples:
       >>> image = jnp.arange(4.0).reshape(1, 2, 2, 1)
@@ -297,9 +299,24 @@ def max_pool(
     if inputs.ndim != 4 or not jnp.issubdtype(inputs.dtype, jnp.floating):
         raise ValueError(
             "inputs must be floating point, of shape [b, h, w, c], got "
-            f"{inputs.dtype}{list(inputs.shape)}"
+            f"{inputs.dtype}{list(inputs.shape)}; add the batch axis with inputs[None]"
         )
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(inputs.shape[1:3], window_shape, strides, padding)
     pads: Any = tuple(map(tuple, padding))  # Flax takes pairs and does not declare it
+    if not len(window_shape) == len(strides) == len(pads) == 2:
+        raise ValueError(
+            "window_shape, strides and padding must be of rows and columns, got "
+            f"{window_shape}, {strides} and {padding}"
+        )
+    padded = [
+        size + sum(pad) for size, pad in zip(inputs.shape[1:3], pads, strict=True)
+    ]
+    if any(size > of for size, of in zip(window_shape, padded, strict=True)):
+        raise ValueError(
+            f"windows of {window_shape} do not fit padded images of {tuple(padded)}; "
+            "pad more or take smaller windows"
+        )
 
     def fast(x: jax.Array) -> jax.Array:
         for axis in (2, 1):  # within a row first: the first maximum is then the first
@@ -326,7 +343,8 @@ def relu(x: jax.Array) -> jax.Array:
       x: any floating point array.
 
     Returns:
-      `max(x, 0)`; NaN stays NaN. The derivative at zero is zero, as of `jax.nn.relu`.
+      `max(x, 0)`; NaN stays NaN, with derivative one. At zero the derivative is zero,
+      as of `jax.nn.relu`.
 
     Examples:
       >>> relu(jnp.array([-1.0, 2.0])).tolist()
@@ -343,17 +361,24 @@ _KNOWN_SINCE, _UNKNOWN_FROM = (0, 10, 2), (0, 13)
 def prefer_eigen() -> None:
     """Has XLA:CPU compute convolutions by Eigen, not YNNPACK, in this process.
 
-    On two cores Eigen takes 30 to 60 % of YNNPACK's time with JAX 0.10, and half of it
-    in the gradient by the kernel with 0.12. Results change by rounding. The option is
-    XLA's, of the whole process, and read once: call this before JAX first looks for its
-    devices; later it does nothing. It is added to the environment's `XLA_FLAGS`, unless
-    you chose there yourself, jaxlib is none of the versions that are known to have it,
-    or libtpu is installed, which reads the same variable. GPUs do without it.
+    On two x86-64 cores, 3x3 kernels at 4 to 32 pixels a side, Eigen takes 30 to 100 %
+    of YNNPACK's time with JAX 0.10.2, 30 to 55 % in the gradient by the kernel; with
+    0.12 it gains in that gradient alone. Results change by rounding.
+
+    The option is XLA's, of the whole process, and read once: call this before JAX first
+    looks for its devices. It is added to the environment's `XLA_FLAGS`, which child
+    processes inherit and keys of the compilation cache contain, also when it comes too
+    late for this process. Nothing is added where you chose yourself, or named a file of
+    flags; where jaxlib is none of the versions that are known to have the option; and
+    where libtpu or a plug-in other than CUDA's is installed, which may not know it.
 
     Examples:
       >>> prefer_eigen()
     """
-    flags = os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    is_file = bool(flags) and not flags.startswith("-")
     known = _KNOWN_SINCE <= jaxlib.version.__version_info__ < _UNKNOWN_FROM
-    if known and _CHOICE not in flags and find_spec("libtpu") is None:
+    plug_ins = [p.name for p in entry_points(group="jax_plugins")]
+    others = find_spec("libtpu") is not None or any("cuda" not in p for p in plug_ins)
+    if known and not (is_file or others or _CHOICE in flags):
         os.environ["XLA_FLAGS"] = f"{flags} {_CHOICE}=-individual_convolution".strip()

@@ -57,6 +57,7 @@ def test_step(tmp_path):
 
 def test_claims_of_the_step(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # step.py sets it
     import step
 
     def row(
@@ -66,7 +67,7 @@ def test_claims_of_the_step(monkeypatch):
         kind = {"dtype": "float32", "framework": framework, "distance": distance}
         return {**of_size, **kind, "ms_per_step": ms, "share_of_peak": None, **more}
 
-    small = ("imagenet", 16, 128)
+    small, tests = ("imagenet", 16, 128), ("imagenet", 16, 8)
     rows = [
         row(100.0),
         row(106.0, distance="w2", distance_ms=6.0),
@@ -78,34 +79,132 @@ def test_claims_of_the_step(monkeypatch):
         row(10.0, setting=small),
         row(20.0, distance="w2", distance_ms=10.0, setting=small),
         row(9.0, "PyTorch eager", setting=small),
-        row(10.0, setting=("imagenet", 16, 8)),  # a test's
-        row(9.0, "PyTorch eager", setting=("imagenet", 16, 8)),
+        row(10.0, setting=tests),
+        row(9.0, "PyTorch eager", setting=tests),
+        row(10.0, setting=small, dtype="bfloat16"),
+        row(9.0, "PyTorch eager", setting=small, dtype="bfloat16"),
         {**row(0.0, setting=("imagenet", 64, 128)), "note": "not run: out of time"},
     ]
-    large, little = "cifar, width 64, batch 128", "imagenet, width 16, batch 128"
-    assert step.claims(rows, "cpu") == [
-        (f"{large}, float32: with w2 / without", 1.06, 1.05, False),
-        (f"{large}, float32: with jw2/exact / without", 1.04, 1.05, True),
-        (f"{large}, float32: JAX / PyTorch eager", 1.25, 1.6, True),
-        (f"{large}, float32: JAX / PyTorch compile", 2.0, 1.6, False),
-        (
-            f"{little}, float32: JAX / PyTorch eager",
-            pytest.approx(1.11, 0.01),
-            1,
-            False,
-        ),
+    little, large = (
+        f"{stem}, width {width}, batch 128, float32: "
+        for stem, width in (("imagenet", 16), ("cifar", 64))
+    )
+    beside = [
+        (f"{little}JAX / PyTorch eager", pytest.approx(10 / 9), 1.0),
+        (f"{large}JAX / PyTorch eager", 1.25, 1.6),
+        (f"{large}JAX / PyTorch compile", 2.0, 1.6),
     ]
-    assert step.claims(rows, "tpu") == []  # nothing beside it there
+    costs = [
+        (f"{large}w2 / none", 1.06, 1.05),
+        (f"{large}jw2/exact / none", 1.04, 1.05),
+    ]
+    found = step.claims(rows, "cpu", same_device=True)
+    assert sorted(found, key=str) == sorted(beside + costs, key=str)
+    assert step.claims(rows, "cpu", same_device=False) == costs
+    assert step.claims(rows, "tpu", same_device=False) == []
+
+
+def test_claims_of_the_step_on_a_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import step
 
     rows = [
-        row(9.0, setting=("cifar", 64, 1024), dtype="bfloat16", share_of_peak=0.29),
-        row(8.0, "PyTorch compile", setting=("cifar", 64, 1024), dtype="bfloat16"),
+        {
+            "stem": "cifar",
+            "width": 64,
+            "batch": batch,
+            "dtype": "bfloat16",
+            "framework": framework,
+            "distance": distance,
+            "ms_per_step": ms,
+            "distance_ms": ms - 10.0,
+            "share_of_peak": share,
+        }
+        for batch in (128, 1024)
+        for framework, distance, ms, share in (
+            ("JAX", "none", 10.0, 0.24),
+            ("JAX", "w2", 12.0, 0.2),
+            ("PyTorch compile", "none", 8.0, None),
+        )
     ]
-    name = "cifar, width 64, batch 1024, bfloat16: "
-    assert step.claims(rows, "gpu") == [
-        (f"{name}JAX / PyTorch compile", 1.125, 1.0, False),
-        (f"{name}share of peak", 0.29, 0.3, False),
+    names = [f"cifar, width 64, batch {batch}, bfloat16: " for batch in (128, 1024)]
+    assert step.claims(rows, "gpu", same_device=True) == [
+        (f"{names[0]}JAX / PyTorch compile", 1.25, 1.0),
+        (f"{names[1]}w2 / none", 1.2, 1.1),  # at 128 it is only reported
+        (f"{names[1]}JAX / PyTorch compile", 1.25, 1.0),
+        (f"{names[1]}30% of the peak / ours", 1.25, 1.0),
     ]
+
+
+HELLO = 'import sys, json\nprint(json.dumps({"version": "1"}), flush=True)\n'
+ANSWERS = """
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked.get("run") == 7:
+        sys.exit(3)
+    told = {"losses": [asked["run"]]} if "run" in asked else {"error": "no memory"}
+    print(json.dumps(told), flush=True)
+"""
+
+
+def torch_process(monkeypatch, tmp_path, text):
+    """A process that runs this text in place of PyTorch's step."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch_process
+
+    script = tmp_path / "torch_step.py"
+    script.write_text(text)
+    monkeypatch.setattr(torch_process, "SCRIPT", script)
+    return torch_process.TorchProcess()
+
+
+def test_the_process_of_pytorch_answers_fails_and_ends(monkeypatch, tmp_path):
+    process = torch_process(monkeypatch, tmp_path, HELLO + ANSWERS)
+    assert process.hello == {"version": "1"}
+    assert process.ask(run=2) == {"losses": [2]}
+    with pytest.raises(RuntimeError, match="PyTorch: no memory"):
+        process.ask(make=[])
+    assert process.ask(run=3) == {"losses": [3]}  # it goes on
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="PyTorch: ended"):
+            process.ask(run=7)
+    process.close()
+    assert process.process.returncode == 3
+
+
+def test_the_process_of_pytorch_that_does_not_start(monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match=r"torch_step\.py ended with status 4"):
+        torch_process(monkeypatch, tmp_path, "import sys\nsys.exit(4)\n")
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "step.py", "--torch-python", tmp_path / "none"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("PyTorch does not start: ")
+
+
+@pytest.mark.slow
+def test_step_beside_pytorch(tmp_path):
+    pytest.importorskip("torch")
+    _, report = run(
+        "step.py --stem imagenet --width 4 --batch-size 8 --steps 2 "
+        "--distances w2_gaussian",
+        tmp_path / "step.json",
+    )
+    rows = [(row["framework"], row["distance"]) for row in report["rows"]]
+    both = [
+        (framework, d)
+        for framework in ("JAX", "PyTorch eager")
+        for d in ("none", "w2_gaussian")
+    ]
+    assert rows == both
+    assert all(row["finite"] and row["ms_per_step"] > 0 for row in report["rows"])
+    assert report["claims"] == []  # of no such size
 
 
 def test_step_says_what_it_did_not_run(tmp_path):
