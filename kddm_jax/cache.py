@@ -236,14 +236,21 @@ def _publish(partial, target, key):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _last_written(folder):
+    """The newest time of its files, of itself where there are none."""
+    files = list(folder.glob("*")) or [folder]
+    return max(file.stat().st_mtime for file in files)
+
+
 def _remove_stale(root, key):
     """Removes caches of files that have changed since, and what killed builds left."""
     now, current = time.time(), key.contents()
     for folder in root.iterdir():
         if folder.name.startswith(_PARTIAL):
-            files = list(folder.glob("*")) or [folder]
-            if max(file.stat().st_mtime for file in files) < now - _DAY:
-                shutil.rmtree(folder, ignore_errors=True)
+            # Gone meanwhile: its own process has just removed it.
+            with contextlib.suppress(FileNotFoundError):
+                if _last_written(folder) < now - _DAY:
+                    shutil.rmtree(folder, ignore_errors=True)
             continue
         manifest = _read_manifest(folder)
         found = manifest.get("key") or {}

@@ -612,6 +612,24 @@ def test_killed_build_leaves_no_cache(tmp_path, decoded):
     assert not stale.exists()
 
 
+def test_another_process_removes_its_files_meanwhile(tmp_path, decoded, monkeypatch):
+    write(tmp_path)
+    other = tmp_path / ".kddm_jax" / ".partial-other"
+    other.mkdir(parents=True)
+    (other / "gone.npy").write_bytes(b"")
+    whole, looked_at = Path.stat, []
+
+    def stat(path, **options):
+        if path.name == "gone.npy":
+            looked_at.append(path)
+            path.unlink(missing_ok=True)
+        return whole(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert len(load(tmp_path).train_images) == 5
+    assert looked_at
+
+
 def blocked(folder):
     """A file in the place of a folder: not writable, not even for root."""
     folder.parent.mkdir(parents=True, exist_ok=True)
