@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import cifar  # sets the environment before JAX is imported
 import records
-from settings import UserError
+from settings import KD2M, UserError
 
 HERE = Path(__file__).resolve().parent
 TIME_IS_UP = 3
@@ -34,7 +34,6 @@ GRACE = 60.0  # seconds in which a part that is told to stop saves
 LEAST = 20.0  # seconds: with less, no part is begun
 STEP = "step"
 DATASETS = ("cifar10", "cifar100")
-KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 DISTANCES = (*KD2M, "kd", "l2", "procrustes")
 GRID = ("1e-3", "1e-2", "0.1", "1", "10")
 # From scratch in an accelerator's minutes: the strong recipe, a third of its epochs.
@@ -77,8 +76,10 @@ def parts(options: argparse.Namespace) -> list[Part]:
     )
     common = ("--data-dir", str(options.data_dir)) if options.data_dir else ()
     seeds = ("--seeds", "0", "1", "2")
-    speed = (str(HERE.parent / "benchmarks" / "step.py"), "--json")
-    found = [Part(STEP, (*speed, str(out / "step.json")), out / "step.json")]
+    step = out / "step.json"
+    speed = (str(HERE.parent / "benchmarks" / "step.py"), "--json", str(step))
+    # What it measures is wanted, and the parts after it, also where a claim fails.
+    found = [Part(STEP, (*speed, "--no-assert"), step)]
     for name in DATASETS:
         folder, grid = out / name, out / f"{name}-weights"
         data = ("--dataset", name, *common, *SHORT)

@@ -107,6 +107,11 @@ def test_a_step_without_all_its_rows_is_not_finished(tmp_path, capsys, monkeypat
     assert not (tmp_path / "lease.json").exists()
 
 
+def test_a_slow_step_does_not_end_the_lease(tmp_path):
+    step = lease.parts(lease.parse_options(["--out", str(tmp_path)]))[0]
+    assert "--no-assert" in step.command  # or its status would end the lease
+
+
 def test_unknown_parts_are_refused(tmp_path, scripted, capsys):
     out = tmp_path / "out"
     assert lease.main(["--out", str(out), "--parts", "one", "three"]) == 2
