@@ -181,17 +181,13 @@ def claims(
         plain = programs.get(("JAX", "none"))
         if plain is None:
             continue
-        words = setting._asdict().items()
-        name = ", ".join(f"{k} {v}" for k, v in words if isinstance(v, int))
-        name = f"{setting.stem}, {name}, {setting.dtype}"
-        whole = setting.batch == largest and setting.width == 64
-        whole = whole and setting.stem == "cifar"
+        stem, width, batch, dtype = setting
+        name = f"{stem}, width {width}, batch {batch}, {dtype}"
+        whole = (stem, width, batch) == ("cifar", 64, largest)
         for (framework, distance), row in programs.items():
             if framework != "JAX" and distance == "none" and same_device:
                 ratio = plain["ms_per_step"] / row["ms_per_step"]
-                found.append(
-                    (f"{name}: JAX / {framework}", ratio, limits[setting.stem])
-                )
+                found.append((f"{name}: JAX / {framework}", ratio, limits[stem]))
             elif framework == "JAX" and whole and distance.partition("/")[0] in KD2M:
                 ratio = 1 + row["distance_ms"] / plain["ms_per_step"]
                 found.append((f"{name}: {distance} / none", ratio, limits["distance"]))
@@ -290,7 +286,8 @@ def main() -> None:
         torch = torch or start_torch(args)
         report["rows"] += measure(setting, distances, torch, args, deadline)
         if torch is not None:  # its memory, too
-            torch = torch.close()
+            torch.close()
+            torch = None
         harness.write_json(args.json, report)
     same_device = bool(hello) and hello["cuda"] == (backend == "gpu")
     report["claims"] = claims(report["rows"], backend, same_device=same_device)

@@ -361,9 +361,9 @@ _KNOWN_SINCE, _UNKNOWN_FROM = (0, 10, 2), (0, 13)
 def prefer_eigen() -> None:
     """Has XLA:CPU compute convolutions by Eigen, not YNNPACK, in this process.
 
-    On two x86-64 cores, 3x3 kernels at 4 to 32 pixels a side, Eigen takes 30 to 100 %
-    of YNNPACK's time with JAX 0.10.2, 30 to 55 % in the gradient by the kernel; with
-    0.12 it gains in that gradient alone. Results change by rounding.
+    On two x86-64 cores, 3x3 kernels at 8 to 32 pixels a side, Eigen takes a third of
+    YNNPACK's time in the gradient by the kernel with JAX 0.10.2, and half to all of it
+    otherwise; with 0.12 it gains in that gradient alone. Results change by rounding.
 
     The option is XLA's, of the whole process, and read once: call this before JAX first
     looks for its devices. It is added to the environment's `XLA_FLAGS`, which child

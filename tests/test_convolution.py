@@ -546,7 +546,7 @@ def test_prefer_eigen_reaches_the_compiler():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Pretends to a jaxlib and to plug-ins; of no more than this one says."""
+    """Stands in for the jaxlib and the plug-ins that are installed."""
 
     def pretend(version=(0, 12, 0, 1), libtpu=None, plug_ins=()):
         monkeypatch.setattr(convolution.jaxlib.version, "__version_info__", version)
@@ -566,7 +566,7 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
         (None, f"{FLAG}=-individual_convolution"),
         ("--a=1 --b", f"--a=1 --b {FLAG}=-individual_convolution"),
         (f"{FLAG}= --b", f"{FLAG}= --b"),
-        ("/etc/flags", "/etc/flags"),  # of which XLA reads them
+        ("/etc/flags", "/etc/flags"),  # a file, from which XLA reads them
     ],
 )
 def test_prefer_eigen_adds_to_the_flags(monkeypatch, installed, before, after):
