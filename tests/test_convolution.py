@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import types
@@ -41,7 +42,14 @@ LARGE = [
     ((8, 8), (3, 3), (1, 1), "SAME"),
     ((2, 2), (1, 1), (2, 2), "VALID"),
     ((4, 4), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((16, 16), (5, 5), (2, 2), ((2, 2), (2, 2))),
+]
+# Blocks of pixels become channels: many taps, stride 2, few channels and features.
+NARROW = [
     ((12, 12), (7, 7), (2, 2), ((3, 3), (3, 3))),
+    ((13, 10), (7, 7), (2, 2), "SAME"),
+    ((15, 12), (7, 8), (2, 2), "VALID"),
+    ((14, 14), (7, 7), (2, 2), ((-1, 3), (4, -2))),  # padding that crops
 ]
 
 # Of any size, where each channel has its own kernel.
@@ -102,7 +110,9 @@ def assert_close(actual, wanted, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max())
 
 
-@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL + LARGE)
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "padding"), SMALL + LARGE + NARROW
+)
 def test_equals_lax(size, kernel, strides, padding):
     lhs, rhs = arrays(size, kernel)
     ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
@@ -220,6 +230,49 @@ def test_large_outputs_stay_convolutions(size, kernel, strides, padding):
     assert "stablehlo.dot_general" not in text
 
 
+def strided(lhs, rhs):
+    return conv_general_dilated(
+        lhs, rhs, (2, 2), ((3, 3), (3, 3)), dimension_numbers=NHWC
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "kernel", "narrow"),
+    [(4, 16, 7, True), (5, 16, 7, False), (4, 17, 7, False), (4, 16, 5, False)],
+)
+def test_a_narrow_first_layer_takes_blocks_as_channels(
+    channels, features, kernel, narrow
+):
+    size, kernel = (16, 16), (kernel, kernel)
+    text = lowered(strided, *arrays(size, kernel, channels=channels, features=features))
+    blocks = f"tensor<4x4x{4 * channels}x{features}xf32>"
+    assert text.count("stablehlo.convolution") == 1
+    assert (blocks in text) == narrow
+
+
+def test_only_what_is_differentiated_is_convolved():
+    lhs, rhs = arrays((16, 16), (7, 7))
+    gradient = jax.grad(lambda rhs: jnp.sum(jnp.sin(strided(lhs, rhs))))
+    text = jax.jit(gradient).lower(rhs).compile().as_text()
+    assert len(re.findall(r" convolution\(|custom-call\(", text)) == 2
+
+
+def test_a_narrow_layers_derivatives_are_those_of_finite_differences(x64):
+    arguments = arrays((11, 9), (7, 7), jnp.float64, batch=1, channels=2, features=2)
+    check_grads(strided, arguments, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+
+
+def test_a_narrow_layer_works_under_vmap_and_checkpoint():
+    lhs, rhs = arrays((12, 12), (7, 7))
+    loss = lambda rhs, lhs: jnp.sum(jnp.sin(strided(lhs, rhs)))
+    wanted = jax.grad(loss)(rhs, lhs)
+    kernels = jnp.stack([rhs, 2 * rhs])
+    batched = jax.vmap(jax.grad(jax.checkpoint(loss)), in_axes=(0, None))(kernels, lhs)
+    np.testing.assert_allclose(batched[0], wanted, rtol=1e-4, atol=1e-4)
+    second = jax.grad(loss)(2 * rhs, lhs)
+    np.testing.assert_allclose(batched[1], second, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
 def test_accelerators_keep_their_convolution(platform):
     fn = lambda lhs, rhs: value_and_gradients(
@@ -241,6 +294,12 @@ def test_padding_is_never_multiplied():
     # One tap touches a single pixel; four taps touch each of 2x2. Nothing else counts.
     assert flops((1, 1)) == pytest.approx(products, rel=0.1)
     assert flops((2, 2)) == pytest.approx(4 * 4 * products, rel=0.1)
+
+
+def test_pixels_that_all_see_the_whole_image_are_one_product():
+    text = lowered(same, *arrays((2, 2), (3, 3)))
+    assert text.count("stablehlo.dot_general") == 1
+    assert lowered(same, *arrays((2, 3), (3, 3))).count("stablehlo.dot_general") == 6
 
 
 def test_the_choice_leaves_nothing_at_run_time():
@@ -412,6 +471,7 @@ POOLS = [
     ((4, 5), (1, 3), (3, 1), ((0, 0), (2, 2))),
     ((2, 2), (3, 3), (2, 2), ((1, 1), (1, 1))),
     ((1, 1), (3, 3), (1, 1), ((2, 2), (1, 1))),  # windows of nothing but padding
+    ((3, 8), (5, 4), (3, 2), ((4, 4), (2, 3))),  # one that reaches over both ends
 ]
 
 
@@ -434,6 +494,8 @@ def test_max_pool_equals_flax(strict, values, size, w, s, p):
     )
     for a, b in zip(ours, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
+    # Without a derivative it is computed in another form.
+    np.testing.assert_array_equal(max_pool(x, w, s, p), wanted[0])
 
 
 def test_max_pool_passes_on_what_is_not_finite():
