@@ -67,9 +67,17 @@ TINY = (
 # Running the command.
 
 
+# What the tests compile they share with subprocesses that name no cache of their own.
+CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+
+
 def environ(**more):
     """Of a subprocess: this package, a plain terminal, one device, no user's data."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "KDDM_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_", "KDDM_")) or name in CACHE
+    }
     for name in ("XLA_FLAGS", "COLUMNS", "FORCE_COLOR", "PYTHONWARNINGS"):
         kept.pop(name, None)
     package = str(Path(kddm_jax.__file__).parents[1])
