@@ -192,7 +192,7 @@ def claims(
                 ratio = 1 + row["distance_ms"] / plain["ms_per_step"]
                 found.append((f"{name}: {distance} / none", ratio, limits["distance"]))
         share = plain["share_of_peak"]
-        if whole and share and "peak" in limits and setting.dtype == "bfloat16":
+        if whole and share and "peak" in limits and dtype == "bfloat16":
             least = f"{limits['peak']:.0%} of the peak"
             found.append((f"{name}: {least} / ours", limits["peak"] / share, 1.0))
     return found

@@ -18,9 +18,9 @@ MobileNetV2 takes a quarter of the time.
 
 Kernels of 7x7 and more and stride 2 on three channels or so, with few features, as in a
 narrow network's first layer: the image's blocks of 2x2 pixels become channels, the
-kernel's likewise, and a stride remains of 1. Of one channel's taps at a time the CPU's
-vectors stay nearly empty: forwards, 128 images of 32x32 pixels and 16 features take 2.8
-instead of 5.1 ms. Backwards XLA's own form is the faster one.
+kernel's likewise, and the stride becomes 1. Rows of three numbers leave the CPU's
+vectors nearly empty, rows of twelve less so: forwards, 128 images of 32x32 pixels and
+16 features take 2.8 instead of 5.1 ms. Backwards XLA's own form is the faster one.
 
 Max pooling: maxima of shifted images, along one axis after the other. XLA derives it
 by four arrays of indices of the image's size; the 3x3/2 pooling of 128 images of 16x16
@@ -50,10 +50,12 @@ from jax import lax
 _MAX_PIXELS = 16
 # One shifted image per tap: 7x7 is fast too, but takes seconds to compile.
 _MAX_TAPS = 25
-# Of 32 features, or 5x5 taps, blocks as channels lose in one jaxlib or the other.
-_MIN_BLOCK_TAPS = 49
+# With 32 features, or 5x5 taps, it is the slower form in some versions of jaxlib.
+_MIN_BLOCK_SIDE = 7
 _MAX_BLOCK_CHANNELS = 4
 _MAX_BLOCK_FEATURES = 16
+# Windows over the ends of an axis that are worth a program of their own.
+_MAX_ENDS = 4
 
 
 def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: object) -> bool:
@@ -93,7 +95,7 @@ def _window(start: int, taps: int, size: int) -> tuple[slice, slice]:
 
 
 def _products(lhs, rhs, strides, padding, *, precision):
-    """One matrix product per output pixel; of those that see all the image, one."""
+    """One matrix product per output pixel; a single one if all see the whole image."""
     sizes = _sizes(lhs, rhs, strides, padding)
     rows, columns = (
         [
@@ -162,13 +164,13 @@ def _depthwise_jvp(strides, padding, primals, tangents):
     return _depthwise(lhs, rhs, strides, padding), tangent
 
 
-def _is_narrow(
+def _is_narrow_stem(
     lhs: jax.Array, rhs: jax.Array, out: jax.ShapeDtypeStruct, strides: tuple[int, ...]
 ) -> bool:
     return (
         out.size > 0
         and strides == (2, 2)
-        and math.prod(rhs.shape[:2]) >= _MIN_BLOCK_TAPS
+        and min(rhs.shape[:2]) >= _MIN_BLOCK_SIDE
         and lhs.shape[3] <= _MAX_BLOCK_CHANNELS
         and rhs.shape[3] <= _MAX_BLOCK_FEATURES
     )
@@ -197,22 +199,22 @@ def _plain(lhs, rhs, strides, padding, precision):
 def _blocks(lhs, rhs, strides, padding, precision):
     """The convolution of blocks of as many pixels as the stride moves by."""
     sizes = _sizes(lhs, rhs, strides, padding)
-    blocks = [-(-k // s) for k, s in zip(rhs.shape[:2], strides, strict=True)]
+    kernel = [-(-k // s) for k, s in zip(rhs.shape[:2], strides, strict=True)]  # blocks
     zero = jnp.zeros((), lhs.dtype)
-    fill = [
-        (low, stride * (size + block - 1) - low - pixels, 0)
-        for low, stride, size, block, pixels in zip(
-            (p[0] for p in padding), strides, sizes, blocks, lhs.shape[1:3], strict=True
+    around = [
+        (low, stride * (size + side - 1) - low - pixels, 0)
+        for (low, _), stride, size, side, pixels in zip(
+            padding, strides, sizes, kernel, lhs.shape[1:3], strict=True
         )
     ]
-    lhs = _as_channels(lax.pad(lhs, zero, [(0, 0, 0), *fill, (0, 0, 0)]), strides)
-    fill = [
-        (0, stride * block - taps, 0)
-        for stride, block, taps in zip(strides, blocks, rhs.shape[:2], strict=True)
+    behind = [
+        (0, stride * side - taps, 0)
+        for stride, side, taps in zip(strides, kernel, rhs.shape[:2], strict=True)
     ]
-    rhs = lax.pad(rhs, zero, [*fill, (0, 0, 0), (0, 0, 0)])
+    lhs = lax.pad(lhs, zero, [(0, 0, 0), *around, (0, 0, 0)])
+    rhs = lax.pad(rhs, zero, [*behind, (0, 0, 0), (0, 0, 0)])
     rhs = _as_channels(rhs.transpose(3, 0, 1, 2), strides).transpose(1, 2, 3, 0)
-    return _plain(lhs, rhs, (1, 1), "VALID", precision)
+    return _plain(_as_channels(lhs, strides), rhs, (1, 1), "VALID", precision)
 
 
 # Bilinear; and the plain form is the faster one backwards.
@@ -239,12 +241,13 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolves as `jax.lax.conv_general_dilated`, without its slow cases on the CPU.
 
-    Same arguments, same result up to rounding. Of two-dimensional NHWC convolutions
-    without dilation, when compiled for a CPU, those without groups that have more
-    kernel taps than input or output pixels and at most 16 output pixels become matrix
-    products, and those with one group and one feature per channel (depthwise) and at
-    most 25 taps become sums over taps. With stride 2, at least 49 taps, at most 4
-    channels and 16 features, blocks of pixels become channels. Every other case, and
+    Same arguments, of finite arrays the same result up to rounding. Of two-dimensional
+    NHWC convolutions without dilation, when compiled for a CPU, three kinds take other
+    forms. Those without groups that have more kernel taps than input or output pixels
+    and at most 16 output pixels become matrix products. Those with one group and one
+    feature per channel (depthwise) and at most 25 taps become sums over taps. Those
+    without groups that have stride 2, at least 7x7 taps, at most 4 channels and 16
+    features convolve blocks of 2x2 pixels, which become channels. Every other case, and
     every other platform, is `jax.lax.conv_general_dilated` itself. The platform is the
     one the computation is compiled for, not the default of the process, so a step
     pinned to the CPU of a GPU machine is fast too.
@@ -312,14 +315,14 @@ def conv_general_dilated(
         form = partial(_products, precision=precision)
     elif _is_depthwise(lhs, rhs, feature_group_count):
         form = _depthwise
-    elif feature_group_count == 1 and _is_narrow(lhs, rhs, out, strides):
+    elif feature_group_count == 1 and _is_narrow_stem(lhs, rhs, out, strides):
         form = partial(_blocks, precision=precision)
     else:
         return xla(lhs, rhs)
 
     def fast(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         # float32 from the start: the kernel's gradient is a sum over the output pixels.
-        dtype = jnp.promote_types(lhs.dtype, jnp.float32)
+        dtype = lhs.dtype if jnp.finfo(lhs.dtype).bits >= 32 else jnp.float32
         y = form(lhs.astype(dtype), rhs.astype(dtype), strides, pads)
         return y.astype(out.dtype)
 
@@ -349,17 +352,21 @@ def _padded_maxima(x, axis, size, stride, padding):
     return reduce(_first_maximum, shifted)
 
 
-# Undifferentiated, windows that reach over an end are computed one by one: to pad the
-# array, XLA:CPU asks of each pixel whether it is padding, and takes two to ten times as
-# long. Backwards padding is the faster: what is joined here is cut apart there.
+# To pad the array, XLA:CPU asks of each pixel whether it is padding, and takes two to
+# ten times as long. Undifferentiated, windows that reach over an end are therefore
+# computed one by one; backwards what is joined here would be cut apart, and padding is
+# the faster.
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _maxima(x, axis, size, stride, padding):
     """The maxima of windows along one axis."""
     low, high = padding
     pixels = x.shape[axis]
     length = (pixels + low + high - size) // stride + 1
-    first = min(max(-(-low // stride), 0), length)  # of the windows inside
-    last = max((pixels + low - size) // stride + 1, first)
+    # The windows from first to end lie inside.
+    first = min(max(-(-low // stride), 0), length)
+    end = max(min((pixels + low - size) // stride + 1, length), first)
+    if pixels == 0 or length - (end - first) > _MAX_ENDS:
+        return _padded_maxima(x, axis, size, stride, padding)
     within = partial(lax.slice_in_dim, x, axis=axis)  # start, limit, stride
 
     def beyond(window):
@@ -370,12 +377,12 @@ def _maxima(x, axis, size, stride, padding):
         return reduce(_first_maximum, [within(i, i + 1) for i in taps])
 
     parts = [beyond(window) for window in range(first)]
-    if last > first:
-        start, reach = first * stride - low, stride * (last - first - 1) + 1
+    if end > first:
+        start, reach = first * stride - low, stride * (end - first - 1) + 1
         taps = range(start, start + size)
         shifted = [within(i, i + reach, stride) for i in taps]
         parts.append(reduce(_first_maximum, shifted))
-    parts += [beyond(window) for window in range(last, length)]
+    parts += [beyond(window) for window in range(end, length)]
     return jnp.concatenate(parts, axis)
 
 

@@ -48,7 +48,7 @@ LARGE = [
 NARROW = [
     ((12, 12), (7, 7), (2, 2), ((3, 3), (3, 3))),
     ((13, 10), (7, 7), (2, 2), "SAME"),
-    ((15, 12), (7, 8), (2, 2), "VALID"),
+    ((15, 16), (7, 8), (2, 2), "VALID"),
     ((14, 14), (7, 7), (2, 2), ((-1, 3), (4, -2))),  # padding that crops
 ]
 
@@ -198,6 +198,17 @@ def test_depthwise_works_under_vmap_scan_and_pmap():
     np.testing.assert_allclose(sharded, wanted, **tolerance)
 
 
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), NARROW[:2])
+def test_bfloat16_of_a_narrow_layer(strict, size, kernel, strides, padding):
+    lhs, rhs = arrays(size, kernel, jnp.bfloat16)
+    ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
+    lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+    wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(a), b, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL[:5])
 def test_bfloat16_accumulates_in_float32(size, kernel, strides, padding):
     lhs, rhs = arrays(size, kernel, jnp.bfloat16, batch=32, channels=64)
@@ -243,17 +254,31 @@ def strided(lhs, rhs):
 def test_a_narrow_first_layer_takes_blocks_as_channels(
     channels, features, kernel, narrow
 ):
-    size, kernel = (16, 16), (kernel, kernel)
-    text = lowered(strided, *arrays(size, kernel, channels=channels, features=features))
-    blocks = f"tensor<4x4x{4 * channels}x{features}xf32>"
+    shapes = arrays((16, 16), (kernel, kernel), channels=channels, features=features)
+    text = lowered(strided, *shapes)
+    side = (kernel + 1) // 2
+    blocks = f"tensor<{side}x{side}x{4 * channels}x{features}xf32>"
     assert text.count("stablehlo.convolution") == 1
     assert (blocks in text) == narrow
 
 
-def test_only_what_is_differentiated_is_convolved():
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), NARROW)
+def test_narrow_first_layers_are_one_convolution(size, kernel, strides, padding):
+    fn = lambda lhs, rhs: conv_general_dilated(
+        lhs, rhs, strides, padding, dimension_numbers=NHWC
+    )
+    text = lowered(fn, *arrays(size, kernel))
+    assert text.count("stablehlo.convolution") == 1
+    assert "tensor<4x4x16x5xf32>" in text  # the kernel of blocks
+    assert "stablehlo.dot_general" not in text
+
+
+def test_backwards_a_narrow_layer_is_the_plain_form():
     lhs, rhs = arrays((16, 16), (7, 7))
     gradient = jax.grad(lambda rhs: jnp.sum(jnp.sin(strided(lhs, rhs))))
     text = jax.jit(gradient).lower(rhs).compile().as_text()
+    assert text.count("window={size=4x4}") == 1  # of blocks
+    assert text.count("rhs_dilate=2x2") == 1
     assert len(re.findall(r" convolution\(|custom-call\(", text)) == 2
 
 
@@ -281,6 +306,9 @@ def test_accelerators_keep_their_convolution(platform):
     text = lowered(fn, *arrays((2, 2), (3, 3)), platform=platform)
     assert text.count("stablehlo.convolution") == 3
     assert "stablehlo.dot_general" not in text
+    text = lowered(strided, *arrays((16, 16), (7, 7)), platform=platform)
+    assert text.count("stablehlo.convolution") == 1
+    assert "stablehlo.transpose" not in text  # of blocks
 
 
 def test_padding_is_never_multiplied():
@@ -502,16 +530,39 @@ def test_max_pool_passes_on_what_is_not_finite():
     x = jnp.arange(2 * 36.0).reshape(2, 6, 6, 1)
     x = x.at[0, 0, 0].set(jnp.nan).at[0, 3, 4].set(jnp.nan).at[1].set(-jnp.inf)
     window = (3, 3), (2, 2), ((1, 1), (1, 1))
-    np.testing.assert_array_equal(max_pool(x, *window), nn.max_pool(x, *window))
+    wanted = nn.max_pool(x, *window)
+    np.testing.assert_array_equal(max_pool(x, *window), wanted)
+    np.testing.assert_array_equal(pooled(max_pool, x, *window)[0], wanted)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_max_pool_keeps_the_dtype(x64, dtype):
     (x,) = normal((2, 4, 4, 3), dtype=dtype)
     window = (3, 3), (2, 2), ((1, 1), (1, 1))
-    y = max_pool(x, *window)
-    assert y.dtype == dtype
-    np.testing.assert_array_equal(y, nn.max_pool(x, *window))
+    for y in (max_pool(x, *window), pooled(max_pool, x, *window)[0]):
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, nn.max_pool(x, *window))
+
+
+@pytest.mark.parametrize("padding", [((0, -2), (-1, 3)), ((-2, -1), (2, -4))])
+def test_max_pool_of_padding_that_crops(padding):
+    (x,) = normal((3, 8, 8, 5))
+    wanted = nn.max_pool(x, (3, 3), (2, 2), padding)  # which has no gradient
+    ours = max_pool(x, (3, 3), (2, 2), padding)
+    np.testing.assert_array_equal(ours, wanted)
+    derived = pooled(max_pool, x, (3, 3), (2, 2), padding)
+    np.testing.assert_array_equal(derived[0], wanted)
+
+
+def test_max_pool_of_no_rows():
+    x, window = jnp.ones((2, 0, 4, 1)), ((3, 3), (1, 1), ((2, 2), (1, 1)))
+    np.testing.assert_array_equal(max_pool(x, *window), nn.max_pool(x, *window))
+
+
+def test_large_windows_are_few_operations():
+    fn = lambda x: max_pool(x, (15, 15), (1, 1), "SAME")
+    text = lowered(fn, jnp.ones((1, 32, 32, 1)))
+    assert text.count("stablehlo.maximum") == 2 * 14
 
 
 def test_max_pool_keeps_the_accelerators_own():

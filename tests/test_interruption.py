@@ -450,8 +450,8 @@ def test_two_processes_give_the_same_bits(
 def test_two_processes_compile_and_give_the_same_bits(devices, name, tmp_path):
     """As users run it: optimised programs, each process its own."""
     env = environ(JAX_NUM_CPU_DEVICES=str(devices))
-    for name in (*CACHE, "JAX_DISABLE_MOST_OPTIMIZATIONS"):
-        del env[name]
+    for variable in (*CACHE, "JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        del env[variable]
     line = (*TINY, "--compilation-cache", "None", "--distances", name, "--out", "out")
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
