@@ -7,6 +7,7 @@ compared are medians over the rounds, or the median of the rounds' own differenc
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -60,6 +61,7 @@ def interleaved(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
     deadline: float = 1e99,
+    least: float = 0.0,
     most: float = 1e99,
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round, each call once a round, in any order.
@@ -70,21 +72,25 @@ def interleaved(
       calls: by name; each must block until its work is done.
       rounds: number of rounds.
       deadline: `time.perf_counter` after which no round but the first three starts.
+      least: seconds in all before which a call goes on after the last round.
       most: seconds in all after which a call takes no more turns but its first three.
 
     Returns:
       Seconds by name, one number for each of the first rounds.
     """
     seconds = {name: [] for name in calls}
-    for i in range(rounds):
-        if i >= 3 and time.perf_counter() > deadline:
+    for i in itertools.count():
+        total = {name: sum(taken) for name, taken in seconds.items()}
+        turns = [
+            name
+            for name in calls
+            if (i < rounds or total[name] < least) and (i < 3 or total[name] <= most)
+        ]
+        if not turns or (i >= 3 and time.perf_counter() > deadline):
             break
-        for name in random.Random(i).sample(list(calls), len(calls)):
-            if i >= 3 and sum(seconds[name]) > most:
-                continue
-            call = calls[name]
+        for name in random.Random(i).sample(turns, len(turns)):
             start = time.perf_counter()
-            call()
+            calls[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 

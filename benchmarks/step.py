@@ -36,6 +36,9 @@ from kddm_jax.resnet import STEMS
 
 OUT_OF_TIME = "not run: out of time"
 ENOUGH = 40.0  # seconds of a program, after three rounds
+LEAST = (
+    10.0  # seconds of a program: steps of 40 ms vary by a tenth from one to the next
+)
 # By platform, of its default settings: the step's time over PyTorch's by stem, and, at
 # the largest of these settings, the step's with a distance of KD2M over its time
 # without, and the least share of the device's peak in bfloat16.
@@ -117,7 +120,9 @@ def measure(setting, distances, torch, args, deadline) -> list[dict]:
     wanted = wanted_programs(distances, torch, args)
     programs, notes = make_programs(setting, data, wanted, torch, deadline)
     rounds = math.ceil(args.steps / steps)
-    seconds = harness.interleaved(programs, rounds, deadline, most=ENOUGH)
+    seconds = harness.interleaved(
+        programs, rounds, deadline, least=args.least, most=ENOUGH
+    )
     base = programs.get(("JAX", "none"))
     flops = None if base is None else base.flops()
     peak = peak_tflops(jax.devices()[0].device_kind)
@@ -239,7 +244,11 @@ def parse_args() -> argparse.Namespace:
     add("--stem", nargs="+", choices=list(STEMS))
     add("--dtype", nargs="+", choices=["float32", "bfloat16"])
     add("--distances", nargs="+", help='keys, or "key/choice" such as w2/exact')
-    add("--steps", type=int, help="timed steps of every row")
+    add(
+        "--steps",
+        type=int,
+        help="timed steps of every row; default: 25 or 100, and ten seconds",
+    )
     add("--json", metavar="FILE", help="write the rows there too")
     add("--no-torch", action="store_true", help="leave PyTorch out")
     add(
@@ -258,6 +267,7 @@ def main() -> None:
     backend = jax.default_backend()
     torch = start_torch(args)
     hello = torch and torch.hello
+    args.least = 0.0 if args.steps else LEAST
     args.steps = args.steps or (25 if backend == "cpu" else 100)
     fast = [] if backend == "cpu" else ["w2_gaussian/newton_schulz"]
     distances = args.distances or ["w2_gaussian", *fast, "cw2_gaussian", "w2", "cw2"]

@@ -215,6 +215,31 @@ def test_step_says_what_it_did_not_run(tmp_path):
     assert len(rows) == len(report["rows"])
 
 
+@pytest.mark.parametrize(
+    ("options", "fast", "slow"),
+    [
+        ({}, 5, 5),
+        ({"least": 12}, 12, 5),  # a fast one goes on
+        ({"most": 10}, 5, 4),  # a slow one ends, after three turns
+        ({"most": 2}, 3, 3),
+        ({"deadline": 0}, 3, 3),
+        ({"least": 12, "most": 10}, 11, 4),
+    ],
+)
+def test_rounds_last_as_long_as_they_should(monkeypatch, options, fast, slow):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import harness
+
+    clock = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    calls = {
+        name: lambda seconds=seconds: clock.__setitem__(0, clock[0] + seconds)
+        for name, seconds in {"fast": 1.0, "slow": 3.0}.items()
+    }
+    taken = harness.interleaved(calls, 5, **options)
+    assert taken == {"fast": [1.0] * fast, "slow": [3.0] * slow}
+
+
 def test_names_of_distances(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import harness
