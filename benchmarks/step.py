@@ -100,6 +100,10 @@ def make_programs(setting, data, wanted, torch, deadline):
                 assert ours == theirs, f"parameters: JAX {ours}, PyTorch {theirs}"
         except ImportError as error:
             notes[framework, distance] = harness.missing_package(error)
+        except ValueError as error:  # it needs what this step has not: maps, a cost
+            if distance == "none":
+                raise
+            notes[framework, distance] = str(error).partition(";")[0]
         except RuntimeError as error:  # of XLA's and PyTorch's, memory among them
             if framework == "JAX" and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
