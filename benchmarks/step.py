@@ -36,9 +36,7 @@ from kddm_jax.resnet import STEMS
 
 OUT_OF_TIME = "not run: out of time"
 ENOUGH = 40.0  # seconds of a program, after three rounds
-LEAST = (
-    10.0  # seconds of a program: steps of 40 ms vary by a tenth from one to the next
-)
+LEAST = 10.0  # seconds of a program: medians of one second vary by a tenth
 # By platform, of its default settings: the step's time over PyTorch's by stem, and, at
 # the largest of these settings, the step's with a distance of KD2M over its time
 # without, and the least share of the device's peak in bfloat16.

@@ -198,20 +198,15 @@ def test_depthwise_works_under_vmap_scan_and_pmap():
     np.testing.assert_allclose(sharded, wanted, **tolerance)
 
 
-@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), NARROW[:2])
-def test_bfloat16_of_a_narrow_layer(strict, size, kernel, strides, padding):
-    lhs, rhs = arrays(size, kernel, jnp.bfloat16)
-    ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
-    lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
-    for a, b in zip(ours, wanted, strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.float32(a), b, rtol=2**-8, atol=1e-4)
-
-
-@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL[:5])
-def test_bfloat16_accumulates_in_float32(size, kernel, strides, padding):
-    lhs, rhs = arrays(size, kernel, jnp.bfloat16, batch=32, channels=64)
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "padding", "batch", "channels"),
+    [(*case, 32, 64) for case in SMALL[:5]] + [(*case, 3, 4) for case in NARROW[:2]],
+)
+def test_bfloat16_accumulates_in_float32(
+    strict, size, kernel, strides, padding, batch, channels
+):
+    options = {"batch": batch, "channels": channels}
+    lhs, rhs = arrays(size, kernel, jnp.bfloat16, **options)
     ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
     lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
     wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
