@@ -2,6 +2,7 @@
 
 import time
 
+import gaps
 import harness
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting
 
 from kddm_jax import augment, resnet, train_step
+from kddm_jax.distances import Distance
 
 
 def make_models(setting: Setting, images: np.ndarray):
@@ -56,15 +58,17 @@ def none(x: jax.Array, y: jax.Array) -> jax.Array:
 class JaxStep:
     """Our step, compiled; a call makes one dispatch and waits for its losses."""
 
-    def __init__(self, setting: Setting, distance: str, data: Data, models):
+    def __init__(self, setting: Setting, distance: str | Distance, data: Data, models):
         """Traces, compiles and runs once; ``models`` are from `make_models`."""
         (student, student_variables), (teacher, teacher_variables) = models
         tx = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
-        self.key = distance.partition("/")[0]
         loss = {"distance": none, "weight": 0.0}
-        if distance != "none":
+        if isinstance(distance, Distance):
+            loss = {"distance": distance, "weight": distance.weight}
+        elif distance != "none":
             row, options = harness.parse_distance(distance)
-            loss = {"distance": self.key, "weight": row.weight, **options}
+            key = distance.partition("/")[0]
+            loss = {"distance": key, "weight": row.weight, **options}
         self.step = train_step.make_train_step(
             resnet.linen_apply(student),
             resnet.linen_apply(teacher),
@@ -79,7 +83,8 @@ class JaxStep:
         # A copy: the state is donated, the student's variables serve all programs.
         self.state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
         self.rest = (teacher_variables, *map(jnp.asarray, data))
-        self.losses, self.iterations = [], None
+        self.indices = data.indices
+        self.losses, self.iterations, self.converged = [], None, True
 
         start = time.perf_counter()
         scanned = jax.jit(train_step.scan_steps(self.step), donate_argnums=0)
@@ -90,11 +95,27 @@ class JaxStep:
 
     def __call__(self) -> None:
         """Makes one dispatch; reading the losses waits for it."""
-        self.state, metrics = self.run(self.state, *self.rest)
+        metrics = self.dispatch(self.rest[-1])
         self.losses.extend(np.asarray(metrics["loss"]).tolist())
-        iterations = metrics.get(f"{self.key}/iterations")
-        if iterations is not None:
-            self.iterations = float(np.mean(iterations))
+        for name, values in metrics.items():
+            if name.endswith("/iterations"):
+                self.iterations = float(np.mean(values))
+            if name.endswith("/converged"):
+                self.converged &= bool(np.all(values))
+
+    def dispatch(self, indices) -> dict[str, jax.Array]:
+        """Queues a dispatch and returns its metrics, which are not there yet."""
+        *rest, _ = self.rest
+        self.state, metrics = self.run(self.state, *rest, indices)
+        return metrics
+
+    def gap_ms(self, dispatches: int) -> float | None:
+        """Of a step, in which the device waits for the host, as `gaps.idle_ms`.
+
+        Indices come from the host, as in training.
+        """
+        idle = gaps.idle_ms(lambda: self.dispatch(self.indices), dispatches)
+        return idle and idle / len(self.indices)
 
     def memory_gb(self) -> float | None:
         """Arguments, results and temporaries of the program, as XLA plans them."""

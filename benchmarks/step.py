@@ -36,6 +36,7 @@ from kddm_jax.resnet import STEMS
 
 OUT_OF_TIME = "not run: out of time"
 ENOUGH = 40.0  # seconds of a program, after three rounds
+TRACED = 3.0  # seconds, at least two dispatches, in which gaps are looked for
 LEAST = 10.0  # seconds of a program: medians of one second vary by a tenth
 # By platform, of its default settings: the step's time over PyTorch's by stem, and, at
 # the largest of these settings, the step's with a distance of KD2M over its time
@@ -135,6 +136,10 @@ def measure(setting, distances, torch, args, deadline) -> list[dict]:
         extra = None
         if distance != "none" and plain is not None:
             extra = harness.median_of(lambda a, b: a - b, taken, plain) / steps * 1e3
+        gap = None
+        if framework == "JAX" and time.perf_counter() < deadline:
+            fitting = int(TRACED / (per_step * steps))
+            gap = program.gap_ms(min(max(fitting, 2), 20))
         share = flops and peak and flops / per_step / (peak * 1e12)
         rows.append(
             {
@@ -144,6 +149,7 @@ def measure(setting, distances, torch, args, deadline) -> list[dict]:
                 "images_per_s": setting.batch / per_step,
                 "ms_per_step": per_step * 1e3,
                 "distance_ms": extra,
+                "gap_ms": gap,
                 "tflops": flops and flops / per_step / 1e12,
                 "share_of_peak": share,
                 "first_step_s": program.first_s,
@@ -215,6 +221,7 @@ COLUMNS = {
     "images_per_s": "images/s",
     "ms_per_step": "ms/step",
     "distance_ms": "distance ms",
+    "gap_ms": "gap ms",
     "tflops": "TFLOP/s",
     "share_of_peak": "of peak",
     "first_step_s": "first step s",
@@ -312,11 +319,12 @@ def main() -> None:
     print(f"Load average at the start: {report['load_average']}.\n")
     print(table(report["rows"]))
     print(
-        "\nMedians; distance ms: with minus without it, median over rounds. TFLOP/s: "
-        "multiply-adds of the step without distance as XLA counts them, padding left "
-        "out; peak: dense bfloat16, also for float32 rows. Memory: XLA's plan, or "
-        "PyTorch's allocations on CUDA. PyTorch computes float32 convolutions in TF32 "
-        "on CUDA, as XLA does."
+        "\nMedians; distance ms: with minus without it, median over rounds. Gap ms: of "
+        "a step, in which the device has nothing to do, dispatches being queued as in "
+        "training (profiler). TFLOP/s: multiply-adds of the step without distance as "
+        "XLA counts them, padding left out; peak: dense bfloat16, also for float32 "
+        "rows. Memory: XLA's plan, or PyTorch's allocations on CUDA. PyTorch computes "
+        "float32 convolutions in TF32 on CUDA, as XLA does."
     )
     if not hello and not args.no_torch:
         print("\nPyTorch is absent: no rows of it.")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -58,6 +59,8 @@ def test_step(tmp_path):
     assert "needs the option class_cost" in speeds[3]
     assert [row["finite"] for row in report["rows"][:2]] == [True, True]
     assert all(row["tflops"] > 0 for row in report["rows"][:2])
+    assert all(row["gap_ms"] >= 0 for row in report["rows"][:2])
+    assert "gap ms" in head
 
 
 def test_claims_of_the_step(monkeypatch):
@@ -253,6 +256,91 @@ def test_names_of_distances(monkeypatch):
     assert (row.title, options) == ("W2 (E)", {"solver": "exact"})
     with pytest.raises(SystemExit, match="unknown distance 'w3'; known: w2"):
         harness.parse_distance("w3")
+
+
+def test_gaps_are_what_no_work_covers(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gaps
+
+    assert gaps.idle_ns([]) == gaps.idle_ns([(3, 9)]) == 0
+    # Within another, overlapping it, touching it; then two gaps.
+    work = [(0, 10), (2, 5), (8, 12), (12, 13), (20, 21), (24, 30)]
+    assert gaps.idle_ns(work) == 7 + 3
+
+
+def test_a_host_that_sleeps_leaves_a_gap(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gaps
+
+    product = jax.jit(lambda x: x @ x)
+    x = product(jnp.ones((256, 256)))
+
+    def late():
+        time.sleep(0.1)
+        return product(x)
+
+    # Nine sleeps in ten dispatches; without them a busy machine may leave some, too.
+    assert gaps.idle_ms(lambda: product(x), 10) < 80 < gaps.idle_ms(late, 10)
+
+
+def test_claims_of_choices(monkeypatch):
+    """Of alternatives that are as good and converge, beside the default."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import choices
+
+    def row(choice, ratio, *errors, converged=True):
+        times = {"idle_ratio": ratio, "busy_ratio": ratio / 2}
+        about = {"distance": "w2", "choice": choice, "converged": converged}
+        return {**about, **times, "errors": list(errors)}
+
+    rows = [
+        row(choices.DEFAULT, 1.0, 0.5, 1e-7),
+        row("solver=exact", 1.2, 1e-7, 1e-7),
+        row("threshold=1", 1.3, 0.54, 1e-5),  # both round-off
+        row("epsilon", 1.4, 0.6, 1e-7),
+        row("max_iterations=1", 1.5, 0.5, 1e-7, converged=False),
+    ]
+    assert choices.claims(rows) == [
+        ("w2: default / solver=exact, idle", 1.2, 1.1),
+        ("w2: default / solver=exact, busy", 0.6, 1.1),
+        ("w2: default / threshold=1, idle", 1.3, 1.1),
+        ("w2: default / threshold=1, busy", 0.65, 1.1),
+    ]
+
+
+@pytest.mark.slow
+def test_choices(tmp_path):
+    text, report = run(
+        "choices.py --distances w2_gaussian --width 4 --batch-size 16 --d 32 "
+        "--seconds 0 --no-assert",
+        tmp_path / "choices.json",
+    )
+    _, rows = table(text)
+    names = [["w2_gaussian", c] for c in ("default", "method=newton_schulz")]
+    assert [row[:2] for row in rows[:2]] == names
+    for row in report["rows"]:
+        assert row["idle_ms"] > 0
+        assert row["busy_ms"] > 0
+        assert max(row["errors"]) < 1e-2
+    assert len(report["claims"]) == 2
+
+
+def test_epsilon_of_the_mean_cost(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import choices
+
+    from kddm_jax import wasserstein
+
+    x, y = jax.random.normal(jax.random.key(0), (2, 6, 3))
+    mean = jnp.mean(jnp.sum((x[:, None] - y) ** 2, axis=2))
+    row = choices.row_of(choices.Choice("w2", "", {}, 0.3))
+    expected = wasserstein(x, y, epsilon=0.3 * mean)
+    assert row.fn(x, y, **row.options) == pytest.approx(float(expected), rel=1e-5)
+    assert row.diagnose(x, y, **row.options)[0] == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_peaks_of_devices(monkeypatch):
