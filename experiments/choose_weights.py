@@ -5,7 +5,8 @@
 
 What follows ``--`` are settings of cifar.py.  Prints the held-out accuracy of every
 lambda (0: the loss did not stay finite) and the ``--weights`` line for cifar.py;
-writes ``weights.json``.  All lambdas of a distance share one compiled program.
+writes ``weights.json``.  All lambdas of a distance share one compiled program, and with
+``--together`` each batch and the teacher's forward pass.
 """
 
 import argparse
@@ -24,12 +25,49 @@ from settings import UserError, as_json, check, parse
 from teacher import find_teacher, load_teacher
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DIVERGED = "diverged.json"
+
+
+def train_group(problem, group, model, teacher, reporter) -> list[dict | None]:
+    """Trains a group of runs; None for those whose loss did not stay finite.
+
+    These leave a file that says so, and are not tried again.  Of several that train
+    together the others begin anew without them.
+    """
+
+    def reason(run):
+        runs.check_folder(run, problem.out)
+        path = run.folder(problem.out) / DIVERGED
+        cure = f"delete it, and {path.parent} is tried again"
+        return records.read_json(path, cure)["error"] if path.exists() else None
+
+    def mark(run, error):
+        runs.forget(problem, group)
+        folder = run.folder(problem.out)
+        records.write_json(folder / DIVERGED, {"error": str(error)})
+
+    say = reporter.progress.console.print
+    lost = processes.first(lambda: [reason(run) for run in group])
+    while left := [run for run, why in zip(group, lost, strict=True) if why is None]:
+        try:
+            found = runs.train_together(problem, left, model, teacher, reporter)
+        except RunError as error:  # a lambda may be far too large
+            run = left[error.which]
+            processes.first(lambda run=run, error=error: mark(run, error))
+            lost[group.index(run)] = str(error)
+        else:
+            break
+    done = dict(zip(left, found if left else (), strict=True))
+    for run, why in zip(group, lost, strict=True):
+        reached = why or f"{done[run]['accuracy']:.2f} % of held-out images"
+        say(reached if why else f"{run.label}: {reached}")
+    return [done.get(run) for run in group]
 
 
 def choose(settings, grid, console) -> dict[str, object]:
     """Trains a student per distance, lambda and seed; averages over seeds.
 
-    A seed that diverges counts as zero; of seeds that train together it stops all.
+    A seed that diverges counts as zero.
 
     Args:
       settings: of cifar.py, with held-out images.
@@ -59,24 +97,12 @@ def choose(settings, grid, console) -> dict[str, object]:
         layers.prepare(problem, teacher, reporter.progress.console)
         model = problem.model(settings.student_model, settings.width)
         accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
-        for weight in grid:
-            # one folder per lambda, one set of compiled programs for all
-            problem.settings = dataclasses.replace(settings, weight=weight)
-            problem.out = out / f"weight-{weight:g}"
-            for group in runs.groups(problem, teacher.digest):
-                name = group[0].name
-                if name == "student":
-                    continue
-                try:
-                    results = runs.train_together(
-                        problem, group, model, teacher, reporter
-                    )
-                    reached = sum(result["accuracy"] for result in results)
-                except RunError:  # a lambda may be far too large
-                    reached = 0.0
-                row = accuracy[name]
-                share = reached / len(settings.seeds)
-                row[f"{weight:g}"] = row.get(f"{weight:g}", 0.0) + share
+        for group in runs.grid_groups(problem, teacher.digest, grid):
+            results = train_group(problem, group, model, teacher, reporter)
+            for run, result in zip(group, results, strict=True):
+                row, key = accuracy[run.name], f"{run.weight:g}"
+                reached = result["accuracy"] if result else 0.0
+                row[key] = row.get(key, 0.0) + reached / len(settings.seeds)
     best = {
         name: float(max(row, key=row.get))
         for name, row in accuracy.items()
@@ -116,7 +142,8 @@ def main(arguments: list[str]) -> int:
         settings = parse(chosen.settings)
         processes.start(settings)
         console = cifar.console()
-        show(choose(settings, chosen.grid, console), chosen.grid, console)
+        grid = tuple(dict.fromkeys(chosen.grid))
+        show(choose(settings, grid, console), grid, console)
 
     return cifar.answer_errors(work)
 

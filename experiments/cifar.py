@@ -60,7 +60,7 @@ class Reporter:
         ended = "epoch" in metrics
         if not self.live and not ended:
             return
-        name = run.name if run.name == "teacher" else f"{run.name} seed {run.seed}"
+        name = run.label
         last = lambda key: float(_last(metrics[key]))
         parts = [f"loss {last('loss'):.3f}"]
         distance = report.distance_of(metrics, run.name)
@@ -161,7 +161,7 @@ def _train_all(problem, source, console):
             results += runs.train_together(problem, group, student, teacher, reporter)
             for run, result in zip(group, results[-len(group) :], strict=True):
                 reporter.progress.console.print(
-                    f"{run.name} seed {run.seed}: {result['accuracy']:.2f} %"
+                    f"{run.label}: {result['accuracy']:.2f} %"
                 )
 
     trained = teacher.result

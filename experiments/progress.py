@@ -20,7 +20,20 @@ from kddm_jax import checkpoint, train_step
 
 
 class RunError(Exception):
-    """A run had to stop; one line says where and what to continue from."""
+    """A run had to stop; one line says where and what to continue from.
+
+    Attributes:
+      which: of the runs that train together; 0 of one alone.
+    """
+
+    which = 0
+
+    @classmethod
+    def of(cls, which: int, text: str) -> "RunError":
+        """The error of one of several runs."""
+        error = cls(text)
+        error.which = which
+        return error
 
 
 @dataclass
@@ -163,10 +176,11 @@ class Progress:
     def take(self, metrics: Mapping, *, stop: bool) -> None:
         """Counts the steps of a dispatch; ``stop``: not past one that is not finite."""
         every = self.split(metrics)
-        for title, own in zip(self.titles, every, strict=True):
+        for which, own in enumerate(every):
             found = _first_not_finite(own) if stop else None
             if found is not None:
-                raise RunError(self._not_finite(title, *found))
+                text = self._not_finite(self.titles[which], *found)
+                raise RunError.of(which, text)
         for tally, own in zip(self.tallies, every, strict=True):
             tally.add(own)
 
@@ -182,12 +196,14 @@ class Progress:
     def means(self) -> list[dict[str, float]]:
         """Each run's means over the epoch's steps; warns of what went wrong in them."""
         epoch = self.epoch + 1
-        for title, tally in zip(self.titles, self.tallies, strict=True):
+        both = zip(self.titles, self.tallies, strict=True)
+        for which, (title, tally) in enumerate(both):
             if tally.skipped == tally.steps:
-                raise RunError(
+                raise RunError.of(
+                    which,
                     f"{title}: loss or gradient not finite at any of the "
                     f"{tally.steps} steps of epoch {epoch}; lower --lr or the weight "
-                    "in another --out"
+                    "in another --out",
                 )
             for complaint in tally.complaints():
                 warnings.warn(f"{title}: epoch {epoch}: {complaint}", stacklevel=3)

@@ -119,7 +119,7 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
     return out / name.replace(":", ".") / f"seed{seed}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A network to train and how.
 
@@ -133,6 +133,8 @@ class Run:
       start: weights of a file that it starts from, None for fresh ones.
       batches: seed of order and augmentation where it sees another run's batches;
         None: its own.
+      place: folder beneath that of the results; of a grid's runs, which say their
+        lambda there.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Run:
     identity: dict[str, object]
     start: pretrained.Pretrained | None = None
     batches: int | None = None
+    place: str = ""
 
     @property
     def seed_of_batches(self) -> int:
@@ -151,7 +154,15 @@ class Run:
 
     def folder(self, out: Path) -> Path:
         """Where it lives."""
-        return folder_of(out, self.name, self.seed)
+        return folder_of(out / self.place, self.name, self.seed)
+
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        if self.name == "teacher":
+            return self.name
+        lam = f" λ = {self.weight:g}" if self.place else ""
+        return f"{self.name}{lam} seed {self.seed}"
 
     @property
     def title(self) -> str:
@@ -185,15 +196,27 @@ def teacher_run(problem: Problem) -> Run:
     )
 
 
-def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
-    """Students alone, then distilled ones; those of one distance follow each other."""
+def student_runs(
+    problem: Problem, teacher_digest: str | None, weight: float | None = None
+) -> Iterator[Run]:
+    """Students alone, then distilled ones; those of one distance follow each other.
+
+    Args:
+      problem: data, devices, settings.
+      teacher_digest: of the teacher; None where it is not trained yet.
+      weight: lambda of all distances; None: the settings'.
+
+    Yields:
+      The runs.
+    """
     settings, start = problem.settings, problem.starts.get("student")
     batches = settings.seeds[0] if settings.together else None
     for name in ("student", *settings.distances):
         fields, more = STUDENT_FIELDS, {}
         if name not in ALONE:
             fields = FEATURE_ONLY_FIELDS if name == FEATURE_ONLY else DISTILLED_FIELDS
-            more = {"distance": name, "weight": weight_of(settings, name)}
+            lam = weight_of(settings, name) if weight is None else weight
+            more = {"distance": name, "weight": lam}
             more["distance_source"] = methods.digest(name)
             whole = problem.compared_images == settings.batch_size
             more["group_images"] = None if whole else problem.compared_images
@@ -222,6 +245,29 @@ def groups(problem: Problem, teacher_digest: str | None) -> Iterator[list[Run]]:
         return ([run] for run in every)
     named = itertools.groupby(every, key=lambda run: run.name)
     return (list(runs) for _, runs in named)
+
+
+def grid_groups(
+    problem: Problem, teacher_digest: str, grid: Sequence[float]
+) -> Iterator[list[Run]]:
+    """Distilled students of every lambda of a grid, each with a folder of its own.
+
+    With ``--together`` those of a distance are in one list, if one program serves them:
+    that of distances between layers has their weights in it.
+    """
+    every = {name: [] for name in problem.settings.distances}
+    for weight in grid:
+        for run in student_runs(problem, teacher_digest, weight):
+            if run.name in every:
+                every[run.name].append(replace(run, place=f"weight-{weight:g}"))
+    for name, of_all in every.items():
+        if not problem.settings.together:
+            yield from ([run] for run in of_all)
+        elif carries_weights(method_of(problem, name, of_all[0].weight).distance):
+            of_one = itertools.groupby(of_all, key=lambda run: run.weight)
+            yield from (list(of_it) for _, of_it in of_one)
+        else:
+            yield of_all
 
 
 def check_folder(run: Run, out: Path) -> None:
@@ -402,10 +448,6 @@ def _about(problem, run):
     }
 
 
-def _name(run):
-    return f"{run.name} seed {run.seed}"
-
-
 def train(
     problem: Problem,
     run: Run,
@@ -448,7 +490,7 @@ def train_together(
     teacher: "Teacher | None",
     report: Callable[..., None],
 ) -> list[dict[str, object]]:
-    """Trains runs that differ in seed alone in one program, on the same batches.
+    """Trains runs that differ in seed and lambda in one program, on the same batches.
 
     Until all have ended they have one checkpoint, in ``together`` beside their folders;
     then each has its own.
@@ -467,17 +509,20 @@ def train_together(
       UserError: ``together`` holds other runs, cut before their end.
       RunError, Terminated, CheckpointError: as `train`; what stops one stops all.
     """
-    known = {run.seed: _begin(problem, run) for run in group}
-    chosen = processes.first(lambda: [run.seed for run in members(problem, group)])
-    left = [run for run in group if run.seed in chosen]
+    known = [_begin(problem, run) for run in group]
+    chosen = processes.first(
+        lambda: [group.index(run) for run in members(problem, group)]
+    )
+    left = [group[i] for i in chosen]
     if len(left) == 1:
-        known[left[0].seed] = train(problem, left[0], model, teacher, report)
+        made = [train(problem, left[0], model, teacher, report)]
     elif left:
         folder = _shared_folder(problem, group) / "checkpoints"
         made = _train(problem, left, model, teacher, report, None, folder)
-        known.update({run.seed: of for run, of in zip(left, made, strict=True)})
-    processes.first(lambda: _forget(problem, group))
-    return [known[run.seed] for run in group]
+    for i, result in zip(chosen, made if left else (), strict=True):
+        known[i] = result
+    processes.first(lambda: forget(problem, group))
+    return known
 
 
 def members(problem: Problem, group: Sequence[Run]) -> list[Run]:
@@ -504,11 +549,15 @@ def members(problem: Problem, group: Sequence[Run]) -> list[Run]:
     # Of a group that ended the last checkpoint makes results again, else it goes on.
     fits = len(held) == len(identities) and all(r.identity in identities for r in left)
     if not fits or not (ended or len(held) == len(left)):
-        seeds = " ".join(str(identity["seed"]) for identity in identities)
+        each = lambda field: dict.fromkeys(identity[field] for identity in identities)
+        seeds = " ".join(map(str, each("seed")))
+        weights = each("weight") if "weight" in identities[0] else ()
+        lams = " ".join(f"{weight:g}" for weight in weights)
+        lams = f" and lambdas {lams}" if len(weights) > 1 else ""
         raise UserError(
-            f"{_shared_folder(problem, group)} holds runs of seeds {seeds}, cut before "
-            "their end; finish them by the command that they were begun with, or "
-            "delete that folder"
+            f"{_shared_folder(problem, group)} holds runs of seeds {seeds}{lams}, cut "
+            "before their end; finish them by the command that they were begun with, "
+            "or delete that folder"
         )
     return held
 
@@ -522,8 +571,8 @@ def _in_shared_folder(problem, group):
     return meta["group"], len(meta["history"]) == group[0].epochs
 
 
-def _forget(problem, group):
-    """Removes the group's folder once its runs have ended, never that of others."""
+def forget(problem: Problem, group: Sequence[Run]) -> None:
+    """Removes the group's shared checkpoints, never those of others."""
     found = _in_shared_folder(problem, group)
     own = [run.identity for run in group]
     if found is None or all(identity in own for identity in found[0]):
@@ -531,7 +580,7 @@ def _forget(problem, group):
 
 
 def _shared_folder(problem, group):
-    return group[0].folder(problem.out).parent / "together"
+    return replace(group[0], place="").folder(problem.out).parent / "together"
 
 
 def _train(problem, group, model, teacher, report, observe, folder):
@@ -548,7 +597,7 @@ def _train(problem, group, model, teacher, report, observe, folder):
     about = _about(problem, first)
     if not alone:
         about["group"] = [run.identity for run in group]
-    progress = Progress([_name(run) for run in group], folder, about, steps, state)
+    progress = Progress([run.label for run in group], folder, about, steps, state)
     progress.state = train_step.replicate(progress.state, problem.devices)
 
     def each():

@@ -196,9 +196,7 @@ def train(settings, images: int, console):
 
             result = runs.train(problem, run, model, teacher, reporter, observe)
             kept.check()
-            reporter.progress.console.print(
-                f"{run.name} seed {run.seed}: {result['accuracy']:.2f} %"
-            )
+            reporter.progress.console.print(f"{run.label}: {result['accuracy']:.2f} %")
     return problem, seen, labels, epochs
 
 

@@ -20,6 +20,7 @@ from test_experiments import (  # the fixtures are used by name
 
 from kddm_jax import checkpoint
 
+import choose_weights  # isort: skip
 import cifar  # isort: skip
 import problems  # isort: skip
 import records  # isort: skip
@@ -184,6 +185,50 @@ def test_what_others_began_is_not_taken_over(line, tmp_path, cut, capsys):
     assert checkpoint.latest(shared_folder / "checkpoints") == before
     assert call(*of(line, tmp_path, *SEEDS, *more)) == 0
     assert "student seed 1: epoch 1 " not in capsys.readouterr().out
+
+
+def grid_of(out):
+    chosen = records.read_json(out / "weights.json", "")
+    return chosen["held_out_accuracy"]["w2"]
+
+
+@pytest.mark.slow
+def test_lambdas_together_are_lambdas_alone(line, tmp_path, cut, capsys):
+    """One of them diverges, and the command is cut: the others come out as alone."""
+    apart, out = tmp_path / "apart", tmp_path / "out"
+    more = ("--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
+    grid = lambda folder, *how: choose_weights.main(
+        ["--grid", "0.5", "1e38", "2", "--", *of(line, folder, *more, *how)]
+    )
+    together = ("--together", "loop", "--checkpoint-seconds", 0)
+    place = lambda folder, weight: folder / f"weight-{weight}"
+    cut.append(("w2", 1, STEPS + 1))  # of those that are left
+    assert grid(out, *together) == 130
+    assert "w2 λ = 2 seed 1: epoch 1 " in capsys.readouterr().out
+    marked = place(out, "1e+38") / "w2" / "seed1" / "diverged.json"
+    expected = "w2 λ = 1e+38 seed 1: loss or gradient not finite at step 1 "
+    assert records.read_json(marked, "")["error"].startswith(expected)
+    assert checkpoint.latest(out / "w2" / "together" / "checkpoints") is not None
+
+    assert grid(out, *together) == 0
+    said = capsys.readouterr().out
+    assert "seed 1: epoch 1 " not in said
+    assert "w2 λ = 2 seed 1: epoch 2 " in said
+    assert expected in said
+    assert not (out / "w2" / "together").exists()
+    assert grid(out, *together) == 0
+    assert ": epoch" not in capsys.readouterr().out
+
+    assert grid(apart) == 0
+    for weight in ("0.5", "2"):
+        both = (final_arrays(place(f, weight), "w2") for f in (out, apart))
+        assert_near(*both)
+    one, two = (dict(final_arrays(place(out, w), "w2")[1]) for w in ("0.5", "2"))
+    assert any(np.any(one[key] != two[key]) for key in one)
+    for folder in (out, apart):
+        accuracy = records.read_json(folder / "weights.json", "")["held_out_accuracy"]
+        assert accuracy["w2"]["1e+38"] == 0
+        assert min(accuracy["w2"]["0.5"], accuracy["w2"]["2"]) > 0
 
 
 def test_progress_of_several_names_the_one_that_is_not_finite(tmp_path):
