@@ -6,8 +6,9 @@
 Solver, method, epsilon and iterations are measured where they matter: in the whole step
 (ResNet34 to ResNet18, ImageNet stem), all choices of a run by turns, on the machine as
 it is and beside a process that keeps a core busy.  Beside the time stands what a choice
-is worth: the relative error of its gradient by the student's features, against float64
-(of transport, without entropy), on clouds that are unrelated and on aligned ones.
+is worth: the relative error of its gradient by the student's features (of
+``wkd_logits``: logits), against `REFERENCES` in float64, on clouds that are unrelated
+and on aligned ones.
 Asserts that no alternative makes the step faster than the default does by more than
 a tenth, unless its gradient is further off or its solver does not converge.  (Of the
 narrow network's step that is 2 ms on two cores.)
@@ -74,7 +75,8 @@ def _of(distance: str, *options: dict[str, object], epsilons=()) -> list[Choice]
 
 
 SOLVERS = ({"solver": "entropic"}, {"solver": "exact"})
-# The exact answer in float64 of each distance: what its choices approximate.
+# What the choices of each distance approximate, in float64: transport without entropy,
+# but for wkd_logits, whose entropy is part of it.
 REFERENCES = {
     "w2": {"solver": "exact"},
     "cw2": {"solver": "exact"},
@@ -124,7 +126,7 @@ def row_of(choice: Choice) -> Distance:
     return row._replace(fn=scaled(row.fn), diagnose=scaled(row.diagnose))
 
 
-def gradient(row: Distance, batch, dtype) -> np.ndarray:
+def gradient(row: Distance, batch: dict[str, list], dtype: jnp.dtype) -> np.ndarray:
     """By the student's array, which is the row's first."""
     arrays = [array for kind in row.inputs for array in batch[kind]]
     floating = lambda array: jnp.issubdtype(array.dtype, jnp.floating)
@@ -239,7 +241,10 @@ def parse_args() -> argparse.Namespace:
     add("--busy", type=int, default=1, help="processes beside it")
     add("--no-assert", action="store_true", help="measure only")
     add("--json", metavar="FILE", help="write the rows there too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.busy < 1:
+        parser.error(f"--busy must be at least 1, got {args.busy}")
+    return args
 
 
 def main() -> None:

@@ -27,7 +27,8 @@ def idle_ms(dispatch: Callable[[], object], dispatches: int) -> float | None:
       dispatches: how many, at least two.
 
     Returns:
-      Milliseconds a dispatch; None where the trace says nothing of the device.
+      Milliseconds a dispatch, of those that follow another; None where the trace says
+      nothing of the device.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -36,13 +37,14 @@ def idle_ms(dispatch: Callable[[], object], dispatches: int) -> float | None:
             for _ in range(dispatches):
                 last = dispatch()
             jax.block_until_ready(last)
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        work = sorted(_intervals(jax.profiler.ProfileData.from_file(str(file))))
-    return idle_ns(work) / dispatches / 1e6 if work else None
+        work = []
+        for file in Path(folder).rglob("*.xplane.pb"):
+            work += _intervals(jax.profiler.ProfileData.from_file(str(file)))
+    return idle_ns(sorted(work)) / (dispatches - 1) / 1e6 if work else None
 
 
 def _intervals(trace) -> Iterator[tuple[float, float]]:
-    planes, lines = LINES[jax.default_backend()]
+    planes, lines = LINES.get(jax.default_backend(), ("none", None))
     for plane in trace.planes:
         for line in plane.lines if plane.name.startswith(planes) else ():
             if lines.match(line.name):

@@ -1,5 +1,6 @@
 """Our distillation step as a program of `step.py`."""
 
+import statistics
 import time
 
 import gaps
@@ -112,10 +113,11 @@ class JaxStep:
     def gap_ms(self, dispatches: int) -> float | None:
         """Of a step, in which the device waits for the host, as `gaps.idle_ms`.
 
-        Indices come from the host, as in training.
+        The median of three traces.  Indices come from the host, as in training.
         """
-        idle = gaps.idle_ms(lambda: self.dispatch(self.indices), dispatches)
-        return idle and idle / len(self.indices)
+        one = lambda: gaps.idle_ms(lambda: self.dispatch(self.indices), dispatches)
+        idle = [one() for _ in range(3)]
+        return None if None in idle else statistics.median(idle) / len(self.indices)
 
     def memory_gb(self) -> float | None:
         """Arguments, results and temporaries of the program, as XLA plans them."""

@@ -36,7 +36,9 @@ from kddm_jax.resnet import STEMS
 
 OUT_OF_TIME = "not run: out of time"
 ENOUGH = 40.0  # seconds of a program, after three rounds
-TRACED = 3.0  # seconds, at least two dispatches, in which gaps are looked for
+TRACED = (
+    1.0  # seconds, at least two dispatches, of a trace in which gaps are looked for
+)
 LEAST = 10.0  # seconds of a program: medians of one second vary by a tenth
 # By platform, of its default settings: the step's time over PyTorch's by stem, and, at
 # the largest of these settings, the step's with a distance of KD2M over its time

@@ -5,63 +5,100 @@
 
 What follows ``--`` are settings of cifar.py.  Prints the held-out accuracy of every
 lambda (0: the loss did not stay finite) and the ``--weights`` line for cifar.py;
-writes ``weights.json``.  All lambdas of a distance share one compiled program, and with
-``--together`` each batch and the teacher's forward pass.
+writes ``weights.json``.  All lambdas of a distance share one compiled program (but
+those of distances between layers), and with ``--together`` each batch and the teacher's
+forward pass.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cifar  # sets the environment before JAX is imported
 import layers
+import problems
 import processes
 import records
 import runs
+from flax import linen as nn
 from progress import RunError
 from rich.table import Table
 from settings import UserError, as_json, check, parse
-from teacher import find_teacher, load_teacher
+from teacher import Teacher, find_teacher, load_teacher
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DIVERGED = "diverged.json"
 
 
-def train_group(problem, group, model, teacher, reporter) -> list[dict | None]:
-    """Trains a group of runs; None for those whose loss did not stay finite.
+def train_group(
+    problem: problems.Problem,
+    group: Sequence[runs.Run],
+    model: nn.Module,
+    teacher: Teacher,
+    reporter: cifar.Reporter,
+) -> list[dict[str, object] | None]:
+    """Trains a group of runs.  One whose loss does not stay finite stops no other.
 
-    These leave a file that says so, and are not tried again.  Of several that train
-    together the others begin anew without them.
+    It leaves a file that says so, and is not tried again, unless by ``--on-nonfinite
+    skip`` after ``stop``.  Others that train together with it begin anew without it.
+
+    Args:
+      problem: data, devices, settings.
+      group: as of `runs.grid_groups`.
+      model: the network.
+      teacher: whom they follow.
+      reporter: told of progress.
+
+    Returns:
+      Their results, None for those that diverged.
+
+    Raises:
+      UserError, Terminated, CheckpointError: as `runs.train_together`.
     """
+    how = problem.settings.on_nonfinite
+    path_of = lambda run: run.folder(problem.out) / DIVERGED
 
-    def reason(run):
+    def earlier(run):
         runs.check_folder(run, problem.out)
-        path = run.folder(problem.out) / DIVERGED
-        cure = f"delete it, and {path.parent} is tried again"
-        return records.read_json(path, cure)["error"] if path.exists() else None
+        path = path_of(run)
+        if (path.parent / "result.json").exists() or not path.exists():
+            return None
+        found = records.read_json(path, f"delete it, and {path.parent} is tried again")
+        return None if (found["on_nonfinite"], how) == ("stop", "skip") else found
 
-    def mark(run, error):
-        runs.forget(problem, group)
-        folder = run.folder(problem.out)
-        records.write_json(folder / DIVERGED, {"error": str(error)})
+    def mark(left, lost):
+        runs.forget(problem, left)
+        for i, found in lost.items():
+            records.write_json(path_of(group[i]), found)
 
-    say = reporter.progress.console.print
-    lost = processes.first(lambda: [reason(run) for run in group])
-    while left := [run for run, why in zip(group, lost, strict=True) if why is None]:
+    known = processes.first(lambda: [earlier(run) for run in group])
+    lost = {i: found for i, found in enumerate(known) if found is not None}
+    results = [None] * len(group)
+    while chosen := [i for i in range(len(group)) if i not in lost]:
+        left = [group[i] for i in chosen]
         try:
-            found = runs.train_together(problem, left, model, teacher, reporter)
+            made = runs.train_together(problem, left, model, teacher, reporter)
         except RunError as error:  # a lambda may be far too large
-            run = left[error.which]
-            processes.first(lambda run=run, error=error: mark(run, error))
-            lost[group.index(run)] = str(error)
+            why = str(error).partition("; ")[0].partition(": ")[2]
+            found = {"error": why, "on_nonfinite": how}
+            new = {chosen[i]: found for i in error.which}
+            processes.first(lambda left=left, new=new: mark(left, new))
+            lost.update(new)
         else:
+            for i, result in zip(chosen, made, strict=True):
+                results[i] = result
             break
-    done = dict(zip(left, found if left else (), strict=True))
-    for run, why in zip(group, lost, strict=True):
-        reached = why or f"{done[run]['accuracy']:.2f} % of held-out images"
-        say(reached if why else f"{run.label}: {reached}")
-    return [done.get(run) for run in group]
+    say = reporter.progress.console.print
+    for i, (run, result) in enumerate(zip(group, results, strict=True)):
+        if result:
+            say(f"{run.label}: {result['accuracy']:.2f} % of held-out images")
+        else:
+            again = f"delete {path_of(run)} to try it again"
+            say(f"{run.label}: {lost[i]['error']}; counts as 0 %; {again}")
+    return results
 
 
 def choose(settings, grid, console) -> dict[str, object]:
@@ -82,6 +119,10 @@ def choose(settings, grid, console) -> dict[str, object]:
     """
     if not settings.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
+    named = {f"{weight:g}": weight for weight in grid}  # so their folders
+    if len(named) < len(grid):
+        lost = ", ".join(str(w) for w in grid if w not in named.values())
+        raise UserError(f"--grid: {lost} and another are one number to six digits")
     for weight in grid:
         check(dataclasses.replace(settings, weights=None, weight=weight))
     settings = dataclasses.replace(settings, weights=None)
@@ -92,7 +133,13 @@ def choose(settings, grid, console) -> dict[str, object]:
     for who, weights in problem.starts.items():
         console.print(f"{who} starts from {weights}")
     reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
-    with reporter.progress:
+
+    def open_folder():
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(cifar.only_one(out))
+
+    with contextlib.ExitStack() as stack, reporter.progress:
+        processes.first(open_folder)
         teacher = load_teacher(source, reporter)
         layers.prepare(problem, teacher, reporter.progress.console)
         model = problem.model(settings.student_model, settings.width)

@@ -23,17 +23,13 @@ class RunError(Exception):
     """A run had to stop; one line says where and what to continue from.
 
     Attributes:
-      which: of the runs that train together; 0 of one alone.
+      which: positions of those that had to, of the runs that train together.
     """
 
-    which = 0
-
-    @classmethod
-    def of(cls, which: int, text: str) -> "RunError":
-        """The error of one of several runs."""
-        error = cls(text)
-        error.which = which
-        return error
+    def __init__(self, text: str, which: Sequence[int] = (0,)):
+        """Of one run alone, or of several."""
+        super().__init__(text)
+        self.which = tuple(which)
 
 
 @dataclass
@@ -176,11 +172,10 @@ class Progress:
     def take(self, metrics: Mapping, *, stop: bool) -> None:
         """Counts the steps of a dispatch; ``stop``: not past one that is not finite."""
         every = self.split(metrics)
-        for which, own in enumerate(every):
-            found = _first_not_finite(own) if stop else None
-            if found is not None:
-                text = self._not_finite(self.titles[which], *found)
-                raise RunError.of(which, text)
+        found = {i: _first_not_finite(own) for i, own in enumerate(every) if stop}
+        bad = [i for i, place in found.items() if place is not None]
+        if bad:
+            raise RunError(self._not_finite(self.titles[bad[0]], *found[bad[0]]), bad)
         for tally, own in zip(self.tallies, every, strict=True):
             tally.add(own)
 
@@ -196,15 +191,16 @@ class Progress:
     def means(self) -> list[dict[str, float]]:
         """Each run's means over the epoch's steps; warns of what went wrong in them."""
         epoch = self.epoch + 1
-        both = zip(self.titles, self.tallies, strict=True)
-        for which, (title, tally) in enumerate(both):
-            if tally.skipped == tally.steps:
-                raise RunError.of(
-                    which,
-                    f"{title}: loss or gradient not finite at any of the "
-                    f"{tally.steps} steps of epoch {epoch}; lower --lr or the weight "
-                    "in another --out",
-                )
+        tallies = enumerate(self.tallies)
+        bad = [i for i, tally in tallies if tally.skipped == tally.steps]
+        if bad:
+            raise RunError(
+                f"{self.titles[bad[0]]}: loss or gradient not finite at any of the "
+                f"{self.taken} steps of epoch {epoch}; lower --lr or the weight "
+                "in another --out",
+                bad,
+            )
+        for title, tally in zip(self.titles, self.tallies, strict=True):
             for complaint in tally.complaints():
                 warnings.warn(f"{title}: epoch {epoch}: {complaint}", stacklevel=3)
         return [tally.means() for tally in self.tallies]

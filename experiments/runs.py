@@ -1,11 +1,13 @@
 """Runs: a teacher, students alone, distilled students; each resumes where it stopped.
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its result),
-``checkpoints/`` and, once finished, ``result.json``.  Seeds that train together share
+``checkpoints/`` and, once finished, ``result.json``; one of a grid of lambdas lies in
+``<out>/weight-<lambda>``.  Seeds and lambdas that train together share
 ``<out>/<name>/together`` until all have ended.  A command that would give another
 result in an existing folder is refused before anything starts.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -28,7 +30,7 @@ import records
 import signals
 from flax import linen as nn
 from problems import Problem
-from progress import Progress, Tally
+from progress import Progress, RunError, Tally
 from settings import FEATURE_ONLY, UserError, as_json, weight_of
 
 from kddm_jax import checkpoint, resnet, train_step
@@ -507,19 +509,24 @@ def train_together(
 
     Raises:
       UserError: ``together`` holds other runs, cut before their end.
-      RunError, Terminated, CheckpointError: as `train`; what stops one stops all.
+      RunError: as `train`, ``which`` being positions in the group; one stops all.
+      Terminated, CheckpointError: as `train`.
     """
     known = [_begin(problem, run) for run in group]
     chosen = processes.first(
         lambda: [group.index(run) for run in members(problem, group)]
     )
-    left = [group[i] for i in chosen]
-    if len(left) == 1:
-        made = [train(problem, left[0], model, teacher, report)]
-    elif left:
-        folder = _shared_folder(problem, group) / "checkpoints"
-        made = _train(problem, left, model, teacher, report, None, folder)
-    for i, result in zip(chosen, made if left else (), strict=True):
+    left, made = [group[i] for i in chosen], []
+    try:
+        if len(left) == 1:
+            made = [train(problem, left[0], model, teacher, report)]
+        elif left:
+            folder = _shared_folder(problem, group) / "checkpoints"
+            made = _train(problem, left, model, teacher, report, None, folder)
+    except RunError as error:
+        error.which = tuple(chosen[i] for i in error.which)
+        raise
+    for i, result in zip(chosen, made, strict=True):
         known[i] = result
     processes.first(lambda: forget(problem, group))
     return known
@@ -541,11 +548,15 @@ def members(problem: Problem, group: Sequence[Run]) -> list[Run]:
     """
     has_result = lambda run: (run.folder(problem.out) / "result.json").exists()
     left = [run for run in group if not has_result(run)]
-    found = _in_shared_folder(problem, group) if problem.settings.together else None
-    if found is None or not left:
+    if not left or not problem.settings.together:
+        return left
+    found = _in_shared_folder(problem, group)
+    if found is None:
         return left
     identities, ended = found
+    # In the order of the checkpoint, whose state has an axis of them.
     held = [run for run in group if run.identity in identities]
+    held.sort(key=lambda run: identities.index(run.identity))
     # Of a group that ended the last checkpoint makes results again, else it goes on.
     fits = len(held) == len(identities) and all(r.identity in identities for r in left)
     if not fits or not (ended or len(held) == len(left)):
@@ -576,11 +587,19 @@ def forget(problem: Problem, group: Sequence[Run]) -> None:
     found = _in_shared_folder(problem, group)
     own = [run.identity for run in group]
     if found is None or all(identity in own for identity in found[0]):
-        shutil.rmtree(_shared_folder(problem, group), ignore_errors=True)
+        folder = _shared_folder(problem, group)
+        doomed = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(doomed)  # none is ever seen in parts
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _shared_folder(problem, group):
-    return replace(group[0], place="").folder(problem.out).parent / "together"
+    first = group[0]
+    if any(run.place != first.place for run in group):  # of several lambdas
+        first = replace(first, place="")
+    return first.folder(problem.out).parent / "together"
 
 
 def _train(problem, group, model, teacher, report, observe, folder):

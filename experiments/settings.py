@@ -172,9 +172,10 @@ class Settings:
     mapping: str = "pmap"
     """pmap or shard_map (under jit): how a step is mapped over devices."""
     together: str | None = None
-    """vmap or loop: the seeds of a student train in one program, on the same batches
-    and one forward pass of the teacher; loop is the faster on a CPU. They then differ
-    in their initialisation alone. None: one after the other, each on its own."""
+    """vmap or loop: the seeds of a student (and, in choose_weights.py, its lambdas)
+    train in one program, on the same batches and one forward pass of the teacher; loop
+    is the faster on a CPU. Seeds then differ in their initialisation alone. None: one
+    after the other, each on its own."""
     distance_group: int | None = None
     """Devices that gather features from each other; None: all. A smaller group is
     another loss, the mean over groups of the distance of each group's images."""

@@ -187,48 +187,88 @@ def test_what_others_began_is_not_taken_over(line, tmp_path, cut, capsys):
     assert "student seed 1: epoch 1 " not in capsys.readouterr().out
 
 
-def grid_of(out):
-    chosen = records.read_json(out / "weights.json", "")
-    return chosen["held_out_accuracy"]["w2"]
-
-
 @pytest.mark.slow
 def test_lambdas_together_are_lambdas_alone(line, tmp_path, cut, capsys):
-    """One of them diverges, and the command is cut: the others come out as alone."""
+    """Cut, gone on with in another order, and joined by two that diverge."""
     apart, out = tmp_path / "apart", tmp_path / "out"
     more = ("--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
-    grid = lambda folder, *how: choose_weights.main(
-        ["--grid", "0.5", "1e38", "2", "--", *of(line, folder, *more, *how)]
-    )
     together = ("--together", "loop", "--checkpoint-seconds", 0)
-    place = lambda folder, weight: folder / f"weight-{weight}"
-    cut.append(("w2", 1, STEPS + 1))  # of those that are left
-    assert grid(out, *together) == 130
-    assert "w2 λ = 2 seed 1: epoch 1 " in capsys.readouterr().out
-    marked = place(out, "1e+38") / "w2" / "seed1" / "diverged.json"
-    expected = "w2 λ = 1e+38 seed 1: loss or gradient not finite at step 1 "
-    assert records.read_json(marked, "")["error"].startswith(expected)
-    assert checkpoint.latest(out / "w2" / "together" / "checkpoints") is not None
 
-    assert grid(out, *together) == 0
+    def grid(folder, *weights, how=together):
+        settings = of(line, folder, *more, *how)
+        return choose_weights.main(["--grid", *weights, "--", *settings])
+
+    cut.append(("w2", 1, STEPS + 1))
+    assert grid(out, "0.5", "2") == 130
+    assert "w2 λ = 2 seed 1: epoch 1 " in capsys.readouterr().out
+    assert checkpoint.latest(out / "w2" / "together" / "checkpoints") is not None
+    with cifar.only_one(out):
+        assert grid(out, "2", "0.5") == 2
+    assert "another command is at work in this folder" in capsys.readouterr().err
+    assert grid(out, "2", "0.5") == 0
     said = capsys.readouterr().out
     assert "seed 1: epoch 1 " not in said
     assert "w2 λ = 2 seed 1: epoch 2 " in said
-    assert expected in said
-    assert not (out / "w2" / "together").exists()
-    assert grid(out, *together) == 0
-    assert ": epoch" not in capsys.readouterr().out
+    assert not list((out / "w2").iterdir())
+    assert grid(out, "0.5", "1e38", "2", "2e38") == 0
+    said = capsys.readouterr().out
+    assert ": epoch" not in said
+    for weight in ("1e+38", "2e+38"):
+        assert f"λ = {weight} seed 1: loss or gradient not finite at step 1 " in said
 
-    assert grid(apart) == 0
+    assert grid(apart, "0.5", "2", how=()) == 0
+    arrays = {}
     for weight in ("0.5", "2"):
-        both = (final_arrays(place(f, weight), "w2") for f in (out, apart))
+        both = [final_arrays(f / f"weight-{weight}", "w2") for f in (out, apart)]
         assert_near(*both)
-    one, two = (dict(final_arrays(place(out, w), "w2")[1]) for w in ("0.5", "2"))
+        arrays[weight] = dict(both[0][1])
+    one, two = arrays.values()
     assert any(np.any(one[key] != two[key]) for key in one)
-    for folder in (out, apart):
-        accuracy = records.read_json(folder / "weights.json", "")["held_out_accuracy"]
-        assert accuracy["w2"]["1e+38"] == 0
-        assert min(accuracy["w2"]["0.5"], accuracy["w2"]["2"]) > 0
+    chosen = records.read_json(out / "weights.json", "")["held_out_accuracy"]["w2"]
+    assert chosen["1e+38"] == chosen["2e+38"] == 0
+    assert min(chosen["0.5"], chosen["2"]) > 0
+
+
+def test_those_that_diverge_are_left_out(line, tmp_path, monkeypatch, capsys):
+    """Of five lambdas two diverge at once, then another; none is tried again."""
+    trained = []
+
+    def train(problem, group, *_):
+        trained.append([run.weight for run in group])
+        for run in group:
+            run.folder(problem.out).mkdir(parents=True, exist_ok=True)
+        bad = [i for i, run in enumerate(group) if run.weight in (2, 4)]
+        bad = bad or [i for i, run in enumerate(group) if run.weight == 3]
+        if bad:
+            raise RunError("w2: loss not finite at step 1 (loss inf); lower --lr", bad)
+        return [{"accuracy": 10 * run.weight} for run in group]
+
+    monkeypatch.setattr(runs, "train_together", train)
+    more = ("--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
+    settings = of(line, tmp_path, *more, "--together", "loop")
+    command = ["--grid", "1", "2", "3", "4", "5", "--", *settings]
+    for times in ([[1, 2, 3, 4, 5], [1, 3, 5], [1, 5]], [[1, 5]]):
+        trained.clear()
+        assert choose_weights.main(command) == 0
+        assert trained == times
+        said = capsys.readouterr().out
+        assert "w2 λ = 3 seed 1: loss not finite at step 1 (loss inf); counts" in said
+        chosen = records.read_json(tmp_path / "weights.json", "")
+        expected = {"1": 10, "2": 0, "3": 0, "4": 0, "5": 50}
+        assert chosen["held_out_accuracy"]["w2"] == expected
+    # A result is a result, and skipping such steps is another way.
+    (tmp_path / "weight-2" / "w2" / "seed1" / "result.json").write_text("{}")
+    trained.clear()
+    choose_weights.main(command)
+    assert trained[0] == [1, 2, 5]
+    trained.clear()
+    choose_weights.main([*command, "--on-nonfinite", "skip"])
+    assert trained[0] == [1, 2, 3, 4, 5]
+
+    command[1:6] = ["0.1", "0.1234567", "0.1234568"]
+    assert choose_weights.main(command) == 2
+    error = capsys.readouterr().err
+    assert "--grid: 0.1234567 and another are one number to six digits" in error
 
 
 def test_progress_of_several_names_the_one_that_is_not_finite(tmp_path):
