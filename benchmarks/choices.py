@@ -1,7 +1,7 @@
 """Each default of a distance against its alternatives, inside the distillation step.
 
     python benchmarks/choices.py                     # idle, then beside a busy process
-    python benchmarks/choices.py --distances w2_gaussian --width 64
+    python benchmarks/choices.py --distances w2_gaussian --width 16
 
 Solver, method, epsilon and iterations are measured where they matter: in the whole step
 (ResNet34 to ResNet18, ImageNet stem), all choices of a run by turns, on the machine as
@@ -9,9 +9,10 @@ it is and beside a process that keeps a core busy.  Beside the time stands what 
 is worth: the relative error of its gradient by the student's features (of
 ``wkd_logits``: logits), against `REFERENCES` in float64, on clouds that are unrelated
 and on aligned ones.
-Asserts that no alternative makes the step faster than the default does by more than
-a tenth, unless its gradient is further off or its solver does not converge.  (Of the
-narrow network's step that is 2 ms on two cores.)
+Asserts, of the published width 64, that no alternative makes the step faster than the
+default does by more than a twentieth, unless its gradient is further off or its solver
+does not converge.  In a narrower network's step a millisecond is more than that: there
+it only reports, with a finer resolution.
 """
 
 import os
@@ -37,10 +38,12 @@ from jax_step import JaxStep, make_models
 from workload import CLASSES, Setting, make_data
 
 from kddm_jax.distances import DISTANCES, Distance
+from kddm_jax.linalg import constant, squared_distances
 
 # A parent that is gone is noticed within a second.
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10**7))"
-FASTER = 1.1  # the default's step over an alternative's
+FASTER = 1.05  # the default's step over an alternative's
+WIDTH = 64  # of the networks of which it is claimed
 DEFAULT = "default"
 
 
@@ -114,11 +117,7 @@ def row_of(choice: Choice) -> Distance:
 
     def scaled(fn):
         def call(x, y, *rest, **options):
-            mean = jnp.mean(jnp.sum(jnp.square(x), axis=1)) + jnp.mean(
-                jnp.sum(jnp.square(y), axis=1)
-            )
-            mean -= 2 * jnp.mean(x, axis=0) @ jnp.mean(y, axis=0)
-            epsilon = jax.lax.stop_gradient(choice.epsilon * mean)
+            epsilon = constant(choice.epsilon * jnp.mean(squared_distances(x, y)))
             return fn(x, y, *rest, epsilon=epsilon, **options)
 
         return call
@@ -187,18 +186,16 @@ def measure(choices: list[Choice], args: argparse.Namespace) -> list[dict]:
                 program()
             seconds[load] = harness.interleaved(programs, 3, least=args.seconds)
     rows = []
-    for name in programs:
-        if name is None:
-            continue
-        distance, text = name
-        row = {"distance": distance, "choice": text}
+    for choice in choices:
+        name = choice.name
+        row = {"distance": choice.distance, "choice": choice.text}
         for load, word in ((0, "idle"), (args.busy, "busy")):
             taken = seconds[load]
             row[f"{word}_ms"] = 1e3 * statistics.median(taken[name]) / steps
             more = harness.median_of(lambda a, b: a - b, taken[name], taken[None])
             row[f"{word}_distance_ms"] = 1e3 * more / steps
             row[f"{word}_ratio"] = harness.median_of(
-                lambda a, b: a / b, taken[distance, DEFAULT], taken[name]
+                lambda a, b: a / b, taken[choice.distance, DEFAULT], taken[name]
             )
         row["iterations"] = programs[name].iterations
         row["converged"] = programs[name].converged
@@ -233,7 +230,7 @@ def parse_args() -> argparse.Namespace:
     cpu = jax.default_backend() == "cpu"
     add = parser.add_argument
     add("--distances", nargs="+", choices=list(CHOICES), default=list(CHOICES))
-    add("--width", type=int, default=16 if cpu else 64, help="of the networks")
+    add("--width", type=int, default=WIDTH, help="of the networks")
     add("--batch-size", type=int, default=128)
     add("--d", type=int, default=512, help="features where errors are taken")
     add("--dtype", default="float32" if cpu else "bfloat16")
@@ -264,17 +261,12 @@ def main() -> None:
     }
     harness.write_json(args.json, report)
     print(
-        f"\n{report['device']} ({report['platform']}); load average {load}; ResNets of"
-    )
-    print(
+        f"\n{report['device']} ({report['platform']}); load average {load}; ResNets of "
         f"width {args.width}, ImageNet stem, batch {args.batch_size}, {args.dtype}.\n"
     )
     columns = ["distance", "choice", "ms/step", "distance ms", "busy: ms/step"]
-    columns += [
-        "distance ms",
-        "iterations",
-        *(f"error, {s}" for s in distances.STUDENTS),
-    ]
+    columns += ["busy: distance ms", "iterations"]
+    columns += [f"error, {student}" for student in distances.STUDENTS]
     names = ("idle_ms", "idle_distance_ms", "busy_ms", "busy_distance_ms", "iterations")
     lines = [
         [row["distance"], row["choice"], *(row[n] for n in names), *row["errors"]]
@@ -286,8 +278,9 @@ def main() -> None:
     print(harness.markdown(columns, lines))
     print("\n" + harness.markdown(["claim", "measured", "limit"], report["claims"]))
     broken = [claim for claim in report["claims"] if claim[1] > claim[2]]
-    assert args.no_assert or not broken, f"claims that failed: {broken}"
-    print("\nTimes not asserted." if args.no_assert else "\nAll claims hold.")
+    measures_only = args.no_assert or args.width != WIDTH
+    assert measures_only or not broken, f"claims that failed: {broken}"
+    print("\nTimes not asserted." if measures_only else "\nAll claims hold.")
 
 
 if __name__ == "__main__":
