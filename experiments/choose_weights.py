@@ -23,6 +23,7 @@ import problems
 import processes
 import records
 import runs
+import training
 from flax import linen as nn
 from progress import RunError
 from rich.table import Table
@@ -56,7 +57,7 @@ def train_group(
       Their results, None for those that diverged.
 
     Raises:
-      UserError, Terminated, CheckpointError: as `runs.train_together`.
+      UserError, Terminated, CheckpointError: as `training.train_together`.
     """
     how = problem.settings.on_nonfinite
     path_of = lambda run: run.folder(problem.out) / DIVERGED
@@ -70,7 +71,7 @@ def train_group(
         return None if (found["on_nonfinite"], how) == ("stop", "skip") else found
 
     def mark(left, lost):
-        runs.forget(problem, left)
+        training.forget(problem, left)
         for i, found in lost.items():
             records.write_json(path_of(group[i]), found)
 
@@ -80,7 +81,7 @@ def train_group(
     while chosen := [i for i in range(len(group)) if i not in lost]:
         left = [group[i] for i in chosen]
         try:
-            made = runs.train_together(problem, left, model, teacher, reporter)
+            made = training.train_together(problem, left, model, teacher, reporter)
         except RunError as error:  # a lambda may be far too large
             why = str(error).partition("; ")[0].partition(": ")[2]
             found = {"error": why, "on_nonfinite": how}

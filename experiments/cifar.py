@@ -28,6 +28,7 @@ import records
 import report
 import runs
 import signals
+import training
 from progress import RunError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -114,7 +115,7 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
         for run in planned:
             runs.check_folder(run, out)
         for group in runs.groups(problem, digest) if digest else ():
-            runs.members(problem, group)
+            training.members(problem, group)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -158,7 +159,9 @@ def _train_all(problem, source, console):
         results = []
         student = problem.model(settings.student_model, settings.width)
         for group in runs.groups(problem, teacher.digest):
-            results += runs.train_together(problem, group, student, teacher, reporter)
+            results += training.train_together(
+                problem, group, student, teacher, reporter
+            )
             for run, result in zip(group, results[-len(group) :], strict=True):
                 reporter.progress.console.print(
                     f"{run.label}: {result['accuracy']:.2f} %"

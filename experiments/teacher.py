@@ -10,6 +10,7 @@ import numpy as np
 import problems
 import processes
 import runs
+import training
 from flax import linen as nn
 from settings import UserError
 
@@ -184,7 +185,7 @@ def load_teacher(source: Source, report) -> Teacher:
         if not source.trained:
             source.forget_result()
         run = runs.teacher_run(problem)
-        result = runs.train(problem, run, model, None, report)
+        result = training.train(problem, run, model, None, report)
     replicated = train_step.replicate(source.variables, problem.devices)
     accuracy = problems.evaluate(problem, model, replicated)
     return Teacher(model, source.width, replicated, source.digest, accuracy, result)

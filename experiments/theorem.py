@@ -44,6 +44,7 @@ import records
 import report
 import risks
 import runs
+import training
 from curves import PLAIN, plt, save
 from problems import Problem
 from progress import RunError
@@ -194,7 +195,7 @@ def train(settings, images: int, console):
             def observe(epoch, variables, kept=kept):
                 kept.write(epoch, seen_by(problem, model, variables, shown, "student"))
 
-            result = runs.train(problem, run, model, teacher, reporter, observe)
+            result = training.train(problem, run, model, teacher, reporter, observe)
             kept.check()
             reporter.progress.console.print(f"{run.label}: {result['accuracy']:.2f} %")
     return problem, seen, labels, epochs

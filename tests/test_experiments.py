@@ -38,6 +38,7 @@ import problems  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+import training  # noqa: E402
 from progress import RunError  # noqa: E402
 from settings import (  # noqa: E402
     UserError,
@@ -388,7 +389,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     model = problem.model("ResNet9", 4)
     teacher = Teacher(model, 4, {}, digest, 0.0, None)
     runs.check_distances(problem, model)
-    result = runs.train(problem, run, model, teacher, unwanted_training)
+    result = training.train(problem, run, model, teacher, unwanted_training)
     assert timeless(result) == timeless(
         json.loads((run_folder / "result.json").read_text())
     )
@@ -398,9 +399,9 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
 def test_two_devices_are_one(mapping, shared, finished, tmp_path, capsys, monkeypatch):
     """The global batch decides, not how many devices share it."""
-    seen, parallel = set(), runs.train_step.parallel
+    seen, parallel = set(), training.train_step.parallel
     spy = lambda *args, how, **more: seen.add(how) or parallel(*args, how=how, **more)
-    monkeypatch.setattr(runs.train_step, "parallel", spy)
+    monkeypatch.setattr(training.train_step, "parallel", spy)
     assert len(jax.local_devices()) >= 2
     shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
     teacher = finished / "out" / "teacher" / "seed0"
@@ -470,7 +471,7 @@ def test_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "train", interrupt)
+    monkeypatch.setattr(training, "train", interrupt)
     assert call(*TINY, "--compilation-cache", "None", "--out", tmp_path / "out") == 130
     assert capsys.readouterr().err == "stopped; the same command continues\n"
 
@@ -853,7 +854,7 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     monkeypatch.setitem(data.RECORDS, "cifar10", (2, 2))
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
-    monkeypatch.setattr(runs, "train", unwanted_training)
+    monkeypatch.setattr(training, "train", unwanted_training)
     line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
     assert call(*line, *more) == 2
     error = capsys.readouterr().err
@@ -874,7 +875,7 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
     def train(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(training, "train", train)
     out.mkdir()
     with cifar.only_one(out):
         assert call(*line) == 2
@@ -1013,7 +1014,7 @@ def test_mistakes_start_from_a_good_command(tmp_path, monkeypatch, trained):
     shutil.rmtree(tmp_path / "out" / "teacher")
     shutil.rmtree(tmp_path / "out" / "w2")
     shutil.rmtree(tmp_path / "out" / "w2_gaussian")
-    monkeypatch.setattr(runs, "train", unwanted_training)
+    monkeypatch.setattr(training, "train", unwanted_training)
     line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
     with pytest.raises(AssertionError, match="something was trained"):
         call(*line)
@@ -1130,7 +1131,7 @@ def states(monkeypatch):
         found.append(variables)
         raise RunError("seen enough")
 
-    monkeypatch.setattr(runs.train_step, "create_state", stop)
+    monkeypatch.setattr(training.train_step, "create_state", stop)
     return found
 
 

@@ -43,6 +43,7 @@ import problems  # isort: skip
 import records  # isort: skip
 import runs  # isort: skip
 import signals  # isort: skip
+import training  # isort: skip
 from progress import Progress, RunError, Tally  # isort: skip
 from settings import parse  # isort: skip
 
@@ -246,7 +247,7 @@ def terminated_at(monkeypatch):
             terminate()
         return evaluate(*arguments)
 
-    monkeypatch.setattr(runs, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
     monkeypatch.setattr(cifar.Reporter, "__call__", show_and_terminate)
     monkeypatch.setattr(problems, "evaluate", terminate_and_evaluate)
     return moments

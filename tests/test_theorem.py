@@ -26,6 +26,7 @@ import problems  # isort: skip
 import risks  # isort: skip
 import runs  # isort: skip
 import theorem  # isort: skip
+import training  # isort: skip
 from settings import UserError, parse  # isort: skip
 
 
@@ -373,7 +374,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
 
     # Again: nothing is trained, the same is measured; a broken chain is status 1.
     before = path.read_text()
-    monkeypatch.setattr(runs.train_step, "make_train_step", None)
+    monkeypatch.setattr(training.train_step, "make_train_step", None)
     distances = risks.distances
 
     def broken(*arrays):

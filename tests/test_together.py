@@ -25,6 +25,7 @@ import cifar  # isort: skip
 import problems  # isort: skip
 import records  # isort: skip
 import runs  # isort: skip
+import training  # isort: skip
 from progress import Progress, RunError  # isort: skip
 from settings import parse  # isort: skip
 from teacher import find_teacher, load_teacher  # isort: skip
@@ -55,7 +56,7 @@ def alone(line, out, name, seed, batches):
     run = next(run for run in every if run.name == name)
     run = replace(run, batches=batches)
     model = problem.model(settings.student_model, settings.width)
-    return runs.train(problem, run, model, teacher, lambda *_, **__: None)
+    return training.train(problem, run, model, teacher, lambda *_, **__: None)
 
 
 def assert_near(left, right):
@@ -124,7 +125,7 @@ def cut(monkeypatch):
             raise KeyboardInterrupt
         write(path, value)
 
-    monkeypatch.setattr(runs, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
     monkeypatch.setattr(cifar.Reporter, "__call__", show_and_end)
     monkeypatch.setattr(records, "write_json", end_or_write)
     return moments
@@ -243,7 +244,7 @@ def test_those_that_diverge_are_left_out(line, tmp_path, monkeypatch, capsys):
             raise RunError("w2: loss not finite at step 1 (loss inf); lower --lr", bad)
         return [{"accuracy": 10 * run.weight} for run in group]
 
-    monkeypatch.setattr(runs, "train_together", train)
+    monkeypatch.setattr(training, "train_together", train)
     more = ("--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
     settings = of(line, tmp_path, *more, "--together", "loop")
     command = ["--grid", "1", "2", "3", "4", "5", "--", *settings]
