@@ -78,6 +78,8 @@ def _of(distance: str, *options: dict[str, object], epsilons=()) -> list[Choice]
 
 
 SOLVERS = ({"solver": "entropic"}, {"solver": "exact"})
+# The other one than "auto" takes here.
+METHOD = {"method": "newton_schulz" if jax.default_backend() == "cpu" else "svd"}
 # What the choices of each distance approximate, in float64: transport without entropy,
 # but for wkd_logits, whose entropy is part of it.
 REFERENCES = {
@@ -100,8 +102,8 @@ CHOICES = {
     ),
     "cw2": _of("cw2", *SOLVERS),
     "jw2": _of("jw2", *SOLVERS),
-    "w2_gaussian": _of("w2_gaussian", {"method": "newton_schulz"}),
-    "cw2_gaussian": _of("cw2_gaussian", {"method": "newton_schulz"}),
+    "w2_gaussian": _of("w2_gaussian", METHOD),
+    "cw2_gaussian": _of("cw2_gaussian", METHOD),
     "sliced_w2": _of("sliced_w2", {"num_projections": 32}, {"num_projections": 512}),
     "wkd_logits": _of("wkd_logits", {"iterations": 10}, {"iterations": 100}),
 }

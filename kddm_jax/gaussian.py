@@ -43,7 +43,7 @@ def gaussian_wasserstein(
     y: jax.Array,
     *,
     covariance: str = "full",
-    method: str = "svd",
+    method: str = "auto",
     compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the squared Wasserstein distance of the Gaussian fits, W2(G).
@@ -65,8 +65,8 @@ def gaussian_wasserstein(
       y: teacher features, shape ``[m, d]``.
       covariance: ``"full"`` or ``"diag"`` (the released code):
         ``||mu_x - mu_y||^2 + ||sigma_x - sigma_y||^2``.  Population form (``1/n``).
-      method: of the nuclear norm, ``"svd"`` or ``"newton_schulz"``; see
-        `linalg.nuclear_norm`.
+      method: of the nuclear norm, ``"svd"``, ``"newton_schulz"`` or ``"auto"``, by
+        platform; see `linalg.nuclear_norm`.
       compat: ``"released"`` is ``covariance="diag"``.
 
     Returns:
@@ -111,7 +111,7 @@ def class_gaussian_wasserstein(
     num_classes: int | None = None,
     covariance: str = "full",
     reduction: str = "mean",
-    method: str = "svd",
+    method: str = "auto",
     compat: str | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional Gaussian Wasserstein distance, CW2(G).

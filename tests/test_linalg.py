@@ -1,5 +1,8 @@
 """Nuclear norms, matrix square roots and class masks against NumPy in float64."""
 
+import re
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -132,12 +135,17 @@ def test_nuclear_norm_is_homogeneous(method):
 
 
 # Relative errors stated in the docstring.  "Aligned" is a student near its teacher,
-# "classes" has blocks whose scales differ thirty times.
-@pytest.mark.parametrize(("inputs", "bound"), [("aligned", 4e-4), ("classes", 5e-3)])
+# "classes" has blocks whose scales differ thirty times, "low rank" a student of three
+# directions: in all the others the products are rounding errors.
+@pytest.mark.parametrize(
+    ("inputs", "bound"), [("aligned", 4e-4), ("classes", 5e-3), ("low rank", 4e-4)]
+)
 def test_newton_schulz_keeps_its_stated_error(inputs, bound):
-    n, d = 64, 256
+    n, d = (256, 128) if inputs == "low rank" else (64, 256)
     x = normal(n, d)
     y = x + 0.1 * normal(n, d, seed=1)
+    if inputs == "low rank":
+        x = normal(n, 3) @ normal(3, d, seed=2)
     if inputs == "classes":
         x, y = (z * np.repeat([1.0, 30.0], n // 2)[:, None] for z in (x, y))
         same = np.kron(np.eye(2), np.ones((n // 2, n // 2)))
@@ -147,7 +155,7 @@ def test_newton_schulz_keeps_its_stated_error(inputs, bound):
     norm = lambda m: linalg.nuclear_norm(m, method="newton_schulz")
     value, (gradient,) = value_and_gradients(norm, np.float32(matrix))
     np.testing.assert_allclose(value, np.linalg.norm(matrix, "nuc"), rtol=bound)
-    assert relative(gradient, isometry(matrix, 1e-12)) < bound
+    assert relative(gradient, isometry(matrix, 1e-9)) < bound
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,6 +166,61 @@ def test_nuclear_norm_vmaps_and_jits(method):
     apart = [one(m) for m in stack]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart)
     chex.assert_trees_all_close(together, expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------ the method by platform
+
+
+def lowered(fn, platform, *arrays):
+    """The program that a platform's compiler is given."""
+    fn = jax.jit(jax.value_and_grad(fn))
+    return fn.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+def decompositions(text):
+    """What it decomposes, as calls of LAPACK and cuSOLVER or as functions."""
+    known = {"svd": r"gesdd|gesvd|@svd|svd", "qr": r"geqrf|@Qr|@qr"}
+    return {name for name, pattern in known.items() if re.search(pattern, text)}
+
+
+NORMS = {
+    "nuclear norm": (linalg.nuclear_norm, [(6, 5)]),
+    "of a product": (linalg.cross_nuclear_norm, [(6, 5), (6, 5)]),
+    "of a tall product": (linalg.cross_nuclear_norm, [(16, 5), (11, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_auto_on_a_cpu_is_the_svd(name, dtype):
+    norm, shapes = NORMS[name]
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jnp.asarray(normal(*s, seed=i), dtype) for i, s in enumerate(shapes)]
+        found, expected = (
+            (
+                jax.jit(partial(norm, **options))(*arrays),
+                value_and_gradients(partial(norm, **options), *arrays),
+            )
+            for options in ({}, {"method": "svd"})
+        )
+        chex.assert_trees_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_auto_on_accelerators_takes_products(name, platform):
+    norm, shapes = NORMS[name]
+    arrays = [jnp.float32(normal(*s)) for s in shapes]
+    tall = {"qr"} if "tall" in name else set()
+    assert decompositions(lowered(norm, platform, *arrays)) == tall
+    assert "svd" in decompositions(lowered(norm, "cpu", *arrays))
+    by_svd = partial(norm, method="svd")
+    assert "svd" in decompositions(lowered(by_svd, platform, *arrays))
+
+
+def test_auto_on_accelerators_is_exact_in_float64(x64):
+    matrix = jnp.asarray(normal(6, 5))
+    assert decompositions(lowered(linalg.nuclear_norm, "cuda", matrix)) == {"svd"}
 
 
 # -------------------------------------------------- nuclear norm of a product
@@ -229,8 +292,10 @@ def test_cross_nuclear_norm_of_a_collapsed_student_in_float32(n, d):
     assert relative(gradient, isometry(x @ y.T, 1e-9) @ y) < 1e-4
 
 
-def test_cross_nuclear_norm_by_newton_schulz():
-    x, y = normal(10, 20), normal(8, 20, seed=1)
+# Not tall, tall enough for products of side n, and reduced by QR.
+@pytest.mark.parametrize(("n", "m"), [(10, 8), (30, 36), (50, 64)])
+def test_cross_nuclear_norm_by_newton_schulz(n, m):
+    x, y = normal(n, 20), normal(m, 20, seed=1)
     fn = lambda x, y: linalg.cross_nuclear_norm(x, y, method="newton_schulz")
     value, (gradient, _) = value_and_gradients(fn, np.float32(x), np.float32(y))
     product = x @ y.T
