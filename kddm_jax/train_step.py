@@ -536,7 +536,11 @@ def _by_shard_map(fn, in_axes, donate, devices):
         put = lambda a: place(a) if isinstance(a, np.ndarray) else a
         return jax.tree.map(put, tree)
 
-    return lambda *arguments: program(*map(placed, arguments, shardings))
+    def mapped(*arguments):
+        return program(*map(placed, arguments, shardings))
+
+    mapped.lower = program.lower  # as pmap has it
+    return mapped
 
 
 MAPPINGS: Mapping[str, Callable[..., Callable]] = MappingProxyType(
@@ -567,7 +571,8 @@ def parallel(
         the same and is what JAX recommends for new code.
 
     Returns:
-      The mapped, compiled function.
+      The mapped, compiled function; its ``lower`` is that of `jax.jit`, and takes
+      ``jax.ShapeDtypeStruct`` in place of arrays.
 
     Raises:
       ValueError: an unknown ``how``.

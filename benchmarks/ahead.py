@@ -1,0 +1,325 @@
+"""The distillation step compiled for an accelerator that is not there.
+
+    pip install libtpu                                  # part of ".[tpu]"
+    python benchmarks/ahead.py --target tpu-v5e
+    pip install jax-cuda12-plugin jax-cuda12-pjrt       # part of ".[cuda]"
+    python benchmarks/ahead.py --target h200 --batch-size 1024
+
+XLA's compilers for TPUs and GPUs run on any Linux machine, given a description of the
+device.  What they make of the step (ResNet34 to ResNet18, CIFAR stem, bfloat16, ten
+steps a dispatch, the program of ``cifar.py``) says whether each distance compiles, how
+much memory it takes, and what would keep the device waiting (open loops, whose length
+only the device knows); nothing of its time.
+Asserts, of every distance: that it compiles, and fits the device's memory; that the
+state is donated whole; that all convolutions are in the dtype asked for; that nothing
+goes to the host and back within a dispatch; and, of KD2M's, that no matrix is
+decomposed, but by QR where the batch has more than twice as many samples as features.
+"""
+
+import os
+
+# The compilers want neither a device nor its driver.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import distances
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax_step import none
+from step import KD2M
+from workload import CLASSES, LEARNING_RATE, MEAN, STD
+
+from kddm_jax import DISTANCES, Term, augment, resnet, train_step
+
+IMAGES, LAYER = 50_000, "stage4_block2"  # of CIFAR-10; whose maps are compared
+
+# What XLA knows of a GPU (stream_executor::GpuTargetConfigProto), from NVIDIA's data
+# sheets; its libraries' versions are those that JAX 0.10 asks for.
+HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
+"""
+
+
+class Target(NamedTuple):
+    """An accelerator.
+
+    Attributes:
+      platform: of JAX.
+      memory: of a device, bytes.
+      options: of ``topologies.get_topology_desc``.
+    """
+
+    platform: str
+    memory: float
+    options: dict[str, str]
+
+
+def _hopper(name: str, memory: float, bandwidth: float) -> Target:
+    config = HOPPER.format(name=name, memory=int(memory), bandwidth=int(bandwidth))
+    options = {"topology_name": name, "topology": "1x1x8", "target_config": config}
+    return Target("cuda", memory, options)
+
+
+TARGETS = {
+    "tpu-v5e": Target("tpu", 16e9, {"topology_name": "v5e:2x4"}),
+    "tpu-v6e": Target("tpu", 32e9, {"topology_name": "v6e:2x4"}),
+    "h100": _hopper("NVIDIA H100 80GB HBM3", 80e9, 3.35e12),
+    "h200": _hopper("NVIDIA H200", 141e9, 4.8e12),
+}
+# In a compiled program: loops of unknown length, of which a GPU's host reads at every
+# turn whether they go on; what goes to the host otherwise; and what decomposes, by the
+# name that it was traced by.
+OPEN_LOOP = re.compile(r" while\((?!.*known_trip_count).*")
+HOST = re.compile(r" (?:in|out)feed\(|is_host_transfer=true|callback")
+DECOMPOSED = re.compile(r"[(/](svd|eigh|qr|cholesky|lu)[)/\"]")
+CONVOLUTION = re.compile(r"stablehlo\.convolution\(.*\) -> tensor<\d[\dx]*x(\w+)>")
+SHORT = {"bf16": "bfloat16", "f32": "float32"}
+
+
+def term_of(name: str, model: resnet.ResNet) -> Term:
+    """The row with all that it needs to be compared between two ResNets."""
+    if name == "none":
+        return Term(none, 0.0, name=name)
+    row = DISTANCES[name]
+    features = f"stage{len(model.blocks)}_block{model.blocks[-1]}"
+    return Term(
+        row,
+        row.weight,
+        layers=(features, LAYER) if "maps" in row.inputs else None,
+        options=distances.required_options(row.fn, CLASSES),
+        name=name,
+    )
+
+
+def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
+    """The traced program of ten steps, and the bytes of its state."""
+    options = {"num_classes": CLASSES, "stem": "cifar", "width": args.width}
+    student, teacher = (
+        make(**options, dtype=jnp.dtype(args.dtype))
+        for make in (resnet.ResNet18, resnet.ResNet34)
+    )
+    tx = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
+    step = train_step.make_train_step(
+        resnet.linen_apply(student),
+        resnet.linen_apply(teacher),
+        tx,
+        augment=augment.make_augment(
+            mean=(MEAN,) * 3, std=(STD,) * 3, dtype=args.dtype
+        ),
+        distance=[term_of(name, student)],
+    )
+    program = train_step.parallel(
+        train_step.scan_steps(step),
+        in_axes=(None, None, None, None, 0),
+        donate=(0,),
+        devices=devices,
+        how="shard_map",
+    )
+    mesh = Mesh(np.array(devices), (train_step.AXIS,))
+
+    def abstract(tree, *spec):
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        of = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+        return jax.tree.map(of, tree)
+
+    image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = [
+        jax.eval_shape(model.init, jax.random.key(0), image)
+        for model in (student, teacher)
+    ]
+    state = jax.eval_shape(lambda v: train_step.create_state(v, tx), variables[0])
+    own = (len(devices), args.steps, args.batch_size // len(devices))
+    lowered = program.lower(
+        abstract(state),
+        abstract(variables[1]),
+        abstract(jax.ShapeDtypeStruct((IMAGES, 32, 32, 3), jnp.uint8)),
+        abstract(jax.ShapeDtypeStruct((IMAGES,), jnp.int32)),
+        abstract(jax.ShapeDtypeStruct(own, jnp.int32), train_step.AXIS),
+    )
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    return lowered, size
+
+
+def measure(name: str, devices: Sequence[jax.Device], args) -> dict[str, object]:
+    """The row of a distance."""
+    lowered, state = lower(name, devices, args)
+    dtypes = [SHORT.get(d, d) for d in CONVOLUTION.findall(lowered.as_text())]
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    plan, text = compiled.memory_analysis(), compiled.as_text()
+    kinds = ("argument", "output", "temp")
+    total = sum(getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
+    return {
+        "distance": name,
+        "compile_s": seconds,
+        "memory_gb": (total - plan.alias_size_in_bytes) / 1e9,
+        "temporary_gb": plan.temp_size_in_bytes / 1e9,
+        "state_mb": state / 1e6,
+        "donated_mb": plan.alias_size_in_bytes / 1e6,
+        "convolutions": len(dtypes),
+        "of_dtype": dtypes.count(args.dtype),
+        "host": len(HOST.findall(text)),
+        "open_loops": len(OPEN_LOOP.findall(text)),
+        "decomposed": sorted({*DECOMPOSED.findall(text)}),
+        "all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
+        "all_gathers": len(re.findall(r" all-gather(?:-start)?\(", text)),
+    }
+
+
+def claims(rows: list[dict], memory: float, *, tall: bool) -> list[tuple]:
+    """``(claim, measured, limit)`` of every row, measured being at most the limit.
+
+    Args:
+      rows: from `measure`; those with a note have not compiled.
+      memory: of the device, bytes.
+      tall: whether a batch has more than twice as many samples as features.
+    """
+    found = []
+    for row in rows:
+        name = row["distance"]
+        found.append((f"{name}: errors of the compiler", int("note" in row), 0))
+        if "note" in row:
+            continue
+        other = row["convolutions"] - row["of_dtype"]
+        found += [
+            (f"{name}: memory, GB", row["memory_gb"], memory / 1e9),
+            (f"{name}: state / donated", row["state_mb"] / row["donated_mb"], 1.0),
+            (f"{name}: convolutions in another dtype", other, 0),
+            (f"{name}: transfers to and from the host", row["host"], 0),
+        ]
+        if name in KD2M:
+            spared = {"qr"} if tall else set()
+            slow = {*row["decomposed"]} - spared
+            found.append((f"{name}: decompositions", len(slow), 0))
+    return found
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ["none", *DISTANCES]
+    add = parser.add_argument
+    add("--target", choices=list(TARGETS), default="h200")
+    add("--devices", type=int, default=1, help="of one program, up to 8")
+    add("--distances", nargs="+", choices=every, default=every)
+    add("--batch-size", type=int, default=128, help="of all devices")
+    add("--width", type=int, default=64)
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--steps", type=int, default=10, help="of a dispatch")
+    add("--no-assert", action="store_true", help="compile only")
+    add("--json", metavar="FILE", help="write the rows there too")
+    args = parser.parse_args()
+    if not 1 <= args.devices <= 8 or args.batch_size % args.devices:
+        parser.error(
+            f"--devices must be 1 to 8 and divide --batch-size, got {args.devices} "
+            f"and {args.batch_size}"
+        )
+    return args
+
+
+def find_devices(target: Target) -> list[jax.Device]:
+    """Devices that are described, not there."""
+    try:
+        topology = topologies.get_topology_desc(
+            platform=target.platform, **target.options
+        )
+    except Exception as error:  # whatever a plugin raises that is not installed
+        package = "libtpu" if target.platform == "tpu" else "jax-cuda12-plugin"
+        raise SystemExit(
+            f"no compiler for {target.platform} ({str(error).splitlines()[0]}); "
+            f"pip install {package}"
+        ) from None
+    return list(topology.devices)
+
+
+def main() -> None:
+    """Compiles, prints the table, checks the claims."""
+    args = parse_args()
+    target = TARGETS[args.target]
+    devices = find_devices(target)[: args.devices]
+    rows = []
+    for name in args.distances:
+        try:
+            row = measure(name, devices, args)
+            print(f"{name}: {row['compile_s']:.0f} s", flush=True)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            row = {"distance": name, "note": str(error).splitlines()[0][:120]}
+            print(f"{name}: {row['note']}", flush=True)
+        rows.append(row)
+    tall = args.batch_size > 2 * 8 * args.width
+    report = {
+        "target": args.target,
+        "device": devices[0].device_kind,
+        "versions": harness.versions("optax", "ott-jax", "libtpu", "jax-cuda12-pjrt"),
+        "args": vars(args),
+        "rows": rows,
+        "claims": claims(rows, target.memory, tall=tall),
+    }
+    harness.write_json(args.json, report)
+    packages = ("jax", "libtpu" if target.platform == "tpu" else "jax-cuda12-pjrt")
+    installed = ", ".join(f"{name} {report['versions'][name]}" for name in packages)
+    print(
+        f"\nCompiled for {args.devices} x {report['device']}, not run; {installed}; "
+        f"ResNet34 to ResNet18, width {args.width}, CIFAR stem, batch "
+        f"{args.batch_size}, {args.dtype}, {args.steps} steps a dispatch.\n"
+    )
+    names = ("memory_gb", "temporary_gb", "donated_mb", "host", "open_loops")
+    columns = ["distance", "memory GB", "temporary GB", "donated MB", "to host"]
+    columns += ["open loops", "decomposed by", "all-reduce", "all-gather"]
+    lines = []
+    for row in rows:
+        cells = [row.get(name) for name in names]
+        if "note" in row:
+            cells[0] = row["note"]
+        by = ", ".join(row.get("decomposed", ())) or None
+        counts = (row.get("all_reduces"), row.get("all_gathers"))
+        lines.append([row["distance"], *cells, by, *counts])
+    print(harness.markdown(columns, lines))
+    broken = [claim for claim in report["claims"] if claim[1] > claim[2]]
+    assert args.no_assert or not broken, f"claims that failed: {broken}"
+    count = len(report["claims"])
+    print("\nNot asserted." if args.no_assert else f"\nAll {count} claims hold.")
+
+
+if __name__ == "__main__":
+    main()
