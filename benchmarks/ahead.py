@@ -6,19 +6,22 @@
     python benchmarks/ahead.py --target h200 --batch-size 1024
 
 XLA's compilers for TPUs and GPUs run on any Linux machine, given a description of the
-device.  What they make of the step (ResNet34 to ResNet18, CIFAR stem, bfloat16, ten
-steps a dispatch, the program of ``cifar.py``) says whether each distance compiles, how
-much memory it takes, and what would keep the device waiting (open loops, whose length
-only the device knows); nothing of its time.
-Asserts, of every distance: that it compiles, and fits the device's memory; that the
-state is donated whole; that all convolutions are in the dtype asked for; that nothing
-goes to the host and back within a dispatch; and, of KD2M's, that no matrix is
-decomposed, but by QR where the batch has more than twice as many samples as features.
+device.  What they make of the step (that of ``cifar.py``, with plain SGD, mapped by
+shard_map: ResNet34 to ResNet18, CIFAR stem, bfloat16, ten steps a dispatch) says
+whether each distance compiles, how much memory it takes, and what would keep the device
+waiting; nothing of its time.
+Asserts, of every distance that takes such features: that it compiles, and fits the
+device's memory; that the state is donated whole; that all convolutions are in the dtype
+asked for; that there are no callbacks, feeds or transfers to the host in a dispatch;
+and, of KD2M's, that no matrix is decomposed, but by QR where the batch has more than
+twice as many samples as features.  Counted beside, on a GPU: open loops, whose length
+only the device knows, so that the host reads at every turn whether they go on.
 """
 
 import os
 
-# The compilers want neither a device nor its driver.
+# The compilers want neither a device nor its driver; libtpu would otherwise ask Google
+# Cloud on what machine it is.  The type is overruled by the topology that is described.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -29,6 +32,7 @@ import argparse
 import re
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from typing import NamedTuple
 
 import distances
@@ -45,7 +49,7 @@ from workload import CLASSES, LEARNING_RATE, MEAN, STD
 
 from kddm_jax import DISTANCES, Term, augment, resnet, train_step
 
-IMAGES, LAYER = 50_000, "stage4_block2"  # of CIFAR-10; whose maps are compared
+IMAGES = 50_000  # of CIFAR-10
 
 # What XLA knows of a GPU (stream_executor::GpuTargetConfigProto), from NVIDIA's data
 # sheets; its libraries' versions are those that JAX 0.10 asks for.
@@ -103,9 +107,8 @@ TARGETS = {
     "h100": _hopper("NVIDIA H100 80GB HBM3", 80e9, 3.35e12),
     "h200": _hopper("NVIDIA H200", 141e9, 4.8e12),
 }
-# In a compiled program: loops of unknown length, of which a GPU's host reads at every
-# turn whether they go on; what goes to the host otherwise; and what decomposes, by the
-# name that it was traced by.
+# In a compiled program: loops of unknown length; callbacks, feeds and transfers; and
+# what decomposes, by the name that it was traced by.
 OPEN_LOOP = re.compile(r" while\((?!.*known_trip_count).*")
 HOST = re.compile(r" (?:in|out)feed\(|is_host_transfer=true|callback")
 DECOMPOSED = re.compile(r"[(/](svd|eigh|qr|cholesky|lu)[)/\"]")
@@ -113,16 +116,16 @@ CONVOLUTION = re.compile(r"stablehlo\.convolution\(.*\) -> tensor<\d[\dx]*x(\w+)
 SHORT = {"bf16": "bfloat16", "f32": "float32"}
 
 
-def term_of(name: str, model: resnet.ResNet) -> Term:
-    """The row with all that it needs to be compared between two ResNets."""
+def term_of(name: str, *models: resnet.ResNet) -> Term:
+    """The row with all that it needs to be compared between student and teacher."""
     if name == "none":
         return Term(none, 0.0, name=name)
     row = DISTANCES[name]
-    features = f"stage{len(model.blocks)}_block{model.blocks[-1]}"
+    last = tuple(f"stage{len(m.blocks)}_block{m.blocks[-1]}" for m in models)
     return Term(
         row,
         row.weight,
-        layers=(features, LAYER) if "maps" in row.inputs else None,
+        layers=last if "maps" in row.inputs else None,
         options=distances.required_options(row.fn, CLASSES),
         name=name,
     )
@@ -143,7 +146,7 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
         augment=augment.make_augment(
             mean=(MEAN,) * 3, std=(STD,) * 3, dtype=args.dtype
         ),
-        distance=[term_of(name, student)],
+        distance=[term_of(name, student, teacher)],
     )
     program = train_step.parallel(
         train_step.scan_steps(step),
@@ -178,13 +181,23 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
 
 
 def measure(name: str, devices: Sequence[jax.Device], args) -> dict[str, object]:
-    """The row of a distance."""
-    lowered, state = lower(name, devices, args)
+    """The row of a distance; with a note where there is nothing to compile."""
+    try:
+        lowered, state = lower(name, devices, args)
+    except ImportError as error:
+        return {"distance": name, "note": harness.missing_package(error)}
+    except ValueError as error:  # too few samples for it, for example
+        return {"distance": name, "note": str(error).partition(";")[0]}
     dtypes = [SHORT.get(d, d) for d in CONVOLUTION.findall(lowered.as_text())]
     start = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except RuntimeError as error:  # of XLA's, memory among them
+        first = str(error).partition("\n")[0]
+        return {"distance": name, "failed": True, "note": f"fails: {first[:100]}"}
     seconds = time.perf_counter() - start
     plan, text = compiled.memory_analysis(), compiled.as_text()
+    of_gpu = devices[0].platform in ("gpu", "cuda")
     kinds = ("argument", "output", "temp")
     total = sum(getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
     return {
@@ -197,7 +210,7 @@ def measure(name: str, devices: Sequence[jax.Device], args) -> dict[str, object]
         "convolutions": len(dtypes),
         "of_dtype": dtypes.count(args.dtype),
         "host": len(HOST.findall(text)),
-        "open_loops": len(OPEN_LOOP.findall(text)),
+        "open_loops": len(OPEN_LOOP.findall(text)) if of_gpu else None,
         "decomposed": sorted({*DECOMPOSED.findall(text)}),
         "all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
         "all_gathers": len(re.findall(r" all-gather(?:-start)?\(", text)),
@@ -208,22 +221,25 @@ def claims(rows: list[dict], memory: float, *, tall: bool) -> list[tuple]:
     """``(claim, measured, limit)`` of every row, measured being at most the limit.
 
     Args:
-      rows: from `measure`; those with a note have not compiled.
+      rows: from `measure`.
       memory: of the device, bytes.
       tall: whether a batch has more than twice as many samples as features.
     """
     found = []
     for row in rows:
         name = row["distance"]
-        found.append((f"{name}: errors of the compiler", int("note" in row), 0))
-        if "note" in row:
+        if "note" in row and "failed" not in row:
             continue
+        found.append((f"{name}: errors of the compiler", int("failed" in row), 0))
+        if "failed" in row:
+            continue
+        kept = row["state_mb"] - row["donated_mb"]
         other = row["convolutions"] - row["of_dtype"]
         found += [
             (f"{name}: memory, GB", row["memory_gb"], memory / 1e9),
-            (f"{name}: state / donated", row["state_mb"] / row["donated_mb"], 1.0),
+            (f"{name}: state that is not donated, MB", kept, 0),
             (f"{name}: convolutions in another dtype", other, 0),
-            (f"{name}: transfers to and from the host", row["host"], 0),
+            (f"{name}: callbacks, feeds, transfers to the host", row["host"], 0),
         ]
         if name in KD2M:
             spared = {"qr"} if tall else set()
@@ -249,6 +265,10 @@ def parse_args() -> argparse.Namespace:
     add("--no-assert", action="store_true", help="compile only")
     add("--json", metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
+    for field in ("batch_size", "width", "steps"):
+        if getattr(args, field) < 1:
+            option = field.replace("_", "-")
+            parser.error(f"--{option} must be at least 1, got {getattr(args, field)}")
     if not 1 <= args.devices <= 8 or args.batch_size % args.devices:
         parser.error(
             f"--devices must be 1 to 8 and divide --batch-size, got {args.devices} "
@@ -259,15 +279,24 @@ def parse_args() -> argparse.Namespace:
 
 def find_devices(target: Target) -> list[jax.Device]:
     """Devices that are described, not there."""
+    module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}[target.platform]
+    packages = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin jax-cuda12-pjrt"}
+    try:
+        import_module(module)
+    except ImportError:
+        raise SystemExit(
+            f"no compiler for {target.platform}: pip install "
+            f"{packages[target.platform]}, of JAX's own version"
+        ) from None
     try:
         topology = topologies.get_topology_desc(
             platform=target.platform, **target.options
         )
-    except Exception as error:  # whatever a plugin raises that is not installed
-        package = "libtpu" if target.platform == "tpu" else "jax-cuda12-plugin"
+    except Exception as error:  # whatever a plugin raises
+        first = str(error).partition("\n")[0]
         raise SystemExit(
-            f"no compiler for {target.platform} ({str(error).splitlines()[0]}); "
-            f"pip install {package}"
+            f"the compiler for {target.platform} does not start: {first} (libtpu "
+            "serves one process at a time)"
         ) from None
     return list(topology.devices)
 
@@ -279,14 +308,12 @@ def main() -> None:
     devices = find_devices(target)[: args.devices]
     rows = []
     for name in args.distances:
-        try:
-            row = measure(name, devices, args)
-            print(f"{name}: {row['compile_s']:.0f} s", flush=True)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            row = {"distance": name, "note": str(error).splitlines()[0][:120]}
-            print(f"{name}: {row['note']}", flush=True)
+        row = measure(name, devices, args)
+        said = row.get("note") or f"compiled in {row['compile_s']:.0f} s"
+        print(f"{name}: {said}", flush=True)
         rows.append(row)
-    tall = args.batch_size > 2 * 8 * args.width
+    features = 8 * args.width
+    tall = args.batch_size > 2 * features
     report = {
         "target": args.target,
         "device": devices[0].device_kind,

@@ -78,7 +78,7 @@ def _of(distance: str, *options: dict[str, object], epsilons=()) -> list[Choice]
 
 
 SOLVERS = ({"solver": "entropic"}, {"solver": "exact"})
-# The other one than "auto" takes here.
+# The method that "auto" does not take here.
 METHOD = {"method": "newton_schulz" if jax.default_backend() == "cpu" else "svd"}
 # What the choices of each distance approximate, in float64: transport without entropy,
 # but for wkd_logits, whose entropy is part of it.

@@ -66,7 +66,9 @@ def _pair_of(x, y):
 # Representations of one batch.
 
 
-def procrustes(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.Array:
+def procrustes(
+    x: jax.Array, y: jax.Array, *, normalize: bool = True, method: str = "auto"
+) -> jax.Array:
     r"""Computes the squared Procrustes distance, D_P^2.
 
     .. math:: \min_{Q^\top Q = I} \|R_x - R_y Q\|_F^2
@@ -84,12 +86,14 @@ def procrustes(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.Arr
       y: teacher features of the same samples, shape ``[n, d_t]``.
       normalize: whether to centre both and to divide them by their Frobenius norm;
         False takes them as they are.
+      method: of the nuclear norm, ``"svd"``, ``"newton_schulz"`` or ``"auto"``, by
+        platform; see `linalg.nuclear_norm`.
 
     Returns:
       Scalar, squared distance; in [0, 2] if normalised.
 
     Raises:
-      ValueError: shapes or dtypes.
+      ValueError: shapes or dtypes, unknown ``method``.
 
     References:
       arXiv 2509.25253, the distance D_P.  Schoenemann, A generalized solution of the
@@ -106,7 +110,7 @@ def procrustes(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.Arr
     x, y = _pair_of(x, y)
     if normalize:
         x, y = normalized(x), normalized(y)
-    cross = cross_nuclear_norm(x.T, y.T)
+    cross = cross_nuclear_norm(x.T, y.T, method=method)
     return jnp.sum(x * x) + jnp.sum(y * y) - 2 * cross
 
 

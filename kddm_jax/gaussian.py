@@ -55,7 +55,8 @@ def gaussian_wasserstein(
     The right-hand identity needs no matrix square root: it is exact for
     rank-deficient covariances (``n < d``) and has a finite derivative there.
 
-    Cost: n² d + n³ (n d² + d³ where d is smaller), n d if diagonal.  Gradient: that of
+    Cost: n² d + n³ (n d² + d³ where d is smaller; by products half as large), n d if
+    diagonal.  Gradient: that of
     the value; directions of zero singular values take no part, the minimal-norm choice.
     Not for: telling clouds apart that share mean and covariance (`wasserstein`), nor
     classes (`class_gaussian_wasserstein`).
@@ -122,8 +123,8 @@ def class_gaussian_wasserstein(
     of one class, is the sum over its blocks.
 
     Cost: n² d + n³ for all classes together, n² d if diagonal.  Gradient: as that of
-    `gaussian_wasserstein`.  Not for: more than about a thousand samples: the SVD stays
-    n x n, whatever d is; take ``covariance="diag"``, or groups of devices.
+    `gaussian_wasserstein`.  Not for: more than about a thousand samples: the matrix
+    stays n x n, whatever d is; take ``covariance="diag"``, or groups of devices.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -175,7 +176,7 @@ def class_gaussian_wasserstein(
     return means + traces - 2 * nuclear_norm(cross, method=method)
 
 
-def bures(cov_x: jax.Array, cov_y: jax.Array) -> jax.Array:
+def bures(cov_x: jax.Array, cov_y: jax.Array, *, method: str = "auto") -> jax.Array:
     r"""Computes the squared Bures distance of two covariance matrices.
 
     .. math:: \mathrm{Tr}\,A + \mathrm{Tr}\,B
@@ -192,12 +193,13 @@ def bures(cov_x: jax.Array, cov_y: jax.Array) -> jax.Array:
     Args:
       cov_x: symmetric positive semi-definite, shape ``[d, d]``.
       cov_y: the same, shape ``[d, d]``.
+      method: of the nuclear norm, as in `gaussian_wasserstein`; the roots are by eigh.
 
     Returns:
       Scalar, squared distance.
 
     Raises:
-      ValueError: shapes or dtypes.
+      ValueError: shapes or dtypes, unknown ``method``.
 
     References:
       Bhatia, Jain and Lim, On the Bures-Wasserstein distance between positive
@@ -215,7 +217,8 @@ def bures(cov_x: jax.Array, cov_y: jax.Array) -> jax.Array:
             f"cov_y must have the shape of cov_x, {list(cov_x.shape)}, "
             f"got {list(cov_y.shape)}"
         )
-    fidelity = nuclear_norm(matmul(sqrtm_psd(cov_x), sqrtm_psd(cov_y)))
+    roots = matmul(sqrtm_psd(cov_x), sqrtm_psd(cov_y))
+    fidelity = nuclear_norm(roots, method=method)
     return jnp.trace(cov_x) + jnp.trace(cov_y) - 2 * fidelity
 
 

@@ -50,7 +50,7 @@ VARIANTS: Mapping[str, tuple[dict[str, object], ...]] = {
     "mmd_rbf": ({"bandwidth": 1.0},),
     "cmmd_rbf": ({"kernel": "linear"}, {"compat": "released"}),
     "gromov_w2": ({"metric": "sqeuclidean"}, {"metric": "cosine"}, {"epsilon": 1.0}),
-    "procrustes": ({"normalize": False},),
+    "procrustes": ({"normalize": False}, {"method": "newton_schulz"}),
     "gram": ({"normalize": False},),
     "cka": ({"debiased": True},),
     "nst": ({"kernel": "linear"}, {"kernel": "rbf"}),

@@ -241,6 +241,15 @@ def test_every_row_on_one_device_is_on_two():
     assert len(np.unique(np.stack(updates), axis=0)) > len(updates) // 2
 
 
+@pytest.mark.parametrize("how", MAPPINGS)
+def test_lower_takes_shapes(how):
+    """As where there is a description of the devices only."""
+    double = lambda x, y: jax.lax.psum(x * y, AXIS)
+    mapped = parallel(double, in_axes=(None, 0), devices=DEVICES[:2], how=how)
+    shapes = jax.ShapeDtypeStruct((3,), np.float32), jax.ShapeDtypeStruct((2, 3), "f4")
+    assert "all_reduce" in mapped.lower(*shapes).as_text()
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_shard_map_is_pmap(axis):
     """Step by step, with its gradients as they are on one device, no larger."""
