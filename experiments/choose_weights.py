@@ -28,7 +28,7 @@ from flax import linen as nn
 from progress import RunError
 from rich.table import Table
 from settings import UserError, as_json, check, parse
-from teacher import Teacher, find_teacher, load_teacher
+from teacher import Teacher, find_teacher, known_digest, load_teacher
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DIVERGED = "diverged.json"
@@ -134,13 +134,12 @@ def choose(settings, grid, console) -> dict[str, object]:
     for who, weights in problem.starts.items():
         console.print(f"{who} starts from {weights}")
     reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
-
-    def open_folder():
-        out.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(cifar.only_one(out))
+    planned = [] if source.given else [runs.teacher_run(problem)]
+    for of_all in runs.grid_runs(problem, known_digest(source), grid).values():
+        planned += of_all
 
     with contextlib.ExitStack() as stack, reporter.progress:
-        processes.first(open_folder)
+        processes.first(lambda: cifar.open_folder(out, planned, stack))
         teacher = load_teacher(source, reporter)
         layers.prepare(problem, teacher, reporter.progress.console)
         model = problem.model(settings.student_model, settings.width)

@@ -17,7 +17,7 @@ import fcntl
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import layers
@@ -111,20 +111,37 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     digest = known_digest(source)
     planned += runs.student_runs(problem, digest)
 
-    def open_folder():
-        for run in planned:
-            runs.check_folder(run, out)
+    def begin():
+        open_folder(out, planned, stack)
         for group in runs.groups(problem, digest) if digest else ():
             training.members(problem, group)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}; choose another") from error
-        stack.enter_context(only_one(out))
 
     with contextlib.ExitStack() as stack:
-        processes.first(open_folder)
+        processes.first(begin)
         return _train_all(problem, source, console)
+
+
+def open_folder(
+    out: Path, planned: Iterable[runs.Run], stack: contextlib.ExitStack
+) -> None:
+    """Makes a folder, and keeps other commands out of it until the stack is closed.
+
+    Args:
+      out: where results go.
+      planned: what this command will train there.
+      stack: of contexts.
+
+    Raises:
+      UserError: a planned run's folder was made by other settings, ``out`` cannot be
+        made, or another command is at work in it.
+    """
+    for run in planned:
+        runs.check_folder(run, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another") from error
+    stack.enter_context(only_one(out))
 
 
 def prepare(settings: Settings, out: Path) -> problems.Problem:

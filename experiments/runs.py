@@ -230,20 +230,27 @@ def groups(problem: Problem, teacher_digest: str | None) -> Iterator[list[Run]]:
     return (list(runs) for _, runs in named)
 
 
-def grid_groups(
-    problem: Problem, teacher_digest: str, grid: Sequence[float]
-) -> Iterator[list[Run]]:
-    """Distilled students of every lambda of a grid, each with a folder of its own.
-
-    With ``--together`` those of a distance are in one list, if one program serves them:
-    that of distances between layers has their weights in it.
-    """
+def grid_runs(
+    problem: Problem, teacher_digest: str | None, grid: Sequence[float]
+) -> dict[str, list[Run]]:
+    """By distance the students of every lambda of a grid, each with its own folder."""
     every = {name: [] for name in problem.settings.distances}
     for weight in grid:
         for run in student_runs(problem, teacher_digest, weight):
             if run.name in every:
                 every[run.name].append(replace(run, place=f"weight-{weight:g}"))
-    for name, of_all in every.items():
+    return every
+
+
+def grid_groups(
+    problem: Problem, teacher_digest: str, grid: Sequence[float]
+) -> Iterator[list[Run]]:
+    """The runs of `grid_runs`; those that train together in one list.
+
+    With ``--together`` these are those of a distance, if one program serves them: that
+    of distances between layers has their weights in it.
+    """
+    for name, of_all in grid_runs(problem, teacher_digest, grid).items():
         if not problem.settings.together:
             yield from ([run] for run in of_all)
         elif carries_weights(method_of(problem, name, of_all[0].weight).distance):

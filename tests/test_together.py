@@ -272,6 +272,29 @@ def test_those_that_diverge_are_left_out(line, tmp_path, monkeypatch, capsys):
     assert "--grid: 0.1234567 and another are one number to six digits" in error
 
 
+@pytest.mark.parametrize("how", [(), ("--together", "loop")])
+def test_a_grid_is_refused_before_it_begins(how, line, tmp_path, monkeypatch, capsys):
+    """Its last folder is of another command; the first ones are not there yet."""
+
+    def unwanted(*_):
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr(training, "train_together", unwanted)
+    more = ("--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
+    command = ["--grid", "1", "5", "--", *of(line, tmp_path / "out", *more, *how)]
+    folder = tmp_path / "out" / "weight-5" / "w2" / "seed1"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"dataset": "mnist"}')
+    assert choose_weights.main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} was made with dataset=mnist, this command says digits" in error
+    assert not (tmp_path / "out" / "weight-1").exists()
+    (tmp_path / "file").touch()
+    command[command.index(str(tmp_path / "out"))] = str(tmp_path / "file")
+    assert choose_weights.main(command) == 2
+    assert f"--out {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_progress_of_several_names_the_one_that_is_not_finite(tmp_path):
     state = {"a": np.zeros(2)}
     both = Progress(["a seed 1", "a seed 2"], tmp_path, {"run": {}}, STEPS, state)
