@@ -9,10 +9,9 @@ it is and beside a process that keeps a core busy.  Beside the time stands what 
 is worth: the relative error of its gradient by the student's features (of
 ``wkd_logits``: logits), against `REFERENCES` in float64, on clouds that are unrelated
 and on aligned ones.
-Asserts, of the published width 64, that no alternative makes the step faster than the
-default does by more than a twentieth, unless its gradient is further off or its solver
-does not converge.  In a narrower network's step a millisecond is more than that: there
-it only reports, with a finer resolution.
+Asserts that no alternative makes the step faster than the default does by more than a
+twentieth (a tenth below the published width 64, where a millisecond is a twentieth of
+the step), unless its gradient is further off or its solver does not converge.
 """
 
 import os
@@ -42,8 +41,8 @@ from kddm_jax.linalg import constant, squared_distances
 
 # A parent that is gone is noticed within a second.
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(10**7))"
-FASTER = 1.05  # the default's step over an alternative's
-WIDTH = 64  # of the networks of which it is claimed
+WIDTH = 64  # of the published networks
+FASTER, NARROW = 1.05, 1.1  # the default's step over an alternative's, there and below
 DEFAULT = "default"
 
 
@@ -206,8 +205,9 @@ def measure(choices: list[Choice], args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def claims(rows: list[dict]) -> list[tuple[str, float, float]]:
+def claims(rows: list[dict], width: int) -> list[tuple[str, float, float]]:
     """``(claim, measured, limit)`` of every alternative that is as good."""
+    limit = FASTER if width >= WIDTH else NARROW
     default = {row["distance"]: row for row in rows if row["choice"] == DEFAULT}
     found = []
     for row in rows:
@@ -220,7 +220,7 @@ def claims(rows: list[dict]) -> list[tuple[str, float, float]]:
         if row is not ours and as_good and row["converged"]:
             name = f"{row['distance']}: default / {row['choice']}"
             for word in ("idle", "busy"):
-                found.append((f"{name}, {word}", row[f"{word}_ratio"], FASTER))
+                found.append((f"{name}, {word}", row[f"{word}_ratio"], limit))
     return found
 
 
@@ -259,7 +259,7 @@ def main() -> None:
         "load_average": load,
         "args": vars(args),
         "rows": rows,
-        "claims": claims(rows),
+        "claims": claims(rows, args.width),
     }
     harness.write_json(args.json, report)
     print(
@@ -280,9 +280,8 @@ def main() -> None:
     print(harness.markdown(columns, lines))
     print("\n" + harness.markdown(["claim", "measured", "limit"], report["claims"]))
     broken = [claim for claim in report["claims"] if claim[1] > claim[2]]
-    measures_only = args.no_assert or args.width != WIDTH
-    assert measures_only or not broken, f"claims that failed: {broken}"
-    print("\nTimes not asserted." if measures_only else "\nAll claims hold.")
+    assert args.no_assert or not broken, f"claims that failed: {broken}"
+    print("\nTimes not asserted." if args.no_assert else "\nAll claims hold.")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_newton_schulz_keeps_its_stated_error(inputs, bound):
     norm = lambda m: linalg.nuclear_norm(m, method="newton_schulz")
     value, (gradient,) = value_and_gradients(norm, np.float32(matrix))
     np.testing.assert_allclose(value, np.linalg.norm(matrix, "nuc"), rtol=bound)
-    assert relative(gradient, isometry(matrix, 1e-9)) < bound
+    assert relative(gradient, isometry(matrix, 1e-12)) < bound
 
 
 @pytest.mark.parametrize("method", METHODS)
