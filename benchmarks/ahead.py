@@ -40,19 +40,18 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax_step import none
+from jax_step import TX, make_step, networks, none
 from step import KD2M
-from workload import CLASSES, LEARNING_RATE, MEAN, STD
+from workload import CLASSES, Setting
 
-from kddm_jax import DISTANCES, Term, augment, resnet, train_step
+from kddm_jax import DISTANCES, Term, resnet, train_step
 
 IMAGES = 50_000  # of CIFAR-10
 
-# What XLA knows of a GPU (stream_executor::GpuTargetConfigProto), from NVIDIA's data
-# sheets; its libraries' versions are those that JAX 0.10 asks for.
+# What XLA knows of a GPU (stream_executor::GpuTargetConfigProto): a Hopper's numbers,
+# memory and bandwidth by NVIDIA's data sheets; libraries of versions that JAX takes.
 HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -133,21 +132,10 @@ def term_of(name: str, *models: resnet.ResNet) -> Term:
 
 def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
     """The traced program of ten steps, and the bytes of its state."""
-    options = {"num_classes": CLASSES, "stem": "cifar", "width": args.width}
-    student, teacher = (
-        make(**options, dtype=jnp.dtype(args.dtype))
-        for make in (resnet.ResNet18, resnet.ResNet34)
-    )
-    tx = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
-    step = train_step.make_train_step(
-        resnet.linen_apply(student),
-        resnet.linen_apply(teacher),
-        tx,
-        augment=augment.make_augment(
-            mean=(MEAN,) * 3, std=(STD,) * 3, dtype=args.dtype
-        ),
-        distance=[term_of(name, student, teacher)],
-    )
+    setting = Setting("cifar", args.width, args.batch_size, args.dtype)
+    student, teacher = networks(setting)
+    term = term_of(name, student, teacher)
+    step = make_step(setting, student, teacher, distance=[term])
     program = train_step.parallel(
         train_step.scan_steps(step),
         in_axes=(None, None, None, None, 0),
@@ -167,7 +155,7 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
         jax.eval_shape(model.init, jax.random.key(0), image)
         for model in (student, teacher)
     ]
-    state = jax.eval_shape(lambda v: train_step.create_state(v, tx), variables[0])
+    state = jax.eval_shape(lambda v: train_step.create_state(v, TX), variables[0])
     own = (len(devices), args.steps, args.batch_size // len(devices))
     lowered = program.lower(
         abstract(state),
@@ -198,12 +186,10 @@ def measure(name: str, devices: Sequence[jax.Device], args) -> dict[str, object]
     seconds = time.perf_counter() - start
     plan, text = compiled.memory_analysis(), compiled.as_text()
     of_gpu = devices[0].platform in ("gpu", "cuda")
-    kinds = ("argument", "output", "temp")
-    total = sum(getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
     return {
         "distance": name,
         "compile_s": seconds,
-        "memory_gb": (total - plan.alias_size_in_bytes) / 1e9,
+        "memory_gb": harness.planned_bytes(compiled) / 1e9,
         "temporary_gb": plan.temp_size_in_bytes / 1e9,
         "state_mb": state / 1e6,
         "donated_mb": plan.alias_size_in_bytes / 1e6,

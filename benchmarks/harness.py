@@ -111,6 +111,16 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Arguments, results and temporaries of a program, as XLA plans them."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    kinds = ("argument", "output", "temp")
+    total = sum(getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
+    return total - plan.alias_size_in_bytes
+
+
 def device_name() -> str:
     """The accelerator's kind, or the processor's model and its number of cores."""
     device = jax.devices()[0]

@@ -14,6 +14,32 @@ from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting
 from kddm_jax import augment, resnet, train_step
 from kddm_jax.distances import Distance
 
+TX = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
+
+
+def networks(setting: Setting) -> tuple[resnet.ResNet, resnet.ResNet]:
+    """Student and teacher."""
+    options = {
+        "num_classes": CLASSES,
+        "stem": setting.stem,
+        "width": setting.width,
+        "dtype": jnp.dtype(setting.dtype),
+    }
+    return resnet.ResNet18(**options), resnet.ResNet34(**options)
+
+
+def make_step(setting: Setting, student: resnet.ResNet, teacher: resnet.ResNet, **loss):
+    """The step; ``loss`` goes to `train_step.make_train_step`."""
+    return train_step.make_train_step(
+        resnet.linen_apply(student),
+        resnet.linen_apply(teacher),
+        TX,
+        augment=augment.make_augment(
+            mean=(MEAN,) * 3, std=(STD,) * 3, dtype=setting.dtype
+        ),
+        **loss,
+    )
+
 
 def make_models(setting: Setting, images: np.ndarray):
     """``(student, variables), (teacher, variables)``, random.
@@ -21,14 +47,8 @@ def make_models(setting: Setting, images: np.ndarray):
     The teacher's statistics are those of a batch: with the initial ones its features
     would grow by a factor of two at every block.
     """
-    options = {
-        "num_classes": CLASSES,
-        "stem": setting.stem,
-        "width": setting.width,
-        "dtype": jnp.dtype(setting.dtype),
-    }
+    student, teacher = networks(setting)
     inputs = (jnp.asarray(images[:128], jnp.float32) / 255 - MEAN) / STD
-    student, teacher = resnet.ResNet18(**options), resnet.ResNet34(**options)
     variables = [
         jax.jit(model.init)(jax.random.key(seed), inputs[:2])
         for seed, model in enumerate((student, teacher))
@@ -62,7 +82,6 @@ class JaxStep:
     def __init__(self, setting: Setting, distance: str | Distance, data: Data, models):
         """Traces, compiles and runs once; ``models`` are from `make_models`."""
         (student, student_variables), (teacher, teacher_variables) = models
-        tx = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
         loss = {"distance": none, "weight": 0.0}
         if isinstance(distance, Distance):
             loss = {"distance": distance, "weight": distance.weight}
@@ -70,17 +89,8 @@ class JaxStep:
             row, options = harness.parse_distance(distance)
             key = distance.partition("/")[0]
             loss = {"distance": key, "weight": row.weight, **options}
-        self.step = train_step.make_train_step(
-            resnet.linen_apply(student),
-            resnet.linen_apply(teacher),
-            tx,
-            augment=augment.make_augment(
-                mean=(MEAN,) * 3, std=(STD,) * 3, dtype=setting.dtype
-            ),
-            axis_name=None,
-            **loss,
-        )
-        state = train_step.create_state(student_variables, tx)
+        self.step = make_step(setting, student, teacher, axis_name=None, **loss)
+        state = train_step.create_state(student_variables, TX)
         # A copy: the state is donated, the student's variables serve all programs.
         self.state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
         self.rest = (teacher_variables, *map(jnp.asarray, data))
@@ -121,12 +131,8 @@ class JaxStep:
 
     def memory_gb(self) -> float | None:
         """Arguments, results and temporaries of the program, as XLA plans them."""
-        plan = self.run.memory_analysis()
-        if plan is None:
-            return None
-        kinds = ("argument", "output", "temp")
-        total = sum(getattr(plan, f"{kind}_size_in_bytes") for kind in kinds)
-        return (total - plan.alias_size_in_bytes) / 1e9
+        planned = harness.planned_bytes(self.run)
+        return planned and planned / 1e9
 
     def flops(self) -> float | None:
         """Of one step, as XLA counts them before it optimises; no padding counted.

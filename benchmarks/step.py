@@ -186,6 +186,8 @@ def claims(
     if platform not in LIMITS:
         return []
     limits, found, settings = LIMITS[platform], [], {}
+    left_out = () if platform == "cpu" else (SLOW,)
+    claimed = lambda name: name.partition("/")[0] in KD2M and name not in left_out
     for row in rows:
         if "note" not in row:
             setting = Setting(*(row[field] for field in Setting._fields))
@@ -204,11 +206,7 @@ def claims(
             if framework != "JAX" and distance == "none" and same_device:
                 ratio = plain["ms_per_step"] / row["ms_per_step"]
                 found.append((f"{name}: JAX / {framework}", ratio, limits[stem]))
-            elif (
-                framework != "JAX" or not whole or (platform, distance) == ("gpu", SLOW)
-            ):
-                continue
-            elif distance.partition("/")[0] in KD2M:
+            elif framework == "JAX" and whole and claimed(distance):
                 ratio = 1 + row["distance_ms"] / plain["ms_per_step"]
                 found.append((f"{name}: {distance} / none", ratio, limits["distance"]))
         share = plain["share_of_peak"]

@@ -55,11 +55,11 @@ def gaussian_wasserstein(
     The right-hand identity needs no matrix square root: it is exact for
     rank-deficient covariances (``n < d``) and has a finite derivative there.
 
-    Cost: n² d + n³ (n d² + d³ where d is smaller; by products half as large), n d if
-    diagonal.  Gradient: that of
-    the value; directions of zero singular values take no part, the minimal-norm choice.
-    Not for: telling clouds apart that share mean and covariance (`wasserstein`), nor
-    classes (`class_gaussian_wasserstein`).
+    Cost: n² d + n³ (n d² + d³ where d is smaller, by products where it is less than
+    n / 2), n d if diagonal.  Gradient: that of the value; directions of zero singular
+    values take no part, the minimal-norm choice.  Not for: telling clouds apart that
+    share mean and covariance (`wasserstein`), nor classes
+    (`class_gaussian_wasserstein`).
 
     Args:
       x: student features, shape ``[n, d]``.

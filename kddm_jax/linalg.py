@@ -180,8 +180,6 @@ _METHODS: Mapping[str, _Method] = MappingProxyType(
         "newton_schulz": _Method(_norm_newton_schulz, _polar_newton_schulz, 2),
     }
 )
-
-
 METHODS = ("auto", *_METHODS)
 
 

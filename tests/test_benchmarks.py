@@ -137,6 +137,7 @@ def test_claims_of_the_step_on_a_gpu(monkeypatch):
         for framework, distance, ms, share in (
             ("JAX", "none", 10.0, 0.24),
             ("JAX", "w2", 12.0, 0.2),
+            ("JAX", "w2_gaussian/svd", 90.0, 0.02),  # beside the default: reported
             ("PyTorch compile", "none", 8.0, None),
         )
     ]
