@@ -40,7 +40,7 @@ def apply(params, x):
 
 
 @jax.jit
-@jax.shard_map(mesh=mesh, **specs, check_vma=False)  # else pmean scales gradients up
+@jax.shard_map(mesh=mesh, **specs, check_vma=False)  # as distill_loss asks
 def fit(params, x, labels, teacher, weight):
     """Trains a network, full batches; x and labels are this device's share."""
     terms = [Term("gram", weight)] if teacher else []

@@ -344,6 +344,25 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name, grou
     return value, stats
 
 
+def _check_axis(axis_name):
+    """Refuses ``jax.shard_map(check_vma=True)``, whose gradients would be wrong.
+
+    It replaces the transpose of a replicated argument by a sum over devices, so that
+    gradients come out N times too large.  There, and only there, the index of the
+    device has a type that varies over the axis.
+    """
+    if axis_name is None:
+        return
+    index = jax.typeof(jax.lax.axis_index(axis_name))
+    if index.manual_axis_type.varying:
+        raise ValueError(
+            f"axis_name={axis_name!r} belongs to a jax.shard_map with check_vma=True "
+            "(its default), under which gradients of this loss would be wrong; pass "
+            "check_vma=False to jax.shard_map and average the gradients with "
+            "jax.lax.pmean"
+        )
+
+
 def _groups_of(axis_name, group_size):
     """Devices that gather from each other, ``axis_index_groups``; None: all."""
     if group_size is None:
@@ -441,7 +460,8 @@ def distill_loss(
 
     Raises:
       ValueError: shapes, unknown names, a negative weight, a missing key or logits, a
-        ``group_size`` that does not divide the devices.
+        ``group_size`` that does not divide the devices, an axis of a ``shard_map``
+        with ``check_vma=True``.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.
@@ -453,6 +473,7 @@ def distill_loss(
       (Array(2.0986, dtype=float32), Array(1.0986, dtype=float32),
        Array(2., dtype=float32))
     """
+    _check_axis(axis_name)
     terms = _as_terms(distance, weight, options)
     check_number("task_weight", task_weight, positive=False)
     if scale not in (None, "teacher"):

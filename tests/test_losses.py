@@ -351,6 +351,27 @@ def by_shard_map(name):
     )
 
 
+# With group_size, per sample, by a solver with loops, in closed form, cross-entropy alone.
+@pytest.mark.parametrize("name", ["cmmd_rbf", "l2", "w2", "w2_gaussian", None])
+@pytest.mark.parametrize("size", [None, 1, DEVICES])
+def test_shard_map_that_checks_what_varies_is_refused(name, size):
+    """Its gradients would be N times too large, or a TypeError of the solver's."""
+
+    def loss(x, s, labels):
+        distance = () if name is None else name
+        options = {"axis_name": "devices", "group_size": size}
+        return distill_loss(x, x, labels, s, distance=distance, **options)[0]
+
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
+    spec = PartitionSpec("devices")
+    mapped = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec
+    )
+    arguments = BATCH.x, BATCH.logits_x, LABELS
+    with pytest.raises(ValueError, match="axis_name='devices' .*; pass check_vma=False"):
+        jax.eval_shape(mapped, *arguments)
+
+
 def test_padding_on_one_device_alone():
     """A mean over images is that of all images, wherever the padding lies."""
     labels = jnp.asarray(np.where(np.arange(N) < 6, -1, BATCH.labels), jnp.int32)
