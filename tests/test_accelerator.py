@@ -1,0 +1,62 @@
+"""accelerator.sh: its commands in order, what the grid chose, and the time limit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "accelerator.sh"
+# Stands for Python: writes its command down and leaves what the next command reads.
+PYTHON = """#!{bash}
+if [ "$1" = -c ]; then exec {python} "$@"; fi
+echo "$(basename "$1") ${{@:2}}" >> "$LOG"
+case "$*" in *"$SLOW"*) sleep 60 ;; esac
+case "$1" in
+  *step.py) touch_file="${{@: -1}}"; echo '{{"rows": []}}' > "$touch_file" ;;
+  *choose_weights.py)
+    for word in "$@"; do [ "$last" = --out ] && out=$word; last=$word; done
+    mkdir -p "$out"
+    echo '{{"weights": {{"w2": 0.1, "kd": 3.0}}}}' > "$out/weights.json" ;;
+esac
+"""
+
+
+def run(tmp_path, minutes, *weights, slow="no such word"):
+    """The script's status, and the commands that it ran."""
+    folder, log = tmp_path / "bin", tmp_path / "log"
+    folder.mkdir(exist_ok=True)
+    python = folder / "python"
+    python.write_text(PYTHON.format(bash="/bin/bash", python=sys.executable))
+    python.chmod(0o755)
+    log.write_text("")
+    path = f"{folder}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", SCRIPT, str(minutes), tmp_path / "out", "data", *weights],
+        env={**os.environ, "PATH": path, "LOG": str(log), "SLOW": slow},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.returncode, log.read_text().splitlines()
+
+
+def test_all_parts_run_in_their_order(tmp_path):
+    status, lines = run(tmp_path, 1, "w.safetensors")
+    assert status == 0
+    table = ["cifar.py", "choose_weights.py", "cifar.py"]
+    expected = ["step.py", *table, *table, "cifar.py"]
+    assert [line.split()[0] for line in lines] == expected
+    assert lines[1].endswith("cifar10 --distances")
+    assert lines[3].endswith("--distances w2 kd --weights w2 0.1 kd 3")
+    assert "--pretrained-student w.safetensors" in lines[-1]
+    # Once more: the step is measured already, and the other commands resume.
+    status, again = run(tmp_path, 1)
+    assert (status, again) == (0, lines[1:-1])
+
+
+def test_the_part_at_work_is_stopped_when_the_time_is_up(tmp_path):
+    status, lines = run(tmp_path, 0, slow="cifar10 ")
+    assert status == 124
+    assert [line.split()[0] for line in lines] == ["step.py", "cifar.py"]
