@@ -288,50 +288,6 @@ def test_a_host_that_sleeps_leaves_a_gap(monkeypatch):
     assert gaps.idle_ms(lambda: product(x), 10) < 90 < gaps.idle_ms(late, 10)
 
 
-def test_claims_of_choices(monkeypatch):
-    """Of alternatives that are as good and converge, beside the default."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import choices
-
-    def row(choice, ratio, *errors, converged=True):
-        times = {"idle_ratio": ratio, "busy_ratio": ratio / 2}
-        about = {"distance": "w2", "choice": choice, "converged": converged}
-        return {**about, **times, "errors": list(errors)}
-
-    rows = [
-        row(choices.DEFAULT, 1.0, 0.5, 1e-7),
-        row("solver=exact", 1.2, 1e-7, 1e-7),
-        row("threshold=1", 1.3, 0.54, 1e-5),  # both round-off
-        row("epsilon", 1.4, 0.6, 1e-7),
-        row("max_iterations=1", 1.5, 0.5, 1e-7, converged=False),
-    ]
-    assert choices.claims(rows, width=64) == [
-        ("w2: default / solver=exact, idle", 1.2, 1.05),
-        ("w2: default / solver=exact, busy", 0.6, 1.05),
-        ("w2: default / threshold=1, idle", 1.3, 1.05),
-        ("w2: default / threshold=1, busy", 0.65, 1.05),
-    ]
-    assert {limit for *_, limit in choices.claims(rows, width=16)} == {1.1}
-
-
-@pytest.mark.slow
-def test_choices(tmp_path):
-    text, report = run(
-        "choices.py --distances w2_gaussian --width 4 --batch-size 16 --d 32 "
-        "--seconds 0 --no-assert",
-        tmp_path / "choices.json",
-    )
-    _, rows = table(text)
-    names = [["w2_gaussian", c] for c in ("default", "method=newton_schulz")]
-    assert [row[:2] for row in rows[:2]] == names
-    for row in report["rows"]:
-        assert row["idle_ms"] > 0
-        assert row["busy_ms"] > 0
-        assert max(row["errors"]) < 1e-2
-    assert len(report["claims"]) == 2
-
-
 @pytest.fixture
 def ahead(monkeypatch):
     """The module, whose environment is of this test alone."""
@@ -424,23 +380,6 @@ def test_ahead_without_a_compiler():
     assert line == "no compiler for tpu: pip install libtpu, of JAX's own version"
 
 
-def test_epsilon_of_the_mean_cost(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import choices
-
-    from kddm_jax import wasserstein
-
-    x, y = jax.random.normal(jax.random.key(0), (2, 6, 3))
-    mean = jnp.mean(jnp.sum((x[:, None] - y) ** 2, axis=2))
-    row = choices.row_of(choices.Choice("w2", "", {}, 0.3))
-    expected = wasserstein(x, y, epsilon=0.3 * mean)
-    assert row.fn(x, y, **row.options) == pytest.approx(float(expected), rel=1e-5)
-    assert row.diagnose(x, y, **row.options)[0] == pytest.approx(
-        float(expected), rel=1e-5
-    )
-
-
 def test_peaks_of_devices(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import workload
@@ -501,18 +440,6 @@ def test_large_arrays_are_seen(monkeypatch):
     assert largest(lambda x: x @ x.T) == 25
 
 
-@pytest.mark.slow
-def test_stream(tmp_path):
-    text, report = run(
-        "stream.py --images 512 --width 4 --batch-size 64 --rounds 3 --least 0",
-        tmp_path / "stream.json",
-    )
-    head, rows = table(text)
-    assert head == ["images", "images/s"]
-    assert [row[0] for row in rows] == ["resident", "streamed"]
-    assert report["ratio"] > 0
-
-
 def test_data(tmp_path):
     text, report = run("data.py --dataset digits --images 40", tmp_path / "data.json")
     head, rows = table(text)
@@ -520,19 +447,8 @@ def test_data(tmp_path):
     digits = [["digits", "first", "1797"], ["digits", "again", "1797"]]
     assert read == [*digits, ["png", "first", "80"], ["png", "again", "80"]]
     assert all(row["seconds"] > 0 for row in report["rows"])
-
-
-@pytest.mark.slow
-def test_together(tmp_path):
-    text, report = run(
-        "together.py --networks mlp --students 2 --batch-size 16 --rounds 2 --least 0",
-        tmp_path / "together.json",
-    )
-    head, rows = table(text)
-    ways = ["one by one", "vmap", "loop"]
-    assert [row[head.index("way")] for row in rows] == ways
-    assert [row["gain"] for row in report["rows"]][0] == 1
-    assert all(row["images_per_s"] > 0 for row in report["rows"])
+    assert report["streamed"] > 0
+    assert "streamed: " in text
 
 
 @pytest.mark.slow
@@ -610,24 +526,3 @@ def test_startup(tmp_path):
     head, rows = table(text)
     assert rows[-1][0] == "kddm_jax"
     assert len(report["imports"]["kddm_jax"]) == 2
-
-
-@pytest.mark.slow
-def test_groups(tmp_path):
-    text, report = run(
-        "groups.py --n 64 --d 16 --groups 1 4 --rounds 1 --distances cw2 sliced_w2 l2 "
-        "--no-assert",
-        tmp_path / "groups.json",
-    )
-    head, rows = table(text)
-    assert [row[: head.index("ms")] for row in rows[:6]] == [
-        [name, "64", groups, images]
-        for name in ("cw2", "sliced_w2", "l2")
-        for groups, images in (("1", "64"), ("4", "16"))
-    ]
-    share = {(row["distance"], row["groups"]): row["value"] for row in report["rows"]}
-    # A mean over images is the same in groups; others grow as samples get few.
-    assert share["l2", 4] == pytest.approx(1, rel=1e-5)
-    assert min(share["cw2", 4], share["sliced_w2", 4]) > 1.01
-    claimed = [claim for claim, _, _ in report["claims"]]
-    assert claimed[0] == "cw2, n=64, 4 groups / whole"
