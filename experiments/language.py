@@ -1,7 +1,7 @@
 """Distils a Transformer into one of half the depth, by the geometry of its features.
 
-    python examples/language.py
-    python examples/language.py --seeds 0 1 2 --student-widths 48 96
+    python experiments/language.py
+    python experiments/language.py --seeds 0 1 2 --student-widths 48 96
 
 A causal Transformer reads the sources of Python's standard library character by
 character.  A student of half its depth, and narrower, learns from the same text and
@@ -610,7 +610,7 @@ def _command(arguments):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out")
     _, rest = parser.parse_known_args(arguments)
-    return shlex.join(["python", "examples/language.py", *rest])
+    return shlex.join(["python", "experiments/language.py", *rest])
 
 
 def main(arguments: Sequence[str]) -> None:
