@@ -10,6 +10,7 @@ import report
 from PIL import Image
 
 mpl.use("Agg")
+mpl.rcParams["text.parse_math"] = False  # names of classes may hold a $
 from cycler import cycler  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
 from matplotlib.ticker import MaxNLocator  # noqa: E402
@@ -28,6 +29,27 @@ def save(figure, path: Path) -> Path:
     picture = Image.open(buffer).convert("RGB").quantize(COLOURS, dither=0)
     picture.save(path, optimize=True)
     return path
+
+
+def svg(figure) -> str:
+    """Renders a figure as an SVG element and closes it.
+
+    Text stays text, and equal figures give equal strings.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "kddm_jax", "svg.fonttype": "none"}):
+        keys = ("Creator", "Date", "Format", "Type")
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(keys))
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def scatter(axes, points, labels, count: int, **style):
+    """Draws points ``[n, 2]`` in the colours of their classes; gives the colours."""
+    hues = plt.get_cmap("tab10" if count <= 10 else "turbo", count)
+    axes.scatter(*points.T, c=hues(labels), linewidths=0.6, **style)
+    return hues
 
 
 def series(runs: Sequence[Mapping], value: Callable):
@@ -114,15 +136,14 @@ def seeds_of(runs: Sequence[Mapping]) -> str:
     return f"{count} seeds, mean and standard deviation" if count > 1 else "1 seed"
 
 
-def of_runs(results: Mapping, path: Path) -> Path:
+def of_runs(results: Mapping):
     """Draws the learning curves of all runs: mean and spread over seeds.
 
     Args:
       results: as in ``results.json``.
-      path: of the picture.
 
     Returns:
-      The path.
+      The figure.
     """
     groups: dict[str, list] = {}
     for run in results["runs"]:
@@ -142,7 +163,7 @@ def of_runs(results: Mapping, path: Path) -> Path:
     figure.suptitle(
         f"{results['settings']['dataset']}: {seeds_of(next(iter(groups.values())))}"
     )
-    return save(figure, path)
+    return figure
 
 
 def of_layers(record: Mapping, path: Path) -> Path:

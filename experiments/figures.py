@@ -231,12 +231,6 @@ def together(
     return plane[len(y) :], plane[: len(y)]
 
 
-def _scatter(axes, points, labels, names, **style):
-    hues = plt.get_cmap("tab10" if len(names) <= 10 else "turbo", len(names))
-    axes.scatter(*points.T, c=hues(labels), linewidths=0.6, **style)
-    return hues
-
-
 def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
     """Draws teacher and student features of the same images, before and after.
 
@@ -271,8 +265,11 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
         )
         x = features(*opened.student(method, seed))
         mine, theirs = together(embed, x, y)
-        hues = _scatter(axes, theirs, labels, classes, marker="o", s=9, alpha=0.6)
-        _scatter(axes, mine, labels, classes, marker="x", s=14)
+        count = len(classes)
+        hues = curves.scatter(
+            *(axes, theirs, labels, count), marker="o", s=9, alpha=0.6
+        )
+        curves.scatter(axes, mine, labels, count, marker="x", s=14)
         axes.set(xticks=[], yticks=[])
         axes.set_title(
             f"{when}: {run['title']}, {run['accuracy']:.1f} %, "
@@ -472,9 +469,8 @@ def draw(options: argparse.Namespace) -> list[Path]:
         )
         paths += embedding(opened, options, to)
     if "curves" in wanted:
-        paths.append(
-            curves.of_runs(records.read_json(folder / RUNS), to / "curves.png")
-        )
+        figure = curves.of_runs(records.read_json(folder / RUNS))
+        paths.append(curves.save(figure, to / "curves.png"))
     if "plans" in wanted:
         paths.append(plans(records.read_json(folder / RUNS), to / "plans.png"))
     if "toys" in wanted:

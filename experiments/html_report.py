@@ -3,8 +3,8 @@
     python experiments/html_report.py runs/digits-laptop
 
 `cifar.py` writes it as ``report.html``; this renders it again from a folder's
-``results.json`` and ``embedding.json``.  It opens without a network, on a phone and in
-the dark: figures are SVG drawn by the template, whose engine escapes every string.
+``results.json`` and ``embedding.json``.  It opens without a network and on a phone:
+figures are Matplotlib's SVG, and the template's engine escapes every other string.
 """
 
 import json
@@ -12,17 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import curves
 import jinja2
 import numpy as np
 import report
-from charts import COLOURS, Chart, Series, chart, style
+from curves import plt
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
 from records import read_json
 
 HERE = Path(__file__).resolve().parent
-STATS = {  # of a solver: the title of its chart, and the axis
-    "converged": ("share of steps that converged", {"limits": (0.0, 1.0)}),
-    "iterations": ("iterations", {}),
-    "marginal_error": ("marginal error", {"log": True}),
+STATS = {  # of a solver: the name of its axis
+    "converged": "share of steps that converged",
+    "iterations": "iterations",
+    "marginal_error": "marginal error",
 }
 
 
@@ -36,68 +39,6 @@ def _groups(results) -> dict[str, list[Mapping]]:
     for run in results["runs"]:
         groups.setdefault(run["name"], []).append(run)
     return groups
-
-
-def _styles(groups) -> dict[str, str]:
-    """CSS classes by the name of the runs."""
-    distances = [name for name in groups if name != "student"]
-    found = {name: style(i) for i, name in enumerate(distances)}
-    return {"student": "alone", "teacher": "teacher", **found}
-
-
-def _series(groups, styles, value) -> list[Series]:
-    """Of every name with ``value(record, name)``, over its epochs and seeds."""
-    found = []
-    for name, runs in groups.items():
-        rows = [
-            [
-                (r["epoch"], v)
-                for r in run["history"]
-                if (v := value(r, name)) is not None
-            ]
-            for run in runs
-        ]
-        if rows[0] and len({len(row) for row in rows}) == 1:
-            epochs = [epoch for epoch, _ in rows[0]]
-            values = np.array([[v for _, v in row] for row in rows], float)
-            found.append(Series(runs[0]["title"], styles[name], epochs, values))
-    return found
-
-
-def curves(results: Mapping[str, object]) -> list[Chart]:
-    """Accuracy on evaluation images, cross-entropy and distance of every epoch.
-
-    Args:
-      results: as in ``results.json``.
-
-    Returns:
-      The charts that there is anything for.
-    """
-    groups, teacher = _groups(results), results["teacher"]
-    styles = _styles(groups)
-    taught = {}
-    if teacher.get("history"):
-        taught["teacher"] = [{"title": "teacher", "history": teacher["history"]}]
-    every = {**taught, **groups}
-    accuracy = _series(every, styles, lambda r, _: r.get("test_accuracy"))
-    epochs = [r["epoch"] for runs in every.values() for r in runs[0]["history"]]
-    if epochs:
-        level = np.full((1, 2), teacher["accuracy"])
-        ends = [min(epochs), max(epochs)]
-        accuracy.append(Series("teacher, at its end", "teacher level", ends, level))
-    followers = {name: runs for name, runs in groups.items() if name != "student"}
-    distances = _series(followers, styles, report.distance_of)
-    shares = [s._replace(values=s.values / s.values[:, :1]) for s in distances]
-    charts = (
-        chart("accuracy on evaluation images, %", accuracy),
-        chart(
-            "training cross-entropy",
-            _series(every, styles, lambda r, _: r.get("task")),
-            log=True,
-        ),
-        chart("distance, as a share of the first epoch's", shares, log=True),
-    )
-    return [c for c in charts if c is not None]
 
 
 class Solver(NamedTuple):
@@ -123,100 +64,91 @@ FORMATS = {
 }
 
 
-def solvers(
-    results: Mapping[str, object],
-) -> tuple[list[Solver], list[tuple[str, str]], list[Chart]]:
-    """What the solvers of transport said, epoch by epoch.
+def _solved(results):
+    """``(title, key of the history, statistic, runs)`` of every solver."""
+    for name, runs in _groups(results).items():
+        for key in runs[0]["history"][0]:
+            term, _, stat = key.rpartition("/")
+            if term and stat in STATS:
+                title = runs[0]["title"]
+                title = title if term == name else f"{title}, {term}"
+                yield title, key, stat, runs
+
+
+def solvers(results: Mapping[str, object]) -> list[Solver]:
+    """What the solvers of transport said.
 
     Args:
       results: as in ``results.json``.
 
     Returns:
-      A row for each term that has a solver; title and style of each line; a chart
-      for each of `STATS`.
+      A row for each term that has a solver.
     """
-    groups = _groups(results)
-    styles, rows, drawn = _styles(groups), {}, {stat: [] for stat in STATS}
-    legend = {}
-    for name, runs in groups.items():
-        keys = [key for key in runs[0]["history"][0] if "/" in key]
-        for key in keys:
-            term, _, stat = key.rpartition("/")
-            series = _series({name: runs}, styles, lambda r, _, key=key: r.get(key))
-            if stat not in STATS or not series:
-                continue
-            (one,) = series
-            title = one.title if term == name else f"{one.title}, {term}"
-            mean, worst = FORMATS[stat](one.values)
-            row = rows.setdefault((name, term), Solver(title))
-            text = mean if mean == worst else f"{mean} ({worst})"
-            rows[name, term] = row._replace(**{stat: text})
-            drawn[stat].append(one._replace(title=title))
-            legend[title] = one.style
-    charts = [chart(title, drawn[s], **axis) for s, (title, axis) in STATS.items()]
-    return [*rows.values()], [*legend.items()], [c for c in charts if c is not None]
+    rows = {}
+    for title, key, stat, runs in _solved(results):
+        records = [record for run in runs for record in run["history"]]
+        mean, worst = FORMATS[stat](np.array([record[key] for record in records]))
+        text = mean if mean == worst else f"{mean} ({worst})"
+        row = rows.get(title, Solver(title))
+        rows[title] = row._replace(**{stat: text})
+    return [*rows.values()]
 
 
-class Panel(NamedTuple):
-    """A picture of features, in pixels.
-
-    Attributes:
-      title: of the network.
-      axes: whose.
-      behind: the teacher's points, an SVG path, or "".
-      classes: style and points, an SVG path, of each class.
-    """
-
-    title: str
-    axes: str
-    behind: str
-    classes: list[tuple[str, str]]
-
-
-SIDE, MARGIN = 260, 8
-
-
-def class_style(index: int, count: int) -> str:
-    """The ``style`` attribute of a class's colour."""
-    if count <= COLOURS:
-        return f"stroke: var(--c{index})"
-    return f"stroke: hsl({360 * index / count:.0f} 60% var(--lightness))"
+def solver_curves(results: Mapping[str, object]):
+    """Draws what the solvers said, epoch by epoch; None where there are none."""
+    solved = [*_solved(results)]
+    if not solved:
+        return None
+    figure, axes = plt.subplots(1, len(STATS), figsize=(12, 3.6), layout="constrained")
+    for one, (stat, name) in zip(axes, STATS.items(), strict=True):
+        for title, key, which, runs in solved:
+            if which == stat:
+                value = lambda record, key=key: record[key]
+                curves.draw(one, runs, value, label=title, linewidth=1.2)
+        one.set(xlabel="epoch", ylabel=name)
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, fontsize="small", loc="outside right upper")
+    return figure
 
 
-def _path(points, low, high):
-    """A dot for each, a line without length; low to high fill the panel, each axis."""
-    share = (points - (low + high) / 2) / np.maximum(high - low, 1e-30)
-    share = share * [1, -1]  # up is up
-    return "".join(
-        f"M{x:.1f} {y:.1f}h0" for x, y in SIDE / 2 + (SIDE - 2 * MARGIN) * share
-    )
+MOST_NAMED = 20  # classes in a legend
+COLUMNS = 4  # panels side by side
 
 
-def panels(embedding: Mapping[str, object]) -> list[Panel]:
-    """Lays the features of each network out.
+def features(embedding: Mapping[str, object]):
+    """Draws the features of each network in the plane, a panel each.
 
     Args:
       embedding: as in ``embedding.json``.
 
     Returns:
-      A panel for each.
+      The figure.
     """
-    labels, found = np.asarray(embedding["labels"]), []
-    count = len(embedding["classes"])
-    for panel in embedding["panels"]:
-        points = np.asarray(panel["points"])
+    labels, shown = np.asarray(embedding["labels"]), embedding["panels"]
+    names, rows = embedding["classes"], -(-len(shown) // COLUMNS)
+    figure, axes = plt.subplots(
+        *(rows, COLUMNS), figsize=(12, 3.2 * rows), layout="constrained", squeeze=False
+    )
+    for one in axes.flat:
+        one.set_axis_off()
+    dots = {"s": 7, "rasterized": True}  # one picture, not an element for each
+    for one, panel in zip(axes.flat, shown, strict=False):
+        one.set_axis_on()
         behind = np.asarray(panel["behind"] or np.zeros((0, 2)))
-        both = np.concatenate([points, behind])
-        low, high = both.min(0), both.max(0)
-        classes = [
-            (class_style(c, count), _path(points[labels == c], low, high))
-            for c in range(count)
-            if (labels == c).any()
+        one.scatter(*behind.T, color="lightgrey", **dots)
+        points = np.asarray(panel["points"])
+        hues = curves.scatter(one, points, labels, len(names), **dots)
+        whose = "the teacher's axes" if len(behind) else "its own axes"
+        one.set_title(f"{panel['title']}, {whose}", fontsize="small")
+        one.set(xticks=[], yticks=[])
+    if shown and len(names) <= MOST_NAMED:
+        marks = [
+            plt.Line2D([], [], color=hues(i), linestyle="", marker="o", label=str(name))
+            for i, name in enumerate(names)
         ]
-        axes = "the teacher's axes" if len(behind) else "its own axes"
-        path = _path(behind, low, high)
-        found.append(Panel(panel["title"], axes, path, classes))
-    return found
+        figure.legend(handles=marks, fontsize="small", loc="outside right upper")
+    return figure
 
 
 RUN_COLUMNS = (
@@ -274,8 +206,9 @@ def settings_rows(settings: Mapping[str, object]) -> list[tuple[str, str, bool]]
     from settings import as_json, defaults
 
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
-    same = lambda name: json.dumps(settings[name]) == json.dumps(plain.get(name))
-    return [(name, _setting(v), not same(name)) for name, v in settings.items()]
+    text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
+    changed = lambda name, value: text(plain.get(name, value)) != text(value)
+    return [(name, _setting(v), changed(name, v)) for name, v in settings.items()]
 
 
 def environment_rows(results: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -317,34 +250,23 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    groups, rows = _groups(results), report.table(results)
-    styles, (solver_rows, solver_legend, solver_charts) = (
-        _styles(groups),
-        solvers(results),
-    )
-    names = [*groups][:1] + ["teacher"] + [*groups][1:]
-    titles = {"teacher": "teacher", **{n: g[0]["title"] for n, g in groups.items()}}
-    classes = embedding["classes"] if embedding else []
+    picture = lambda figure: figure and Markup(curves.svg(figure))
+    seen = embedding and embedding["panels"]
     return environment.get_template("report.html.jinja").render(
         settings=results["settings"],
         conditions=report.conditions(results),
         command=report.command(results["settings"]),
         columns=report.COLUMNS,
-        rows=rows,
-        cards=_summary(results, rows),
-        legend=[(titles[name], styles[name]) for name in names],
-        several_seeds=any(len(runs) > 1 for runs in groups.values()),
-        curves=curves(results),
+        rows=report.table(results),
+        cards=_summary(results, report.table(results)),
+        curves=picture(curves.of_runs(results)),
         embedding=embedding,
         method=embedding and embedding["made_of"]["method"],
-        panels=panels(embedding) if embedding else [],
-        classes=[(c, class_style(i, len(classes))) for i, c in enumerate(classes)],
-        side=SIDE,
+        features=picture(features(embedding) if seen else None),
         run_columns=RUN_COLUMNS,
         run_rows=run_rows(results),
-        solver_rows=solver_rows,
-        solver_legend=solver_legend,
-        solver_charts=solver_charts,
+        solver_rows=solvers(results),
+        solver_curves=picture(solver_curves(results)),
         environment=environment_rows(results),
         settings_rows=settings_rows(results["settings"]),
     )

@@ -219,7 +219,7 @@ def test_curves_of_runs_with_few_evaluations(tmp_path):
     results = small_results()
     for run in results["runs"]:
         del run["history"][0]["test_accuracy"]
-    curves.of_runs(results, tmp_path / "curves.png")
+    curves.save(curves.of_runs(results), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -229,14 +229,14 @@ def test_curves_of_two_distances_of_one_title(tmp_path):
     again = [dict(run, name="own:W2") for run in results["runs"] if run["name"] == "w2"]
     results["runs"] += again[:1]
     assert again[0]["title"] == "W2 (E)"
-    curves.of_runs(results, tmp_path / "curves.png")
+    curves.save(curves.of_runs(results), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_curves_without_distilled_students(tmp_path):
     results = small_results()
     del results["runs"][2:]
-    curves.of_runs(results, tmp_path / "curves.png")
+    curves.save(curves.of_runs(results), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
