@@ -6,15 +6,13 @@
 What follows ``--`` are settings of cifar.py.  Prints the held-out accuracy of every
 lambda (0: the loss did not stay finite) and the ``--weights`` line for cifar.py;
 writes ``weights.json``.  All lambdas of a distance share one compiled program (but
-those of distances between layers), and with ``--together`` each batch and the teacher's
-forward pass.
+those of distances between layers).
 """
 
 import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import cifar  # sets the environment before JAX is imported
@@ -34,72 +32,56 @@ GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DIVERGED = "diverged.json"
 
 
-def train_group(
+def train(
     problem: problems.Problem,
-    group: Sequence[runs.Run],
+    run: runs.Run,
     model: nn.Module,
     teacher: Teacher,
     reporter: cifar.Reporter,
-) -> list[dict[str, object] | None]:
-    """Trains a group of runs.  One whose loss does not stay finite stops no other.
+) -> float:
+    """Trains one student of the grid; one that diverges stops no other.
 
     It leaves a file that says so, and is not tried again, unless by ``--on-nonfinite
-    skip`` after ``stop``.  Others that train together with it begin anew without it.
+    skip`` after ``stop``.
 
     Args:
       problem: data, devices, settings.
-      group: as of `runs.grid_groups`.
+      run: of `runs.grid_runs`.
       model: the network.
-      teacher: whom they follow.
-      reporter: told of progress.
+      teacher: the trained teacher.
+      reporter: shows progress.
 
     Returns:
-      Their results, None for those that diverged.
+      Its accuracy on held-out images in percent, 0 if it diverged.
 
     Raises:
-      UserError, Terminated, CheckpointError: as `training.train_together`.
+      UserError, Terminated, CheckpointError: as `training.train`.
     """
     how = problem.settings.on_nonfinite
-    path_of = lambda run: run.folder(problem.out) / DIVERGED
+    path = run.folder(problem.out) / DIVERGED
+    say = reporter.progress.console.print
 
-    def earlier(run):
+    def earlier():
         runs.check_folder(run, problem.out)
-        path = path_of(run)
         if (path.parent / "result.json").exists() or not path.exists():
             return None
         found = records.read_json(path, f"delete it, and {path.parent} is tried again")
         return None if (found["on_nonfinite"], how) == ("stop", "skip") else found
 
-    def mark(left, lost):
-        training.forget(problem, left)
-        for i, found in lost.items():
-            records.write_json(path_of(group[i]), found)
-
-    known = processes.first(lambda: [earlier(run) for run in group])
-    lost = {i: found for i, found in enumerate(known) if found is not None}
-    results = [None] * len(group)
-    while chosen := [i for i in range(len(group)) if i not in lost]:
-        left = [group[i] for i in chosen]
+    found = processes.first(earlier)
+    if found is None:
         try:
-            made = training.train_together(problem, left, model, teacher, reporter)
+            result = training.train(problem, run, model, teacher, reporter)
         except RunError as error:  # a lambda may be far too large
             why = str(error).partition("; ")[0].partition(": ")[2]
             found = {"error": why, "on_nonfinite": how}
-            new = {chosen[i]: found for i in error.which}
-            processes.first(lambda left=left, new=new: mark(left, new))
-            lost.update(new)
+            processes.first(lambda: records.write_json(path, found))
         else:
-            for i, result in zip(chosen, made, strict=True):
-                results[i] = result
-            break
-    say = reporter.progress.console.print
-    for i, (run, result) in enumerate(zip(group, results, strict=True)):
-        if result:
             say(f"{run.label}: {result['accuracy']:.2f} % of held-out images")
-        else:
-            again = f"delete {path_of(run)} to try it again"
-            say(f"{run.label}: {lost[i]['error']}; counts as 0 %; {again}")
-    return results
+            return result["accuracy"]
+    again = f"delete {path} to try it again"
+    say(f"{run.label}: {found['error']}; counts as 0 %; {again}")
+    return 0.0
 
 
 def choose(settings, grid, console) -> dict[str, object]:
@@ -144,11 +126,10 @@ def choose(settings, grid, console) -> dict[str, object]:
         layers.prepare(problem, teacher, reporter.progress.console)
         model = problem.model(settings.student_model, settings.width)
         accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
-        for group in runs.grid_groups(problem, teacher.digest, grid):
-            results = train_group(problem, group, model, teacher, reporter)
-            for run, result in zip(group, results, strict=True):
-                row, key = accuracy[run.name], f"{run.weight:g}"
-                reached = result["accuracy"] if result else 0.0
+        for name, of_all in runs.grid_runs(problem, teacher.digest, grid).items():
+            for run in of_all:
+                row, key = accuracy[name], f"{run.weight:g}"
+                reached = train(problem, run, model, teacher, reporter)
                 row[key] = row.get(key, 0.0) + reached / len(settings.seeds)
     best = {
         name: float(max(row, key=row.get))

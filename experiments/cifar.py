@@ -108,16 +108,10 @@ def run_all(settings: Settings, console: Console) -> dict[str, object]:
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
     planned = [] if source.given else [runs.teacher_run(problem)]
-    digest = known_digest(source)
-    planned += runs.student_runs(problem, digest)
-
-    def begin():
-        open_folder(out, planned, stack)
-        for group in runs.groups(problem, digest) if digest else ():
-            training.members(problem, group)
+    planned += runs.student_runs(problem, known_digest(source))
 
     with contextlib.ExitStack() as stack:
-        processes.first(begin)
+        processes.first(lambda: open_folder(out, planned, stack))
         return _train_all(problem, source, console)
 
 
@@ -175,14 +169,10 @@ def _train_all(problem, source, console):
         layers.prepare(problem, teacher, reporter.progress.console)
         results = []
         student = problem.model(settings.student_model, settings.width)
-        for group in runs.groups(problem, teacher.digest):
-            results += training.train_together(
-                problem, group, student, teacher, reporter
-            )
-            for run, result in zip(group, results[-len(group) :], strict=True):
-                reporter.progress.console.print(
-                    f"{run.label}: {result['accuracy']:.2f} %"
-                )
+        for run in runs.student_runs(problem, teacher.digest):
+            result = training.train(problem, run, student, teacher, reporter)
+            reporter.progress.console.print(f"{run.label}: {result['accuracy']:.2f} %")
+            results.append(result)
 
     trained = teacher.result
     summary = {

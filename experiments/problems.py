@@ -277,7 +277,6 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
             step,
             in_axes=(None, 0, 0),
             devices=problem.devices,
-            how=problem.settings.mapping,
         )
     images, labels = problem.parts.eval_images, problem.parts.eval_labels
     devices, mine = len(problem.devices), processes.mine(problem.devices)

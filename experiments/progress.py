@@ -8,7 +8,7 @@ continued ends with the same history, to the last bit.
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,16 +20,7 @@ from kddm_jax import checkpoint, train_step
 
 
 class RunError(Exception):
-    """A run had to stop; one line says where and what to continue from.
-
-    Attributes:
-      which: positions of those that had to, of the runs that train together.
-    """
-
-    def __init__(self, text: str, which: Sequence[int] = (0,)):
-        """Of one run alone, or of several."""
-        super().__init__(text)
-        self.which = tuple(which)
+    """A run had to stop; one line says where and what to continue from."""
 
 
 @dataclass
@@ -89,16 +80,16 @@ def _first_not_finite(metrics):
 
 @dataclass
 class Progress:
-    """How far a run has come, or several that train together.
+    """How far a run has come.
 
     Attributes:
-      titles: of the runs, in messages.
-      folder: of their checkpoints.
-      about: what each of them says of the runs.
+      title: of the run, in messages.
+      folder: of its checkpoints.
+      about: what each of them says of the run.
       steps: in an epoch.
-      state: after the newest step; of several runs, as `train_step.stack_states`.
-      histories: of each run, a record of each epoch that has ended.
-      tallies: of each run, of the epoch that has not.
+      state: after the newest step.
+      history: a record of each epoch that has ended.
+      tally: of the epoch that has not.
       earlier: seconds that earlier commands spent.
       first_step: seconds to the end of this command's first step.
       last: the newest checkpoint, None before the first.
@@ -106,13 +97,13 @@ class Progress:
       saved: when it last made a checkpoint, likewise.
     """
 
-    titles: Sequence[str]
+    title: str
     folder: Path
     about: Mapping[str, object]
     steps: int
     state: train_step.TrainState
-    histories: list[list[dict[str, object]]] = field(init=False)
-    tallies: list[Tally] = field(init=False)
+    history: list[dict[str, object]] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
     earlier: float = 0.0
     first_step: float | None = None
     last: Path | None = None
@@ -122,18 +113,14 @@ class Progress:
     def __post_init__(self):
         """Goes on from the newest checkpoint that is whole."""
         self.began = self.saved = time.monotonic()
-        self.histories = [[] for _ in self.titles]
-        self.tallies = [Tally() for _ in self.titles]
         last = processes.first(lambda: str(checkpoint.latest(self.folder) or ""))
         self.last = Path(last) if last else None
         self.state = processes.first_tree(self._restored, self.state)
         if self.last is not None:
             meta = processes.first(lambda: checkpoint.read_meta(self.last))
             self.earlier = meta["seconds"]
-            alone = {"history": meta["history"], "tally": meta.get("tally", {})}
-            every = meta.get("together") or [alone]
-            self.histories = [of["history"] for of in every]
-            self.tallies = [Tally(**of["tally"]) for of in every]
+            self.history = meta["history"]
+            self.tally = Tally(**meta.get("tally", {}))
 
     def _restored(self):
         if self.last is None:
@@ -143,12 +130,12 @@ class Progress:
     @property
     def epoch(self) -> int:
         """Number of epochs that have ended."""
-        return len(self.histories[0])
+        return len(self.history)
 
     @property
     def taken(self) -> int:
         """Number of steps of the epoch that has not."""
-        return self.tallies[0].steps
+        return self.tally.steps
 
     @property
     def step(self) -> int:
@@ -160,56 +147,40 @@ class Progress:
         """Time spent, by earlier commands too."""
         return self.earlier + time.monotonic() - self.began
 
-    def split(self, metrics: Mapping) -> list[Mapping]:
-        """The metrics of each run, whose axis is the last where there are several."""
-        if len(self.titles) == 1:
-            return [metrics]
-        return [
-            {name: np.asarray(value)[..., i] for name, value in metrics.items()}
-            for i in range(len(self.titles))
-        ]
-
     def take(self, metrics: Mapping, *, stop: bool) -> None:
         """Counts the steps of a dispatch; ``stop``: not past one that is not finite."""
-        every = self.split(metrics)
-        found = {i: _first_not_finite(own) for i, own in enumerate(every) if stop}
-        bad = [i for i, place in found.items() if place is not None]
-        if bad:
-            raise RunError(self._not_finite(self.titles[bad[0]], *found[bad[0]]), bad)
-        for tally, own in zip(self.tallies, every, strict=True):
-            tally.add(own)
+        bad = _first_not_finite(metrics) if stop else None
+        if bad is not None:
+            raise RunError(self._not_finite(*bad))
+        self.tally.add(metrics)
 
-    def _not_finite(self, title, place, terms):
+    def _not_finite(self, place, terms):
         said = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
+        step = self.step + place + 1
         last = f"last checkpoint: {self.last}" if self.last else "no checkpoint yet"
         return (
-            f"{title}: loss or gradient not finite at step {self.step + place + 1} "
+            f"{self.title}: loss or gradient not finite at step {step} "
             f"({said}); lower --lr or the weight in another --out, or leave such steps "
             f"out by --on-nonfinite skip; {last}"
         )
 
-    def means(self) -> list[dict[str, float]]:
-        """Each run's means over the epoch's steps; warns of what went wrong in them."""
+    def means(self) -> dict[str, float]:
+        """Means over the epoch's steps; warns of what went wrong in them."""
         epoch = self.epoch + 1
-        tallies = enumerate(self.tallies)
-        bad = [i for i, tally in tallies if tally.skipped == tally.steps]
-        if bad:
+        if self.tally.skipped == self.tally.steps:
             raise RunError(
-                f"{self.titles[bad[0]]}: loss or gradient not finite at any of the "
+                f"{self.title}: loss or gradient not finite at any of the "
                 f"{self.taken} steps of epoch {epoch}; lower --lr or the weight "
-                "in another --out",
-                bad,
+                "in another --out"
             )
-        for title, tally in zip(self.titles, self.tallies, strict=True):
-            for complaint in tally.complaints():
-                warnings.warn(f"{title}: epoch {epoch}: {complaint}", stacklevel=3)
-        return [tally.means() for tally in self.tallies]
+        for complaint in self.tally.complaints():
+            warnings.warn(f"{self.title}: epoch {epoch}: {complaint}", stacklevel=3)
+        return self.tally.means()
 
-    def end_epoch(self, records: Sequence[dict[str, object]]) -> None:
-        """Closes the epoch's tallies with a record of each run."""
-        for history, record in zip(self.histories, records, strict=True):
-            history.append(record)
-        self.tallies = [Tally() for _ in self.titles]
+    def end_epoch(self, record: dict[str, object]) -> None:
+        """Closes the epoch's tally with its record."""
+        self.history.append(record)
+        self.tally = Tally()
 
     def due(self, seconds: float) -> bool:
         """Whether the last checkpoint is as old as that."""
@@ -217,13 +188,12 @@ class Progress:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        every = [
-            {"history": history, "tally": asdict(tally)}
-            for history, tally in zip(self.histories, self.tallies, strict=True)
-        ]
-        meta = {**self.about, **every[0], "seconds": self.seconds}
-        if every[1:]:
-            meta["together"] = every
+        meta = {
+            **self.about,
+            "history": self.history,
+            "tally": asdict(self.tally),
+            "seconds": self.seconds,
+        }
         save = lambda: checkpoint.save(self.folder, self.step, self.state, meta)
         self.last = Path(processes.first(lambda: str(save())))
         self.saved = time.monotonic()

@@ -155,8 +155,7 @@ def conditions(results: dict[str, object]) -> str:
         f"{settings['dataset']}, recipe {settings['recipe']}: "
         f"{pair[0]} to {pair[1]}{stem}; accuracy on "
         f"{results['eval_images']} {part} images; {seeds} seed"
-        f"{'s' if seeds > 1 else ''}"
-        f"{' on the same batches' if seeds > 1 and settings.get('together') else ''}; "
+        f"{'s' if seeds > 1 else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
     )
@@ -176,7 +175,8 @@ def command(settings: Mapping, script: str = "cifar.py") -> str:
     if settings["recipe"] != "laptop":
         words += ["--recipe", settings["recipe"]]
     for name, value in settings.items():
-        if name in PLACES or _plain(value) == _plain(plain.get(name)):
+        known = name in plain  # not a setting of an earlier version
+        if not known or name in PLACES or _plain(value) == _plain(plain[name]):
             continue
         option = name.replace("_", "-")
         words.append(f"--no-{option}" if value is False else f"--{option}")
@@ -234,12 +234,12 @@ def distance_of(record: dict[str, object], name: str) -> object | None:
 
 def write(results: dict[str, object], out: Path) -> None:
     """Writes ``results.json``, ``table.md`` and ``curves.png``."""
-    from curves import of_runs
+    import curves
     from records import write_json
 
     write_json(out / "results.json", results)
     (out / "table.md").write_text(markdown(results))
-    of_runs(results, out / "curves.png")
+    curves.save(curves.of_runs(results), out / "curves.png")
 
 
 def _check_alike(first, other):

@@ -6,7 +6,6 @@ A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its r
 folder is refused before anything starts.  ``training.py`` trains them.
 """
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -114,8 +113,6 @@ class Run:
       indices: of the training images it sees.
       identity: what decides its result, as JSON values.
       start: weights of a file that it starts from, None for fresh ones.
-      batches: seed of order and augmentation where it sees another run's batches;
-        None: its own.
       place: folder beneath that of the results; of a grid's runs, which say their
         lambda there.
     """
@@ -127,13 +124,7 @@ class Run:
     indices: np.ndarray
     identity: dict[str, object]
     start: pretrained.Pretrained | None = None
-    batches: int | None = None
     place: str = ""
-
-    @property
-    def seed_of_batches(self) -> int:
-        """Of order and augmentation."""
-        return self.seed if self.batches is None else self.batches
 
     def folder(self, out: Path) -> Path:
         """Where it lives."""
@@ -193,7 +184,6 @@ def student_runs(
       The runs.
     """
     settings, start = problem.settings, problem.starts.get("student")
-    batches = settings.seeds[0] if settings.together else None
     for name in ("student", *settings.distances):
         fields, more = STUDENT_FIELDS, {}
         if name not in ALONE:
@@ -206,28 +196,15 @@ def student_runs(
             if teacher_digest is not None:
                 more["teacher"] = teacher_digest
         for seed in settings.seeds:
-            others = None if seed == batches else batches
             yield Run(
                 name=name,
                 seed=seed,
                 weight=more.get("weight", 0.0),
                 epochs=settings.epochs,
                 indices=problem.parts.student,
-                identity=_identity(
-                    problem, fields, start, seed=seed, batches=others, **more
-                ),
+                identity=_identity(problem, fields, start, seed=seed, **more),
                 start=start,
-                batches=others,
             )
-
-
-def groups(problem: Problem, teacher_digest: str | None) -> Iterator[list[Run]]:
-    """The runs of `student_runs`; those that train together in one list."""
-    every = student_runs(problem, teacher_digest)
-    if not problem.settings.together:
-        return ([run] for run in every)
-    named = itertools.groupby(every, key=lambda run: run.name)
-    return (list(runs) for _, runs in named)
 
 
 def grid_runs(
@@ -240,24 +217,6 @@ def grid_runs(
             if run.name in every:
                 every[run.name].append(replace(run, place=f"weight-{weight:g}"))
     return every
-
-
-def grid_groups(
-    problem: Problem, teacher_digest: str, grid: Sequence[float]
-) -> Iterator[list[Run]]:
-    """The runs of `grid_runs`; those that train together in one list.
-
-    With ``--together`` these are those of a distance, if one program serves them: that
-    of distances between layers has their weights in it.
-    """
-    for name, of_all in grid_runs(problem, teacher_digest, grid).items():
-        if not problem.settings.together:
-            yield from ([run] for run in of_all)
-        elif carries_weights(method_of(problem, name, of_all[0].weight).distance):
-            of_one = itertools.groupby(of_all, key=lambda run: run.weight)
-            yield from (list(of_it) for _, of_it in of_one)
-        else:
-            yield of_all
 
 
 def check_folder(run: Run, out: Path) -> None:
@@ -279,7 +238,7 @@ def check_folder(run: Run, out: Path) -> None:
 
 def epoch_order(run: Run, epoch: int, batch_size: int) -> np.ndarray:
     """Indices of an epoch's full batches, ``[steps, batch]``, from seed and epoch."""
-    rng = np.random.default_rng((run.seed_of_batches, epoch))
+    rng = np.random.default_rng((run.seed, epoch))
     order = rng.permutation(run.indices)
     steps = len(order) // batch_size
     return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)

@@ -169,21 +169,12 @@ class Settings:
     """Number of processes; 1: this one alone, wherever it runs."""
     process: int | None = None
     """Which of them this is, from 0."""
-    mapping: str = "pmap"
-    """pmap or shard_map (under jit): how a step is mapped over devices."""
-    together: str | None = None
-    """vmap or loop: the seeds of a student (and, in choose_weights.py, its lambdas)
-    train in one program, on the same batches and one forward pass of the teacher; loop
-    is the faster on a CPU. Seeds then differ in their initialisation alone. None: one
-    after the other, each on its own."""
     distance_group: int | None = None
     """Devices that gather features from each other; None: all. A smaller group is
     another loss, the mean over groups of the distance of each group's images."""
     stream_above: float | None = None
     """Megabytes of training images above which they stay in host memory and are read
     ahead; None: a quarter of the device's memory."""
-    steps_per_dispatch: int | None = None
-    """Steps compiled as one program; None: one on a CPU, up to 50 elsewhere."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch always is."""
     checkpoint_seconds: float = 30.0
@@ -380,8 +371,6 @@ def _check_choices(settings):
         "view": ("pool", "positions"),
         "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
-        "mapping": ("pmap", "shard_map"),
-        "together": (None, "vmap", "loop"),
     }.items():
         value = getattr(settings, field)
         names = ", ".join(str(k) for k in known)
@@ -427,7 +416,7 @@ def _check_processes(settings):
 def _check_ranges(settings):
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
-        "distance_group steps_per_dispatch eval_every train_images student_images "
+        "distance_group eval_every train_images student_images "
         "test_images quality_images views image_size processes"
     )
     for field in positive.split():

@@ -19,7 +19,6 @@ from kddm_jax.distances import DISTANCES, Distance
 from kddm_jax.linalg import average_pool
 
 DEFAULT_WEIGHT = 1e-3
-RESERVED = ("task", "loss", "accuracy", "finite")  # the step's own metrics
 Features = jax.Array | Mapping[str, jax.Array]
 
 

@@ -157,71 +157,6 @@ def _all_finite(tree):
     return jnp.all(jnp.stack(finite))
 
 
-# What students that train together share; all else of their state has a leading axis.
-_SHARED = ("step", "seed")
-
-
-def stack_states(states: Sequence[TrainState]) -> TrainState:
-    """Makes one state of several, for a step with ``together``.
-
-    Args:
-      states: of students of one network, with the same step and seed: the seed decides
-        augmentation and random distances, which they share.  Initial parameters and
-        weights may differ.
-
-    Returns:
-      The state, with a leading axis of students but for step and seed.
-
-    Raises:
-      ValueError: steps or seeds differ.
-    """
-    for name in _SHARED:
-        values = [int(getattr(state, name)) for state in states]
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"{name}s of students that train together must be equal, got {values}"
-            )
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    return stacked.replace(**{name: getattr(states[0], name) for name in _SHARED})
-
-
-def unstack_states(state: TrainState) -> list[TrainState]:
-    """Makes the states of the students of `stack_states` again.
-
-    Args:
-      state: with a leading axis of students.
-
-    Returns:
-      One state per student.
-    """
-
-    def one(i):
-        alone = jax.tree.map(lambda leaf: leaf[i], state.replace(step=(), seed=()))
-        return alone.replace(step=state.step, seed=state.seed)
-
-    return [one(i) for i in range(len(state.weight))]
-
-
-def _by_vmap(learn, state):
-    """Each operation of all students at once; convolutions become grouped ones."""
-    axes = state.replace(
-        params=0, batch_stats=0, opt_state=0, step=None, seed=None, weight=0
-    )
-    new, metrics = jax.vmap(learn, in_axes=(axes,))(state)
-    return new.replace(step=state.step + 1, seed=state.seed), metrics
-
-
-def _by_loop(learn, state):
-    """One student after the other, in one program."""
-    learnt = [learn(student) for student in unstack_states(state)]
-    stack = lambda *leaves: jnp.stack(leaves)
-    new, metrics = jax.tree.map(stack, *learnt)
-    return new.replace(step=state.step + 1, seed=state.seed), metrics
-
-
-TOGETHER: Mapping[str, Callable] = {"vmap": _by_vmap, "loop": _by_loop}
-
-
 def make_train_step(
     student_apply: ApplyFn,
     teacher_apply: ApplyFn | None,
@@ -233,7 +168,6 @@ def make_train_step(
     weight_schedule: Callable[[jax.Array], jax.Array] | None = None,
     head: Sequence[str] | None = None,
     axis_name: str | None = AXIS,
-    together: str | None = None,
     **loss_options: object,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes the distillation step of one device.
@@ -254,11 +188,6 @@ def make_train_step(
         of features only, as in feature-only distillation (arXiv 2511.14981).  None:
         everything learns from everything.
       axis_name: of the mapped axis; None for a single device without pmap.
-      together: "vmap" or "loop": the state is of several students (`stack_states`),
-        which see one batch and one forward pass of the teacher, and metrics have a
-        leading axis of students.  "vmap" makes each operation once for all of them,
-        "loop" one student after the other.  A student whose loss is not finite keeps
-        its parameters while the step of all goes on.  None: one student.
       **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``group_size``,
         ``solver``, ...
 
@@ -271,7 +200,7 @@ def make_train_step(
 
     Raises:
       ValueError: a distance without a teacher; a schedule of weights that `Term` fixes;
-        an unknown ``together``; an unknown module in ``head``, when the step is traced.
+        an unknown module in ``head``, when the step is traced.
     """
     own_weights, options = carries_weights(distance), dict[str, Any](loss_options)
     if teacher_apply is None and not (own_weights and not distance):
@@ -285,21 +214,14 @@ def make_train_step(
             "weight_schedule has no weight to change: terms carry their own; leave it "
             "out, or pass one distance"
         )
-    if together is not None and together not in TOGETHER:
-        raise ValueError(f"unknown together {together!r}; known: {', '.join(TOGETHER)}")
 
     def step(state, teacher_variables, images, labels):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
-        guide = {}, None  # layers, logits
+        teacher_features, teacher_logits = {}, None
         if teacher_apply is not None:
             teacher, _ = teacher_apply(teacher_variables, inputs, train=False)
-            guide = _layers_of(teacher), teacher.logits
-        one = partial(learn, key=key, inputs=inputs, guide=guide, labels=labels)
-        return one(state) if together is None else TOGETHER[together](one, state)
-
-    def learn(state, *, key, inputs, guide, labels):
-        teacher_features, teacher_logits = guide
+            teacher_features, teacher_logits = _layers_of(teacher), teacher.logits
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
             lam = lam * weight_schedule(state.step)

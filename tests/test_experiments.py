@@ -396,21 +396,15 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
-def test_two_devices_are_one(mapping, shared, finished, tmp_path, capsys, monkeypatch):
+def test_two_devices_are_one(shared, finished, tmp_path, capsys):
     """The global batch decides, not how many devices share it."""
-    seen, parallel = set(), training.train_step.parallel
-    spy = lambda *args, how, **more: seen.add(how) or parallel(*args, how=how, **more)
-    monkeypatch.setattr(training.train_step, "parallel", spy)
     assert len(jax.local_devices()) >= 2
     shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
     teacher = finished / "out" / "teacher" / "seed0"
     line = (*tiny(shared, tmp_path / "out"), "--distances", "w2_gaussian")
-    line = (*line, "--devices", 2, "--mapping", mapping)
-    status = call(*line, "--teacher", teacher)
+    status = call(*line, "--devices", 2, "--teacher", teacher)
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
-    assert seen == {mapping}
     assert "2 cpu device(s)" in out
     assert "student seed 1: epoch" not in out  # finished on one device: the same run
     one, two = results_of(finished / "out"), results_of(tmp_path / "out")
@@ -799,7 +793,6 @@ MISTAKES = {
         "--weight-schedule decay --distances feature_only",
         ["--weight-schedule decay", "feature_only", "fixed"],
     ),
-    "mapping": ("--mapping xmap", ["mapping 'xmap'", "pmap, shard_map"]),
     "group": (
         "--distance-group 3 --devices 2",
         ["--distance-group 3", "2 devices", "divisor of 2"],

@@ -125,7 +125,7 @@ def test_steps_whose_solver_did_not_converge_are_told():
 
 def a_progress(folder, state=None):
     state = {"a": np.zeros(3)} if state is None else state
-    return Progress(["w2 seed 1"], folder, {"run": {}}, STEPS, state)
+    return Progress("w2 seed 1", folder, {"run": {}}, STEPS, state)
 
 
 def step_of(loss=1.0, finite=True):
@@ -136,13 +136,13 @@ def test_progress_goes_on_within_an_epoch(tmp_path):
     one = a_progress(tmp_path)
     for _ in range(STEPS):
         one.take(step_of(), stop=True)
-    one.end_epoch([{"epoch": 1, **one.means()[0]}])
+    one.end_epoch({"epoch": 1, **one.means()})
     one.take(step_of(0.1), stop=True)
     one.state = {"a": np.arange(3.0)}
     one.save()
     two = a_progress(tmp_path)
     assert two.last == tmp_path / "step-00000005"
-    assert (two.step, two.histories, two.tallies) == (*(5, one.histories, one.tallies),)
+    assert (two.step, two.history, two.tally) == (5, one.history, one.tally)
     np.testing.assert_array_equal(two.state["a"], np.arange(3.0))
     assert two.earlier > 0
 
@@ -152,7 +152,7 @@ def test_checkpoint_of_an_earlier_version_is_an_epoch_s_end(tmp_path):
     meta = {"run": {}, "history": [{"epoch": 1}], "seconds": 2.0}
     checkpoint.save(tmp_path, 1, {"a": np.zeros(3)}, meta)
     one = a_progress(tmp_path)
-    assert (one.step, one.tallies) == (STEPS, [Tally()])
+    assert (one.step, one.tally) == (STEPS, Tally())
     one.save()
     assert a_progress(tmp_path).last.name == f"step-{STEPS:08d}"
 
@@ -163,13 +163,13 @@ def test_step_that_is_not_finite_stops_with_all_there_is_to_know(tmp_path):
     with pytest.raises(RunError, match="at step 2 .loss nan, w2 0.5.*no checkpoint"):
         one.take(step_of(np.nan, False), stop=True)
     one.save()
-    before = vars(one.tallies[0]).copy()
+    before = vars(one.tally).copy()
     with pytest.raises(RunError, match="another --out.*skip.*/step-00000001") as caught:
         one.take(step_of(np.nan, False), stop=True)
     assert "\n" not in str(caught.value)
-    assert vars(one.tallies[0]) == before
+    assert vars(one.tally) == before
     one.take(step_of(np.nan, False), stop=False)
-    assert (one.tallies[0].steps, one.tallies[0].skipped) == (2, 1)
+    assert (one.tally.steps, one.tally.skipped) == (2, 1)
 
 
 def test_epoch_without_a_finite_step_stops(tmp_path):

@@ -351,7 +351,7 @@ def by_shard_map(name):
     )
 
 
-# With group_size, per sample, by a solver with loops, in closed form, cross-entropy alone.
+# Gathered, per sample, by a solver with loops, in closed form, cross-entropy alone.
 @pytest.mark.parametrize("name", ["cmmd_rbf", "l2", "w2", "w2_gaussian", None])
 @pytest.mark.parametrize("size", [None, 1, DEVICES])
 def test_shard_map_that_checks_what_varies_is_refused(name, size):
@@ -368,7 +368,9 @@ def test_shard_map_that_checks_what_varies_is_refused(name, size):
         jax.grad(loss), mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec
     )
     arguments = BATCH.x, BATCH.logits_x, LABELS
-    with pytest.raises(ValueError, match="axis_name='devices' .*; pass check_vma=False"):
+    with pytest.raises(
+        ValueError, match="axis_name='devices' .*; pass check_vma=False"
+    ):
         jax.eval_shape(mapped, *arguments)
 
 

@@ -119,14 +119,7 @@ def assert_same_run(left, right, name, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how",
-    [
-        "--mapping pmap",
-        "--mapping shard_map --stream-above 0.001",
-        "--seeds 1 2 --together loop",
-    ],
-)
+@pytest.mark.parametrize("how", ["", "--stream-above 0.001"])
 def test_two_processes_are_one(how, alone, cache, tmp_path):
     (first, second) = both(tmp_path, *LINE, *cache, *how.split(), "--out", "out")
     assert first[::2] == second[::2] == (0, "")

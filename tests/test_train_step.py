@@ -31,8 +31,6 @@ from kddm_jax.train_step import (
     replicate,
     scan_steps,
     shard,
-    stack_states,
-    unstack_states,
 )
 
 N, SIDE, K = 16, 4, helpers.NUM_CLASSES
@@ -611,71 +609,3 @@ def test_create_state():
     chex.assert_type(
         [state.step, state.seed, state.weight], [jnp.int32, jnp.uint32, jnp.float32]
     )
-
-
-# ------------------------------------------------------------- students together
-
-
-def students(count=3, **options):
-    """Of different parameters and weights, with one seed."""
-    return [
-        create_state(variables_of(10 + i), TX, weight=0.02 * i, seed=7, **options)
-        for i in range(count)
-    ]
-
-
-@pytest.mark.parametrize("together", ["vmap", "loop"])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_students_together_learn_as_alone(together, devices):
-    """A step of several is a step of each, at its own lambda; the teacher runs once."""
-    calls = []
-
-    def teacher_apply(variables, images, *, train):
-        calls.append(images.shape)
-        return TEACHER_APPLY(variables, images, train=train)
-
-    options = {"augment": AUGMENT, "distance": "l2"}
-    step = make_train_step(
-        STUDENT_APPLY, teacher_apply, TX, together=together, **options
-    )
-    several, teacher = on_all((stack_states(students()), TEACHER), devices)
-    several, metrics = on_devices(step, devices)(several, teacher)
-    assert len(calls) == 1
-    assert metrics["loss"].shape == (3,)
-    chex.assert_trees_all_equal((several.step, several.seed), (1, 7))
-
-    alone = on_devices(make_step(), devices)
-    found = unstack_states(jax.device_get(several))
-    assert len(found) == 3
-    for i, (state, mine) in enumerate(zip(students(), found, strict=True)):
-        expected, terms = alone(on_all(state, devices), teacher)
-        chex.assert_trees_all_close(mine, jax.device_get(expected), atol=2e-6)
-        of_mine = {name: value[i] for name, value in metrics.items()}
-        chex.assert_trees_all_close(of_mine, jax.device_get(terms), atol=2e-5)
-    kernels = [state.params["first"]["kernel"] for state in found]
-    assert np.abs(kernels[0] - kernels[1]).max() > 1e-2
-
-
-def test_a_student_that_fails_stops_no_other():
-    """Its old parameters are kept; the step of all goes on."""
-    broken, sound = students(2)
-    broken = broken.replace(weight=jnp.asarray(jnp.inf))
-    several, teacher = on_all((stack_states([broken, sound]), TEACHER), 1)
-    step = on_devices(make_step(together="vmap"), 1)
-    new, metrics = jax.device_get(step(several, teacher))
-    assert metrics["finite"].tolist() == [False, True]
-    assert new.step == 1
-    first, second = unstack_states(new)
-    chex.assert_trees_all_equal(first.params, jax.device_get(broken.params))
-    assert (
-        np.abs(second.params["first"]["kernel"] - sound.params["first"]["kernel"]).max()
-        > 0
-    )
-
-
-def test_students_together_share_their_seed():
-    first, second = students(2)
-    with pytest.raises(ValueError, match=r"seeds of students .* equal, got \[7, 8\]"):
-        stack_states([first, second.replace(seed=jnp.asarray(8, jnp.uint32))])
-    with pytest.raises(ValueError, match="unknown together 'map'; known: vmap, loop"):
-        make_step(together="map")
