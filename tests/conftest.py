@@ -1,23 +1,25 @@
-"""Two fake CPU devices for every test, and the modes that tests ask for."""
+"""Two fake CPU devices for every test, a cache of compiled programs, and modes."""
 
-import atexit
 import gc
+import importlib.metadata
 import os
-import shutil
-import tempfile
+from collections import Counter
 from pathlib import Path
 
+# Almost all of the tests' time is tracing and compiling.  Programs are tiny, so
+# optimise them little, and keep them: the next run compiles nothing.
+CACHE = Path(__file__).resolve().parents[1] / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+FLAG = "--xla_cpu_use_fusion_emitters=false"  # compiles in half the time
+flags = os.environ.get("XLA_FLAGS", "")
+if importlib.metadata.version("jaxlib") < "0.11" and FLAG not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {FLAG}"
+gc.set_threshold(200_000, 20, 100)  # tracing makes many objects and few cycles
 # Beside xdist's workers OpenBLAS's own threads turn a 1 ms SVD into 800 ms.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-# Compiling is most of the tests' time.  The programs are tiny, so optimise them
-# little; and share what is compiled between workers and eager calls.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.mkdtemp(prefix="kddm-jax-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
-    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -28,7 +30,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 prefer_eigen()  # as the experiments do, whose results are compared with these
 
 
-MOST_MAPS = 25_000
+DEFAULT = "not slow and not bench"  # of pyproject.toml
+MOST_MAPS = 40_000
 MAPS = Path("/proc/self/maps")  # Linux alone
 
 
@@ -62,3 +65,16 @@ def strict():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says in one line how many tests were skipped, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in skipped
+    )
+    if reasons:
+        listed = "; ".join(f"{count} {why}" for why, count in reasons.most_common())
+        terminalreporter.write_line(f"{len(skipped)} skipped: {listed}")
+    if terminalreporter.config.option.markexpr == DEFAULT:
+        terminalreporter.write_line("not run: pytest -m slow, pytest -m bench")

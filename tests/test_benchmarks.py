@@ -44,7 +44,7 @@ def table(text):
     return cells[0], cells[2:]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_step(tmp_path):
     text, report = run(
         "step.py --stem imagenet --width 4 --batch-size 8 --steps 2 --no-torch "
@@ -201,7 +201,7 @@ def test_the_process_of_pytorch_that_does_not_start(monkeypatch, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("PyTorch does not start: ")
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_step_beside_pytorch(tmp_path):
     pytest.importorskip("torch")
     _, report = run(
@@ -220,6 +220,7 @@ def test_step_beside_pytorch(tmp_path):
     assert report["claims"] == []  # of no such size
 
 
+@pytest.mark.bench
 def test_step_says_what_it_did_not_run(tmp_path):
     # No time for any row: the table still says which there would have been.
     text, report = run("step.py --minutes 0 --no-torch", tmp_path / "step.json")
@@ -273,6 +274,7 @@ def test_gaps_are_what_no_work_covers(monkeypatch):
     assert gaps.idle_ns(work) == 7 + 3
 
 
+@pytest.mark.bench
 def test_a_host_that_sleeps_leaves_a_gap(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import gaps
@@ -298,7 +300,7 @@ def ahead(monkeypatch):
     return ahead
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_the_step_compiled_ahead(ahead):
     """For this machine's devices: an SVD here, and products elsewhere."""
     args = argparse.Namespace(width=2, dtype="bfloat16", steps=2, batch_size=8)
@@ -366,6 +368,7 @@ def test_open_loops_are_those_of_unknown_length(ahead):
     assert len(ahead.OPEN_LOOP.findall(text)) == 1
 
 
+@pytest.mark.bench
 def test_ahead_without_a_compiler():
     if find_spec("libtpu"):
         pytest.skip("libtpu is installed")
@@ -388,7 +391,7 @@ def test_peaks_of_devices(monkeypatch):
     assert [workload.peak_tflops(kind) for kind in kinds] == [989, 756, 197, None, None]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_distances(tmp_path):
     text, report = run(
         "distances.py --n 8 20 --d 16 --classes 10 100 --rounds 2 --no-assert "
@@ -440,6 +443,7 @@ def test_large_arrays_are_seen(monkeypatch):
     assert largest(lambda x: x @ x.T) == 25
 
 
+@pytest.mark.bench
 def test_data(tmp_path):
     text, report = run("data.py --dataset digits --images 40", tmp_path / "data.json")
     head, rows = table(text)
@@ -451,7 +455,7 @@ def test_data(tmp_path):
     assert "streamed: " in text
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_scale(tmp_path):
     text, report = run(
         "scale.py --n 8 40 --classes 3 30 --d 16 --rounds 2 --seconds 60 "
@@ -518,7 +522,7 @@ def test_claims_of_startup_are_judged(monkeypatch):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_startup(tmp_path):
     # Times are not asserted: they are another matter on a busy machine.
     command = "startup.py --rounds 2 --no-steps --no-assert"

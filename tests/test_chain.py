@@ -106,6 +106,7 @@ def test_class_functions_equal_the_loop(d):
     check()
 
 
+@pytest.mark.slow
 @SHAPES
 def test_exact_equals_the_assignment(d):
     @chain
@@ -136,6 +137,7 @@ def test_joint_starts_at_wasserstein_and_grows_with_beta(d):
     check()
 
 
+@pytest.mark.slow
 @SHAPES
 def test_joint_with_one_hot_predictions_and_large_beta_is_class_conditional(d):
     @chain
@@ -155,6 +157,7 @@ def test_joint_with_one_hot_predictions_and_large_beta_is_class_conditional(d):
 TRANSPORT = [("wasserstein", EXACT), ("gaussian_wasserstein", {})]
 
 
+@pytest.mark.slow
 @SHAPES
 @pytest.mark.parametrize(("name", "options"), TRANSPORT, ids=["empirical", "Gaussian"])
 def test_translation_of_one_cloud_costs_its_square(name, options, d):
@@ -172,6 +175,7 @@ def test_translation_of_one_cloud_costs_its_square(name, options, d):
 SCALING = [*TRANSPORT, ("gaussian_wasserstein", {"covariance": "diag"})]
 
 
+@pytest.mark.slow
 @SHAPES
 @pytest.mark.parametrize(
     ("name", "options"), SCALING, ids=["empirical", "full", "diag"]
@@ -188,6 +192,7 @@ def test_common_scale_is_squared(name, options, d):
     check()
 
 
+@pytest.mark.slow
 @SHAPES
 @pytest.mark.parametrize(
     ("name", "options"), SCALING, ids=["empirical", "full", "diag"]
@@ -203,6 +208,7 @@ def test_order_of_one_cloud_is_irrelevant(name, options, d):
     check()
 
 
+@pytest.mark.slow
 @SHAPES
 def test_triangle_inequality(d):
     @chain

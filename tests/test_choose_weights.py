@@ -2,7 +2,7 @@
 
 import pytest
 from test_experiments import (  # the fixtures are used by name
-    TINY,
+    SMALL,
     settings_of_jax,  # noqa: F401
     shared,  # noqa: F401
     trained,  # noqa: F401
@@ -20,7 +20,7 @@ from progress import RunError  # isort: skip
 def line(trained, tmp_path, monkeypatch):  # noqa: F811
     """Settings of a command whose teacher is trained already."""
     monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
-    line = (*TINY, "--teacher", trained / "digits", "--devices", 1, "--out", tmp_path)
+    line = (*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path)
     line = (*line, "--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
     return [*map(str, line), "--compilation-cache", "None"]
 

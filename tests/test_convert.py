@@ -25,7 +25,7 @@ SMALL = Architecture(blocks=(1, 1, 1, 1), stem="cifar", width=4, num_classes=5)
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or not BENCHMARKS.is_dir(),
-    reason='needs PyTorch and a checkout: pip install -e ".[bench]"',
+    reason='need PyTorch and a checkout (pip install -e ".[bench]")',
 )
 
 
@@ -819,6 +819,7 @@ def test_command_refuses_another_networks_checkpoint(tmp_path, capsys):
     assert "step-00000001: the 4-d tensor conv1.weight is not in dense.weight" in error
 
 
+@pytest.mark.slow
 def test_command_as_a_user_calls_it(small, tmp_path):
     convert.save(tmp_path / "a.npz", small)
     paths = [str(Path(convert.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

@@ -170,12 +170,14 @@ def depthwise_same(lhs, rhs):
     )
 
 
+@pytest.mark.slow
 def test_depthwise_derivatives_are_those_of_finite_differences(x64):
     lhs, rhs = depthwise((3, 3), (3, 3), jnp.float64, batch=2, channels=2)
     check = partial(check_grads, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
-    check(depthwise_same, (lhs, rhs))  # bilinear: exact up to rounding
+    check(jax.jit(depthwise_same), (lhs, rhs))  # bilinear: exact up to rounding
 
 
+@pytest.mark.slow
 def test_depthwise_works_under_vmap_scan_and_pmap():
     lhs, rhs = depthwise((4, 4), (3, 3), batch=4)
     images, kernels = jnp.stack([lhs, 2 * lhs]), jnp.stack([rhs, 3 * rhs])
@@ -198,6 +200,7 @@ def test_depthwise_works_under_vmap_scan_and_pmap():
     np.testing.assert_allclose(sharded, wanted, **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "kernel", "strides", "padding", "batch", "channels"),
     [(*case, 32, 64) for case in SMALL[:5]] + [(*case, 3, 4) for case in NARROW[:2]],
@@ -268,6 +271,7 @@ def test_narrow_first_layers_are_one_convolution(size, kernel, strides, padding)
     assert "stablehlo.dot_general" not in text
 
 
+@pytest.mark.slow
 def test_backwards_a_narrow_layer_is_the_plain_form():
     lhs, rhs = arrays((16, 16), (7, 7))
     gradient = jax.grad(lambda rhs: jnp.sum(jnp.sin(strided(lhs, rhs))))
@@ -277,19 +281,24 @@ def test_backwards_a_narrow_layer_is_the_plain_form():
     assert len(re.findall(r" convolution\(|custom-call\(", text)) == 2
 
 
+@pytest.mark.slow
 def test_a_narrow_layers_derivatives_are_those_of_finite_differences(x64):
     arguments = arrays((11, 9), (7, 7), jnp.float64, batch=1, channels=2, features=2)
-    check_grads(strided, arguments, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    check = partial(check_grads, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    check(jax.jit(strided), arguments)
 
 
+@pytest.mark.slow
 def test_a_narrow_layer_works_under_vmap_and_checkpoint():
     lhs, rhs = arrays((12, 12), (7, 7))
     loss = lambda rhs, lhs: jnp.sum(jnp.sin(strided(lhs, rhs)))
-    wanted = jax.grad(loss)(rhs, lhs)
+    gradient = jax.jit(jax.grad(loss))
+    wanted = gradient(rhs, lhs)
     kernels = jnp.stack([rhs, 2 * rhs])
-    batched = jax.vmap(jax.grad(jax.checkpoint(loss)), in_axes=(0, None))(kernels, lhs)
+    mapped = jax.vmap(jax.grad(jax.checkpoint(loss)), in_axes=(0, None))
+    batched = jax.jit(mapped)(kernels, lhs)
     np.testing.assert_allclose(batched[0], wanted, rtol=1e-4, atol=1e-4)
-    second = jax.grad(loss)(2 * rhs, lhs)
+    second = gradient(2 * rhs, lhs)
     np.testing.assert_allclose(batched[1], second, rtol=1e-4, atol=1e-4)
 
 
@@ -393,10 +402,11 @@ def test_other_convolutions_pass_through(name):
     lhs, rhs = normal(*shapes)
     options = {"window_strides": (1, 1), "padding": "SAME"} | options
     # The same operation, and so the same bits.
-    np.testing.assert_array_equal(
-        conv_general_dilated(lhs, rhs, **options),
-        lax.conv_general_dilated(lhs, rhs, **options),
+    ours, wanted = (
+        jax.jit(partial(conv, **options))(lhs, rhs)
+        for conv in (conv_general_dilated, lax.conv_general_dilated)
     )
+    np.testing.assert_array_equal(ours, wanted)
 
 
 def test_integers_pass_through():
@@ -440,7 +450,8 @@ def same(lhs, rhs):
 def test_derivatives_are_those_of_finite_differences(x64):
     lhs, rhs = arrays((2, 2), (3, 3), jnp.float64, batch=2, channels=2, features=2)
     # Bilinear: central differences are exact up to rounding.
-    check_grads(same, (lhs, rhs), order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    check = partial(check_grads, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+    check(jax.jit(same), (lhs, rhs))
 
 
 def test_works_under_vmap_scan_pmap_and_remat():
@@ -450,17 +461,17 @@ def test_works_under_vmap_scan_pmap_and_remat():
     y = same(lhs, rhs)
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, products in another order
 
-    batched = jax.vmap(same)(images, kernels)
+    batched = jax.jit(jax.vmap(same))(images, kernels)
     np.testing.assert_allclose(batched, jnp.stack([y, 6 * y]), **tolerance)
-    batched = jax.vmap(same, in_axes=(None, 0))(lhs, kernels)
+    batched = jax.jit(jax.vmap(same, in_axes=(None, 0)))(lhs, kernels)
     np.testing.assert_allclose(batched, jnp.stack([y, 3 * y]), **tolerance)
 
     _, scanned = lax.scan(lambda c, a: (c, same(a, rhs)), None, images)
     np.testing.assert_allclose(scanned, jnp.stack([y, 2 * y]), **tolerance)
 
     loss = lambda rhs, lhs: jnp.sum(jnp.sin(same(lhs, rhs)))
-    wanted = jax.grad(loss)(rhs, lhs)
-    actual = jax.grad(jax.checkpoint(loss))(rhs, lhs)
+    wanted = jax.jit(jax.grad(loss))(rhs, lhs)
+    actual = jax.jit(jax.grad(jax.checkpoint(loss)))(rhs, lhs)
     np.testing.assert_allclose(actual, wanted, **tolerance)
     sharded = jax.pmap(
         lambda rhs, lhs: lax.psum(jax.grad(loss)(rhs, lhs), "batch"),
@@ -498,11 +509,18 @@ POOLS = [
 ]
 
 
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def pooled(pool, x, *window):
     """The maxima, and the pullback of small integers, which add up exactly."""
     y, pullback = jax.vjp(lambda x: pool(x, *window), x)
     cotangent = (jnp.arange(y.size) * 37 % 101).reshape(y.shape)
     return y, *pullback(cotangent.astype(y.dtype))
+
+
+# Compiled as a whole: one program, where each operation would be one of its own.
+ours_of, flax_of = (
+    jax.jit(pool, static_argnums=(1, 2, 3)) for pool in (max_pool, nn.max_pool)
+)
 
 
 @pytest.mark.parametrize(("size", *"wsp"), POOLS)
@@ -511,22 +529,19 @@ def test_max_pool_equals_flax(strict, values, size, w, s, p):
     (x,) = normal((3, *size, 5))
     if values == "ties":  # zeros, mostly, as after a ReLU
         x = jnp.maximum(jnp.round(x), 0)
-    ours, wanted = (
-        jax.jit(partial(pooled, pool), static_argnums=(1, 2, 3))(x, w, s, p)
-        for pool in (max_pool, nn.max_pool)
-    )
+    ours, wanted = (pooled(pool, x, w, s, p) for pool in (max_pool, nn.max_pool))
     for a, b in zip(ours, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
     # Without a derivative it is computed in another form.
-    np.testing.assert_array_equal(max_pool(x, w, s, p), wanted[0])
+    np.testing.assert_array_equal(ours_of(x, w, s, p), wanted[0])
 
 
 def test_max_pool_passes_on_what_is_not_finite():
     x = jnp.arange(2 * 36.0).reshape(2, 6, 6, 1)
     x = x.at[0, 0, 0].set(jnp.nan).at[0, 3, 4].set(jnp.nan).at[1].set(-jnp.inf)
     window = (3, 3), (2, 2), ((1, 1), (1, 1))
-    wanted = nn.max_pool(x, *window)
-    np.testing.assert_array_equal(max_pool(x, *window), wanted)
+    wanted = flax_of(x, *window)
+    np.testing.assert_array_equal(ours_of(x, *window), wanted)
     np.testing.assert_array_equal(pooled(max_pool, x, *window)[0], wanted)
 
 
@@ -534,16 +549,16 @@ def test_max_pool_passes_on_what_is_not_finite():
 def test_max_pool_keeps_the_dtype(x64, dtype):
     (x,) = normal((2, 4, 4, 3), dtype=dtype)
     window = (3, 3), (2, 2), ((1, 1), (1, 1))
-    for y in (max_pool(x, *window), pooled(max_pool, x, *window)[0]):
+    for y in (ours_of(x, *window), pooled(max_pool, x, *window)[0]):
         assert y.dtype == dtype
-        np.testing.assert_array_equal(y, nn.max_pool(x, *window))
+        np.testing.assert_array_equal(y, flax_of(x, *window))
 
 
 @pytest.mark.parametrize("padding", [((0, -2), (-1, 3)), ((-2, -1), (2, -4))])
 def test_max_pool_of_padding_that_crops(padding):
     (x,) = normal((3, 8, 8, 5))
-    wanted = nn.max_pool(x, (3, 3), (2, 2), padding)  # which has no gradient
-    ours = max_pool(x, (3, 3), (2, 2), padding)
+    wanted = flax_of(x, (3, 3), (2, 2), padding)  # which has no gradient
+    ours = ours_of(x, (3, 3), (2, 2), padding)
     np.testing.assert_array_equal(ours, wanted)
     derived = pooled(max_pool, x, (3, 3), (2, 2), padding)
     np.testing.assert_array_equal(derived[0], wanted)
@@ -551,7 +566,7 @@ def test_max_pool_of_padding_that_crops(padding):
 
 def test_max_pool_of_no_rows():
     x, window = jnp.ones((2, 0, 4, 1)), ((3, 3), (1, 1), ((2, 2), (1, 1)))
-    np.testing.assert_array_equal(max_pool(x, *window), nn.max_pool(x, *window))
+    np.testing.assert_array_equal(ours_of(x, *window), flax_of(x, *window))
 
 
 def test_large_windows_are_few_operations():
@@ -568,13 +583,15 @@ def test_max_pool_keeps_the_accelerators_own():
         assert "select_and_scatter" in lowered(fn, x, platform=platform)
 
 
+@pytest.mark.slow
 def test_max_pool_derivatives_and_vmap(x64):
     (x,) = normal((2, 3, 4, 4, 2), dtype=jnp.float64)
     pool = lambda x: max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    check_grads(pool, (x[0],), order=2, modes=("fwd", "rev"), eps=1e-6)
-    loss = lambda x: jnp.sum(jnp.sin(pool(x)))
+    check_grads(jax.jit(pool), (x[0],), order=2, modes=("fwd", "rev"), eps=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))
+    one_by_one = jax.jit(gradient)
     np.testing.assert_array_equal(
-        jax.vmap(jax.grad(loss))(x), jnp.stack([jax.grad(loss)(one) for one in x])
+        jax.jit(jax.vmap(gradient))(x), np.stack([one_by_one(one) for one in x])
     )
 
 
@@ -603,7 +620,7 @@ def test_max_pool_names_windows_that_it_does_not_know(window, message):
 def test_max_pool_pads_by_name(padding):
     (x,) = normal((2, 5, 6, 3))
     window = (3, 2), (2, 2), padding
-    np.testing.assert_array_equal(max_pool(x, *window), nn.max_pool(x, *window))
+    np.testing.assert_array_equal(ours_of(x, *window), flax_of(x, *window))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -630,6 +647,7 @@ print(jax.jit(conv).lower(*arrays).compile().as_text())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not KNOWN or machine() != "x86_64",
     reason="XLA chooses YNNPACK on x86-64; the option is known of jaxlib 0.10 to 0.12",

@@ -119,6 +119,7 @@ def test_entropic_class_wasserstein(solver, reduction):
         close(value, expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_default_epsilon_of_classes_is_of_the_pairs_within_them(reduction):
     labels, (x, y) = np.array(LABELLINGS["unbalanced"]), clouds(10, 16)
@@ -134,6 +135,7 @@ def test_default_epsilon_of_classes_is_of_the_pairs_within_them(reduction):
     close(value, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hundred_classes():
     rng = np.random.default_rng(5)
     n, d = 96, 20
@@ -206,6 +208,7 @@ def test_default_of_joint_wasserstein_is_near_the_programme():
 KAPPAS = [0.0, 0.3, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["exact", "sinkhorn", "entropic"])
 def test_pairing_is_a_price_on_other_samples(solver):
     batch = make_batch(10, 16)
@@ -235,6 +238,7 @@ def test_large_pairing_is_paired_l2(solver):
     close(value, reference.paired_l2(x, y))
 
 
+@pytest.mark.slow
 def test_pairing_does_not_change_the_default_epsilon():
     x, y = clouds(12, 16)
     mean = reference.squared_distances(x, y).mean()
@@ -351,6 +355,7 @@ def test_default_ridge_is_a_thousandth_of_the_teachers_variance(direction, covar
     close(call("gaussian_kl", x, y, **options), explicit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", [(10, 16), (16, 5)])
 def test_full_kl_of_a_student_far_larger_than_the_teacher(shape, direction):

@@ -89,7 +89,7 @@ def run_small(name, **more):
     return numbers(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.parametrize("name", SMALL)
 def test_small_examples_distil(name):
     """As they say, to a few of the 355 test digits: rounding differs by machine."""
@@ -98,14 +98,14 @@ def test_small_examples_distil(name):
     assert found == pytest.approx(numbers(said_by(name)), abs=5 * 100 / 355)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_sharded_loss_is_of_all_devices():
     """Two devices or four, the student is the same but for rounding."""
     two, four = (run_small("sharded", JAX_NUM_CPU_DEVICES=n) for n in ("2", "4"))
     assert two == pytest.approx(four, abs=2 * 100 / 355)
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_choose(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "experiments")
     import choose

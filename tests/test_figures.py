@@ -13,7 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from test_experiments import (  # the fixtures are used by name
     EXPERIMENTS,
-    TINY,
+    KEEP,
+    SMALL,
     command,
     finished,  # noqa: F401
     results_of,
@@ -50,6 +51,7 @@ def best_pairs(x, y):
     return linear_sum_assignment(cdist(x, y, "sqeuclidean"))[1]
 
 
+@pytest.mark.slow
 def test_w2_pairs_across_classes_and_cw2_does_not(pairing):
     x, y, labels = (np.asarray(z) for z in pairing[:3])
     n = len(labels)
@@ -78,6 +80,7 @@ def moments(x):
     return x.mean(0), np.cov(x.T, ddof=0)
 
 
+@pytest.mark.slow
 def test_one_mean_and_covariance_but_another_shape(shapes):
     for mine, theirs in zip(moments(shapes.x), moments(shapes.y), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
@@ -106,6 +109,7 @@ def test_flow_down_the_empirical_distance_reaches_the_target(shapes):
     assert np.abs(design @ solution - end).max() > 0.3  # no affine image of the start
 
 
+@pytest.mark.slow
 def test_a_step_of_the_flow_goes_a_share_of_the_way():
     x = jax.numpy.array([[0.0, 0.0], [1.0, 0.0]])
     path = toys.flow(toys.DISTANCES["W2 (E)"], x, x + 8.0, steps=3, rate=0.25)
@@ -203,6 +207,7 @@ def test_student_and_teacher_are_embedded_together():
         figures.together(lambda z: z, x, np.ones((5, 6)))
 
 
+@pytest.mark.slow
 def test_w2_is_told_in_units_of_the_teachers_spread():
     y = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1]])  # mean squared deviation 1
     assert figures.relative_w2(y + 2, y) == pytest.approx(8)
@@ -367,8 +372,8 @@ def test_lambdas_rise_and_one_may_be_too_large(grid, tmp_path, kept):
 
 @pytest.mark.slow
 def test_ablation_of_a_real_grid(shared, tmp_path):  # noqa: F811
-    settings = [*TINY, "--held-out", "100", "--distances", "w2", "--out", tmp_path]
-    settings += ["--compilation-cache", shared / "cache", "--no-progress"]
+    settings = [*SMALL, "--held-out", "100", "--distances", "w2", "--out", tmp_path]
+    settings += [*KEEP, "--no-progress"]
     line = ["--grid", "0", "0.5", "--", *map(str, settings)]
     assert choose_weights.main(line) == 0
     assert call(tmp_path) == 0

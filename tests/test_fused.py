@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import fused  # noqa: E402
 
+pytestmark = pytest.mark.slow  # they compile a program each
+
 LABELS = jnp.array([0, 0, 1, 1])
 # Student 0 lies where the teacher has 1, and so on: each moved into its neighbour.
 TEACHER = jnp.array([[0.0, 0], [3, 0], [9, 0], [12, 0]])

@@ -199,7 +199,7 @@ def test_sliced(pair, expected, compute):
 def test_pot_gives_its_numbers_again(monkeypatch):
     for backend in ("PYTORCH", "JAX", "TENSORFLOW", "CUPY"):  # NumPy is enough
         monkeypatch.setenv(f"POT_BACKEND_DISABLE_{backend}", "1")
-    ot = pytest.importorskip("ot", reason='needs POT: pip install -e ".[bench]"')
+    ot = pytest.importorskip("ot", reason='need POT (pip install -e ".[bench]")')
     a = np.full(6, 1 / 6)
 
     def entropic(x, y, epsilon=0.5):

@@ -142,6 +142,7 @@ def test_repeated_samples_change_nothing():
     np.testing.assert_allclose(gromov(x, np.repeat(y, 2, axis=0)), gromov(x, y))
 
 
+@pytest.mark.slow
 def test_epsilon_below_the_round_off_counts_as_that():
     x, y = (jnp.float32(1e4 * z) for z in clouds(9, 5, 5))
     fn = partial(kddm_jax.gromov_wasserstein, epsilon=1e-6)

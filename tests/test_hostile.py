@@ -75,7 +75,7 @@ class Form(NamedTuple):
     dtype: str = "float32"
 
 
-# The default suite's: as few as show both sides of n = d.
+# Both sides of n = d; the default suite compiles the first alone.
 FEW = (Form(6, 6, 9), Form(9, 9, 5, "float16"))
 MANY = (
     *FEW,
@@ -271,10 +271,10 @@ ROWS = pytest.mark.parametrize("name", list(DISTANCES))
 
 
 @ROWS
-@examples(50)
-@given(form=st.sampled_from(FEW), content=contents)
-def test_finite(name, form, content):
-    hold(name, form, content)
+@examples(20)
+@given(content=contents)
+def test_finite(name, content):
+    hold(name, FEW[0], content)
 
 
 @pytest.mark.slow

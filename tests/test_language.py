@@ -328,7 +328,7 @@ def run(folder, *options):
     return json.loads((folder / "language.json").read_text()), page, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_language(tmp_path, monkeypatch):
     import report
 
@@ -346,7 +346,7 @@ def test_language(tmp_path, monkeypatch):
     assert report.markdown(results) == page
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_language_chooses_weights(tmp_path):
     line = ("--choose", "0.5", "2", "--methods", "cka", "kd")
     results, page, _ = run(tmp_path, *line)

@@ -185,6 +185,7 @@ NORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_auto_on_a_cpu_is_the_svd(name, dtype):

@@ -374,6 +374,7 @@ def test_shard_map_that_checks_what_varies_is_refused(name, size):
         jax.eval_shape(mapped, *arguments)
 
 
+@pytest.mark.slow
 def test_padding_on_one_device_alone():
     """A mean over images is that of all images, wherever the padding lies."""
     labels = jnp.asarray(np.where(np.arange(N) < 6, -1, BATCH.labels), jnp.int32)

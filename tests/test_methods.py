@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_experiments import TINY, call, results_of
+from test_experiments import KEEP, SMALL, TINY, call, results_of
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
@@ -176,7 +176,7 @@ def test_own_distance_is_found_by_module_and_name(own):
 
 @pytest.mark.slow
 def test_own_distance_trains(own, tmp_path):
-    line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
+    line = (*SMALL, "--compilation-cache", "None", "--devices", 1, "--out", "out")
     assert call(*line, "--distances", "own_distances:ROW") == 0
     run = results_of(tmp_path / "out")["runs"][1]
     assert run["name"] == "own_distances:ROW"
@@ -249,7 +249,7 @@ def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Quality chooses the layers; the table has all; the same command is content."""
     line = (
         *TINY,
-        *("--compilation-cache", tmp_path / "cache", "--devices", 1),
+        *(*KEEP, "--devices", 1),
         *("--out", tmp_path / "out", "--teacher-model", "ResNet18"),
         *("--projector", "conv", "--distances", "feature_only"),
     )

@@ -1,7 +1,7 @@
 """MobileNetV2 against its paper's table, torchvision's names, and NumPy."""
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -13,18 +13,25 @@ import reference
 from kddm_jax.mobilenet import InvertedResidual, MobileNetV2, Stage
 from kddm_jax.resnet import Outputs, linen_apply, make_layers
 
+slow = pytest.mark.slow
 BLOCKS = [f"block{i}" for i in range(1, 18)]
 # The paper's table 2, block by block.
 CHANNELS = [16, *[24] * 2, *[32] * 3, *[64] * 4, *[96] * 3, *[160] * 3, 320]
 
 
+@cache
+def traced(model, shape):
+    """Shapes of outputs and variables; tracing 17 blocks takes most of a second."""
+    fn = partial(model.init_with_output, jax.random.key(0))
+    return jax.eval_shape(fn, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 def shapes(model, images):
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+    return traced(model, images.shape)[1]
 
 
-def outputs_of(model, images, **options):
-    variables = shapes(model, images)
-    return jax.eval_shape(partial(model.apply, **options), variables, images)
+def outputs_of(model, images):
+    return traced(model, images.shape)[0]
 
 
 def random_like(tree, seed=1):
@@ -39,6 +46,7 @@ def random_like(tree, seed=1):
     return jax.tree.map(lambda a: leaf(a.shape).astype(a.dtype), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "count"),
     [
@@ -76,9 +84,9 @@ def test_parameter_names_are_those_of_torchvision():
     [
         # Of the stem, and after the stages of 1, 2, 3, 4, 3, 3 and 1 blocks.
         ("imagenet", 224, [112, 112, 56, 28, 14, 14, 7, 7]),
-        ("imagenet", 32, [16, 16, 8, 4, 2, 2, 1, 1]),
-        ("cifar", 32, [32, 32, 32, 16, 8, 8, 4, 4]),
-        ("cifar", 8, [8, 8, 8, 4, 2, 2, 1, 1]),
+        pytest.param("imagenet", 32, [16, 16, 8, 4, 2, 2, 1, 1], marks=slow),
+        pytest.param("cifar", 32, [32, 32, 32, 16, 8, 8, 4, 4], marks=slow),
+        pytest.param("cifar", 8, [8, 8, 8, 4, 2, 2, 1, 1], marks=slow),
     ],
 )
 def test_shapes_of_maps(stem, size, sides):
@@ -95,6 +103,7 @@ def test_shapes_of_maps(stem, size, sides):
     assert {name: a.shape for name, a in outputs.maps.items()} == wanted
 
 
+@pytest.mark.slow
 def test_width_scales_all_channels_but_the_last():
     outputs = outputs_of(MobileNetV2(width=32), jnp.zeros((1, 8, 8, 1)))
     found = [outputs.maps[name].shape[-1] for name in ("stem", *BLOCKS, "last")]
@@ -204,6 +213,7 @@ def test_which_maps_are_rectified():
             assert values.max() > 6
 
 
+@pytest.mark.slow
 def test_depthwise_convolutions_are_not_convolved_on_the_cpu():
     images = jnp.zeros((2, 16, 16, 3))
     model = MobileNetV2(width=4)
@@ -215,7 +225,7 @@ def test_depthwise_convolutions_are_not_convolved_on_the_cpu():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(dtype):
-    model = MobileNetV2(width=4, dtype=jnp.dtype(dtype))
+    model = MobileNetV2(width=4, stages=SMALL, dtype=jnp.dtype(dtype))
     images = jnp.zeros((2, 8, 8, 1))
     run = partial(linen_apply(model), train=True)
     outputs, stats = jax.eval_shape(run, shapes(model, images), images)
@@ -227,7 +237,8 @@ def test_dtypes(dtype):
 
 def test_batch_norm_is_over_the_named_axis():
     images = jnp.zeros((2, 8, 8, 1))
-    alone, synced = MobileNetV2(width=4), MobileNetV2(width=4, axis_name="batch")
+    alone = MobileNetV2(width=4, stages=SMALL)
+    synced = alone.clone(axis_name="batch")
     variables = shapes(alone, images)
     chex.assert_trees_all_equal_shapes_and_dtypes(variables, shapes(synced, images))
     jax.eval_shape(partial(linen_apply(synced), train=False), variables, images)

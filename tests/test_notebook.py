@@ -49,7 +49,7 @@ def test_it_is_saved_as_it_ran():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_it_runs(monkeypatch):
     """To the saved accuracies, but for a few digits: rounding differs by machine."""
     import nbclient

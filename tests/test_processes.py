@@ -13,7 +13,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from test_experiments import EXPERIMENTS, KILL, TINY, environ, final_arrays
+from test_experiments import (
+    EXPERIMENTS,
+    KEEP,
+    KILL,
+    SMALL,
+    environ,
+    final_arrays,
+)
 
 from kddm_jax import checkpoint
 
@@ -21,7 +28,7 @@ import processes  # isort: skip  # test_experiments tells where it is
 from settings import UserError, parse  # isort: skip
 
 LINE = (
-    *TINY,
+    *SMALL,
     "--epochs",
     1,
     "--teacher-epochs",
@@ -83,15 +90,10 @@ def both(root, *arguments, more=((), ())):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return "--compilation-cache", tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache):
+def alone(tmp_path_factory):
     """A finished run of one process that has four devices."""
     folder = tmp_path_factory.mktemp("alone")
-    line = (*LINE, *cache, "--out", "out")
+    line = (*LINE, *KEEP, "--out", "out")
     ((status, _, err),) = ended(launch(folder, *line, devices=4))
     assert (status, err) == (0, "")
     return folder / "out"
@@ -120,8 +122,8 @@ def assert_same_run(left, right, name, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["", "--stream-above 0.001"])
-def test_two_processes_are_one(how, alone, cache, tmp_path):
-    (first, second) = both(tmp_path, *LINE, *cache, *how.split(), "--out", "out")
+def test_two_processes_are_one(how, alone, tmp_path):
+    (first, second) = both(tmp_path, *LINE, *KEEP, *how.split(), "--out", "out")
     assert first[::2] == second[::2] == (0, "")
     # Told and written once.
     assert any("4 cpu device(s)" in line for line in first[1])
@@ -137,9 +139,9 @@ def test_two_processes_are_one(how, alone, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_run_continues_in_two_processes(alone, cache, tmp_path):
+def test_killed_run_continues_in_two_processes(alone, tmp_path):
     """From the step that the first process knows, whatever the other's folder has."""
-    line = (*LINE, "--epochs", 2, "--checkpoint-seconds", 0, *cache, "--out", "out")
+    line = (*LINE, "--epochs", 2, "--checkpoint-seconds", 0, *KEEP, "--out", "out")
     # Within the second epoch of four steps.
     late = KILL.replace("in path.parts", "in path.parts and path.name[-1] > '4'")
     assert late != KILL
@@ -195,8 +197,8 @@ def test_locked_folder_stops_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_both_between_the_same_steps(cache, tmp_path):
-    line = (*LINE, "--teacher-epochs", 300, "--distances", *cache, "--out", "out")
+def test_sigterm_to_one_stops_both_between_the_same_steps(tmp_path):
+    line = (*LINE, "--teacher-epochs", 300, "--distances", *KEEP, "--out", "out")
     meet = ("--coordinator", f"localhost:{free_port()}", "--processes", 2)
     first, second = (
         launch(tmp_path / f"host{i}", *line, *meet, "--process", i, devices=2)

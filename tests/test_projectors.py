@@ -195,6 +195,7 @@ def test_backbone_learns_from_features_alone(student):
     chex.assert_trees_all_close(metrics, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_backbone_has_no_gradient_of_the_task_at_all(student):
     step, _ = update(student, head=("head",), task_weight=1e6)
     features, _ = update(student, head=("head",), task_weight=0.0)

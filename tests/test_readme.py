@@ -24,7 +24,11 @@ def test_every_question_has_its_page():
     assert len(asked) >= 6
 
 
-@pytest.mark.parametrize("page", PAGES)
+# The questions' snippets call distances one operation at a time, which is slow.
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES[:2], *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES[2:])],
+)
 def test_snippets_run_and_print_what_they_say(page, capsys):
     """One after the other, as somebody types them; promised beside or below a print."""
     names = {"__name__": "page"}

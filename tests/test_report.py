@@ -205,6 +205,7 @@ def test_held_out_images_are_called_so():
     assert "accuracy on 100 held-out training images" in report.markdown(results)
 
 
+@pytest.mark.slow
 def test_report_is_rendered_again_from_json(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(small_results()))
     script = (str(EXPERIMENTS / "report.py"),)

@@ -22,12 +22,11 @@ HERE = Path(__file__).parent
 PREPARED = os.environ.get("KDDM_TEST_TFDS")
 needs_sets = pytest.mark.skipif(
     PREPARED is None,
-    reason="no prepared sets: run python tests/prepare_tfds.py DIR where TensorFlow "
-    'is (pip install -e ".[prepare]"), then set KDDM_TEST_TFDS=DIR',
+    reason="need prepared sets (tests/prepare_tfds.py DIR, then KDDM_TEST_TFDS=DIR)",
 )
 needs_tensorflow = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None,
-    reason='needs TensorFlow: pip install -e ".[prepare,test]"',
+    reason='need TensorFlow (pip install -e ".[prepare,test]")',
 )
 TRAIN, TEST = tiny.COUNTS["train"], tiny.COUNTS["test"]
 # What TFDS reads without TensorFlow.

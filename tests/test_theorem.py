@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from test_experiments import (  # the fixtures are used by name
-    TINY,
+    KEEP,
+    SMALL,
     settings_of_jax,  # noqa: F401
     shared,  # noqa: F401
 )
@@ -52,6 +53,7 @@ def matched(cost):
     return cost[linear_sum_assignment(cost)].mean()
 
 
+@pytest.mark.slow
 def test_distances_are_the_assignments():
     student, teacher, labels = pair(0)
     x, y = student.features, teacher.features
@@ -331,8 +333,8 @@ OWN = ("--images", 60, "--batches", 8, 32, 64, "--draws", 3)
 @pytest.mark.slow
 def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
     out, path = tmp_path / "out", tmp_path / "theorem.json"
-    line = [*OWN, "--json", path, "--", *TINY, "--out", out, "--no-progress"]
-    line += ["--compilation-cache", shared / "cache", "--checkpoint-seconds", "0"]
+    line = [*OWN, "--json", path, "--", *SMALL, "--out", out, "--no-progress"]
+    line += [*KEEP, "--checkpoint-seconds", "0"]
     line += ["--distances", "w2"]
 
     # Stopped within the second epoch of the distilled student, then continued.

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from reference import logsumexp
 from scipy.optimize import linear_sum_assignment
-from scipy.special import logsumexp
 
 from kddm_jax.linalg import classes, squared_distances
 from kddm_jax.transport import (
@@ -161,6 +161,7 @@ def test_derivative_is_that_of_the_value(solver, name, x64):
     check_grads(jax.jit(fn), (jnp.asarray(problem.xy),), 1, ("fwd", "rev"), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivative_of_the_divergence_by_all_three_costs(x64):
     problem = make_problem("unbalanced")
     rest = problem[3:]
@@ -183,6 +184,7 @@ def test_epsilon_and_stats_have_no_derivative(solver, x64):
     np.testing.assert_array_equal(by_cost[1:], np.zeros((3, 8, 8)))
 
 
+@pytest.mark.slow
 def test_no_mass_between_classes_in_float32():
     """The finite cost of forbidden pairs keeps plan and digits at any scale."""
     with jax.enable_x64(True):
@@ -232,6 +234,7 @@ def test_assignment_is_exact(n, x64):
     np.testing.assert_allclose(fn(costs), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_assignment_is_exact_at_every_size_in_one_program(x64):
     """n = 1 ... 40 as the valid part of a padded batch of 40."""
     sizes = np.tile(np.arange(1, 41), 3)
@@ -250,6 +253,7 @@ def test_assignment_is_exact_at_every_size_in_one_program(x64):
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_assignment_of_classes_in_float32():
     """Any weights of classes, any sizes, one program."""
     rng = np.random.default_rng(1)
@@ -297,6 +301,7 @@ def test_epsilon_none_is_two_percent_of_the_mean_cost(name, x64):
     assert abs(other - by_number) > 1e-6
 
 
+@pytest.mark.slow
 def test_epsilon_none_has_floors():
     """Of the round-off given, and above zero for constant features."""
     zeros, weights = jnp.zeros((8, 8)), jnp.full(8, 1 / 8)
@@ -315,6 +320,7 @@ def test_epsilon_none_has_floors():
     np.testing.assert_allclose(by_floor, by_number, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["sinkhorn", "entropic"])
 @pytest.mark.parametrize("same", [False, True])
 def test_epsilon_below_the_round_off_counts_as_that(solver, same):
@@ -379,6 +385,7 @@ def test_non_finite_costs_end_quickly_and_show(solver, bad):
 # ---------------------------------------------------------------- vmap, messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["entropic", "exact"])
 def test_vmap(solver):
     weights = jnp.full(8, 1 / 8)
@@ -417,6 +424,7 @@ def test_messages(name):
 # ---------------------------------------------------------------------- plans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["exact", "entropic"])
 def test_plan_is_the_witness_plan(solver):
     rng = np.random.default_rng(8)

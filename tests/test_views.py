@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train_step as steps
-from test_experiments import TINY, call, results_of
+from test_experiments import KEEP, SMALL, TINY, call, results_of
 
 from kddm_jax import augment, resnet
 from kddm_jax.train_step import known_outputs, scan_steps
@@ -155,7 +155,7 @@ def test_views_beyond_the_memory_are_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_views_from_end_to_end(tmp_path, capsys):
     out = tmp_path / "out"
-    line = (*TINY, "--compilation-cache", tmp_path / "cache", "--devices", 1)
+    line = (*SMALL, *KEEP, "--devices", 1)
     line = (*line, "--views", 2, "--out", out, "--distances", "w2_gaussian", "l2")
     assert call(*line) == 0
     assert len(list((out / "teacher-outputs").glob("*.npz"))) == 1

@@ -58,6 +58,7 @@ def test_parameter_counts(model, size, count):
     assert sum(math.prod(a.shape) for a in jax.tree.leaves(params)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch", "size", "side"), [(4, 32, 8), (4, 28, 7), (8, 64, 8), (16, 224, 14)]
 )
