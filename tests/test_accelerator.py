@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "accelerator.sh"
 # Stands for Python: writes its command down and leaves what the next command reads.
 PYTHON = """#!{bash}
@@ -56,6 +58,7 @@ def test_all_parts_run_in_their_order(tmp_path):
     assert (status, again) == (0, lines[1:-1])
 
 
+@pytest.mark.slow
 def test_the_part_at_work_is_stopped_when_the_time_is_up(tmp_path):
     status, lines = run(tmp_path, 0, slow="cifar10 ")
     assert status == 124

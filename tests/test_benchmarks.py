@@ -189,6 +189,10 @@ def test_the_process_of_pytorch_answers_fails_and_ends(monkeypatch, tmp_path):
 def test_the_process_of_pytorch_that_does_not_start(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"torch_step\.py ended with status 4"):
         torch_process(monkeypatch, tmp_path, "import sys\nsys.exit(4)\n")
+
+
+@pytest.mark.bench
+def test_the_python_of_pytorch_that_is_not_there(tmp_path):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "step.py", "--torch-python", tmp_path / "none"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},

@@ -222,6 +222,7 @@ def test_triangle_inequality(d):
     check()
 
 
+@pytest.mark.slow
 @SHAPES
 def test_fast_methods_follow_the_exact_ones_on_generic_clouds(d):
     # No hypothesis: Sinkhorn at its default threshold meets its error bound on

@@ -83,6 +83,7 @@ def torchvision_names(blocks):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "count", "parameters"),
     # Of torchvision's own: tensors of the state_dict, and parameters.

@@ -121,6 +121,7 @@ def test_equals_lax(size, kernel, strides, padding):
     assert_close(ours, wanted, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), DEPTHWISE)
 def test_depthwise_equals_lax(strict, size, kernel, strides, padding):
     lhs, rhs = depthwise(size, kernel)
@@ -129,6 +130,7 @@ def test_depthwise_equals_lax(strict, size, kernel, strides, padding):
     assert_close(ours, wanted, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), DEPTHWISE[:4])
 def test_depthwise_is_a_sum_of_products_on_the_cpu(size, kernel, strides, padding):
     fn = lambda lhs, rhs: value_and_gradients(
@@ -219,6 +221,7 @@ def test_bfloat16_accumulates_in_float32(
         np.testing.assert_allclose(np.float32(a), b, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), SMALL)
 def test_small_outputs_are_products_on_the_cpu(size, kernel, strides, padding):
     fn = lambda lhs, rhs: value_and_gradients(

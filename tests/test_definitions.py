@@ -175,6 +175,7 @@ def test_exact_joint_wasserstein(label_cost):
         close(call("joint_wasserstein", *arrays, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "label_cost", "beta"),
     [

@@ -45,6 +45,7 @@ def assert_same(found, dtype, *, whats, rows):
             assert row["curve"] <= OF_CURVE, (what, name, row)
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one():
     """Two rows whose programs compile quickly: gathered, and per sample."""
     rows = ("mmd_linear", "l2")

@@ -1155,6 +1155,7 @@ def states(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_runs_start_from_the_file(trained, tmp_path, capsys, states):
     path = weights_file(tmp_path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -88,6 +88,7 @@ def test_one_mean_and_covariance_but_another_shape(shapes):
     assert toys.DISTANCES["W2 (E)"](shapes.x, shapes.y) > 0.3
 
 
+@pytest.mark.slow
 def test_flow_down_the_gaussian_distance_keeps_the_shape(shapes):
     start, end = (np.asarray(shapes.flows["W2 (G)"][i]) for i in (0, -1))
     assert toys.DISTANCES["W2 (G)"](start, shapes.y) > 20

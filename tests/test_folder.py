@@ -667,6 +667,7 @@ def test_full_disk(tmp_path, monkeypatch):
     assert_refused(write(tmp_path), tmp_path, "No space left", "free space")
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once(tmp_path):
     write(tmp_path)
     for seed in range(100, 400):

@@ -105,6 +105,23 @@ def test_gradient_is_that_of_the_value(name, variant, batch):
     assert_distance_gradients(fn, matrix, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", DISTANCES)
+def test_gradient_along_one_direction(name):
+    """Of every row by all it compares: what the slow test looks at entry by entry."""
+    row = DISTANCES[name]
+    fn, matrix = of_one_matrix(row, TINY["n<d"], **options_of(row, **FIXED))
+    value_and_gradient = jax.jit(jax.value_and_grad(fn))
+    direction = np.random.default_rng(0).normal(size=matrix.shape)
+    step = 1e-5
+    (after, _), (before, _) = (
+        value_and_gradient(matrix + sign * step * direction) for sign in (1, -1)
+    )
+    _, gradient = value_and_gradient(matrix)
+    expected = np.vdot(gradient, direction)
+    assert abs(expected) > 1e-3  # else a zero gradient would do
+    np.testing.assert_allclose((after - before) / (2 * step), expected, rtol=1e-4)
+
+
 @jax.custom_jvp
 def distorted(x, y, factor):
     return kddm_jax.paired_l2(x, y)
@@ -302,6 +319,7 @@ def test_rbf_mmd_by_hand(batch):
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @CLOUDS
 @pytest.mark.parametrize("name", ["w2", "w2_gaussian", "jw2", "l2", "mmd_linear"])
 def test_gradients_add_up_to_the_pull_of_the_mean(name, batch):

@@ -334,5 +334,5 @@ def test_half_precision_is_widened_first(name):
 def test_what_is_refused_is_refused_in_one_line(name):
     """Whatever the shapes: a scalar, or a ValueError that names one of them."""
     assert not refused(name, FEW[1])
-    for form in (Form(1, 1, 1), Form(5, 3, 4), Form(3, 3, 70), Form(2, 90, 6)):
+    for form in (Form(1, 1, 1), Form(5, 3, 70)):
         refused(name, form)

@@ -255,6 +255,7 @@ RESULTS = sorted((EXPERIMENTS / "results").glob("*.json"))
 RESULTS = [path for path in RESULTS if '"eval_images"' in path.read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_of_earlier_versions_have_a_page(path, monkeypatch):
     # Rendering takes most of a second, and is the same for all.

@@ -84,6 +84,7 @@ def test_batches_are_windows_of_the_text():
 # ------------------------------------------------------------------- the network
 
 
+@pytest.mark.slow
 def test_no_character_sees_a_later_one():
     model = language.Transformer(depth=2, width=8)
     first = jnp.arange(24).reshape(2, 12)
@@ -123,6 +124,7 @@ def cloud(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.slow
 def test_every_method_teaches():
     """Its terms are finite and positive, and move the student."""
     n, k = 40, 6

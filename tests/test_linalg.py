@@ -202,6 +202,7 @@ def test_auto_on_a_cpu_is_the_svd(name, dtype):
         chex.assert_trees_all_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_auto_on_accelerators_takes_products(name, platform):
@@ -222,6 +223,7 @@ def test_auto_on_accelerators_is_exact_in_float64(x64):
 # -------------------------------------------------- nuclear norm of a product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(128, 512), (64, 256), (256, 256), (300, 128)])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_of_a_student_of_low_rank(shape, method):

@@ -415,6 +415,7 @@ def grouped_loss(params, x, y, s, t, labels, axis_name=None, **options):
     )
 
 
+@pytest.mark.slow
 def test_groups_of_devices_have_the_mean_of_their_losses():
     """Two groups of one device: the mean over halves of the batch, on one device."""
     params = {"scale": np.full(D, 0.1, np.float32), "bias": np.ones(K, np.float32)}

@@ -179,6 +179,7 @@ def random_batch(size=6):
     return images.astype(np.float32), jnp.array(labels)
 
 
+@pytest.mark.slow
 def test_training_step():
     model = MobileNetV2(num_classes=2, width=4, stages=SMALL)
     first, last, losses, outputs, _ = train(model, *random_batch(), steps=8)
@@ -251,6 +252,7 @@ def test_batch_norm_is_over_the_named_axis():
     chex.assert_trees_all_equal_shapes(stats, variables["batch_stats"])
 
 
+@pytest.mark.slow
 def test_initial_values():
     model = MobileNetV2(num_classes=100)
 

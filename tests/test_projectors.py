@@ -183,6 +183,7 @@ def update(student, **options):
     return jax.tree.map(lambda a, b: a - b, new.params, state.params), metrics
 
 
+@pytest.mark.slow
 def test_backbone_learns_from_features_alone(student):
     """Its step is that of task_weight 0; the head's that of the ordinary loss."""
     alone, metrics = update(student, head=("head",))

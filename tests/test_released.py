@@ -76,6 +76,7 @@ CONDITIONAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_padding_has_no_part(name):
     labels = np.append(UNBALANCED, [-1, -1])

@@ -197,6 +197,7 @@ def test_equals_numpy(strict, stem, size, train):
     )
 
 
+@pytest.mark.slow
 def test_initial_values():
     model = ResNet9(width=32)
 

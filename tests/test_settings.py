@@ -195,6 +195,7 @@ def test_parts_are_nested_and_disjoint():
     np.testing.assert_array_equal(np.bincount(digits.train_labels[parts.student]), 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.NETWORKS)
 def test_networks_by_name(name):
     assert tuple(models.NETWORKS) == settings_module.MODELS

@@ -248,6 +248,7 @@ def test_lower_takes_shapes(how):
     assert "all_reduce" in mapped.lower(*shapes).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_shard_map_is_pmap(axis):
     """Step by step, with its gradients as they are on one device, no larger."""
@@ -315,6 +316,7 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
     assert np.any(images != on_one(steps=1))
 
 
+@pytest.mark.slow
 def test_unsynchronised_statistics_would_be_noticed():
     """The comparison can fail: BatchNorm of each device by itself."""
     results = []
@@ -365,6 +367,7 @@ def test_one_trace_and_one_compilation(compilations):
     assert taught["task"] == metrics["task"]
 
 
+@pytest.mark.slow
 def test_schedule_scales_the_weight_at_each_step():
     """Half at the first step, one and a half at the second; state or own lambda."""
     factor = lambda step: 0.5 + step

@@ -226,6 +226,7 @@ def assign(costs, weights, same):
     return transport_cost(problem, solver="exact", **DEFAULTS)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 40])
 def test_assignment_is_exact(n, x64):
     costs = random_costs(n, 20, seed=n)

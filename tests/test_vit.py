@@ -35,6 +35,7 @@ def random_images(batch=3, height=4, width=6, channels=2, seed=0):
     return images.astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "size", "count"),
     [
@@ -110,6 +111,7 @@ def test_network_equals_numpy(strict):
     )
 
 
+@pytest.mark.slow
 def test_training_step():
     images, labels = random_images(8, 4, 4), jnp.arange(8) % 2
 
