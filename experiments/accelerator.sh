@@ -1,39 +1,46 @@
 #!/usr/bin/env bash
-# Measures what an accelerator is for, in as many short leases of one as it takes.
+# Runs the accelerator experiments, resuming across short leases of a machine.
 #
 #   experiments/accelerator.sh MINUTES OUT DATA_DIR [WEIGHTS]
 #
 # The parts: the speed of the step; on CIFAR-10 and CIFAR-100 the teacher and students
 # alone, lambda of every distance on held-out images, and the table of three seeds; with
 # WEIGHTS, an ImageNet ResNet18 of torchvision, the paper's recipe. When MINUTES are over,
-# the part at work saves and stops, and the script ends with status 124. The same command
-# resumes; finished parts take seconds.
+# the running part saves and stops, and the script ends with status 124 (137 if saving
+# took more than a minute). The same command resumes; finished parts take seconds.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 ends=$((SECONDS + 60 * $1)) out=$2 data=$3 weights=${4:-}
 
-run() { timeout -s TERM -k 60 "$((ends > SECONDS ? ends - SECONDS : 1))" python "$@"; }
+run() {
+  local left=$((ends > SECONDS ? ends - SECONDS : 1))
+  timeout --foreground -s TERM -k 60 "$left" python "$@"
+}
 
-distances="w2 cw2 jw2 w2_gaussian cw2_gaussian kl_gaussian kd l2 procrustes"
+distances=(w2 cw2 jw2 w2_gaussian cw2_gaussian kl_gaussian kd l2 procrustes)
 # The strong recipe with a third of its epochs.
-short="--recipe strong --dtype bfloat16 --epochs 30 --teacher-epochs 30 --eval-every 5"
+short=(--recipe strong --dtype bfloat16 --epochs 30 --teacher-epochs 30 --eval-every 5)
 mkdir -p "$out"
-if [ ! -s "$out/step.json" ]; then
+# Its last rows say so if there was no time for them.
+if ! grep -q claims "$out/step.json" 2>/dev/null ||
+    grep -q "out of time" "$out/step.json"; then
   run "$here/../benchmarks/step.py" --no-assert --minutes "$(($1 > 1 ? $1 - 1 : 1))" \
     --json "$out/step.json"
 fi
 for name in cifar10 cifar100; do
-  settings="--dataset $name --data-dir $data $short"
-  alone="--seeds 0 1 2 --out $out/$name --distances"
-  run "$here/cifar.py" $settings $alone
-  run "$here/choose_weights.py" --grid 1e-3 1e-2 0.1 1 10 -- $settings --epochs 10 \
-    --held-out 5000 --teacher-saw-held-out --teacher "$out/$name/teacher/seed0" \
-    --out "$out/$name-weights" --distances $distances
+  settings=(--dataset "$name" --data-dir "$data" "${short[@]}")
+  alone=(--seeds 0 1 2 --out "$out/$name" --distances)
+  run "$here/cifar.py" "${settings[@]}" "${alone[@]}"
+  run "$here/choose_weights.py" --grid 1e-3 1e-2 0.1 1 10 -- "${settings[@]}" \
+    --epochs 10 --held-out 5000 --teacher-saw-held-out \
+    --teacher "$out/$name/teacher/seed0" --out "$out/$name-weights" \
+    --distances "${distances[@]}"
   chosen=$(python -c 'import json, sys
 weights = json.load(open(sys.argv[1]))["weights"]  # without those that diverged
 print(*weights, "--weights", *(f"{n} {w:g}" for n, w in weights.items()))' \
     "$out/$name-weights/weights.json")
-  run "$here/cifar.py" $settings $alone $chosen
+  # shellcheck disable=SC2086  # words
+  run "$here/cifar.py" "${settings[@]}" "${alone[@]}" $chosen
 done
 if [ -n "$weights" ]; then
   # After the paper's 15 epochs a grown ResNet34 is no better than the ResNet18 that it

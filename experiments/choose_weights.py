@@ -39,14 +39,14 @@ def train(
     teacher: Teacher,
     reporter: cifar.Reporter,
 ) -> float:
-    """Trains one student of the grid; one that diverges stops no other.
+    """Trains one student of the grid; if it diverges, its accuracy is 0.
 
-    It leaves a file that says so, and is not tried again, unless by ``--on-nonfinite
-    skip`` after ``stop``.
+    Divergence is recorded in ``diverged.json``.  A recorded run is not trained again,
+    unless it stopped under ``--on-nonfinite stop`` and the command now says ``skip``.
 
     Args:
       problem: data, devices, settings.
-      run: of `runs.grid_runs`.
+      run: one of `runs.grid_runs`.
       model: the network.
       teacher: the trained teacher.
       reporter: shows progress.

@@ -10,14 +10,20 @@ import report
 from PIL import Image
 
 mpl.use("Agg")
-mpl.rcParams["text.parse_math"] = False  # names of classes may hold a $
 from cycler import cycler  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 DPI = 110
 COLOURS = 128  # of a picture's palette: a third of the bytes
+# Ten colours come once as lines and once as dots and dashes.
+CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=plt.get_cmap("tab10").colors)
 PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher taught
+
+
+def plain(text: object) -> str:
+    """A string that Matplotlib draws as it is: a $ would begin a formula."""
+    return str(text).replace("$", r"\$")
 
 
 def save(figure, path: Path) -> Path:
@@ -39,7 +45,7 @@ def svg(figure) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "kddm_jax", "svg.fonttype": "none"}):
         keys = ("Creator", "Date", "Format", "Type")
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(keys))
+        figure.savefig(buffer, format="svg", dpi=200, metadata=dict.fromkeys(keys))
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
@@ -109,10 +115,8 @@ def panels(
       The figure and its three axes.
     """
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    # Ten colours come once as lines and once as dots and dashes.
-    cycle = cycler(linestyle=["-", "-."]) * cycler(color=plt.get_cmap("tab10").colors)
     for one in axes:
-        one.set_prop_cycle(cycle)
+        one.set_prop_cycle(CYCLE)
         one.set_xlabel("epoch")
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
     for key, runs in groups.items():
@@ -150,7 +154,7 @@ def of_runs(results: Mapping):
         groups.setdefault(run["name"], []).append(run)
     part = "held-out" if results["settings"]["held_out"] else "test"
     styles = {
-        name: {"label": runs[0]["title"], **(PLAIN if name == "student" else {})}
+        name: {"label": plain(runs[0]["title"]), **(PLAIN if name == "student" else {})}
         for name, runs in groups.items()
     }
     figure, axes = panels(groups, styles, part, relative=True)
@@ -161,7 +165,8 @@ def of_runs(results: Mapping):
     if not axes[2].lines:  # students alone
         axes[2].set_axis_off()
     figure.suptitle(
-        f"{results['settings']['dataset']}: {seeds_of(next(iter(groups.values())))}"
+        f"{plain(results['settings']['dataset'])}: "
+        f"{seeds_of(next(iter(groups.values())))}"
     )
     return figure
 

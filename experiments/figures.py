@@ -272,7 +272,7 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
         curves.scatter(axes, mine, labels, count, marker="x", s=14)
         axes.set(xticks=[], yticks=[])
         axes.set_title(
-            f"{when}: {run['title']}, {run['accuracy']:.1f} %, "
+            f"{when}: {curves.plain(run['title'])}, {run['accuracy']:.1f} %, "
             f"W2² {relative_w2(x, y):.2f} of the teacher's spread",
             fontsize="medium",
         )
@@ -282,8 +282,8 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
     ]
     if len(classes) <= 10:
         dots += [
-            plt.Line2D([], [], color=hues(i), linestyle="", marker="s", label=str(c))
-            for i, c in enumerate(classes)
+            plt.Line2D([], [], color=hues(i), linestyle="", marker="s", label=label)
+            for i, label in enumerate(map(curves.plain, classes))
         ]
     figure.legend(handles=dots, loc="outside right center", fontsize="small")
     figure.suptitle(

@@ -42,7 +42,7 @@ def _groups(results) -> dict[str, list[Mapping]]:
 
 
 class Solver(NamedTuple):
-    """What the solver of a term said.
+    """Diagnostics of the solver of a term.
 
     Attributes:
       title: of the run and, where they differ, the term.
@@ -65,18 +65,18 @@ FORMATS = {
 
 
 def _solved(results):
-    """``(title, key of the history, statistic, runs)`` of every solver."""
+    """``(name, term, title, statistic, runs)`` of every solver of a term."""
     for name, runs in _groups(results).items():
         for key in runs[0]["history"][0]:
             term, _, stat = key.rpartition("/")
             if term and stat in STATS:
                 title = runs[0]["title"]
                 title = title if term == name else f"{title}, {term}"
-                yield title, key, stat, runs
+                yield name, term, title, stat, runs
 
 
 def solvers(results: Mapping[str, object]) -> list[Solver]:
-    """What the solvers of transport said.
+    """Summarizes the diagnostics of the transport solvers.
 
     Args:
       results: as in ``results.json``.
@@ -85,29 +85,35 @@ def solvers(results: Mapping[str, object]) -> list[Solver]:
       A row for each term that has a solver.
     """
     rows = {}
-    for title, key, stat, runs in _solved(results):
+    for name, term, title, stat, runs in _solved(results):
         records = [record for run in runs for record in run["history"]]
-        mean, worst = FORMATS[stat](np.array([record[key] for record in records]))
+        values = [r[f"{term}/{stat}"] for r in records if f"{term}/{stat}" in r]
+        mean, worst = FORMATS[stat](np.array(values))
         text = mean if mean == worst else f"{mean} ({worst})"
-        row = rows.get(title, Solver(title))
-        rows[title] = row._replace(**{stat: text})
+        row = rows.get((name, term), Solver(title))
+        rows[name, term] = row._replace(**{stat: text})
     return [*rows.values()]
 
 
 def solver_curves(results: Mapping[str, object]):
-    """Draws what the solvers said, epoch by epoch; None where there are none."""
+    """Plots the diagnostics of the solvers by epoch; None where there are none."""
     solved = [*_solved(results)]
     if not solved:
         return None
     figure, axes = plt.subplots(1, len(STATS), figsize=(12, 3.6), layout="constrained")
     for one, (stat, name) in zip(axes, STATS.items(), strict=True):
-        for title, key, which, runs in solved:
+        one.set_prop_cycle(curves.CYCLE)
+        for _, term, title, which, runs in solved:
             if which == stat:
-                value = lambda record, key=key: record[key]
-                curves.draw(one, runs, value, label=title, linewidth=1.2)
+                value = lambda record, key=f"{term}/{stat}": record.get(key)
+                style = {"label": curves.plain(title), "linewidth": 1.2}
+                curves.draw(one, runs, value, **style)
         one.set(xlabel="epoch", ylabel=name)
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines = axes[0].get_legend_handles_labels()
+    converged, _, error = axes
+    converged.set_ylim(-0.02, 1.02)
+    error.set_yscale("log")
+    lines = converged.get_legend_handles_labels()
     figure.legend(*lines, fontsize="small", loc="outside right upper")
     return figure
 
@@ -140,12 +146,13 @@ def features(embedding: Mapping[str, object]):
         points = np.asarray(panel["points"])
         hues = curves.scatter(one, points, labels, len(names), **dots)
         whose = "the teacher's axes" if len(behind) else "its own axes"
-        one.set_title(f"{panel['title']}, {whose}", fontsize="small")
+        title = curves.plain(panel["title"])
+        one.set_title(f"{title}, {whose}", fontsize="small")
         one.set(xticks=[], yticks=[])
     if shown and len(names) <= MOST_NAMED:
         marks = [
-            plt.Line2D([], [], color=hues(i), linestyle="", marker="o", label=str(name))
-            for i, name in enumerate(names)
+            plt.Line2D([], [], color=hues(i), linestyle="", marker="o", label=label)
+            for i, label in enumerate(map(curves.plain, names))
         ]
         figure.legend(handles=marks, fontsize="small", loc="outside right upper")
     return figure

@@ -83,9 +83,9 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-      title: of the run, in messages.
+      title: name of the run, for messages.
       folder: of its checkpoints.
-      about: what each of them says of the run.
+      about: metadata that is stored in each checkpoint.
       steps: in an epoch.
       state: after the newest step.
       history: a record of each epoch that has ended.

@@ -228,6 +228,11 @@ def check_folder(run: Run, out: Path) -> None:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable; choose another --out") from error
+    if found.get("batches") is not None:
+        raise UserError(
+            f"{path.parent} was trained on the batches of another seed by an earlier "
+            "version; choose another --out, or delete that folder"
+        )
     for name, wanted in run.identity.items():
         if found.get(name, YOUNGER.get(name)) != wanted:
             raise UserError(

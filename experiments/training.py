@@ -1,6 +1,6 @@
 """Trains a run, from its newest checkpoint if there is one.
 
-What a run is stands in ``runs.py``, what a checkpoint holds in ``progress.py``.
+``runs.py`` defines a run, ``progress.py`` the contents of a checkpoint.
 """
 
 import math
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
 
 
-# One on a CPU, whose loops are slow (`train_step.scan_steps`).
-MOST_STEPS_PER_DISPATCH = {"cpu": 1, "gpu": 50, "tpu": 50}
+def most_steps_per_dispatch() -> int:
+    """One on a CPU, whose loops are slow (`train_step.scan_steps`)."""
+    return 1 if jax.default_backend() == "cpu" else 50
 
 
 def _steps_per_dispatch(steps):
     """The largest divisor of an epoch's steps that is allowed: one program serves."""
-    most = MOST_STEPS_PER_DISPATCH[jax.default_backend()]
+    most = most_steps_per_dispatch()
     return max(k for k in range(1, most + 1) if steps % k == 0)
 
 

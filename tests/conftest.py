@@ -15,7 +15,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 FLAG = "--xla_cpu_use_fusion_emitters=false"  # compiles in half the time
 flags = os.environ.get("XLA_FLAGS", "")
-if importlib.metadata.version("jaxlib") < "0.11" and FLAG not in flags:
+jaxlib = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+if jaxlib < (0, 11) and FLAG not in flags:  # later ones do not know it
     os.environ["XLA_FLAGS"] = f"{flags} {FLAG}"
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects and few cycles
 # Beside xdist's workers OpenBLAS's own threads turn a 1 ms SVD into 800 ms.

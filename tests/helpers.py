@@ -65,6 +65,11 @@ class Batch(NamedTuple):
 FLOATS = ("x", "y", "logits_x", "logits_y", "maps_x", "maps_y")
 NUM_CLASSES = 4
 
+# The first row of each kind, by what decides how it is gathered over devices.
+KINDS: dict[tuple, str] = {}
+for _name, _row in DISTANCES.items():
+    KINDS.setdefault((_row.inputs, _row.per_sample), _name)
+
 
 def relu_features(rng, n, d):
     """Non-negative, a part of them zero, some features larger than others."""

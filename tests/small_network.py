@@ -23,4 +23,4 @@ class Small(nn.Module):
         x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
         features = nn.relu(x)
         maps = {"map": jnp.reshape(features, (-1, 2, 2, 2 * self.width))}
-        return Outputs(nn.Dense(self.num_classes)(features), features, maps)
+        return Outputs(nn.Dense(self.num_classes, name="fc")(features), features, maps)

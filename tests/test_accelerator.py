@@ -12,9 +12,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "accelerator.sh"
 PYTHON = """#!{bash}
 if [ "$1" = -c ]; then exec {python} "$@"; fi
 echo "$(basename "$1") ${{@:2}}" >> "$LOG"
-case "$*" in *"$SLOW"*) sleep 60 ;; esac
+case "$*" in *"$SLOW"*) exec sleep 60 ;; esac
 case "$1" in
-  *step.py) touch_file="${{@: -1}}"; echo '{{"rows": []}}' > "$touch_file" ;;
+  *step.py) echo "$STEP" > "${{@: -1}}" ;;
   *choose_weights.py)
     for word in "$@"; do [ "$last" = --out ] && out=$word; last=$word; done
     mkdir -p "$out"
@@ -23,7 +23,10 @@ esac
 """
 
 
-def run(tmp_path, minutes, *weights, slow="no such word"):
+MEASURED = '{"claims": []}'
+
+
+def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
     """The script's status, and the commands that it ran."""
     folder, log = tmp_path / "bin", tmp_path / "log"
     folder.mkdir(exist_ok=True)
@@ -34,7 +37,7 @@ def run(tmp_path, minutes, *weights, slow="no such word"):
     path = f"{folder}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", SCRIPT, str(minutes), tmp_path / "out", "data", *weights],
-        env={**os.environ, "PATH": path, "LOG": str(log), "SLOW": slow},
+        env={**os.environ, "PATH": path, "LOG": str(log), "SLOW": slow, "STEP": step},
         capture_output=True,
         text=True,
         timeout=50,
@@ -56,6 +59,13 @@ def test_all_parts_run_in_their_order(tmp_path):
     # Once more: the step is measured already, and the other commands resume.
     status, again = run(tmp_path, 1)
     assert (status, again) == (0, lines[1:-1])
+
+
+@pytest.mark.parametrize("step", ["{}", '{"claims": [], "note": "out of time"}'])
+def test_a_step_that_is_not_measured_to_its_end_is_measured_again(tmp_path, step):
+    run(tmp_path, 1, step=step)
+    _, lines = run(tmp_path, 1)
+    assert lines[0].startswith("step.py ")
 
 
 @pytest.mark.slow

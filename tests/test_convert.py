@@ -270,7 +270,7 @@ def test_other_variables_are_named(small):
 
 @pytest.mark.slow
 def test_grown_network_computes_the_same():
-    """Exactly: what is added to a map of non-negative numbers is zero."""
+    """What is added to a map of non-negative numbers is zero."""
     shallow = Architecture(width=4, num_classes=10)
     variables = random_variables(shallow)
     grown = convert.grow(jax.random.key(0), variables, ResNet34.blocks)
@@ -279,11 +279,11 @@ def test_grown_network_computes_the_same():
     x = images(33)
     before, after = run(shallow.model(), variables, x), run(deep.model(), grown, x)
     assert float(jnp.std(before.logits)) > 0.1
-    np.testing.assert_array_equal(before.logits, after.logits)
-    np.testing.assert_array_equal(before.features, after.features)
-    np.testing.assert_array_equal(
-        before.maps["stage3_block2"], after.maps["stage3_block6"]
-    )
+    # Two programs, which may round differently.
+    assert_same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    assert_same(before.logits, after.logits)
+    assert_same(before.features, after.features)
+    assert_same(before.maps["stage3_block2"], after.maps["stage3_block6"])
 
 
 def test_grown_blocks():

@@ -66,10 +66,8 @@ TINY = (
     *("--seeds", "1", "--distances", *DISTANCE_NAMES),
 )
 # For runs that train: what they show does not depend on the network.
-SMALL = (
-    *(*TINY, "--teacher-model", "small_network:Small"),
-    *("--student-model", "small_network:Small"),
-)
+NETWORK = "small_network:Small"
+SMALL = (*TINY, "--teacher-model", NETWORK, "--student-model", NETWORK)
 
 
 # ---------------------------------------------------------------------------
@@ -80,6 +78,13 @@ SMALL = (
 CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
+# Those of conftest.py and `prefer_eigen`, so that a cached program fits here, too.
+COMPILER_FLAGS = (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
+)
+
+
 def environ(**more):
     """Of a subprocess: this package, a plain terminal, one device, no user's data."""
     kept = {
@@ -87,7 +92,7 @@ def environ(**more):
         for name, value in os.environ.items()
         if not name.startswith(("JAX_", "KDDM_")) or name in CACHE
     }
-    for name in ("COLUMNS", "FORCE_COLOR", "PYTHONWARNINGS"):
+    for name in ("COLUMNS", "FORCE_COLOR"):
         kept.pop(name, None)
     package, tests = Path(kddm_jax.__file__).parents[1], Path(__file__).parent
     return {
@@ -95,6 +100,9 @@ def environ(**more):
         "PYTHONPATH": f"{package}{os.pathsep}{tests}",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the compiler takes half the time
+        "XLA_FLAGS": " ".join(f for f in COMPILER_FLAGS if f in kept["XLA_FLAGS"]),
+        # A program that a killed run has left half written is compiled anew.
+        "PYTHONWARNINGS": "ignore:Error reading persistent",
         **more,
     }
 
@@ -544,9 +552,9 @@ def trained(shared):
             for dataset in ("digits", "mnist"):
                 meta = {"run": {**run.identity, "dataset": dataset}}
                 checkpoint.save(folder / dataset / "checkpoints", 2, variables, meta)
-            source = models.source_digest(SMALL[-3])
-            own = {"teacher_model": SMALL[-3], "teacher_model_source": source}
-            variables = problem.init(problem.model(SMALL[-3], 4), 0)
+            source = models.source_digest(NETWORK)
+            own = {"teacher_model": NETWORK, "teacher_model_source": source}
+            variables = problem.init(problem.model(NETWORK, 4), 0)
             meta = {"run": {**run.identity, **own}}
             checkpoint.save(folder / "small" / "checkpoints", 2, variables, meta)
     return folder

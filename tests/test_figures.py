@@ -372,11 +372,13 @@ def test_lambdas_rise_and_one_may_be_too_large(grid, tmp_path, kept):
 
 
 @pytest.mark.slow
-def test_ablation_of_a_real_grid(shared, tmp_path):  # noqa: F811
+def test_ablation_of_a_real_grid(tmp_path, capsys):
     settings = [*SMALL, "--held-out", "100", "--distances", "w2", "--out", tmp_path]
     settings += [*KEEP, "--no-progress"]
-    line = ["--grid", "0", "0.5", "--", *map(str, settings)]
+    line = ["--grid", "0", "0.5", "1e38", "--", *map(str, settings)]
     assert choose_weights.main(line) == 0
+    assert "λ = 1e+38 seed 1: loss or gradient not fin" in capsys.readouterr().out
+    assert (tmp_path / "weight-1e+38" / "w2" / "seed1" / "diverged.json").exists()
     assert call(tmp_path) == 0
     pictures = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert pictures == ["ablation-w2.png", "toy-classes.png", "toy-shapes.png"]

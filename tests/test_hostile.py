@@ -330,9 +330,15 @@ def test_half_precision_is_widened_first(name):
 # -------------------------------------------------------------------- refusals
 
 
+ODD = [Form(1, 1, 1), Form(5, 3, 4), Form(3, 3, 70), Form(2, 90, 6)]
+
+
 @ROWS
-def test_what_is_refused_is_refused_in_one_line(name):
+@pytest.mark.parametrize(
+    "forms", [ODD[:2], pytest.param(ODD[2:], marks=pytest.mark.slow)], ids=["", "more"]
+)
+def test_what_is_refused_is_refused_in_one_line(name, forms):
     """Whatever the shapes: a scalar, or a ValueError that names one of them."""
     assert not refused(name, FEW[1])
-    for form in (Form(1, 1, 1), Form(5, 3, 70)):
+    for form in forms:
         refused(name, form)

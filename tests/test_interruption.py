@@ -22,6 +22,7 @@ import pytest
 from test_experiments import (  # the fixtures are used by name
     CACHE,
     EXPERIMENTS,
+    SMALL,
     TINY,
     assert_same_arrays,
     call,
@@ -303,6 +304,46 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert_same_runs(out, finished / "out", (("teacher", 0), ("student", 1)))
 
 
+@pytest.mark.slow
+def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminated_at):  # noqa: F811
+    """As on accelerators: the same run, also where it continues at an odd step."""
+    out = tmp_path / "out"
+    line = (*tiny(out), "--devices", 1, "--distances", "w2")
+    line = (*line, "--checkpoint-seconds", 1e6)
+    terminated_at.append(("teacher", 2))  # a third step is already under way
+    assert call(*line) == signals.STATUS
+    assert newest(out, "teacher/seed0")[0] == "step-00000003"
+
+    lengths, scan = set(), training.train_step.scan_steps
+
+    def spy(step, **options):
+        scanned = scan(step, **options)
+
+        def counted(*arguments):
+            lengths.add(arguments[-1].shape[0])
+            return scanned(*arguments)
+
+        return counted
+
+    monkeypatch.setattr(training.train_step, "scan_steps", spy)
+    monkeypatch.setattr(training, "most_steps_per_dispatch", lambda: 2)
+    assert call(*line) == 0
+    assert lengths == {1, 2}  # the teacher's, then the students'
+    for name, seed in (("teacher", 0), ("student", 1), ("w2", 1)):
+        left, right = (final_arrays(o, name, seed) for o in (out, finished / "out"))
+        for (key, a), (_, b) in zip(left[1], right[1], strict=True):
+            # Rounding: a step within a loop is another program.
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4, err_msg=str(key))
+        histories = (
+            json.loads((o / name / f"seed{seed}" / "result.json").read_text())[
+                "history"
+            ]
+            for o in (out, finished / "out")
+        )
+        for one, two in zip(*histories, strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
 def test_sigterm_outside_training_stops_at_once(tmp_path, capsys, monkeypatch):
     """Nothing waits for data that take minutes to read."""
 
@@ -454,7 +495,7 @@ def test_two_processes_compile_and_give_the_same_bits(devices, name, tmp_path):
     env = environ(JAX_NUM_CPU_DEVICES=str(devices))
     for variable in (*CACHE, "JAX_DISABLE_MOST_OPTIMIZATIONS"):
         del env[variable]
-    line = (*TINY, "--compilation-cache", "None", "--distances", name, "--out", "out")
+    line = (*SMALL, "--compilation-cache", "None", "--distances", name, "--out", "out")
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         done = command(*line, cwd=tmp_path / place, env=env)

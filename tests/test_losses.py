@@ -351,16 +351,18 @@ def by_shard_map(name):
     )
 
 
-# Gathered, per sample, by a solver with loops, in closed form, cross-entropy alone.
-@pytest.mark.parametrize("name", ["cmmd_rbf", "l2", "w2", "w2_gaussian", None])
-@pytest.mark.parametrize("size", [None, 1, DEVICES])
-def test_shard_map_that_checks_what_varies_is_refused(name, size):
+def loss_of_all(distance):
+    arguments = BATCH.x, BATCH.x, LABELS, BATCH.logits_x
+    return jax.jit(partial(distill_loss, distance=distance))(*arguments)[0]
+
+
+@pytest.mark.parametrize("distance", [(), "l2"], ids=["cross-entropy", "l2"])
+def test_shard_map_that_checks_what_varies_is_refused(distance):
     """Its gradients would be N times too large, or a TypeError of the solver's."""
 
     def loss(x, s, labels):
-        distance = () if name is None else name
-        options = {"axis_name": "devices", "group_size": size}
-        return distill_loss(x, x, labels, s, distance=distance, **options)[0]
+        options = {"distance": distance, "axis_name": "devices"}
+        return distill_loss(x, x, labels, s, **options)[0]
 
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
     spec = PartitionSpec("devices")
@@ -372,6 +374,10 @@ def test_shard_map_that_checks_what_varies_is_refused(name, size):
         ValueError, match="axis_name='devices' .*; pass check_vma=False"
     ):
         jax.eval_shape(mapped, *arguments)
+    # An axis of vmap, too, has devices whose loss is one.
+    halves = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in arguments]
+    both = jax.jit(jax.vmap(loss, axis_name="devices"))(*halves)
+    np.testing.assert_allclose(both, loss_of_all(distance), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -514,9 +520,11 @@ def compare_sharded(names):
             np.testing.assert_allclose(a, b, atol=1e-5 * largest, err_msg=name)
 
 
-# shard_map for one row of each kind: gathered, per sample, labelled, by transport.
-DEVICE_ROWS = [(by_pmap, name) for name in DISTANCES] + [
-    (by_shard_map, name) for name in ("mmd_rbf", "l2", "cw2_gaussian", "w2")
+# On two devices one row of each kind: test_devices.py has all of them on eight.
+DEVICE_ROWS = [
+    *((None, name) for name in DISTANCES),
+    *((by_pmap, name) for name in helpers.KINDS.values()),
+    *((by_shard_map, name) for name in ("mmd_rbf", "l2", "cw2_gaussian", "w2")),
 ]
 
 
@@ -553,6 +561,8 @@ def test_every_row_on_one_device_and_on_two(mapped, name):
     compared = {"features", "maps"} & set(row.inputs)
     assert bool(np.any(gradient["scale"])) == bool(compared)
 
+    if mapped is None:
+        return
     (loss_on_two, terms_on_two), gradient_on_two = mapped(name)(params, *batch)
     shards = [float(shard.data) for shard in loss_on_two.addressable_shards]
     assert len(shards) == DEVICES

@@ -204,41 +204,6 @@ def test_metrics_are_those_of_the_global_batch(l2_step):
 # ----------------------------------------------------------------------- devices
 
 
-@pytest.mark.slow
-def test_every_row_on_one_device_is_on_two():
-    """All rows in one program, where the weights choose: it compiles only twice."""
-
-    def step(weights, state, teacher, images, labels):
-        terms = [term_of(name, weights[i]) for i, name in enumerate(DISTANCES)]
-        return make_step(distance=terms)(state, teacher, images, labels)
-
-    axes = (None, None, None, 0, 0)
-    results = {name: {} for name in DISTANCES}
-    for count in (1, 2):
-        mapped = parallel(step, in_axes=axes, devices=DEVICES[:count])
-        batch = shard((IMAGES, LABELS), count)
-        for i, name in enumerate(DISTANCES):
-            weights = np.zeros(len(DISTANCES), np.float32)
-            weights[i] = 0.05
-            state, teacher = start(count)
-            for _ in range(2):
-                state, metrics = mapped(on_all(weights, count), state, teacher, *batch)
-            assert_shards_equal((state, metrics), count)
-            results[name][count] = jax.device_get((state, metrics))
-    for name, result in results.items():
-        (one, metrics), (two, metrics_on_two) = result[1], result[2]
-        assert metrics["finite"], name
-        assert metrics[name] != 0, name
-        assert differs(one.params, STUDENT["params"]), name
-        assert_close(two, one)
-        # Not iterations: at the threshold, rounding decides on the last ten.
-        own = ["loss", "task", name, "accuracy", "finite"]
-        pick = lambda every, own=own: {key: every[key] for key in own}
-        assert_close(pick(metrics_on_two), pick(metrics))
-    updates = [result[1][0].params["first"]["kernel"] for result in results.values()]
-    assert len(np.unique(np.stack(updates), axis=0)) > len(updates) // 2
-
-
 @pytest.mark.parametrize("how", MAPPINGS)
 def test_lower_takes_shapes(how):
     """As where there is a description of the devices only."""
