@@ -89,7 +89,7 @@ class Progress:
       steps: in an epoch.
       state: after the newest step.
       history: a record of each epoch that has ended.
-      tally: of the epoch that has not.
+      tally: sums over the steps of the unfinished epoch.
       earlier: seconds that earlier commands spent.
       first_step: seconds to the end of this command's first step.
       last: the newest checkpoint, None before the first.

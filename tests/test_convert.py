@@ -270,7 +270,7 @@ def test_other_variables_are_named(small):
 
 @pytest.mark.slow
 def test_grown_network_computes_the_same():
-    """What is added to a map of non-negative numbers is zero."""
+    """The added blocks add zero to a map of non-negative numbers."""
     shallow = Architecture(width=4, num_classes=10)
     variables = random_variables(shallow)
     grown = convert.grow(jax.random.key(0), variables, ResNet34.blocks)

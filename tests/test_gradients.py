@@ -107,7 +107,7 @@ def test_gradient_is_that_of_the_value(name, variant, batch):
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_gradient_along_one_direction(name):
-    """Of every row by all it compares: what the slow test looks at entry by entry."""
+    """Compares a directional derivative with a difference of values, for every row."""
     row = DISTANCES[name]
     fn, matrix = of_one_matrix(row, TINY["n<d"], **options_of(row, **FIXED))
     value_and_gradient = jax.jit(jax.value_and_grad(fn))
