@@ -80,6 +80,7 @@ CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SEC
 
 # Those of conftest.py and `prefer_eigen`, so that a cached program fits here, too.
 COMPILER_FLAGS = (
+    "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
 )

@@ -34,7 +34,9 @@ LINE = (
     "--teacher-epochs",
     1,
     "--distances",
-    "w2",
+    "l2",
+    "--embedding",
+    "none",
     "--devices",
     4,
 )
@@ -99,7 +101,7 @@ def alone(tmp_path_factory):
     return folder / "out"
 
 
-RUNS = (("teacher", 0), ("student", 1), ("w2", 1))
+RUNS = (("teacher", 0), ("student", 1), ("l2", 1))
 
 
 def assert_same_run(left, right, name, seed):
@@ -127,7 +129,7 @@ def test_two_processes_are_one(how, alone, tmp_path):
     assert first[::2] == second[::2] == (0, "")
     # Told and written once.
     assert any("4 cpu device(s)" in line for line in first[1])
-    assert any("w2 seed 1: epoch 1" in line for line in first[1])
+    assert any("l2 seed 1: epoch 1" in line for line in first[1])
     assert second[1] == []
     assert not list((tmp_path / "host1").iterdir())
     out = tmp_path / "host0" / "out"
@@ -143,7 +145,8 @@ def test_killed_run_continues_in_two_processes(alone, tmp_path):
     """From the step that the first process knows, whatever the other's folder has."""
     line = (*LINE, "--epochs", 2, "--checkpoint-seconds", 0, *KEEP, "--out", "out")
     # Within the second epoch of four steps.
-    late = KILL.replace("in path.parts", "in path.parts and path.name[-1] > '4'")
+    late = """"l2" in path.parts and path.name[-1] > '4'"""
+    late = KILL.replace('"w2" in path.parts', late)
     assert late != KILL
     kill = ("-c", late)
     (killed,) = ended(
@@ -155,9 +158,9 @@ def test_killed_run_continues_in_two_processes(alone, tmp_path):
     assert whole[0] == 0
     first, second = both(tmp_path, *line)
     assert first[::2] == second[::2] == (0, "")
-    assert not any("w2 seed 1: epoch 1" in line for line in first[1])
-    assert any("w2 seed 1: epoch 2" in line for line in first[1])
-    assert_same_run(tmp_path / "whole" / "out", tmp_path / "host0" / "out", "w2", 1)
+    assert not any("l2 seed 1: epoch 1" in line for line in first[1])
+    assert any("l2 seed 1: epoch 2" in line for line in first[1])
+    assert_same_run(tmp_path / "whole" / "out", tmp_path / "host0" / "out", "l2", 1)
     # Once more: all is done.
     (again, _) = both(tmp_path, *line)
     assert not any("seed 1: epoch" in line for line in again[1])
