@@ -115,7 +115,7 @@ def test_imports_run_downwards(module):
         ("losses", "from kddm_jax import Distance"),  # the package itself
         ("losses", "from kddm_jax.testing import assert_finite_gradients"),
         ("resnet", "from kddm_jax.linalg import matmul"),
-        ("data", "from kddm_jax.augment import normalize"),
+        ("data", "from kddm_jax.data.augment import normalize"),
         ("train_step", "from experiments.settings import Settings"),
     ],
 )

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kddm_jax.cache import keep
-from kddm_jax.dataset import DataError, Dataset, damaged, make_dataset
+from kddm_jax.data.cache import keep
+from kddm_jax.data.dataset import DataError, Dataset, damaged, make_dataset
 
 # Images per training file and per test file, as published.
 RECORDS = {

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kddm_jax.dataset import DataError, Dataset, Options, count_values, statistics
+from kddm_jax.data.dataset import DataError, Dataset, Options, count_values, statistics
 
 # Part of every key: raise it when decoding, resizing or these files change.
 _FORMAT = 1

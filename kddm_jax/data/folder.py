@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kddm_jax.cache import Writer, cached, key_of, list_files
-from kddm_jax.dataset import DataError, Dataset, Options
-from kddm_jax.images import Encoded, Split, write_images
+from kddm_jax.data.cache import Writer, cached, key_of, list_files
+from kddm_jax.data.dataset import DataError, Dataset, Options
+from kddm_jax.data.images import Encoded, Split, write_images
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 # Images all the same: left out silently they would make a smaller data set.

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kddm_jax.cache import Writer
-from kddm_jax.dataset import DataError, Dataset, Options, make_dataset
+from kddm_jax.data.cache import Writer
+from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
 
 # Images held in memory at a time, and images that a thread takes at a time: handing
 # over fewer would cost more than decoding 32 x 32 pixels does.

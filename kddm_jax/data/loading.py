@@ -3,7 +3,7 @@
 ``digits`` is embedded in scikit-learn and needs no file.  Other sets are read from the
 files that their authors publish, ``folder`` from ``train/<class>/`` and
 ``test/<class>/``, and any image classification of TensorFlow Datasets (TFDS) by its
-name.  Nothing is downloaded; ``python -m kddm_jax.data NAME`` downloads and prepares a
+name.  Nothing is downloaded; ``kddm prepare NAME`` downloads and prepares a
 TFDS set.  The folder looked in is
 
 1. ``data_dir`` if given,
@@ -26,13 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kddm_jax import prepared
-from kddm_jax.archives import FIRST_LABELS as FIRST_LABELS
-from kddm_jax.archives import RECORDS as RECORDS
-from kddm_jax.archives import idx_places, read_cifar, read_mnist, read_svhn
-from kddm_jax.dataset import DataError, Dataset, Options, make_dataset
-from kddm_jax.folder import read_folder
-from kddm_jax.images import resized
+from kddm_jax.data import prepared
+from kddm_jax.data.archives import idx_places, read_cifar, read_mnist, read_svhn
+from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
+from kddm_jax.data.folder import read_folder
+from kddm_jax.data.images import resized
+from kddm_jax.data.sampling import ranks
 
 
 def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
@@ -60,7 +59,7 @@ def _missing(
         others = [f", in {show(f)}" for f in tfds_folders if f not in folders]
         looked += f"; there{''.join(others)} for {source.tfds} prepared by TFDS"
         ways.append(
-            f"python -m kddm_jax.data {name} --data-dir {shlex.quote(str(folders[0]))} "
+            f"kddm prepare {name} --data-dir {shlex.quote(str(folders[0]))} "
             f"downloads and prepares it by TFDS, after {prepared.INSTALL}"
         )
     return DataError(
@@ -80,7 +79,7 @@ def _unknown(name: str, folders: Sequence[Path]) -> DataError:
     return DataError(
         f"unknown data set {name!r}; known: {', '.join(DATASETS)}, or a set prepared "
         f"by TFDS: none of that name in {', '.join(map(str, folders))}; "
-        "python -m kddm_jax.data NAME prepares one"
+        "kddm prepare NAME prepares one"
     )
 
 
@@ -146,96 +145,6 @@ def load(
     raise _missing(name, folders, tfds_folders)
 
 
-def _ranks(labels: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Position of each sample within its class, in the order of ``draws``."""
-    order = np.lexsort((draws, labels))
-    _, start, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    ranks = np.empty(len(labels), np.int64)
-    ranks[order] = np.arange(len(labels)) - np.repeat(start, counts)
-    return ranks
-
-
-def _check_labels(labels: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            "labels must be integers of shape [n], got "
-            f"{labels.dtype} {list(labels.shape)}; pass argmax(one_hot, axis=-1)"
-        )
-    return labels
-
-
-def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draws samples with the same number from each class, as far as possible.
-
-    Class sizes in the subset differ by at most one until a class is used up.  For
-    one seed the subsets are nested: the subset of ``count`` samples is the beginning
-    of every larger one.
-
-    Args:
-      labels: labels, integers, shape ``[n]``.
-      count: number of samples to draw, at most ``n``.
-      seed: seed of the draw, the same subset on every platform.
-
-    Returns:
-      Indices into ``labels``, ``int64``, shape ``[count]``, without repetition.
-
-    Raises:
-      ValueError: if ``labels`` has another shape or dtype, or ``count`` is out of
-        range.
-
-    Examples:
-      >>> labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
-      >>> np.bincount(labels[balanced_subset(labels, 4, seed=0)])
-      array([2, 2])
-    """
-    labels = _check_labels(labels)
-    if not 0 <= count <= len(labels):
-        raise ValueError(f"count must be in [0, n]=[0, {len(labels)}], got {count}")
-    # PCG64's raw output is guaranteed never to change; Generator's methods are not.
-    draws = np.random.PCG64(seed).random_raw(len(labels))
-    # The first of every class, then the second of every class, and so on.
-    return np.lexsort((draws, _ranks(labels, draws)))[:count]
-
-
-def stratified_split(
-    labels: np.ndarray, held_out: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Holds samples out for validation, each class in proportion to its size.
-
-    Args:
-      labels: labels, integers, shape ``[n]``.
-      held_out: number of samples to hold out, less than ``n``.
-      seed: seed of the draw, the same split on every platform.
-
-    Returns:
-      Indices of the samples to train on, shape ``[n - held_out]``, and of those held
-      out, shape ``[held_out]``; ``int64``, ascending, disjoint.
-
-    Raises:
-      ValueError: if ``labels`` has another shape or dtype, or ``held_out`` is out of
-        range.
-
-    Examples:
-      >>> labels = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
-      >>> train, held_out = stratified_split(labels, 3, seed=0)
-      >>> np.bincount(labels[train]), np.bincount(labels[held_out])
-      (array([4, 2]), array([2, 1]))
-    """
-    labels = _check_labels(labels)
-    if not 0 <= held_out < len(labels):
-        raise ValueError(
-            f"held_out must be in [0, n)=[0, {len(labels)}), got {held_out}"
-        )
-    draws = np.random.PCG64(seed).random_raw(len(labels))
-    _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    # Sample r of a class of n_c has its turn at (r + 1/2) / n_c: at any moment each
-    # class has given the same share of its samples, rounded (Sainte-Lague).
-    turn = (_ranks(labels, draws) + 0.5) / counts[class_of]
-    order = np.lexsort((draws, turn))
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
 def _read_digits(_: None) -> Dataset:
     """Every fifth image of each class, in scikit-learn's order, is a test image."""
     # Imported here: scikit-learn takes a second to import and only digits needs it.
@@ -246,7 +155,7 @@ def _read_digits(_: None) -> Dataset:
     images = np.round(levels * (255 / 16)).astype(np.uint8)
     labels = np.asarray(digits.target).astype(np.int32)
     # A rule instead of a draw: no library's shuffling can ever change the split.
-    is_test = _ranks(labels, np.arange(len(labels))) % 5 == 4
+    is_test = ranks(labels, np.arange(len(labels))) % 5 == 4
     return make_dataset(
         (images[~is_test], labels[~is_test]),
         (images[is_test], labels[is_test]),
@@ -346,7 +255,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
 def main(arguments: Sequence[str]) -> int:
     """Downloads and prepares a TFDS set; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m kddm_jax.data",
+        prog="kddm prepare",
         description="Downloads a set of TensorFlow Datasets and prepares it as "
         "ArrayRecord, which is read without TensorFlow afterwards. Preparing needs "
         f"TensorFlow: {prepared.INSTALL}",
@@ -369,7 +278,3 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     sys.stdout.write(f"{name} is prepared in {folder}\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kddm_jax.cache import Writer, cached, key_of, list_files
-from kddm_jax.dataset import DataError, Dataset, Options
-from kddm_jax.images import Encoded, Split, write_images
+from kddm_jax.data.cache import Writer, cached, key_of, list_files
+from kddm_jax.data.dataset import DataError, Dataset, Options
+from kddm_jax.data.images import Encoded, Split, write_images
 
 # "name", "name/config", "name:1.0.0" or "name/config:1.0.0".
 _NAME = re.compile(r"([a-z]\w*)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", re.ASCII)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.resnet import Outputs
+from kddm_jax.adapters import Outputs
 
 
 class MLP(nn.Module):

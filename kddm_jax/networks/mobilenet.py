@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.resnet import (
+from kddm_jax.adapters import (
     Layers,
     Outputs,
     check_images,

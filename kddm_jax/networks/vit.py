@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.resnet import Outputs, check_images, check_positive
+from kddm_jax.adapters import Outputs, check_images, check_positive
 
 _xavier = nn.initializers.xavier_uniform()
 

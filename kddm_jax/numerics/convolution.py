@@ -1,4 +1,4 @@
-"""Convolutions, pooling and rectifier that XLA is slow at on the CPU, made fast.
+"""Convolutions that XLA is slow at on the CPU, made fast.
 
 Small images. XLA exchanges the image and the kernel of a convolution whenever the
 kernel has more taps than the image has pixels. On the CPU the exchanged form has no
@@ -22,11 +22,6 @@ kernel's likewise, and the stride becomes 1. Rows of three numbers leave the CPU
 vectors nearly empty, rows of twelve less so: forwards, 128 images of 32x32 pixels and
 16 features take 2.8 instead of 5.1 ms. Backwards XLA's own form is the faster one.
 
-Max pooling: maxima of shifted images, along one axis after the other. XLA derives it
-by four arrays of indices of the image's size; the 3x3/2 pooling of 128 images of 16x16
-pixels and 64 channels takes 7 instead of 48 ms with its gradient, and without one, of 8
-images of 112x112 pixels, 2 instead of 6 ms.
-
 All others: on x86-64 XLA:CPU hands them to YNNPACK, which takes up to three times as
 long as Eigen. `prefer_eigen` changes that for the whole process.
 """
@@ -34,15 +29,13 @@ long as Eigen. `prefer_eigen` changes that for the whole process.
 import math
 import os
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxlib.version
-from flax import linen as nn
 from jax import lax
 
 # One product per output pixel: above 16 (7x7 kernel, 6x6 pixels: measured) the many
@@ -54,8 +47,6 @@ _MAX_TAPS = 25
 _MIN_BLOCK_SIDE = 7
 _MAX_BLOCK_CHANNELS = 4
 _MAX_BLOCK_FEATURES = 16
-# Windows over the ends of an axis that are worth a program of their own.
-_MAX_ENDS = 4
 
 
 def _is_nhwc(lhs: jax.Array, rhs: jax.Array, dimension_numbers: object) -> bool:
@@ -328,156 +319,6 @@ def conv_general_dilated(
 
     # Only the chosen branch is compiled, with or without derivatives, scan and vmap.
     return lax.platform_dependent(lhs, rhs, cpu=fast, default=xla)
-
-
-@jax.custom_jvp
-def _first_maximum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The larger one; of equals `a` has the derivative, not each half of it."""
-    return jnp.maximum(a, b)
-
-
-@_first_maximum.defjvp
-def _first_maximum_jvp(primals, tangents):
-    (a, b), (da, db) = primals, tangents
-    return _first_maximum(a, b), jnp.where((a >= b) | jnp.isnan(a), da, db)
-
-
-def _padded_maxima(x, axis, size, stride, padding):
-    length = (x.shape[axis] + sum(padding) - size) // stride + 1
-    config = [(0, 0, 0)] * x.ndim
-    config[axis] = (*padding, 0)
-    x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), config)
-    last = stride * (length - 1) + 1
-    shifted = [lax.slice_in_dim(x, i, i + last, stride, axis=axis) for i in range(size)]
-    return reduce(_first_maximum, shifted)
-
-
-# To pad the array, XLA:CPU asks of each pixel whether it is padding, and takes two to
-# ten times as long. Undifferentiated, windows that reach over an end are therefore
-# computed one by one; backwards what is joined here would be cut apart, and padding is
-# the faster.
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def _maxima(x, axis, size, stride, padding):
-    """The maxima of windows along one axis."""
-    low, high = padding
-    pixels = x.shape[axis]
-    length = (pixels + low + high - size) // stride + 1
-    # The windows from first to end lie inside.
-    first = min(max(-(-low // stride), 0), length)
-    end = max(min((pixels + low - size) // stride + 1, length), first)
-    if pixels == 0 or length - (end - first) > _MAX_ENDS:
-        return _padded_maxima(x, axis, size, stride, padding)
-    within = partial(lax.slice_in_dim, x, axis=axis)  # start, limit, stride
-
-    def beyond(window):
-        start = window * stride - low
-        taps = range(max(start, 0), min(start + size, pixels))
-        if not taps:
-            return jnp.full_like(within(0, 1), -jnp.inf)
-        return reduce(_first_maximum, [within(i, i + 1) for i in taps])
-
-    parts = [beyond(window) for window in range(first)]
-    if end > first:
-        start, reach = first * stride - low, stride * (end - first - 1) + 1
-        taps = range(start, start + size)
-        shifted = [within(i, i + reach, stride) for i in taps]
-        parts.append(reduce(_first_maximum, shifted))
-    parts += [beyond(window) for window in range(end, length)]
-    return jnp.concatenate(parts, axis)
-
-
-@_maxima.defjvp
-def _maxima_jvp(axis, size, stride, padding, primals, tangents):
-    padded = partial(
-        _padded_maxima, axis=axis, size=size, stride=stride, padding=padding
-    )
-    return jax.jvp(padded, primals, tangents)
-
-
-def max_pool(
-    inputs: jax.Array,
-    window_shape: tuple[int, int],
-    strides: tuple[int, int],
-    padding: str | Sequence[tuple[int, int]],
-) -> jax.Array:
-    """Pools as `flax.linen.max_pool`, without its slow gradient on the CPU.
-
-    Same result, and of finite images the same gradient up to the order of a sum: of
-    equal pixels the first of the window, row by row, receives it.
-
-    Args:
-      inputs: images, shape `[b, h, w, c]`, floating point.
-      window_shape: rows and columns of a window.
-      strides: one per spatial axis.
-      padding: "SAME", "VALID", or `(low, high)` per spatial axis; never the maximum.
-
-    Returns:
-      The maxima, shape `[b, out_h, out_w, c]`.
-
-    Raises:
-      ValueError: inputs of another rank or dtype, a number of axes other than two,
-        windows larger than the padded images.
-
-    Examples:
-      >>> image = jnp.arange(4.0).reshape(1, 2, 2, 1)
-      >>> max_pool(image, (3, 3), (2, 2), ((1, 1), (1, 1))).ravel().tolist()
-      [3.0]
-    """
-    if inputs.ndim != 4 or not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise ValueError(
-            "inputs must be floating point, of shape [b, h, w, c], got "
-            f"{inputs.dtype}{list(inputs.shape)}; add the batch axis with inputs[None]"
-        )
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(inputs.shape[1:3], window_shape, strides, padding)
-    pads: Any = tuple(map(tuple, padding))  # Flax takes pairs and does not declare it
-    if not len(window_shape) == len(strides) == len(pads) == 2:
-        raise ValueError(
-            "window_shape, strides and padding must be of rows and columns, got "
-            f"{window_shape}, {strides} and {padding}"
-        )
-    padded = [
-        size + sum(pad) for size, pad in zip(inputs.shape[1:3], pads, strict=True)
-    ]
-    if any(size > of for size, of in zip(window_shape, padded, strict=True)):
-        raise ValueError(
-            f"windows of {window_shape} do not fit padded images of {tuple(padded)}; "
-            "pad more or take smaller windows"
-        )
-
-    def fast(x: jax.Array) -> jax.Array:
-        for axis in (2, 1):  # within a row first: the first maximum is then the first
-            k = axis - 1
-            x = _maxima(x, axis, window_shape[k], strides[k], pads[k])
-        return x
-
-    plain = partial(
-        nn.max_pool, window_shape=window_shape, strides=strides, padding=pads
-    )
-    return lax.platform_dependent(inputs, cpu=fast, default=plain)
-
-
-def relu(x: jax.Array) -> jax.Array:
-    """The positive part, in a form that XLA:CPU does not compute over and over.
-
-    A maximum with zero has one operand, and XLA repeats such operations, with all
-    those before it, wherever their result is read. Where a convolution's gradient by
-    the kernel transposes its input, that reads the normalisation's input in strides.
-    A selection has two operands, is computed once, and the step takes a tenth to a
-    fifth less.
-
-    Args:
-      x: any floating point array.
-
-    Returns:
-      `max(x, 0)`; NaN stays NaN, with derivative one. At zero the derivative is zero,
-      as of `jax.nn.relu`.
-
-    Examples:
-      >>> relu(jnp.array([-1.0, 2.0])).tolist()
-      [0.0, 2.0]
-    """
-    return jnp.where(x <= 0, jnp.zeros((), x.dtype), x)
 
 
 _CHOICE = "--xla_cpu_experimental_ynn_fusion_type"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kddm_jax.augment import (
+from kddm_jax.data.augment import (
     distort,
     make_augment,
     normalize,

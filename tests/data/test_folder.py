@@ -15,16 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kddm_jax import cache, data, images
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    """No cache and no data of this machine within reach."""
-    monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+from kddm_jax import data
+from kddm_jax.data import cache, images
 
 
 def pixels(seed, height=6, width=6, channels=3):
@@ -274,23 +266,23 @@ def test_progress(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# A bare package in place of kddm_jax itself: without JAX these start at once.
 PROGRAM = """
-import sys, types
-sys.modules["kddm_jax"] = package = types.ModuleType("kddm_jax")
-package.__path__ = [sys.argv[1]]
 from kddm_jax import data
-folder = data.load("folder", data_dir=sys.argv[2])
+folder = data.load("folder", data_dir=sys.argv[1])
 print(len(folder.train_images), folder.train_images.sum())
 """
 
 
-def start(root, **options):
-    command = [sys.executable, "-c", PROGRAM, os.path.dirname(data.__file__), root]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+@pytest.fixture
+def start(bare):
+    """Starts a process that loads a folder."""
+    command = [sys.executable, "-c", bare + PROGRAM]
+    return lambda root, **options: subprocess.Popen(
+        [*command, root], stdout=subprocess.PIPE, text=True, **options
+    )
 
 
-def test_progress_on_a_terminal(tmp_path, monkeypatch):
+def test_progress_on_a_terminal(start, tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     terminal, end = pty.openpty()
     process = start(write(tmp_path), stderr=end)
@@ -668,7 +660,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_that_build_at_once(tmp_path):
+def test_processes_that_build_at_once(start, tmp_path):
     write(tmp_path)
     for seed in range(100, 400):
         save(tmp_path / "train" / "ant" / f"{seed}.png", pixels(seed))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kddm_jax.stream import reads, stream
+from kddm_jax.data.stream import reads, stream
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import numpy as np
 import prepare_tfds as tiny
 import pytest
 
-from kddm_jax import data, images, prepared
+from kddm_jax import data
+from kddm_jax.data import images, loading, prepared
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PREPARED = os.environ.get("KDDM_TEST_TFDS")
 needs_sets = pytest.mark.skipif(
     PREPARED is None,
@@ -31,16 +32,6 @@ needs_tensorflow = pytest.mark.skipif(
 TRAIN, TEST = tiny.COUNTS["train"], tiny.COUNTS["test"]
 # What TFDS reads without TensorFlow.
 FREE = ("array_record", "parquet")
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    """No data of this machine within reach."""
-    monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "home"
 
 
 def copy(root, name, file_format="array_record", to=None):
@@ -147,12 +138,12 @@ def test_unknown_name_tells_every_place(tmp_path, home, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "mine"))
     assert_refused(
         *("'plain'", "digits, cifar10, ", ", folder, or a set prepared by TFDS"),
-        *(tmp_path / "mine", home / "tensorflow_datasets", "python -m kddm_jax.data"),
+        *(tmp_path / "mine", home / "tensorflow_datasets", "kddm prepare"),
         name="plain",
     )
 
 
-def test_a_name_needs_no_tfds(monkeypatch):
+def test_a_name_needs_no_tfds(run, monkeypatch):
     """Neither finding nor missing a set imports TFDS."""
     program = "from kddm_jax import data\ntry: data.load('no_such_set')\n"
     program += "except data.DataError: import sys; print('tensorflow_datasets' in "
@@ -163,14 +154,10 @@ def test_a_name_needs_no_tfds(monkeypatch):
 # ---------------------------------------------------------------------- reading
 
 
-def run(program, *arguments):
-    """Runs a program with a bare package in place of kddm_jax: JAX is not imported."""
-    bare = (
-        "import sys, types\n"
-        "sys.modules['kddm_jax'] = package = types.ModuleType('kddm_jax')\n"
-        f"package.__path__ = [{os.path.dirname(data.__file__)!r}]\n"
-    )
-    return subprocess.run(
+@pytest.fixture
+def run(bare):
+    """Runs a program in which JAX is not imported."""
+    return lambda program, *arguments: subprocess.run(
         [sys.executable, "-W", "error", "-c", bare + program, *arguments],
         capture_output=True,
         text=True,
@@ -181,7 +168,7 @@ def run(program, *arguments):
 
 @needs_sets
 @pytest.mark.parametrize("file_format", FREE)
-def test_read_without_tensorflow(tmp_path, file_format):
+def test_read_without_tensorflow(run, tmp_path, file_format):
     copy(tmp_path, "tiny_fixed", file_format)
     program = (
         "from kddm_jax import data\n"
@@ -445,7 +432,7 @@ def registered():
 
 @needs_tensorflow
 def test_prepare(tmp_path, registered, capfd):
-    assert data.main(["tiny_known", "--data-dir", str(tmp_path / "made")]) == 0
+    assert loading.main(["tiny_known", "--data-dir", str(tmp_path / "made")]) == 0
     printed = capfd.readouterr()
     folder = tmp_path / "made" / "tiny_known" / "1.0.0"
     assert printed.out.endswith(f"tiny_known is prepared in {folder}\n")
@@ -455,14 +442,14 @@ def test_prepare(tmp_path, registered, capfd):
     assert len(dataset.train_images) == TRAIN
     # Once more there is nothing to do.
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert data.main(["tiny_known", "--data-dir", str(tmp_path / "made")]) == 0
+    assert loading.main(["tiny_known", "--data-dir", str(tmp_path / "made")]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 @needs_tensorflow
 def test_prepare_goes_where_load_looks(tmp_path, registered, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "mine"))
-    assert data.main(["tiny_known"]) == 0
+    assert loading.main(["tiny_known"]) == 0
     assert (tmp_path / "mine" / "tiny_known").is_dir()
     assert len(data.load("tiny_known").train_images) == TRAIN
 
@@ -471,7 +458,7 @@ def test_prepare_goes_where_load_looks(tmp_path, registered, monkeypatch):
 def test_prepare_leaves_other_formats(tmp_path, registered):
     builder = registered[0](data_dir=tmp_path, file_format="tfrecord")
     builder.download_and_prepare()
-    assert data.main(["tiny_known", "--data-dir", str(tmp_path)]) == 0
+    assert loading.main(["tiny_known", "--data-dir", str(tmp_path)]) == 0
     assert len(data.load("tiny_known", data_dir=tmp_path).train_images) == TRAIN
 
 
@@ -481,7 +468,7 @@ def test_prepare_leaves_other_formats(tmp_path, registered):
     [("tiny_offline", "cannot prepare tiny_offline: no network"), ("no_set", "knows")],
 )
 def test_prepare_that_fails(tmp_path, registered, capsys, name, part):
-    assert data.main([name, "--data-dir", str(tmp_path)]) == 2
+    assert loading.main([name, "--data-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err.split("error: ")[-1]
     assert part in error
     assert error.count("\n") == 1
@@ -489,7 +476,7 @@ def test_prepare_that_fails(tmp_path, registered, capsys, name, part):
 
 def test_prepare_without_tensorflow(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepared, "_has_tensorflow", lambda: False)
-    assert data.main(["cifar10", "--data-dir", str(tmp_path)]) == 2
+    assert loading.main(["cifar10", "--data-dir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         'error: preparing cifar10 needs TensorFlow: pip install "kddm-jax[prepare]"\n'
     )
@@ -498,6 +485,6 @@ def test_prepare_without_tensorflow(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["digits", "folder"])
 def test_prepare_what_needs_no_preparation(name, capsys):
-    assert data.main([name]) == 2
+    assert loading.main([name]) == 2
     expected = f"error: {name} is no TFDS set and needs no preparation\n"
     assert capsys.readouterr().err == expected

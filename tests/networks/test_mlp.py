@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kddm_jax.mlp import MLP, StudentMLP, TeacherMLP
-from kddm_jax.resnet import linen_apply
+from kddm_jax.adapters import linen_apply
+from kddm_jax.networks.mlp import MLP, StudentMLP, TeacherMLP
 
 IMAGES = np.random.default_rng(0).normal(size=(3, 4, 5, 1)).astype(np.float32)
 

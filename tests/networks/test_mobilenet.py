@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import reference
 
-from kddm_jax.mobilenet import InvertedResidual, MobileNetV2, Stage
-from kddm_jax.resnet import Outputs, linen_apply, make_layers
+from kddm_jax.adapters import Outputs, linen_apply, make_layers
+from kddm_jax.networks.mobilenet import InvertedResidual, MobileNetV2, Stage
 
 slow = pytest.mark.slow
 BLOCKS = [f"block{i}" for i in range(1, 18)]

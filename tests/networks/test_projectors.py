@@ -11,8 +11,9 @@ import pytest
 from flax import linen as nn
 
 from kddm_jax import Term
-from kddm_jax.augment import make_augment
-from kddm_jax.projectors import (
+from kddm_jax.adapters import linen_apply
+from kddm_jax.data.augment import make_augment
+from kddm_jax.networks.projectors import (
     PROJECTORS,
     ThreeLayerProjector,
     add_projectors,
@@ -20,7 +21,6 @@ from kddm_jax.projectors import (
     projected_apply,
     without_projectors,
 )
-from kddm_jax.resnet import linen_apply
 from kddm_jax.train_step import create_state, make_train_step
 
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import reference
 
-from kddm_jax.resnet import Outputs, linen_apply
-from kddm_jax.vit import EncoderBlock, ViT
+from kddm_jax.adapters import Outputs, linen_apply
+from kddm_jax.networks.vit import EncoderBlock, ViT
 
 TINY = ViT(num_classes=2, width=4, layers=2, heads=3, patch=2)  # tokens of 12
 

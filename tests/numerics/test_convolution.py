@@ -14,8 +14,9 @@ from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
 
-from kddm_jax import convolution
-from kddm_jax.convolution import conv_general_dilated, max_pool, prefer_eigen, relu
+from kddm_jax.numerics import convolution
+from kddm_jax.numerics.convolution import conv_general_dilated, prefer_eigen
+from kddm_jax.numerics.pooling import max_pool, relu
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -639,7 +640,7 @@ def test_relu_equals_jax(strict, dtype):
 KNOWN = (0, 10, 2) <= convolution.jaxlib.version.__version_info__ < (0, 13)
 PROGRAM = """
 import jax, jax.numpy as jnp
-from kddm_jax.convolution import prefer_eigen
+from kddm_jax.numerics.convolution import prefer_eigen
 prefer_eigen()
 layout = ("NHWC", "HWIO", "NHWC")
 conv = lambda x, k: jax.lax.conv_general_dilated(

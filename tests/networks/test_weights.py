@@ -16,11 +16,13 @@ import numpy as np
 import optax
 import pytest
 
-from kddm_jax import checkpoint, convert, train_step
-from kddm_jax.convert import Architecture, WeightsError
-from kddm_jax.resnet import ResNet9, ResNet18, ResNet34, linen_apply
+from kddm_jax import checkpoint, train_step
+from kddm_jax.adapters import linen_apply
+from kddm_jax.networks import surgery, torchvision, weights
+from kddm_jax.networks.torchvision import Architecture, WeightsError
+from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = Architecture(blocks=(1, 1, 1, 1), stem="cifar", width=4, num_classes=5)
 
 needs_torch = pytest.mark.skipif(
@@ -92,7 +94,7 @@ def torchvision_names(blocks):
 def test_names_are_those_of_torchvision(network, count, parameters):
     shapes = Architecture(blocks=network.blocks).shapes()
     variables = jax.tree.map(lambda of: np.zeros(of.shape, of.dtype), shapes)
-    tensors = convert.to_torchvision(variables)
+    tensors = torchvision.to_torchvision(variables)
     assert set(tensors) == torchvision_names(network.blocks)
     assert len(tensors) == count
     trained = [a for name, a in tensors.items() if "running" not in name]
@@ -107,7 +109,7 @@ def test_names_are_those_of_torchvision(network, count, parameters):
 
 def test_layouts(small):
     params, stats = small["params"], small["batch_stats"]
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     block = params["layer2_0"]
     for i, o, h, w in [(0, 0, 0, 0), (1, 5, 2, 0), (3, 2, 0, 1)]:
         weight = tensors["layer2.0.conv1.weight"][o, i, h, w]
@@ -134,18 +136,18 @@ ARCHITECTURES = [
 @pytest.mark.parametrize("given", ARCHITECTURES, ids=str)
 def test_there_and_back(given):
     variables = random_variables(given)
-    tensors = convert.to_torchvision(variables)
-    found = convert.from_torchvision(tensors)
+    tensors = torchvision.to_torchvision(variables)
+    found = torchvision.from_torchvision(tensors)
     assert_same(found, variables)
-    assert convert.architecture(found) == given
-    assert_same(convert.to_torchvision(found), tensors)
+    assert torchvision.architecture(found) == given
+    assert_same(torchvision.to_torchvision(found), tensors)
     for tensor in tensors.values():  # what safetensors and PyTorch need
         assert tensor.flags.c_contiguous
         assert tensor.flags.writeable
 
 
 def test_model_of_an_architecture(small):
-    model = convert.architecture(small).model()
+    model = torchvision.architecture(small).model()
     assert (model.blocks, model.stem, model.width) == (ResNet9.blocks, "cifar", 4)
     of = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     assert jax.tree.map(np.shape, of) == jax.tree.map(np.shape, small)
@@ -153,27 +155,27 @@ def test_model_of_an_architecture(small):
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
 def test_other_floats_become_float32(small, dtype):
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     tensors = {k: v.astype(dtype) if v.ndim else v for k, v in tensors.items()}
-    found = convert.from_torchvision(tensors)
+    found = torchvision.from_torchvision(tensors)
     rounded = jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), small)
     assert_same(found, rounded)
 
 
 def test_counters_may_be_absent_or_large(small):
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     counters = [name for name in tensors if name.endswith("num_batches_tracked")]
     assert len(counters) == 12
     more = {**tensors, **dict.fromkeys(counters, np.int64(2**40))}
-    assert_same(convert.from_torchvision(more), small)
+    assert_same(torchvision.from_torchvision(more), small)
     less = {name: tensors[name] for name in tensors.keys() - set(counters)}
-    assert_same(convert.from_torchvision(less), small)
+    assert_same(torchvision.from_torchvision(less), small)
 
 
 def test_a_common_prefix_is_left_out(small):
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     prefixed = {f"module.net.{name}": tensor for name, tensor in tensors.items()}
-    assert_same(convert.from_torchvision(prefixed), small)
+    assert_same(torchvision.from_torchvision(prefixed), small)
 
 
 def test_projectors_are_left_out(small):
@@ -182,9 +184,9 @@ def test_projectors_are_left_out(small):
         "params": {**small["params"], "projectors": dense},
         "batch_stats": {**small["batch_stats"], "projectors": {"bn": {}}},
     }
-    assert_same(convert.to_torchvision(student), convert.to_torchvision(small))
-    assert convert.architecture(student) == SMALL
-    found = convert.replace_head(jax.random.key(0), student, 3)
+    assert_same(torchvision.to_torchvision(student), torchvision.to_torchvision(small))
+    assert torchvision.architecture(student) == SMALL
+    found = surgery.replace_head(jax.random.key(0), student, 3)
     assert set(found["params"]) == set(small["params"])
 
 
@@ -246,10 +248,10 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_other_tensors_are_named(name, small):
     spoil, expected = MISTAKES[name]
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     spoil(tensors)
     with pytest.raises(WeightsError) as caught:
-        convert.from_torchvision(tensors)
+        torchvision.from_torchvision(tensors)
     for part in expected:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -257,7 +259,7 @@ def test_other_tensors_are_named(name, small):
 
 def test_other_variables_are_named(small):
     params = {**small["params"], "head": {"bias": np.ones(3, np.float32)}}
-    for use in (convert.architecture, convert.to_torchvision):
+    for use in (torchvision.architecture, torchvision.to_torchvision):
         with pytest.raises(WeightsError, match=r"head\.bias is not expected"):
             use({**small, "params": params})
         with pytest.raises(WeightsError, match=r"bn1\.running_mean is missing"):
@@ -273,8 +275,8 @@ def test_grown_network_computes_the_same():
     """Exactly: the added blocks add zero to a map of non-negative numbers."""
     shallow = Architecture(width=4, num_classes=10)
     variables = random_variables(shallow)
-    grown = convert.grow(jax.random.key(0), variables, ResNet34.blocks)
-    deep = convert.architecture(grown)
+    grown = surgery.grow(jax.random.key(0), variables, ResNet34.blocks)
+    deep = torchvision.architecture(grown)
     assert deep == shallow._replace(blocks=ResNet34.blocks)
     x, one_by_one = images(33), run.__wrapped__  # two programs may round differently
     before = one_by_one(shallow.model(), variables, x)
@@ -289,8 +291,8 @@ def test_grown_network_computes_the_same():
 
 def test_grown_blocks():
     variables = random_variables(Architecture(width=8, num_classes=3))
-    grown = convert.grow(jax.random.key(0), variables, [2, 4, 2, 3])
-    assert convert.architecture(grown).blocks == (2, 4, 2, 3)
+    grown = surgery.grow(jax.random.key(0), variables, [2, 4, 2, 3])
+    assert torchvision.architecture(grown).blocks == (2, 4, 2, 3)
     for part in ("params", "batch_stats"):
         given = {name: grown[part][name] for name in variables[part]}
         assert_same(given, variables[part])
@@ -311,7 +313,7 @@ def test_grown_blocks():
 
 def test_grown_blocks_are_of_key_and_place():
     variables = random_variables(SMALL)
-    grow = lambda seed, blocks: convert.grow(jax.random.key(seed), variables, blocks)
+    grow = lambda seed, blocks: surgery.grow(jax.random.key(seed), variables, blocks)
     first, deeper = grow(0, (1, 2, 1, 1)), grow(0, (3, 3, 1, 2))
     other = grow(1, (1, 2, 1, 1))
     assert_same(first["params"]["layer2_1"], deeper["params"]["layer2_1"])
@@ -323,8 +325,8 @@ def test_grown_blocks_are_of_key_and_place():
 @pytest.mark.slow
 def test_grown_blocks_learn():
     """The zero scale has a gradient; nothing else of an added block has, yet."""
-    grown = convert.grow(jax.random.key(0), random_variables(SMALL), (2, 1, 1, 1))
-    model = convert.architecture(grown).model()
+    grown = surgery.grow(jax.random.key(0), random_variables(SMALL), (2, 1, 1, 1))
+    model = torchvision.architecture(grown).model()
 
     @jax.jit
     def gradient(params):
@@ -346,12 +348,12 @@ def test_grown_blocks_learn():
 def test_no_blocks_are_taken_away(blocks):
     variables = random_variables(Architecture(width=2))
     with pytest.raises(WeightsError, match=r"cannot be grown from \(2, 2, 2, 2\)"):
-        convert.grow(jax.random.key(0), variables, blocks)
+        surgery.grow(jax.random.key(0), variables, blocks)
 
 
 def test_replaced_head(small):
-    found = convert.replace_head(jax.random.key(0), small, 1000)
-    assert convert.architecture(found) == SMALL._replace(num_classes=1000)
+    found = surgery.replace_head(jax.random.key(0), small, 1000)
+    assert torchvision.architecture(found) == SMALL._replace(num_classes=1000)
     kernel, bias = found["params"]["fc"]["kernel"], found["params"]["fc"]["bias"]
     # Uniform in +- 1 / sqrt(32).
     assert np.abs(kernel).max() == pytest.approx(32**-0.5, rel=1e-3)
@@ -359,15 +361,15 @@ def test_replaced_head(small):
     np.testing.assert_array_equal(bias, np.zeros(1000))
     back = {**found, "params": {**found["params"], "fc": small["params"]["fc"]}}
     assert_same(back, small)
-    other = convert.replace_head(jax.random.key(1), small, 1000)
+    other = surgery.replace_head(jax.random.key(1), small, 1000)
     assert (other["params"]["fc"]["kernel"] != kernel).any()
     with pytest.raises(WeightsError, match="num_classes must be .* got 0"):
-        convert.replace_head(jax.random.key(0), small, 0)
+        surgery.replace_head(jax.random.key(0), small, 0)
 
 
 def test_summed_channels_see_grey_as_colour(small):
-    grey = convert.sum_channels(small)
-    assert convert.architecture(grey) == SMALL._replace(channels=1)
+    grey = surgery.sum_channels(small)
+    assert torchvision.architecture(grey) == SMALL._replace(channels=1)
     x = images(8, channels=1)
     model = SMALL.model()
     np.testing.assert_allclose(
@@ -381,15 +383,15 @@ def test_summed_channels_see_grey_as_colour(small):
 def test_surgery_leaves_what_it_is_given(small):
     before = jax.tree.map(np.copy, small)
     key = jax.random.key(0)
-    convert.grow(key, small, (2, 2, 2, 2))
-    convert.replace_head(key, small, 2)
-    convert.sum_channels(small)
+    surgery.grow(key, small, (2, 2, 2, 2))
+    surgery.replace_head(key, small, 2)
+    surgery.sum_channels(small)
     assert_same(small, before)
 
 
 def test_float32_under_x64(small, x64):
-    grown = convert.grow(jax.random.key(0), small, (2, 1, 1, 1))
-    grown = convert.replace_head(jax.random.key(0), grown, 3)
+    grown = surgery.grow(jax.random.key(0), small, (2, 1, 1, 1))
+    grown = surgery.replace_head(jax.random.key(0), grown, 3)
     assert {leaf.dtype for leaf in jax.tree.leaves(grown)} == {np.dtype(np.float32)}
 
 
@@ -408,8 +410,8 @@ SUFFIXES = [
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_files(small, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
-    convert.save(path, jax.tree.map(jnp.asarray, small))
-    assert_same(convert.load(path), small)
+    weights.save(path, jax.tree.map(jnp.asarray, small))
+    assert_same(weights.load(path), small)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -418,11 +420,11 @@ def test_existing_files_stay(small, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_text("mine")
     with pytest.raises(WeightsError, match="exists.*--force") as caught:
-        convert.save(path, small)
+        weights.save(path, small)
     assert str(path) in str(caught.value)
     assert path.read_text() == "mine"
-    convert.save(path, small, overwrite=True)
-    assert_same(convert.load(path), small)
+    weights.save(path, small, overwrite=True)
+    assert_same(weights.load(path), small)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -431,11 +433,11 @@ def test_files_of_half_precision(small, suffix, dtype, tmp_path):
     from safetensors.numpy import save_file
 
     path = tmp_path / f"weights{suffix}"
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     tensors = {k: v.astype(dtype) if v.ndim else v for k, v in tensors.items()}
     save_file(tensors, path) if suffix == ".safetensors" else np.savez(path, **tensors)
     rounded = jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), small)
-    assert_same(convert.load(path), rounded)
+    assert_same(weights.load(path), rounded)
 
 
 def damaged(name, content):
@@ -444,7 +446,7 @@ def damaged(name, content):
     def make(folder, small):
         path = folder / name
         if content is None:
-            convert.save(path, small)
+            weights.save(path, small)
             path.write_bytes(path.read_bytes()[:-40])
         else:
             path.write_bytes(content)
@@ -484,7 +486,7 @@ def test_unreadable_files(name, small, tmp_path):
     make, expected = UNREADABLE[name]
     path = make(tmp_path, small)
     with pytest.raises(WeightsError) as caught:
-        convert.load(path)
+        weights.load(path)
     for part in expected:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -501,24 +503,24 @@ def test_killed_or_full_leaves_the_old_file(small, call, tmp_path, monkeypatch):
     monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[call],
                         refuse)  # fmt: skip
     with pytest.raises(WeightsError, match=r"cannot write .*weights.npz: No space"):
-        convert.save(path, small, overwrite=True)
+        weights.save(path, small, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.npz"]
     assert path.read_text() == "mine"
 
 
 def test_folder_that_does_not_exist(small, tmp_path):
     with pytest.raises(WeightsError, match="No such file .*choose another place"):
-        convert.save(tmp_path / "nowhere" / "weights.npz", small)
+        weights.save(tmp_path / "nowhere" / "weights.npz", small)
 
 
 def test_without_torch(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
     path = tmp_path / "weights.pth"
     with pytest.raises(WeightsError, match=r"\.pth files need PyTorch.*pip install"):
-        convert.save(path, small)
+        weights.save(path, small)
     path.write_bytes(b"PK")
     with pytest.raises(WeightsError, match=r"weights.pth: \.pth files need PyTorch"):
-        convert.load(path)
+        weights.load(path)
 
 
 # ---------------------------------------------------------------------------
@@ -567,8 +569,8 @@ def test_logits_equal_pytorch(torch, monkeypatch, name, stem, size):
     with torch.no_grad():
         wanted, features = module(theirs)
     assert 0.1 < wanted.std() < 10
-    variables = convert.from_torchvision(module.state_dict())
-    found = convert.architecture(variables)
+    variables = torchvision.from_torchvision(module.state_dict())
+    found = torchvision.architecture(variables)
     assert found == Architecture(
         {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}[name], stem, 64, 10
     )
@@ -589,7 +591,7 @@ def test_pytorch_loads_ours(torch, monkeypatch, tmp_path):
     wanted = run(given.model(), variables, x).logits
     for suffix in (".pth", ".safetensors"):
         path = tmp_path / f"weights{suffix}"
-        convert.save(path, variables)
+        weights.save(path, variables)
         read = load_file if suffix == ".safetensors" else torch.load
         module = torch_resnet.ResNet("resnet18", stem="cifar", width=4)
         module.load_state_dict(read(path), strict=True)
@@ -600,7 +602,7 @@ def test_pytorch_loads_ours(torch, monkeypatch, tmp_path):
 
 @needs_torch
 def test_pth_files_as_people_write_them(torch, small, tmp_path):
-    tensors = convert.to_torchvision(small)
+    tensors = torchvision.to_torchvision(small)
     state = {k: torch.from_numpy(v) for k, v in tensors.items()}
     as_module = {k: torch.nn.Parameter(v.bfloat16()) for k, v in state.items()
                  if v.ndim}  # fmt: skip
@@ -612,7 +614,7 @@ def test_pth_files_as_people_write_them(torch, small, tmp_path):
         (as_module, rounded),
     ):
         torch.save(content, tmp_path / "weights.pth")
-        assert_same(convert.load(tmp_path / "weights.pth"), expected)
+        assert_same(weights.load(tmp_path / "weights.pth"), expected)
 
 
 class Planted:
@@ -634,7 +636,7 @@ def test_npz_files_run_nothing(lone, tmp_path):
     else:
         np.savez(path, **{"conv1.weight": content})
     with pytest.raises(WeightsError, match=r"weights\.npz: damaged"):
-        convert.load(path)
+        weights.load(path)
     assert not planted.exists()
     loaded = np.load(path, allow_pickle=True)
     if not lone:
@@ -647,10 +649,10 @@ def test_npz_files_that_inflate_without_bounds(tmp_path, monkeypatch):
     path = tmp_path / "weights.npz"
     np.savez_compressed(path, **{"conv1.weight": np.zeros(250_000, np.float32)})
     assert path.stat().st_size < 10_000
-    monkeypatch.setattr(convert, "_MOST_BYTES", 500_000)
+    monkeypatch.setattr(weights, "_MOST_BYTES", 500_000)
     monkeypatch.setattr(np, "load", lambda *_: pytest.fail("inflated"))
     with pytest.raises(WeightsError, match=r"weights\.npz: inflates to 0\.0 GB, and"):
-        convert.load(path)
+        weights.load(path)
 
 
 @needs_torch
@@ -658,7 +660,7 @@ def test_pth_files_run_nothing(torch, small, tmp_path):
     planted = tmp_path / "planted"
     torch.save({"a": Planted(planted)}, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=r"weights\.pth: .*more than tensors"):
-        convert.load(tmp_path / "weights.pth")
+        weights.load(tmp_path / "weights.pth")
     assert not planted.exists()
     torch.load(tmp_path / "weights.pth", weights_only=False)
     assert planted.exists()  # the file was dangerous indeed
@@ -669,7 +671,7 @@ def test_pth_files_run_nothing(torch, small, tmp_path):
 def test_pth_files_of_something_else(torch, small, content, tmp_path):
     path = tmp_path / "weights.pth"
     if content == "cut":
-        convert.save(path, small)
+        weights.save(path, small)
         path.write_bytes(path.read_bytes()[:-100])
     elif content == "text":
         path.write_text("<html>")
@@ -677,7 +679,7 @@ def test_pth_files_of_something_else(torch, small, content, tmp_path):
         one = torch.ones(3)
         torch.save(one if content == "tensor" else {"conv1.weight": 3}, path)
     with pytest.raises(WeightsError, match=r"weights\.pth: damaged, or more") as caught:
-        convert.load(path)
+        weights.load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -703,17 +705,17 @@ def run_folder(small, tmp_path_factory):
 
 
 def call(*arguments):
-    return convert.main([str(argument) for argument in arguments])
+    return weights.main([str(argument) for argument in arguments])
 
 
 def test_command_from_file_to_checkpoint_and_back(small, tmp_path, capsys):
-    convert.save(tmp_path / "a.npz", small)
+    weights.save(tmp_path / "a.npz", small)
     assert call(tmp_path / "a.npz", tmp_path / "folder") == 0
     assert call(tmp_path / "folder", tmp_path / "b.safetensors") == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "ResNet9, width 4, cifar stem, 3 channels, 5 classes" in out
-    assert_same(convert.load(tmp_path / "b.safetensors"), small)
+    assert_same(weights.load(tmp_path / "b.safetensors"), small)
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "folder"))
     assert meta == {
         "run": {
@@ -730,8 +732,8 @@ def test_command_from_file_to_checkpoint_and_back(small, tmp_path, capsys):
 
 def test_command_exports_a_student_alone(small, run_folder, tmp_path):
     assert call(run_folder, tmp_path / "student.safetensors") == 0
-    assert_same(convert.load(tmp_path / "student.safetensors"), small)
-    assert_same(convert.load(run_folder), small)
+    assert_same(weights.load(tmp_path / "student.safetensors"), small)
+    assert_same(weights.load(run_folder), small)
 
 
 def test_command_keeps_what_is_known_of_the_training(run_folder, small, tmp_path):
@@ -771,7 +773,7 @@ def refused(tmp_path, capsys, *arguments):
 
 def test_command_refuses_what_exists(small, tmp_path, capsys):
     source = tmp_path / "a.npz"
-    convert.save(source, small)
+    weights.save(source, small)
     (tmp_path / "b.npz").write_text("mine")
     (tmp_path / "folder").mkdir()
     for target in ("a.npz", "b.npz", "folder"):
@@ -779,15 +781,15 @@ def test_command_refuses_what_exists(small, tmp_path, capsys):
         assert f"{target} exists; choose another name" in error
         assert "--force" in error
     assert call(source, tmp_path / "b.npz", "--force") == 0
-    assert_same(convert.load(tmp_path / "b.npz"), small)
+    assert_same(weights.load(tmp_path / "b.npz"), small)
     for _ in range(2):  # an empty folder, then a converted checkpoint
         assert call(source, tmp_path / "folder", "--force") == 0
-    assert_same(convert.load(tmp_path / "folder"), small)
+    assert_same(weights.load(tmp_path / "folder"), small)
 
 
 def test_command_never_mixes_with_a_run(small, run_folder, tmp_path, capsys):
     source = tmp_path / "a.npz"
-    convert.save(source, small)
+    weights.save(source, small)
     shutil.copytree(run_folder, tmp_path / "run")
     for target in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         error = refused(tmp_path, capsys, source, target, "--force")
@@ -800,11 +802,11 @@ def test_command_never_mixes_with_a_run(small, run_folder, tmp_path, capsys):
 def test_command_names_what_is_wrong(small, run_folder, tmp_path, capsys):
     a, b = tmp_path / "a.npz", tmp_path / "b.npz"
     assert "cannot read" in refused(tmp_path, capsys, a, b)
-    convert.save(a, small)
+    weights.save(a, small)
     assert "x.onnx" in refused(tmp_path, capsys, a, tmp_path / "x.onnx")
     assert "no checkpoint" in refused(tmp_path, capsys, tmp_path, b)
     odd = tmp_path / "odd.npz"
-    convert.save(odd, convert.grow(jax.random.key(0), small, (1, 1, 1, 2)))
+    weights.save(odd, surgery.grow(jax.random.key(0), small, (1, 1, 1, 2)))
     error = refused(tmp_path, capsys, odd, tmp_path / "folder")
     assert "ResNet9, ResNet18, ResNet34" in error
     assert "ResNet (1, 1, 1, 2)" in error
@@ -821,12 +823,15 @@ def test_command_refuses_another_networks_checkpoint(tmp_path, capsys):
     assert "step-00000001: the 4-d tensor conv1.weight is not in dense.weight" in error
 
 
+COMMAND = "import sys; from kddm_jax.networks.weights import main; sys.exit(main())"
+
+
 @pytest.mark.slow
 def test_command_as_a_user_calls_it(small, tmp_path):
-    convert.save(tmp_path / "a.npz", small)
-    paths = [str(Path(convert.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    weights.save(tmp_path / "a.npz", small)
+    paths = [str(Path(weights.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "kddm_jax.convert", "a.npz", "b.safetensors"],
+        [sys.executable, "-c", COMMAND, "a.npz", "b.safetensors"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
@@ -836,7 +841,7 @@ def test_command_as_a_user_calls_it(small, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("a.npz -> b.safetensors: ResNet9, width 4")
-    assert_same(convert.load(tmp_path / "b.safetensors"), small)
+    assert_same(weights.load(tmp_path / "b.safetensors"), small)
     header = (tmp_path / "b.safetensors").read_bytes()[8:]
     assert json.loads(header[: header.index(b"}}") + 2])["__metadata__"] == {
         "format": "pt"
