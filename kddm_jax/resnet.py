@@ -22,7 +22,7 @@ from kddm_jax.adapters import (
     dense_init,
     make_layers,
 )
-from kddm_jax.numerics.pooling import max_pool, relu
+from kddm_jax.numerics.maxima import max_pool, relu
 
 
 class BasicBlock(nn.Module):

@@ -16,7 +16,7 @@ from jax.test_util import check_grads
 
 from kddm_jax.numerics import convolution
 from kddm_jax.numerics.convolution import conv_general_dilated, prefer_eigen
-from kddm_jax.numerics.pooling import max_pool, relu
+from kddm_jax.numerics.maxima import max_pool, relu
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 

@@ -1,4 +1,4 @@
-"""Computes max pooling and the rectifier in forms that XLA:CPU is fast at.
+"""Computes maxima, of windows and with zero, in forms that XLA:CPU is fast at.
 
 Max pooling is a maximum of shifted images, along one axis after the other. XLA derives
 it by four arrays of indices of the image's size; the 3x3/2 pooling of 128 images of
