@@ -532,12 +532,11 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def torch_network(torch, monkeypatch, name, stem, x):
+def torch_network(torch, name, stem, x):
     """A network with random weights and statistics, each as it could be trained.
 
     Small kernels make BatchNorm's epsilon count: variances are about 1e-3.
     """
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import torch_resnet
 
     torch.manual_seed(0)
@@ -562,10 +561,10 @@ def torch_network(torch, monkeypatch, name, stem, x):
 # Even sizes: on odd ones "SAME" padding is torch's.
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("cifar", 16)])
 @pytest.mark.parametrize("name", ["resnet18", "resnet34"])
-def test_logits_equal_pytorch(torch, monkeypatch, name, stem, size):
+def test_logits_equal_pytorch(torch, name, stem, size):
     x = images(size, batch=4)
     theirs = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-    module = torch_network(torch, monkeypatch, name, stem, theirs)
+    module = torch_network(torch, name, stem, theirs)
     with torch.no_grad():
         wanted, features = module(theirs)
     assert 0.1 < wanted.std() < 10
@@ -580,9 +579,8 @@ def test_logits_equal_pytorch(torch, monkeypatch, name, stem, size):
 
 
 @needs_torch
-def test_pytorch_loads_ours(torch, monkeypatch, tmp_path):
+def test_pytorch_loads_ours(torch, tmp_path):
     """Strictly, from each kind of file, and computes what we do."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import torch_resnet
     from safetensors.torch import load_file
 
