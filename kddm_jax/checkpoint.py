@@ -23,6 +23,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from kddm_jax.extras import extra
+
 Arrays = dict[str, Any]  # nested by module, NumPy arrays at the end
 Tree = TypeVar("Tree")  # any PyTree, the same out as in
 
@@ -79,12 +81,13 @@ def save(
     target = Path(folder).absolute() / f"step-{step:08d}"
     partial, aside = (target.with_suffix(f".{s}") for s in ("partial", "old.partial"))
     host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))
+    checkpointer = _checkpointer()
     try:
         _remove_partial(target.parent)  # what killed saves have left
         partial.mkdir(parents=True)
         _check_space(partial, host)
         with _silent("absl"):
-            _checkpointer().save(partial / _ARRAYS, host)
+            checkpointer.save(partial / _ARRAYS, host)
         (partial / _META).write_text(json.dumps(dict(meta), indent=1))
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
@@ -115,7 +118,8 @@ def _remove_partial(folder):
 
 def _checkpointer():
     """Orbax's, for this process alone: it would wait for all to save together."""
-    import orbax.checkpoint as ocp  # 1.5 s: only runs that save pay for it
+    with extra("kddm_jax.checkpoint"):  # here: it takes 1.5 s
+        import orbax.checkpoint as ocp
 
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(

@@ -17,6 +17,7 @@ import numpy as np
 
 from kddm_jax.data.cache import keep
 from kddm_jax.data.dataset import DataError, Dataset, damaged, make_dataset
+from kddm_jax.extras import extra
 
 # Images per training file and per test file, as published.
 RECORDS = {
@@ -295,8 +296,8 @@ def _check_mat(path: Path, found: Mapping[str, tuple], count: int) -> None:
 
 def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one of SVHN's MATLAB files."""
-    # Imported here: only SVHN needs it.
-    from scipy.io import loadmat, whosmat
+    with extra("kddm_jax.data"):  # here: only SVHN needs it
+        from scipy.io import loadmat, whosmat
 
     if not path.is_file():
         raise DataError(f"{path} is missing; the files belong together")

@@ -21,6 +21,7 @@ import numpy as np
 
 from kddm_jax.data.cache import Writer
 from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
+from kddm_jax.extras import extra
 
 # Images held in memory at a time, and images that a thread takes at a time: handing
 # over fewer would cost more than decoding 32 x 32 pixels does.
@@ -180,8 +181,9 @@ def _show_progress(progress: Callable[[int, int], None] | None):
     if progress is not None:
         yield progress
         return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
+    with extra("kddm_jax.data"):
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress
 
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
@@ -220,7 +222,8 @@ def write_images(
     Raises:
       DataError: an image is damaged, or they differ in size.
     """
-    from PIL import Image
+    with extra("kddm_jax.data"):
+        from PIL import Image
 
     with (
         warnings.catch_warnings(),
@@ -239,11 +242,11 @@ def write_images(
 
 
 def resized(dataset: Dataset, image_size: int | None) -> Dataset:
-    """A data set in memory with its images resized, as those of a folder are."""
-    from PIL import Image
-
+    """Resizes the images of a data set in memory, as those of a folder are."""
     if image_size is None:
         return dataset
+    with extra("kddm_jax.data"):
+        from PIL import Image
     channels = dataset.train_images.shape[-1]
     shape = (image_size, image_size, channels)
     if dataset.train_images.shape[1:] == shape:

@@ -32,6 +32,7 @@ from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
 from kddm_jax.data.folder import read_folder
 from kddm_jax.data.images import resized
 from kddm_jax.data.sampling import ranks
+from kddm_jax.extras import extra
 
 
 def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
@@ -147,8 +148,8 @@ def load(
 
 def _read_digits(_: None) -> Dataset:
     """Every fifth image of each class, in scikit-learn's order, is a test image."""
-    # Imported here: scikit-learn takes a second to import and only digits needs it.
-    from sklearn.datasets import load_digits
+    with extra("kddm_jax.data"):  # here: it takes a second, and only digits needs it
+        from sklearn.datasets import load_digits
 
     digits: Any = load_digits()  # a Bunch, which declares no attributes
     levels = np.asarray(digits.images)[..., None]  # 0, ..., 16

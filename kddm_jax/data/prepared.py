@@ -22,6 +22,7 @@ import numpy as np
 from kddm_jax.data.cache import Writer, cached, key_of, list_files
 from kddm_jax.data.dataset import DataError, Dataset, Options
 from kddm_jax.data.images import Encoded, Split, write_images
+from kddm_jax.extras import extra
 
 # "name", "name/config", "name:1.0.0" or "name/config:1.0.0".
 _NAME = re.compile(r"([a-z]\w*)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", re.ASCII)
@@ -104,7 +105,8 @@ def _import_tfds():
     """TFDS, half a second; it brings no TensorFlow along by itself."""
     # Messages of TensorFlow's C++ parts, which follow on each import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow_datasets as tfds
+    with extra("kddm_jax.data"):
+        import tensorflow_datasets as tfds
 
     return tfds
 

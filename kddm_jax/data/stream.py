@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kddm_jax.extras import extra
+
 
 def reads(order: np.ndarray, *, length: int, shares: range, of: int) -> np.ndarray:
     """Which images each device reads for each dispatch.
@@ -83,8 +85,8 @@ def stream(
       Images ``[devices, length * b, h, w, c]`` and labels ``[devices, length * b]``,
       a device's steps one after the other.
     """
-    # Imported here: Grain takes a second, and most sets lie on the device.
-    import grain
+    with extra("kddm_jax.data"):  # here: it takes a second, and most sets fit devices
+        import grain
 
     source = grain.MapDataset.source(_Dispatches(images, labels, rows))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

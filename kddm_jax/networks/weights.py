@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax import checkpoint
+from kddm_jax.extras import extra
 from kddm_jax.networks.torchvision import (
     NAMED,
     Architecture,
@@ -47,7 +48,8 @@ def _torch(suffix: str):
 
 
 def _read_safetensors(path: Path) -> Tensors:
-    from safetensors.numpy import load_file
+    with extra(".safetensors"):
+        from safetensors.numpy import load_file
 
     try:
         return load_file(path)
@@ -103,7 +105,8 @@ def _read_torch(path: Path) -> Tensors:
 
 
 def _safetensors_bytes(tensors: Tensors) -> bytes:
-    from safetensors.numpy import save
+    with extra(".safetensors"):
+        from safetensors.numpy import save
 
     return save(dict(tensors), metadata={"format": "pt"})
 
