@@ -860,7 +860,7 @@ print(len(ours))
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.stdout == "[] False\n9\n"
+    assert run.stdout == "[] False\n10\n"
 
 
 # ---------------------------------------------------------------------- drawing
