@@ -176,6 +176,7 @@ def linen_apply(
       statistics come back as given; a module without any gives `{}`.
 
     Examples:
+      >>> from kddm_jax.resnet import ResNet9
       >>> model = ResNet9(width=4)
       >>> images = jnp.zeros((2, 8, 8, 1))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -68,8 +68,9 @@ def grow(
       arXiv:1706.02677, section 5.1: the zero scale.
 
     Examples:
+      >>> from kddm_jax.networks.torchvision import Architecture
       >>> variables = jax.tree.map(jnp.ones_like, Architecture(width=4).shapes())
-      >>> grown = grow(jax.random.key(0), variables, resnet.ResNet34.blocks)
+      >>> grown = grow(jax.random.key(0), variables, (3, 4, 6, 3))
       >>> architecture(grown).name
       'ResNet34'
     """
@@ -107,6 +108,7 @@ def replace_head(
       WeightsError: ``num_classes < 1``, or the variables are of no network.
 
     Examples:
+      >>> from kddm_jax.networks.torchvision import Architecture
       >>> variables = jax.tree.map(jnp.ones_like, Architecture(width=4).shapes())
       >>> variables = replace_head(jax.random.key(0), variables, 10)
       >>> variables["params"]["fc"]["kernel"].shape
@@ -139,6 +141,7 @@ def sum_channels(variables: Variables) -> dict[str, dict[str, Any]]:
       WeightsError: the variables are of no network.
 
     Examples:
+      >>> from kddm_jax.networks.torchvision import Architecture
       >>> variables = jax.tree.map(jnp.ones_like, Architecture(width=4).shapes())
       >>> kernel = sum_channels(variables)["params"]["conv1"]["kernel"]
       >>> kernel.shape, float(kernel[0, 0, 0, 0])
