@@ -1,8 +1,7 @@
-"""Data sets in the files that their authors publish: CIFAR, MNIST, SVHN.
+"""Reads data sets from the files that their authors publish: CIFAR, MNIST, SVHN.
 
-Nothing is downloaded, nothing is unpickled and no archive is unpacked.  Every file is
-checked against its official size, so that one cut short is an error and never a smaller
-data set.
+Nothing is downloaded, unpickled or unpacked to disk.  The size of every file is checked
+against the official one, so that a file cut short is an error, not a smaller data set.
 """
 
 import gzip
@@ -30,7 +29,7 @@ RECORDS = {
 
 
 def _in_range(labels: np.ndarray, num_classes: int, path: Path) -> np.ndarray:
-    """The labels as ``int32``, checked."""
+    """Checks the range of labels and returns them as ``int32``."""
     if labels.size and labels.max() >= num_classes:
         at = int(labels.argmax())
         raise damaged(
@@ -40,19 +39,19 @@ def _in_range(labels: np.ndarray, num_classes: int, path: Path) -> np.ndarray:
 
 
 def _open(path: Path):
-    """Opens a file, through gzip if it is compressed, whatever its name says."""
+    """Opens a file, through gzip if its content is compressed, whatever its name."""
     # Some browsers decompress a download and leave the name ending in .gz.
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else path.open("rb")
 
 
-# What reading a damaged gzip or tar file raises.
+# Errors raised while a damaged gzip or tar file is read.
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
 
 
 class _Cifar(NamedTuple):
-    """Layout of a binary CIFAR: label bytes, then 3 x 32 x 32 pixels, per record."""
+    """Describes a binary CIFAR: each record is label bytes and 3 x 32 x 32 pixels."""
 
     train: tuple[str, ...]
     test: str
@@ -80,12 +79,12 @@ _CIFAR = {
 _PIXELS = 3 * 32 * 32
 # The class names of both sets take less than a kilobyte.
 _NAMES_LIMIT = 65_536
-# Of an archive beside its files of records: names, headers, padding, a readme.
+# An archive holds more than records: names, headers, padding, a readme.
 _BESIDE_LIMIT = 2**20
 
 
 def _check_size(path: Path, size: int, expected: int | None) -> None:
-    """The exact size of a file of records; a bound for the names (``None``)."""
+    """Checks the exact size of records, or a bound for class names (``None``)."""
     if expected is None:
         if size > _NAMES_LIMIT:
             raise damaged(path, f"{size:,} bytes", f"at most {_NAMES_LIMIT:,}")
@@ -94,7 +93,7 @@ def _check_size(path: Path, size: int, expected: int | None) -> None:
 
 
 def _from_folder(folder: Path, sizes: Mapping[str, int | None]):
-    """The files of an unpacked archive as arrays of bytes."""
+    """Reads the files of an unpacked archive as arrays of bytes."""
     files = {}
     for name, expected in sizes.items():
         path = folder / name
@@ -123,7 +122,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _from_archive(archive: Path, sizes: Mapping[str, int | None]):
-    """The wanted members of an archive as arrays of bytes, read in memory."""
+    """Reads members of an archive as arrays of bytes, in memory."""
     files = {}
     limit = _BESIDE_LIMIT + sum(size or 0 for size in sizes.values())
     try:
@@ -151,7 +150,7 @@ def _from_archive(archive: Path, sizes: Mapping[str, int | None]):
 
 
 def read_cifar(name: str, path: Path) -> Dataset:
-    """CIFAR from its folder or its archive."""
+    """Reads CIFAR-10 or CIFAR-100 from its folder or its archive."""
     layout, counts = _CIFAR[name], RECORDS[name]
     length = layout.label_bytes + _PIXELS
     sizes: dict[str, int | None] = dict.fromkeys(layout.train, counts[0] * length)
@@ -164,7 +163,7 @@ def read_cifar(name: str, path: Path) -> Dataset:
 
 
 def _to_dataset(layout: _Cifar, path: Path, files: Mapping[str, np.ndarray]) -> Dataset:
-    """The records of CIFAR's files, checked."""
+    """Makes a data set of CIFAR's records, checking labels and class names."""
     length = layout.label_bytes + _PIXELS
 
     def read(parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +183,7 @@ def _to_dataset(layout: _Cifar, path: Path, files: Mapping[str, np.ndarray]) -> 
 
 
 def _channels_last(records: Sequence[np.ndarray]) -> np.ndarray:
-    """``[n, ... 3 * 32 * 32]`` records to images ``[n, 32, 32, 3]``."""
+    """Turns records ``[n, ... 3 * 32 * 32]`` into images ``[n, 32, 32, 3]``."""
     images = np.empty((sum(map(len, records)), 32 * 32, 3), np.uint8)
     start = 0
     # By channel and a few images at a time: 0.1 s for CIFAR, where transposing the
@@ -228,7 +227,7 @@ def _idx_header(header: bytes) -> str:
 
 
 def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
-    """An IDX file of bytes, ``stem`` or ``stem.gz``, and the path it was read from."""
+    """Reads the IDX file ``stem`` or ``stem.gz``; returns its path and its array."""
     paths = [stem, stem.with_name(f"{stem.name}.gz")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -253,7 +252,7 @@ def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
 
 
 def read_mnist(name: str, path: Path) -> Dataset:
-    """The four IDX files beside ``path``."""
+    """Reads MNIST or Fashion-MNIST from the four IDX files beside ``path``."""
     class_names = _MNIST_CLASSES[name]
 
     def read(prefix: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -277,7 +276,7 @@ def read_mnist(name: str, path: Path) -> Dataset:
 
 
 def idx_places(*folders: str) -> tuple[str, ...]:
-    """The file by which each folder is recognised, unpacked or not."""
+    """Lists the file that identifies each folder, unpacked or not."""
     stem = "train-images-idx3-ubyte"
     return tuple(f"{f}{stem}{end}" for f in folders for end in ("", ".gz"))
 
@@ -286,7 +285,7 @@ _SVHN_FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
 def _check_mat(path: Path, found: Mapping[str, tuple], count: int) -> None:
-    """Type and shape of both variables."""
+    """Checks the type and shape of both variables."""
     for variable, shape in (("X", (32, 32, 3, count)), ("y", (count, 1))):
         kind, size = found.get(variable, ("nothing", None))
         text = "nothing" if size is None else f"{kind} {list(size)}"
@@ -295,7 +294,7 @@ def _check_mat(path: Path, found: Mapping[str, tuple], count: int) -> None:
 
 
 def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one of SVHN's MATLAB files."""
+    """Reads images and labels from one of SVHN's MATLAB files."""
     with extra("kddm_jax.data"):  # here: only SVHN needs it
         from scipy.io import loadmat, whosmat
 
@@ -326,7 +325,7 @@ def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_svhn(train: Path) -> Dataset:
-    """Both MATLAB files, of which ``train`` is one."""
+    """Reads SVHN from both MATLAB files; ``train`` is the path of the first."""
     files = [train.with_name(name) for name in _SVHN_FILES]
 
     def read() -> Dataset:

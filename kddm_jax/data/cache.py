@@ -1,11 +1,11 @@
-"""Decoded images on disk: ``.npy`` files, opened as memory maps, beside a manifest.
+"""Keeps decoded images on disk as ``.npy`` files, which are opened as memory maps.
 
-A cache is a folder named after a digest of all that decides its contents: the files
-read, with their sizes and times, and the options.  A changed file is thus another
-cache, never a stale one.  It is written under another name and renamed last: a killed
-process leaves nothing that looks like a cache, and of two that build the same one the
-first wins.  It lies in ``.kddm_jax`` of the data folder, or in
-``~/.cache/kddm_jax/images`` where that folder cannot be written to.
+A cache is a folder.  Its name is a digest of everything that decides its contents: the
+names, sizes and times of the files read, and the options.  A changed file therefore
+gives another cache, never a stale one.  A cache is written under another name and
+renamed last, so a killed process leaves nothing that looks like a cache, and if two
+processes build the same one, the first wins.  Caches are in ``.kddm_jax`` of the data
+folder, or in ``~/.cache/kddm_jax/images`` if that folder is not writable.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ KEPT_FROM = 32 * 2**20
 
 
 class Unwritable(DataError):
-    """No folder takes the cache, or the disk is full."""
+    """Raised if no folder for the cache is writable, or the disk is full."""
 
 
 class Key(NamedTuple):
-    """What decides the contents of a cache.
+    """Holds everything that decides the contents of a cache.
 
     Attributes:
-      name: of the data set.
-      where: the folder that its files lie in; a copy elsewhere has the same contents.
+      name: name of the data set.
+      where: the folder of its files; a copy elsewhere has the same contents.
       listing: digest of the files' names, sizes and times, from ``list_files``.
-      image_size: as asked for.
-      skip_damaged: as asked for.
+      image_size: the option of ``load``.
+      skip_damaged: the option of ``load``.
     """
 
     name: str
@@ -55,25 +55,25 @@ class Key(NamedTuple):
     skip_damaged: bool = False
 
     def contents(self) -> dict[str, object]:
-        """As JSON values, without the place."""
+        """Returns the fields as JSON values, without the folder of the files."""
         values = {**self._asdict(), "format": _FORMAT}
         del values["where"]
         return values
 
     def folder(self) -> str:
-        """The name of the cache's folder."""
+        """Returns the name of the cache's folder."""
         text = json.dumps(self.contents(), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return f"{self.name.replace('/', '-').replace(':', '-')}-{digest}"
 
     def roots(self) -> list[Path]:
-        """The folders that may hold the cache, in order."""
+        """Lists the folders that may hold the cache, in order."""
         home = Path("~/.cache/kddm_jax").expanduser()
         return [self.where / ".kddm_jax", home / "images"]
 
 
 def list_files(files: Iterable[tuple[str, os.stat_result]]) -> str:
-    """A digest of the names, sizes and times of files, in their order."""
+    """Computes a digest of the names, sizes and times of files, in their order."""
     digest = hashlib.sha256()
     for name, stat in files:
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -81,7 +81,7 @@ def list_files(files: Iterable[tuple[str, os.stat_result]]) -> str:
 
 
 class Writer:
-    """Writes the images of both splits piece by piece: none stay in memory."""
+    """Writes the images of both splits piece by piece, keeping none in memory."""
 
     def __init__(self, folder: Path):
         """Writes into ``folder``."""
@@ -89,7 +89,7 @@ class Writer:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets all that was added."""
+        """Discards everything that was added."""
         self.close()
         self._files, self._shapes = {}, {}
         self._histogram = np.zeros((1, 256), np.int64)  # for any number of channels
@@ -153,7 +153,7 @@ def _sync(file):
 
 
 def _read_manifest(folder):
-    """The manifest, empty where there is none."""
+    """Reads the manifest; it is empty if there is none."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except (OSError, ValueError):
@@ -162,7 +162,7 @@ def _read_manifest(folder):
 
 
 def _whole(folder: Path, key: Key) -> dict[str, Any] | None:
-    """The manifest of a cache that is there and whole."""
+    """Returns the manifest of a cache if the cache exists and is complete."""
     manifest = _read_manifest(folder)
     try:
         sizes = {f: (folder / f).stat().st_size for f in manifest.get("bytes", {})}
@@ -173,7 +173,7 @@ def _whole(folder: Path, key: Key) -> dict[str, Any] | None:
 
 
 def _open(folder: Path, key: Key, in_memory: bool) -> Dataset | None:
-    """The cache of a folder, if it is there and whole."""
+    """Opens the cache of a folder if it exists and is complete."""
     manifest = _whole(folder, key)
     if manifest is None:
         return None
@@ -202,7 +202,7 @@ def _warn_of_left_out(names, shown=20):
 
 
 def _make_partial(key):
-    """A fresh folder in the first root that takes one."""
+    """Makes a new folder in the first root that is writable."""
     refusals = []
     for root in key.roots():
         partial = root / f"{_PARTIAL}{uuid.uuid4().hex}"
@@ -219,7 +219,7 @@ def _make_partial(key):
 
 
 def _publish(partial, target, key):
-    """Renames a finished cache, unless another process has put the same one there."""
+    """Renames a finished cache unless another process has already made the same."""
     for attempt in range(5):
         if _whole(target, key):
             return
@@ -229,7 +229,7 @@ def _publish(partial, target, key):
         except OSError:
             if attempt == 4:
                 raise
-        # A damaged one is in the way; a rename takes it out of sight at once.
+        # A damaged cache has the name; a rename removes it in one operation.
         aside = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             target.rename(aside)
@@ -237,17 +237,17 @@ def _publish(partial, target, key):
 
 
 def _last_written(folder):
-    """The newest time of its files, of itself where there are none."""
+    """Returns the newest time of a folder's files, or of the folder if it is empty."""
     files = list(folder.glob("*")) or [folder]
     return max(file.stat().st_mtime for file in files)
 
 
 def _remove_stale(root, key):
-    """Removes caches of files that have changed since, and what killed builds left."""
+    """Removes caches of files that have since changed, and remains of killed builds."""
     now, current = time.time(), key.contents()
     for folder in root.iterdir():
         if folder.name.startswith(_PARTIAL):
-            # Gone meanwhile: its own process has just removed it.
+            # Its own process may remove it at the same time.
             with contextlib.suppress(FileNotFoundError):
                 if _last_written(folder) < now - _DAY:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -283,19 +283,19 @@ def cached(
     *,
     in_memory: bool = False,
 ) -> Dataset:
-    """Opens a cache, after building it where there is none.
+    """Opens a cache, building it first if there is none.
 
     Args:
-      key: what decides its contents.
+      key: everything that decides its contents.
       build: adds all images to a ``Writer`` and returns the class names and the names
         of the images left out.
-      in_memory: reads the images into memory in place of mapping them.
+      in_memory: whether to read the images into memory instead of mapping them.
 
     Returns:
       The data set.
 
     Raises:
-      Unwritable: no folder takes the cache.
+      Unwritable: no folder for the cache is writable, or the disk is full.
       DataError: from ``build``.
     """
     for attempt in range(3):
@@ -312,12 +312,12 @@ def cached(
 
 
 def keep(name: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Dataset:
-    """Reads official files that take long to inflate, the second time from a cache.
+    """Reads official files that take long to inflate, from the second time on a cache.
 
     Args:
-      name: of the data set.
+      name: name of the data set.
       files: the files that ``read`` reads.
-      read: reads them.
+      read: function that reads them.
 
     Returns:
       The data set, in memory.
@@ -340,5 +340,5 @@ def keep(name: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Datas
 
 
 def key_of(name: str, where: Path, listing: str, options: Options) -> Key:
-    """The key of images that are decoded with options."""
+    """Makes the key of images that are decoded with options."""
     return Key(name, where, listing, options.image_size, options.skip_damaged)

@@ -1,4 +1,4 @@
-"""What every reader returns and raises: ``Dataset`` and ``DataError``."""
+"""Defines what every reader returns and raises: ``Dataset`` and ``DataError``."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,15 +8,15 @@ import numpy as np
 
 
 class DataError(ValueError):
-    """A data set is unknown, not at hand, or damaged."""
+    """Raised if a data set is unknown, not found, or damaged."""
 
 
 class Dataset(NamedTuple):
-    """Images and labels of a data set.
+    """Holds the images and labels of a data set.
 
     Attributes:
-      train_images: training images, ``uint8``, shape ``[n, h, w, c]``; of a folder or
-        a prepared TFDS set a read-only memory map, which may be larger than memory.
+      train_images: training images, ``uint8``, shape ``[n, h, w, c]``.  For a folder or
+        a prepared TFDS set they are a read-only memory map and may exceed the memory.
       train_labels: training labels, ``int32``, shape ``[n]``.
       test_images: test images, ``uint8``, shape ``[m, h, w, c]``, likewise.
       test_labels: test labels, ``int32``, shape ``[m]``.
@@ -35,7 +35,7 @@ class Dataset(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a reader is asked beside the path; see ``data.load``."""
+    """Holds the options of a reader; see ``data.load``."""
 
     image_size: int | None = None
     skip_damaged: bool = False
@@ -43,7 +43,7 @@ class Options(NamedTuple):
 
 
 def damaged(path: Path, found: str, expected: str) -> DataError:
-    """The error of an official file that is not what its authors published."""
+    """Makes the error for an official file that differs from the published one."""
     return DataError(
         f"{path}: found {found}, expected {expected}; the file is damaged, cut short "
         "or not the official one: delete it and get it again"
@@ -51,7 +51,7 @@ def damaged(path: Path, found: str, expected: str) -> DataError:
 
 
 def count_values(images: np.ndarray) -> np.ndarray:
-    """How often each byte occurs per channel, ``int64``, shape ``[c, 256]``."""
+    """Counts how often each byte occurs per channel, ``int64``, shape ``[c, 256]``."""
     channels = images.shape[-1]
     histogram = np.zeros((channels, 256), np.int64)
     # Pieces of 200 small images stay in the processor's cache: 0.2 s instead of 1.0 s
@@ -64,7 +64,7 @@ def count_values(images: np.ndarray) -> np.ndarray:
 
 
 def statistics(histogram: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, exact, from counts ``[c, 256]``."""
+    """Computes the exact mean and deviation per channel from counts ``[c, 256]``."""
     share = histogram / histogram.sum(axis=1, keepdims=True)
     values = np.arange(256) / 255
     mean = share @ values
@@ -77,6 +77,6 @@ def make_dataset(
     test: tuple[np.ndarray, np.ndarray],
     class_names: Sequence[str],
 ) -> Dataset:
-    """A data set of images and labels in memory, with its statistics."""
+    """Makes a data set of images and labels in memory, with its statistics."""
     mean, std = statistics(count_values(train[0]))
     return Dataset(*train, *test, tuple(class_names), mean, std)

@@ -1,7 +1,7 @@
-"""Folders of images: ``train/<class>/*``, and ``test/<class>/*`` or ``val/<class>/*``.
+"""Reads images from ``train/<class>/*`` and ``test/<class>/*`` or ``val/<class>/*``.
 
-Images are decoded once, see ``images``, into a cache, see ``cache``: 60,000 small ones
-in ten seconds, afterwards in a fraction of one.
+Images are decoded once (`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`):
+60,000 small images take ten seconds the first time and a fraction of one afterwards.
 """
 
 import os
@@ -13,12 +13,12 @@ from kddm_jax.data.dataset import DataError, Dataset, Options
 from kddm_jax.data.images import Encoded, Split, write_images
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-# Images all the same: left out silently they would make a smaller data set.
+# These are images, too: leaving them out silently would make a smaller data set.
 _OTHER_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic")
 
 
 def _entries(folder):
-    """The entries of a folder by name, without hidden ones."""
+    """Lists the entries of a folder by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -42,7 +42,7 @@ def _test_folder(where):
 
 
 def _check_classes(train, test) -> list[str]:
-    """The class names, sorted, the same in both folders."""
+    """Returns the sorted class names, which must be the same in both folders."""
     names, others = _classes(train), _classes(test)
     if not names:
         raise DataError(f"{train} has no folders; put images into {train}/<class>/")
@@ -65,7 +65,7 @@ def _stat(entry):
 def _scan(
     split: Path, classes: Sequence[str]
 ) -> Iterator[tuple[str, int, os.stat_result]]:
-    """Every image of a split: its path below the data folder, label and status."""
+    """Yields path below the data folder, label and status of each image of a split."""
     for label, name in enumerate(classes):
         found = False
         for entry in _entries(split / name):
@@ -86,7 +86,7 @@ def _scan(
 
 
 def read_folder(train: Path, options: Options) -> Dataset:
-    """Reads ``train`` and the folder ``test`` or ``val`` beside it.
+    """Reads ``train`` and the folder ``test`` or ``val`` next to it.
 
     Args:
       train: the folder of the training images' classes.
@@ -97,7 +97,7 @@ def read_folder(train: Path, options: Options) -> Dataset:
 
     Raises:
       DataError: the classes differ, an image is damaged, or the images differ in size
-        and none is asked for.
+        and ``image_size`` is None.
     """
     where = train.parent
     folders = {"train": train, "test": _test_folder(where)}

@@ -1,9 +1,9 @@
-"""Encoded images to ``uint8`` arrays of one size, by Pillow.
+"""Decodes images with Pillow into ``uint8`` arrays of one size.
 
-An image is turned upright by its EXIF orientation; palettes become RGB, 16 bits
-become 8, and transparency is dropped, as torchvision and TFDS drop it.  A set whose
-images are all grey has one channel, any other has three.  With ``image_size`` the
-middle square is kept and resized.
+An image is turned upright by its EXIF orientation, palettes become RGB, 16 bits become
+8, and transparency is dropped, as torchvision and TFDS do.  A set whose images are all
+grey has one channel, any other has three.  With ``image_size`` the middle square of
+each image is resized.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from kddm_jax.data.cache import Writer
 from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
 from kddm_jax.extras import extra
 
-# Images held in memory at a time, and images that a thread takes at a time: handing
-# over fewer would cost more than decoding 32 x 32 pixels does.
+# Number of images held in memory at a time, and of those that a thread takes at a time:
+# with fewer, handing them over would cost more than decoding 32 x 32 pixels.
 _PIECE, _SHARE = 256, 16
 
 
 class Encoded(NamedTuple):
-    """An image to decode: its name for messages, its file or bytes, its label."""
+    """Holds an image to decode: its name for messages, its file or bytes, its label."""
 
     name: str
     content: Path | bytes
@@ -37,24 +37,24 @@ class Encoded(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Images of one split: how many, and what iterates over them (from the start)."""
+    """Holds the images of one split: their number, and a function that yields them."""
 
     number: int
     images: Callable[[], Iterable[Encoded]]
 
 
 class _Damaged(NamedTuple):
-    """Takes the place of an image that cannot be decoded."""
+    """Stands for an image that cannot be decoded."""
 
     reason: str
 
 
 class _ColourFoundError(Exception):
-    """An image has colours where all before it were grey."""
+    """Raised if an image has colours and all before it were grey."""
 
 
 def _fit(image, size):
-    """The middle square, resized: in one pass, so that no side grows without bound."""
+    """Resizes the middle square, in one pass, so that no side grows without bound."""
     from PIL import Image
 
     if image.size == (size, size):
@@ -67,7 +67,7 @@ def _fit(image, size):
 
 
 def _convert(image, channels):
-    """An image of any mode as grey (1 channel) or RGB (3)."""
+    """Converts an image of any mode to grey (1 channel) or RGB (3)."""
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion ends at 255
@@ -76,7 +76,7 @@ def _convert(image, channels):
 
 
 def _decode(content, channels, image_size):
-    """One image as ``uint8`` ``[h, w, channels]``."""
+    """Decodes one image to ``uint8`` ``[h, w, channels]``."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as image:
@@ -100,7 +100,7 @@ def _read(image):
 
 
 def _decode_share(images, channels, image_size):
-    """Decodes what one thread takes; a damaged image gives a ``_Damaged``."""
+    """Decodes the images of one thread; a damaged image gives a ``_Damaged``."""
     from PIL import UnidentifiedImageError
 
     decoded = []
@@ -120,7 +120,7 @@ def _decode_share(images, channels, image_size):
 
 
 def _decode_pieces(pool, images, channels, image_size):
-    """Pairs of images and their arrays, a piece at a time."""
+    """Yields pairs of images and their arrays, a piece at a time."""
     iterator = iter(images)
     work = partial(_decode_share, channels=channels, image_size=image_size)
     while piece := list(itertools.islice(iterator, _PIECE)):
@@ -130,7 +130,7 @@ def _decode_pieces(pool, images, channels, image_size):
 
 
 def _without_damaged(pairs, skip_damaged):
-    """The whole images of a piece, and the names of the others."""
+    """Returns the undamaged pairs of a piece, and the names of the other images."""
     bad = [(image.name, a.reason) for image, a in pairs if isinstance(a, _Damaged)]
     if bad and not skip_damaged:
         raise DataError(
@@ -142,7 +142,7 @@ def _without_damaged(pairs, skip_damaged):
 
 
 def _check_sizes(pairs, first):
-    """All images have the first one's size."""
+    """Checks that all images have the size of the first."""
     for image, array in pairs:
         if array.shape != first[1].shape:
             sizes = [f"{w}x{h}" for h, w, _ in (first[1].shape, array.shape)]
@@ -177,7 +177,7 @@ def _write_splits(writer, splits, pool, channels, options, progress):
 
 @contextlib.contextmanager
 def _show_progress(progress: Callable[[int, int], None] | None):
-    """The caller's progress, else a bar on a terminal, else nothing."""
+    """Yields the caller's progress, else a bar, which shows on a terminal only."""
     if progress is not None:
         yield progress
         return
@@ -211,13 +211,13 @@ def write_images(
     """Decodes all images into a cache.
 
     Args:
-      writer: of the cache.
-      splits: "train" and "test".
-      options: size, damaged images, progress.
+      writer: writer of the cache.
+      splits: the splits "train" and "test".
+      options: options of the reader.
       channels: numbers of channels to try, in order.
 
     Returns:
-      The names of the damaged images left out.
+      The names of the damaged images that were left out.
 
     Raises:
       DataError: an image is damaged, or they differ in size.

@@ -1,16 +1,16 @@
-"""Image data sets as ``uint8`` arrays: official files, TFDS, folders of images.
+"""Finds and loads image data sets by name.
 
-``digits`` is embedded in scikit-learn and needs no file.  Other sets are read from the
-files that their authors publish, ``folder`` from ``train/<class>/`` and
-``test/<class>/``, and any image classification of TensorFlow Datasets (TFDS) by its
-name.  Nothing is downloaded; ``kddm prepare NAME`` downloads and prepares a
-TFDS set.  The folder looked in is
+``digits`` comes with scikit-learn and needs no file.  The other named sets are read
+from the files that their authors publish, ``folder`` from ``train/<class>/`` and
+``test/<class>/``.  Any other name is that of an image classification of TensorFlow
+Datasets (TFDS).  Loading downloads nothing; ``kddm prepare NAME`` downloads and
+prepares a TFDS set.  These folders are searched:
 
 1. ``data_dir`` if given,
 2. else ``$KDDM_DATA_DIR`` if set,
-3. else ``./data`` and then ``~/.cache/kddm_jax``;
+3. else ``./data`` and then ``~/.cache/kddm_jax``.
 
-for sets prepared by TFDS then, unless ``data_dir`` is given, ``$TFDS_DATA_DIR`` and
+Without ``data_dir``, sets prepared by TFDS are then searched in ``$TFDS_DATA_DIR`` and
 ``~/tensorflow_datasets``.
 """
 
@@ -36,7 +36,7 @@ from kddm_jax.extras import extra
 
 
 def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
-    """The folders to look in, in order."""
+    """Lists the folders to search, in order."""
     if data_dir is not None:
         return [Path(data_dir).expanduser()]
     if os.environ.get("KDDM_DATA_DIR"):
@@ -47,7 +47,7 @@ def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
 def _missing(
     name: str, folders: Sequence[Path], tfds_folders: Sequence[Path]
 ) -> DataError:
-    """What was looked for, where, and every way to get it."""
+    """Makes the error for missing files: where they were searched, how to get them."""
     source = DATASETS[name]
     show = lambda f: f"{f.absolute()}{'' if f.is_dir() else ' (no such folder)'}"
     looked = f"for {', '.join(source.places)}"
@@ -92,23 +92,23 @@ def load(
     skip_damaged: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Loads a data set.
+    """Loads a data set by its name.
 
     Official files are read into memory.  Images of ``folder`` and of sets prepared by
     TFDS are decoded once into a cache and memory-mapped.
 
     Args:
-      name: a key of ``DATASETS``, or of a set prepared by TFDS: ``name``,
+      name: a key of ``DATASETS``, or the name of a set prepared by TFDS: ``name``,
         ``name/config``, ``name:version``.  Official files come first.
       data_dir: folder with the data.  By default ``$KDDM_DATA_DIR``, or if that is
         not set ``./data`` and then ``~/.cache/kddm_jax``; for prepared sets then
         ``$TFDS_DATA_DIR`` and ``~/tensorflow_datasets``.
-      image_size: resizes the middle square of every image to this many pixels a side;
-        None keeps images as they are, which then must have one size.
-      skip_damaged: leaves images that cannot be decoded out, with a warning that names
-        them, in place of an error.
-      progress: called with the numbers of images decoded and of all; by default a bar
-        on a terminal.
+      image_size: side in pixels to which the middle square of every image is resized;
+        with None images are kept and must have one size.
+      skip_damaged: whether to leave out images that cannot be decoded, with a warning
+        that names them, instead of raising an error.
+      progress: function that is called with the number of images decoded and the number
+        of all; by default a bar is shown on a terminal.
 
     Returns:
       The data set, with mean and standard deviation of its training images.
@@ -147,7 +147,7 @@ def load(
 
 
 def _read_digits(_: None) -> Dataset:
-    """Every fifth image of each class, in scikit-learn's order, is a test image."""
+    """Reads the digits; every fifth image of each class is a test image."""
     with extra("kddm_jax.data"):  # here: it takes a second, and only digits needs it
         from sklearn.datasets import load_digits
 
@@ -165,15 +165,15 @@ def _read_digits(_: None) -> Dataset:
 
 
 class Source(NamedTuple):
-    """A row of ``DATASETS``.
+    """Holds an entry of ``DATASETS``.
 
     Attributes:
       title: name for tables.
       places: paths below a data folder, in the order tried; empty if the data set
         needs no file.
-      read: of the first of ``places`` that exists, None if there are none, and
-        ``Options``: reads the data set.
-      get: one line telling how to get the files.
+      read: function that reads the data set from the first of ``places`` that exists
+        (None if there are no places) with ``Options``.
+      get: one line that says how to get the files.
       tfds: its name in TFDS, None if TFDS has no such set.
     """
 
@@ -185,7 +185,7 @@ class Source(NamedTuple):
 
 
 def _official(read: Callable[..., Dataset]):
-    """A reader of official files, whose images are resized afterwards."""
+    """Makes a reader that resizes the images of official files."""
     return lambda path, options: resized(read(path), options.image_size)
 
 

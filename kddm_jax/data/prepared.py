@@ -1,9 +1,9 @@
-"""Sets that TensorFlow Datasets (TFDS) has prepared, by name.
+"""Reads sets that TensorFlow Datasets (TFDS) has prepared, and prepares them.
 
-TFDS reads those in ArrayRecord format without TensorFlow, by ``tfds.data_source``'s
-own parts; those in TFRecord format, its default, it reads with TensorFlow only.
-Images come encoded as they were stored and are decoded as those of a folder are, once,
-into a cache.  ``prepare`` downloads and prepares a set, which needs TensorFlow too.
+TFDS reads sets in ArrayRecord format without TensorFlow, with the parts of
+``tfds.data_source``; its default, TFRecord, needs TensorFlow.  Images come encoded as
+they were stored and are decoded once into a cache, as those of a folder are.
+``prepare`` downloads and prepares a set, for which TFDS needs TensorFlow.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ INSTALL = 'pip install "kddm-jax[prepare]"'
 
 
 class Prepared(NamedTuple):
-    """A prepared set: the data folder and the path of the set below it."""
+    """Holds the data folder of a prepared set and the path of the set below it."""
 
     root: Path
     path: str
 
 
 def default_folders() -> list[Path]:
-    """Where TFDS itself looks."""
+    """Lists the folders that TFDS itself searches."""
     variable = os.environ.get("TFDS_DATA_DIR")
     folders = [variable] if variable else []
     return [Path(f).expanduser() for f in (*folders, "~/tensorflow_datasets")]
 
 
 def _versions(folder: Path) -> list[str]:
-    """Versions prepared in a folder, the newest first."""
+    """Lists the versions prepared in a folder, the newest first."""
     if not folder.is_dir():
         return []
     found = [
@@ -61,7 +61,7 @@ def _versions(folder: Path) -> list[str]:
 
 
 def _default_config(folder: Path) -> str | None:
-    """The config of a set that is meant where none is named, among those prepared."""
+    """Returns the prepared config that a name without one stands for."""
     configs = sorted(path.name for path in folder.glob("*") if _versions(path))
     with contextlib.suppress(OSError, ValueError, KeyError):
         text = (folder / ".config" / "metadata.json").read_text()
@@ -102,7 +102,7 @@ def find(name: str, folders: Sequence[Path]) -> Prepared | None:
 
 
 def _import_tfds():
-    """TFDS, half a second; it brings no TensorFlow along by itself."""
+    """Imports TFDS, which takes half a second and does not import TensorFlow."""
     # Messages of TensorFlow's C++ parts, which follow on each import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with extra("kddm_jax.data"):
@@ -116,7 +116,7 @@ def _has_tensorflow() -> bool:
 
 
 class _Source(NamedTuple):
-    """An opened set.
+    """Holds an opened set.
 
     Attributes:
       tfds: the library.
@@ -133,18 +133,18 @@ class _Source(NamedTuple):
     label: str
 
     def formats(self) -> set[str]:
-        """The file formats it is prepared in."""
+        """Returns the file formats that the set is prepared in."""
         return {f.value for f in self.builder.info.available_file_formats()}
 
     def decoders(self) -> dict[str, object]:
-        """Leaves images encoded: Pillow decodes them in parallel and names bad ones."""
+        """Leaves images encoded: Pillow decodes in parallel and names bad ones."""
         features, image = self.builder.info.features, self.tfds.features.Image
         skip = self.tfds.decode.SkipDecoding
         return {k: skip() for k, f in features.items() if isinstance(f, image)}
 
 
 def _image_and_label(tfds, info) -> tuple[str, str]:
-    """The features that hold the image and its class."""
+    """Finds the features that hold the image and its class."""
 
     def find_one(kind):
         names = [name for name, f in info.features.items() if isinstance(f, kind)]
@@ -188,7 +188,7 @@ def _unreadable(what: object, error: Exception) -> DataError:
 
 
 def _array_records(source, split) -> Iterator[dict[str, Any]]:
-    """Examples of a split, without TensorFlow."""
+    """Yields the examples of a split, without TensorFlow."""
     records = source.builder.as_data_source(split, decoders=source.decoders())
     for start in range(0, len(records), _PIECE):
         piece = range(start, min(start + _PIECE, len(records)))
@@ -196,7 +196,7 @@ def _array_records(source, split) -> Iterator[dict[str, Any]]:
 
 
 def _tf_records(source, split) -> Iterator[dict[str, Any]]:
-    """Examples of a split in the order they were written, by TensorFlow."""
+    """Yields the examples of a split in the order they were written, by TensorFlow."""
     import tensorflow as tf  # pyright: ignore[reportMissingModuleSource]
 
     with contextlib.suppress(RuntimeError):  # TensorFlow is running already
@@ -209,7 +209,7 @@ def _tf_records(source, split) -> Iterator[dict[str, Any]]:
 
 
 def _examples(source: _Source, split: str) -> Iterator[Encoded]:
-    """The encoded images of a split."""
+    """Yields the encoded images of a split."""
     read = _array_records if source.formats() & _FREE else _tf_records
     try:
         for i, example in enumerate(read(source, split)):
@@ -222,7 +222,7 @@ def _examples(source: _Source, split: str) -> Iterator[Encoded]:
 def _share(
     source: _Source, split: str, ranks: Collection[int] = range(5)
 ) -> Iterator[Encoded]:
-    """Of every five examples of a class those of these ranks; by default all."""
+    """Yields, of every five examples of a class, those with these ranks."""
     seen = Counter()
     for example in _examples(source, split):
         if example.label < 0:
@@ -233,7 +233,7 @@ def _share(
 
 
 def _splits(source: _Source) -> dict[str, Split]:
-    """Training and test examples; they share the training split if it is alone."""
+    """Returns training and test examples, of the training split if it is alone."""
     counts = {k: s.num_examples for k, s in source.builder.info.splits.items()}
     if not counts.get("train"):
         found = ", ".join(counts)
@@ -253,9 +253,9 @@ def _splits(source: _Source) -> dict[str, Split]:
 def read_prepared(found: Prepared, options: Options) -> Dataset:
     """Reads a prepared set.
 
-    Training images are the split "train", test images "test" or else "validation",
-    whichever has labels; of a set that has none, every fifth training image of each
-    class is a test image.
+    Training images are the split "train".  Test images are the first of the splits
+    "test" and "validation" that has labels; if there is none, every fifth training
+    image of each class is a test image.
 
     Args:
       found: the set.
@@ -288,7 +288,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
     """Downloads a set and prepares it as ArrayRecord, with TFDS' progress bars.
 
     Args:
-      name: of the set, as for ``find``.
+      name: name of the set, as for ``find``.
       data_dir: data folder; None is TFDS' own, ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def ranks(labels: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Position of each sample within its class, in the order of ``draws``."""
+    """Computes the position of each sample within its class by the order of draws."""
     order = np.lexsort((draws, labels))
     _, start, counts = np.unique(labels[order], return_index=True, return_counts=True)
     ranks = np.empty(len(labels), np.int64)

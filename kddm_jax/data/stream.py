@@ -1,10 +1,10 @@
-"""Batches of a data set too large for the device, read ahead by Grain.
+"""Reads batches of a data set that is too large for the device ahead of time.
 
-The images stay where they are, in host memory or in a memory-mapped file, and each
-dispatch gets its own: Grain's threads gather the rows of the next ones while the
-device computes.  Which images make a batch is the caller's, as an array of indices, so
-a streamed run sees the same batches in the same order as one whose images lie on the
-device, and continues at any epoch.
+The images stay in host memory or in a memory-mapped file.  Grain's threads gather the
+images of the next dispatches while the device computes.  The caller decides which
+images make a batch, by an array of indices.  A streamed run therefore sees the same
+batches in the same order as one whose images are on the device, and can continue at any
+epoch.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from kddm_jax.extras import extra
 
 
 def reads(order: np.ndarray, *, length: int, shares: range, of: int) -> np.ndarray:
-    """Which images each device reads for each dispatch.
+    """Assigns the images of an epoch to dispatches and devices.
 
     Args:
       order: indices of an epoch's batches, shape ``[steps, b]``.
       length: steps in one dispatch; divides ``steps``.
-      shares: which of the ``of`` equal shares of each batch to read: those of this
-        process's devices.
+      shares: indices of the shares of each batch that the devices of this process
+        read; a batch has ``of`` equal shares.
       of: number of devices of all processes; divides ``b``.
 
     Returns:
@@ -46,7 +46,7 @@ def reads(order: np.ndarray, *, length: int, shares: range, of: int) -> np.ndarr
 
 
 class _Dispatches:
-    """Grain's random-access source: one element is what one dispatch needs."""
+    """Gives Grain random access to the images and labels of each dispatch."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray):
         self.images, self.labels, self.rows = images, labels, rows
@@ -57,7 +57,7 @@ class _Dispatches:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         devices = len(self.rows[index])
         at = self.rows[index].reshape(devices, -1)  # [devices, length * b]
-        # In the order they lie: a memory-mapped file is read forwards.
+        # Sorted, so that a memory-mapped file is read forwards.
         forward = np.argsort(at, axis=None)
         images = np.empty((at.size, *self.images.shape[1:]), self.images.dtype)
         images[forward] = self.images[at.ravel()[forward]]
@@ -72,18 +72,18 @@ def stream(
     threads: int = 2,
     ahead: int = 4,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reads the images of one dispatch after the other, some ahead of time.
+    """Reads the images of one dispatch after another, some of them ahead of time.
 
     Args:
-      images: ``[n, h, w, c]``, an array or a memory-mapped file.
-      labels: ``[n]``.
-      rows: indices from `reads`, ``[dispatches, devices, length, b]``.
-      threads: that read.
-      ahead: dispatches held ready.
+      images: an array or a memory-mapped file, shape ``[n, h, w, c]``.
+      labels: labels of the images, shape ``[n]``.
+      rows: indices from `reads`, shape ``[dispatches, devices, length, b]``.
+      threads: number of threads that read.
+      ahead: number of dispatches that are read ahead.
 
     Yields:
-      Images ``[devices, length * b, h, w, c]`` and labels ``[devices, length * b]``,
-      a device's steps one after the other.
+      Images ``[devices, length * b, h, w, c]`` and labels ``[devices, length * b]``;
+      the steps of a device follow one another.
     """
     with extra("kddm_jax.data"):  # here: it takes a second, and most sets fit devices
         import grain
