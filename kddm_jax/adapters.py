@@ -20,12 +20,12 @@ ModuleDef = Any
 
 
 class Outputs(NamedTuple):
-    """What a network returns for a batch of images.
+    """Holds what a network returns for a batch of images.
 
     Attributes:
       logits: scores, shape `[b, num_classes]`, float32 at least.
-      features: what the classifier sees, the last map averaged over its pixels, shape
-        `[b, 8 * width]`, float32 at least.
+      features: input of the classifier, shape `[b, d]`, float32 at least; for a ResNet
+        the last map averaged over its pixels, and `d = 8 * width`.
       maps: shape `[b, h, w, c]` in the compute dtype, by name: "stem", and the output
         of every block, "stage1_block1", "stage1_block2", ...
     """
@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """A first convolution, and whether a 3x3/2 max pooling follows it."""
+    """Describes a first convolution; with `pool`, a 3x3/2 max pooling follows it."""
 
     kernel: int
     stride: int
@@ -56,7 +56,7 @@ dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Layers(NamedTuple):
-    """The layers that torchvision's networks are made of, options filled in.
+    """Holds the layers that torchvision's networks are made of, with their options.
 
     Attributes:
       conv: `conv(features, kernel, stride, name=...)`, without bias, padded as in
@@ -90,11 +90,11 @@ def make_layers(
 
     Args:
       train: whether BatchNorm uses, and averages, the statistics of the batch.
-      dtype: of the computation.
-      axis_name: mapped axis over which BatchNorm averages, if any.
+      dtype: dtype of the computation.
+      axis_name: mapped axis over which BatchNorm averages, None for no axis.
 
     Returns:
-      `Layers`.
+      Both layers; they take a number of features and a name.
     """
     norm = partial(
         nn.BatchNorm,
@@ -108,13 +108,13 @@ def make_layers(
 
 
 def check_images(images: jax.Array) -> None:
-    """Checks what every network asks of its images.
+    """Checks the rank and dtype of a network's images.
 
     Args:
-      images: shape `[b, h, w, c]`, floating point.
+      images: images, shape `[b, h, w, c]`, floating point.
 
     Raises:
-      ValueError: another rank or dtype.
+      ValueError: the rank or the dtype is another.
     """
     if images.ndim != 4:
         raise ValueError(
@@ -132,10 +132,10 @@ def check_stem(stem: str) -> None:
     """Checks the name of a stem.
 
     Args:
-      stem: "cifar" or "imagenet".
+      stem: name of the stem.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: it is neither "cifar" nor "imagenet".
     """
     if stem not in STEMS:
         raise ValueError(
@@ -165,7 +165,7 @@ def check_positive(model: nn.Module, *names: str) -> None:
 def linen_apply(
     model: nn.Module,
 ) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
-    """Turns a Linen module into the apply function that the train step asks of a model.
+    """Turns a Linen module into the apply function that the train step takes.
 
     Args:
       model: a Linen module whose `__call__` takes images and `train`.

@@ -1,4 +1,4 @@
-"""Residual networks of 9, 18 and 34 layers that also return their features and maps.
+"""Defines residual networks of 9, 18 and 34 layers with features and maps as outputs.
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385: a stem,
 four stages of basic blocks `relu(x + bn(conv(relu(bn(conv(x))))))` with widths w, 2w,
@@ -26,7 +26,7 @@ from kddm_jax.numerics.maxima import max_pool, relu
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: a projection where the shape changes."""
+    """Adds two 3x3 convolutions to a shortcut, a projection if the shape changes."""
 
     features: int
     stride: int
@@ -46,7 +46,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of basic blocks; see `ResNet9`, `ResNet18` and `ResNet34`.
+    """Classifies images by a residual network of basic blocks.
+
+    `ResNet9`, `ResNet18` and `ResNet34` have their numbers of blocks.
 
     `model.apply(variables, images)` returns `Outputs`; for training,
     `model.apply(variables, images, train=True, mutable=["batch_stats"])` returns
@@ -123,13 +125,13 @@ class ResNet(nn.Module):
 
 
 class ResNet9(ResNet):
-    """One block in each stage: 4.9 million parameters at width 64."""
+    """Has one block in each stage: 4.9 million parameters at width 64."""
 
     blocks: tuple[int, ...] = (1, 1, 1, 1)
 
 
 class ResNet18(ResNet):
-    """Two blocks in each stage: 11.2 million parameters at width 64.
+    """Has two blocks in each stage: 11.2 million parameters at width 64.
 
     Examples:
       >>> model = ResNet18(num_classes=10, stem="cifar", width=4)
@@ -144,6 +146,6 @@ class ResNet18(ResNet):
 
 
 class ResNet34(ResNet):
-    """Three, four, six and three blocks: 21.3 million parameters at width 64."""
+    """Has three, four, six and three blocks: 21.3 million parameters at width 64."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)

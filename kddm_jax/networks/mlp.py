@@ -1,7 +1,7 @@
-"""Multi-layer perceptrons: the networks of KD2M's first benchmark, on MNIST.
+"""Defines multi-layer perceptrons, the networks of KD2M's first benchmark, on MNIST.
 
-The released code (eddardd/kddm) distils 784-512-256-128-128-128 into 784-512-256-128;
-features are the last hidden layer, 128 wide in both, after its ReLU.
+The released code (eddardd/kddm) distils 784-512-256-128-128-128 into 784-512-256-128.
+Features are the last hidden layer after its ReLU; it is 128 wide in both networks.
 """
 
 import jax
@@ -12,7 +12,9 @@ from kddm_jax.adapters import Outputs
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU, then a linear classifier; see `TeacherMLP`, `StudentMLP`.
+    """Applies dense layers with ReLU and a linear classifier.
+
+    `TeacherMLP` and `StudentMLP` are the networks of the released code.
 
     Attributes:
       num_classes: number of logits.
@@ -31,7 +33,7 @@ class MLP(nn.Module):
 
         Args:
           images: normalised images, floating, shape `[b, h, w, c]`.
-          train: ignored: nothing behaves differently in training.
+          train: ignored, since training changes nothing here.
 
         Returns:
           `Outputs` with features `[b, hidden[-1]]`; maps are the hidden layers,
@@ -57,7 +59,7 @@ class MLP(nn.Module):
 
 
 class TeacherMLP(MLP):
-    """784-512-256-128-128-128: 600,458 parameters with 10 classes.
+    """Has the widths 784-512-256-128-128-128: 600,458 parameters with 10 classes.
 
     Examples:
       >>> images = jnp.zeros((2, 28, 28, 1))
@@ -71,6 +73,6 @@ class TeacherMLP(MLP):
 
 
 class StudentMLP(MLP):
-    """784-512-256-128: 567,434 parameters with 10 classes."""
+    """Has the widths 784-512-256-128: 567,434 parameters with 10 classes."""
 
     hidden: tuple[int, ...] = (512, 256, 128)

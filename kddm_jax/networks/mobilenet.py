@@ -1,4 +1,4 @@
-"""MobileNetV2, which also returns its features and the maps of every block.
+"""Defines MobileNetV2 with its features and the maps of every block as outputs.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
 arXiv:1801.04381. An inverted residual widens the image t times by a 1x1 convolution,
@@ -27,7 +27,7 @@ from kddm_jax.adapters import (
 
 
 class Stage(NamedTuple):
-    """Blocks of one width: a row of the paper's table 2."""
+    """Describes the blocks of one width, a line of the paper's table 2."""
 
     expansion: int  # t
     features: int  # c
@@ -51,7 +51,7 @@ STRIDES_LEFT_OUT: Mapping[str, int] = {"imagenet": 0, "cifar": 2}
 
 
 def _strides(stem: str, stages: tuple[Stage, ...]) -> list[int]:
-    """Of the first convolution, then of each stage."""
+    """Returns the stride of the first convolution and of each stage."""
     strides = [2, *(stage.stride for stage in stages)]
     halvings = [i for i, stride in enumerate(strides) if stride > 1]
     for i in halvings[: STRIDES_LEFT_OUT[stem]]:
@@ -63,11 +63,11 @@ def scaled(channels: int, multiplier: float) -> int:
     """Scales a number of channels, to a multiple of 8 that loses 10 % at most.
 
     Args:
-      channels: in the paper's table.
+      channels: number of channels in the paper's table.
       multiplier: the paper's width multiplier.
 
     Returns:
-      The channels, as torchvision rounds them.
+      The number of channels, rounded as torchvision does.
 
     Examples:
       >>> scaled(32, 0.75), scaled(24, 0.75), scaled(24, 0.1)
@@ -79,7 +79,7 @@ def scaled(channels: int, multiplier: float) -> int:
 
 
 class InvertedResidual(nn.Module):
-    """Widens, convolves depthwise, narrows; a shortcut where the shape stays."""
+    """Widens, convolves depthwise and narrows, with a shortcut if the shape stays."""
 
     features: int
     stride: int
@@ -104,12 +104,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2: 2.2 million parameters and 1280 features at width 64.
+    """Classifies images by MobileNetV2.
+
+    It has 2.2 million parameters and 1280 features at width 64.
 
     `model.apply(variables, images)` returns `Outputs`; for training,
     `model.apply(variables, images, train=True, mutable=["batch_stats"])` returns
     `(Outputs, {"batch_stats": ...})`. Maps are "stem", "block1" to "block17" (each the
-    sum, without a ReLU) and "last", whose average the features are.
+    sum, without a ReLU) and "last"; features are the average of "last".
 
     Attributes:
       num_classes: number of logits.

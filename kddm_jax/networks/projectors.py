@@ -1,9 +1,9 @@
-"""Projectors from the student's width to the teacher's.
+"""Projects the student's layers to the teacher's width.
 
-Most distances between clouds need one width.  A projector maps the student's layer to
-the teacher's width; its parameters live in the student's tree under "projectors", so
-that one optimiser trains both, and `without_projectors` leaves them out of what is
-evaluated and deployed.
+Most distances need features of one width.  A projector maps a layer of the student to
+the teacher's width.  Its parameters are in the student's tree under "projectors", so
+that one optimiser trains both; `without_projectors` removes them for evaluation and
+deployment.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ Variables = Mapping[str, Any]  # nested by module: no type of Python's follows i
 
 
 class DenseProjector(nn.Module):
-    """A linear map of pooled features, without bias.
+    """Maps pooled features linearly, without bias.
 
     Attributes:
       features: the teacher's width.
@@ -46,14 +46,14 @@ def _conv(features, kernel, name):
 
 
 def _on_grid(maps, grid):
-    """The maps, averaged along the sides that are longer than the grid's."""
+    """Averages maps along the sides that are longer than the grid's."""
     if grid is None:
         return maps
     return average_pool(maps, tuple(map(min, maps.shape[1:3], grid)))
 
 
 class ConvProjector(nn.Module):
-    """A 1x1 convolution of maps, without bias: the same linear map at every position.
+    """Convolves maps by a 1x1 kernel without bias: one linear map for all positions.
 
     Attributes:
       features: the teacher's width.
@@ -77,7 +77,9 @@ class ConvProjector(nn.Module):
 
 
 class ThreeLayerProjector(nn.Module):
-    """1x1 to twice the width, 3x3, 1x1 to the width; BatchNorm and ReLU between.
+    """Convolves maps three times, with BatchNorm and ReLU in between.
+
+    The kernels are 1x1 to twice the width, 3x3, and 1x1 to the width.
 
     Attributes:
       features: the teacher's width.
@@ -118,10 +120,10 @@ PROJECTORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
 
 
 class ProjectedOutputs(NamedTuple):
-    """A network's outputs with some of its layers projected.
+    """Holds a network's outputs with some of its layers projected.
 
     Attributes:
-      logits: of the network, shape ``[b, k]``.
+      logits: logits of the network, shape ``[b, k]``.
       features: pooled features, projected if "features" is.
       maps: layers by name, those with a projector projected.
     """
@@ -151,7 +153,7 @@ def init_projectors(
     Args:
       key: random key.
       projectors: a module for each student layer that is projected.
-      layers: the student's on any batch by name, arrays or `jax.ShapeDtypeStruct`.
+      layers: the student's layers by name, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
       ``{"params": {layer: ...}, "batch_stats": {layer: ...}}``, for

@@ -22,9 +22,9 @@ from kddm_jax.networks.torchvision import (
 
 
 def _identity_block(key: jax.Array, features: int) -> tuple[dict, dict]:
-    """Parameters and statistics of a block that starts as the identity.
+    """Makes parameters and statistics of a block that starts as the identity.
 
-    Its second BatchNorm scales by zero, and maps are non-negative after a ReLU:
+    Its second BatchNorm scales by zero, and maps are non-negative after a ReLU, so
     ``relu(x + 0) = x``.
     """
     shape = (3, 3, features, features)
@@ -49,19 +49,20 @@ def grow(
 ) -> dict[str, dict[str, Any]]:
     """Makes a deeper network that computes the same function.
 
-    The blocks at hand are copied; those added at the end of each stage start as the
-    identity, their convolutions drawn anew, and learn from there.
+    The given blocks are copied.  Blocks are added at the end of each stage; they start
+    as the identity, with random convolutions, and learn from there.
 
     Args:
-      key: of the added convolutions.
-      variables: of a network.
-      blocks: wanted in each of the four stages, such as ``ResNet34.blocks``.
+      key: random key of the added convolutions.
+      variables: variables of a network.
+      blocks: wanted number of blocks in each of the four stages, such as
+        ``ResNet34.blocks``.
 
     Returns:
       Variables of the deeper network.
 
     Raises:
-      WeightsError: a stage has more blocks already.
+      WeightsError: a stage already has more blocks.
 
     References:
       Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour",
@@ -84,7 +85,7 @@ def grow(
     params, stats = map(dict, network_of(variables).values())
     for stage, (old, new) in enumerate(zip(found.blocks, blocks, strict=True)):
         for index in range(old, new):
-            # Of its place alone: a deeper network has the same blocks, and more.
+            # The key depends on the place only: a deeper network has the same blocks.
             drawn = jax.random.fold_in(jax.random.fold_in(key, stage), index)
             name = f"layer{stage + 1}_{index}"
             params[name], stats[name] = _identity_block(drawn, found.width * 2**stage)
@@ -94,18 +95,18 @@ def grow(
 def replace_head(
     key: jax.Array, variables: Variables, num_classes: int
 ) -> dict[str, dict[str, Any]]:
-    """Puts an untrained classifier in the place of the given one.
+    """Replaces the classifier by an untrained one.
 
     Args:
-      key: of its weights, uniform in ``+- 1 / sqrt(d)``; its bias is zero.
-      variables: of a network.
+      key: random key of its weights, uniform in ``+- 1 / sqrt(d)``; its bias is zero.
+      variables: variables of a network.
       num_classes: number of logits.
 
     Returns:
-      Variables that differ in ``params/fc`` alone.
+      Variables that differ in ``params/fc`` only.
 
     Raises:
-      WeightsError: ``num_classes < 1``, or the variables are of no network.
+      WeightsError: ``num_classes < 1``, or the variables belong to no known network.
 
     Examples:
       >>> from kddm_jax.networks.torchvision import Architecture
@@ -126,19 +127,19 @@ def replace_head(
 
 
 def sum_channels(variables: Variables) -> dict[str, dict[str, Any]]:
-    """Makes a network of grey images from one of colour images.
+    """Makes a network for grey images from one for colour images.
 
-    The first convolution is summed over its input channels: on a grey image it gives
-    what the given one gives where that image stands in every channel.
+    The first convolution is summed over its input channels.  On a grey image it gives
+    what the given convolution gives if that image is in every channel.
 
     Args:
-      variables: of a network.
+      variables: variables of a network.
 
     Returns:
-      Variables that differ in ``params/conv1`` alone.
+      Variables that differ in ``params/conv1`` only.
 
     Raises:
-      WeightsError: the variables are of no network.
+      WeightsError: the variables belong to no known network.
 
     Examples:
       >>> from kddm_jax.networks.torchvision import Architecture

@@ -21,7 +21,7 @@ from kddm_jax import adapters, resnet
 from kddm_jax.networks.projectors import without_projectors
 
 Tensors = Mapping[str, np.ndarray]
-# {"params": ..., "batch_stats": ...}, nested dictionaries of arrays.
+# Nested dictionaries of arrays: {"params": ..., "batch_stats": ...}.
 Variables = Mapping[str, Mapping[str, Any]]
 
 # Names of our networks by their blocks.
@@ -40,19 +40,19 @@ _LEAVES = {
 
 
 class WeightsError(ValueError):
-    """Weights are unreadable, or of another network; one line says which and why."""
+    """Raised if weights are unreadable or belong to another network; one line."""
 
 
 class Architecture(NamedTuple):
-    """The network that weights belong to.
+    """Describes the network that weights belong to.
 
     Attributes:
       blocks: number of blocks in each of the four stages.
-      stem: "imagenet" for a 7x7 first convolution, "cifar" for 3x3: weights do not
-        say whether a max pooling follows, and it is taken to be left out after 3x3.
+      stem: "imagenet" for a 7x7 first convolution, "cifar" for 3x3.  Weights do not
+        say if a max pooling follows; after 3x3 it is assumed to be left out.
       width: channels of the first stage.
       num_classes: number of logits.
-      channels: of the images.
+      channels: number of channels of the images.
     """
 
     blocks: tuple[int, ...] = resnet.ResNet18.blocks
@@ -63,18 +63,18 @@ class Architecture(NamedTuple):
 
     @property
     def name(self) -> str:
-        """ResNet18 and the like, or ResNet with its blocks."""
+        """Returns a name such as ResNet18, or ResNet with its blocks."""
         return NAMED.get(self.blocks, f"ResNet {self.blocks}")
 
     def __str__(self) -> str:
-        """In words."""
+        """Describes the network in words."""
         return (
             f"{self.name}, width {self.width}, {self.stem} stem, "
             f"{self.channels} channels, {self.num_classes} classes"
         )
 
     def model(self) -> resnet.ResNet:
-        """The network, in float32."""
+        """Makes the network, in float32."""
         return resnet.ResNet(
             num_classes=self.num_classes,
             stem=self.stem,
@@ -83,13 +83,13 @@ class Architecture(NamedTuple):
         )
 
     def shapes(self) -> Variables:
-        """The variables' shapes, as `jax.ShapeDtypeStruct`."""
+        """Returns the shapes of the variables as `jax.ShapeDtypeStruct`."""
         images = jax.ShapeDtypeStruct((1, 32, 32, self.channels), jnp.float32)
         return jax.eval_shape(self.model().init, jax.random.key(0), images)
 
 
 def _torch_layout(shape: Sequence[int]) -> tuple[int, ...]:
-    """The axes of ours in torch's order: all 4-d arrays are kernels, 2-d ones dense."""
+    """Orders our axes as torch does: 4-d arrays are kernels, 2-d arrays dense."""
     return {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), tuple(range(len(shape))))
 
 
@@ -98,20 +98,20 @@ def _our_layout(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _torch_name(path: Sequence[str]) -> str:
-    """``(params, layer1_0, conv2, kernel)`` -> ``layer1.0.conv2.weight``."""
+    """Turns ``(params, layer1_0, conv2, kernel)`` into ``layer1.0.conv2.weight``."""
     _, *modules, leaf = path
     return ".".join([*modules, ""]).replace("_", ".") + _LEAVES.get(leaf, leaf)
 
 
 def _torch_names(variables: Variables) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Path and leaf by torchvision's name."""
+    """Lists path and leaf by torchvision's name."""
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {_torch_name(path): (path, leaf) for path, leaf in flat.items()}
 
 
 @lru_cache(maxsize=32)
 def _expected(found: Architecture) -> dict[str, tuple[tuple[str, ...], tuple]]:
-    """Our path and torch's shape of every tensor, by torchvision's name."""
+    """Lists our path and torch's shape of every tensor by torchvision's name."""
     expected = {}
     for name, (path, leaf) in _torch_names(found.shapes()).items():
         axes = _torch_layout(leaf.shape)
@@ -120,7 +120,7 @@ def _expected(found: Architecture) -> dict[str, tuple[tuple[str, ...], tuple]]:
 
 
 def _find(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """The network of these tensors: from their names, the stem's and the head's."""
+    """Recognises the network by the names of tensors, the stem and the head."""
     for name, rank in (("conv1.weight", 4), ("fc.weight", 2)):
         shape = shapes.get(name, ())
         if len(shape) != rank or 0 in shape:
@@ -180,7 +180,7 @@ def _check(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
 
 def _plain_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Without BatchNorm's counters, and without a prefix that all names have."""
+    """Removes BatchNorm's counters, and a prefix that all names have."""
     kept = {k: v for k, v in tensors.items() if not k.endswith(_COUNTER)}
     first = min((k for k in kept if k.endswith("conv1.weight")), key=len, default="")
     prefix = first.removesuffix("conv1.weight")  # DataParallel's "module."
@@ -205,16 +205,16 @@ def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
 def from_torchvision(tensors: Tensors) -> dict[str, dict[str, Any]]:
     """Turns the tensors of a torchvision ResNet into variables.
 
-    BatchNorm's ``num_batches_tracked`` is left out, and a prefix that all names have,
-    such as ``module.``, too.
+    BatchNorm's ``num_batches_tracked`` is left out, and so is a prefix that all names
+    have, such as ``module.``.
 
     Args:
-      tensors: by torchvision's name, of any floating dtype; a ``state_dict()`` on the
-        CPU will do.
+      tensors: tensors by torchvision's name, of any floating dtype, such as a
+        ``state_dict()`` on the CPU.
 
     Returns:
       ``{"params": ..., "batch_stats": ...}``, nested dictionaries of float32 NumPy
-      arrays; `architecture` says of which network.
+      arrays; `architecture` finds their network.
 
     Raises:
       WeightsError: a tensor is missing, not expected, misshaped, not floating point
@@ -257,7 +257,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
       Float32 tensors by torchvision's name, each with memory of its own.
 
     Raises:
-      WeightsError: the variables are of another network.
+      WeightsError: the variables belong to another network.
 
     Examples:
       >>> shapes = Architecture(width=4, num_classes=5).shapes()
@@ -280,14 +280,14 @@ def architecture(variables: Variables) -> Architecture:
     """Finds the network that variables belong to.
 
     Args:
-      variables: ``{"params": ..., "batch_stats": ...}``; arrays, or anything else that
-        has a shape.
+      variables: ``{"params": ..., "batch_stats": ...}`` of arrays, or of anything else
+        that has a shape.
 
     Returns:
-      What to build it by.
+      The description of the network; its ``model()`` builds it.
 
     Raises:
-      WeightsError: they are of no `kddm_jax.resnet.ResNet`.
+      WeightsError: the variables do not belong to a `kddm_jax.resnet.ResNet`.
 
     Examples:
       >>> model = resnet.ResNet34(num_classes=10, stem="cifar", width=4)

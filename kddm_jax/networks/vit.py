@@ -1,9 +1,9 @@
-"""A small vision transformer, which also returns its features and the maps of blocks.
+"""Defines a small vision transformer with its features and maps as outputs.
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929, with the
-average of the tokens for features in place of a class token, so that all tokens lie on
-the grid of patches. By default the student of arXiv:2511.14981 for images of 32
-pixels: patches of 4, 8 blocks of 6 heads, tokens of 192, perceptrons of 576 channels.
+Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929. Features are the
+average of the tokens instead of a class token, so that all tokens are on the grid of
+patches. The defaults are the student of arXiv:2511.14981 for images of 32 pixels:
+patches of 4, 8 blocks of 6 heads, tokens of 192, perceptrons of 576 channels.
 
 A block is `x + attention(norm(x))`, then `x + mlp(norm(x))`. Layers and
 initialisation are those of torchvision's `VisionTransformer`, without dropout (and the
@@ -37,7 +37,7 @@ def _dense(features: int, dtype: jax.typing.DTypeLike, name: str) -> nn.Dense:
 
 
 class EncoderBlock(nn.Module):
-    """Attention between tokens, then a perceptron on each, both with a shortcut."""
+    """Applies attention between tokens and a perceptron to each, with shortcuts."""
 
     heads: int
     hidden: int
@@ -60,7 +60,9 @@ class EncoderBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer: 3.0 million parameters and 192 features at width 64.
+    """Classifies images by a vision transformer.
+
+    It has 3.0 million parameters and 192 features at width 64.
 
     `model.apply(variables, images)` returns `Outputs`. Maps are "block1", "block2",
     ..., the tokens after each block on the grid of patches, `[b, h, w, 3 * width]`;
@@ -74,7 +76,7 @@ class ViT(nn.Module):
       width: 64 is the student of arXiv:2511.14981, as 64 is the published width of a
         ResNet: tokens have `3 * width` channels.
       layers: number of blocks.
-      heads: of each attention; must divide `3 * width`.
+      heads: number of heads of each attention; must divide `3 * width`.
       mlp_ratio: the perceptrons' hidden layers have `mlp_ratio * 3 * width` channels.
       patch: side of a patch in pixels; must divide the sides of the image.
       dtype: dtype of the computation. Parameters, LayerNorm, features and logits are
@@ -109,7 +111,7 @@ class ViT(nn.Module):
             )
 
     def _grid(self, images: jax.Array) -> tuple[int, int]:
-        """How many patches an image has down and across."""
+        """Returns the number of patches that an image has down and across."""
         sides = images.shape[1:3]
         if any(side % self.patch or not side for side in sides):
             raise ValueError(
@@ -133,7 +135,7 @@ class ViT(nn.Module):
 
         Args:
           images: normalised images, shape `[b, h, w, c]`, floating point.
-          train: ignored: nothing behaves differently in training.
+          train: ignored, since training changes nothing here.
 
         Returns:
           Logits, features and maps.

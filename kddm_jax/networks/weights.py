@@ -146,17 +146,17 @@ def _format(path: Path) -> _Format:
 
 
 def load(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads variables from a file with torchvision's names, or from a run of ours.
+    """Reads variables from a file with torchvision's names, or from a checkpoint.
 
     Args:
-      path: a ``.safetensors``, ``.npz``, ``.pth`` or ``.pt`` file; or a checkpoint, or
-        the folder of a run.
+      path: a ``.safetensors``, ``.npz``, ``.pth`` or ``.pt`` file, a checkpoint, or the
+        folder of a run.
 
     Returns:
       ``{"params": ..., "batch_stats": ...}`` without projectors, on the host.
 
     Raises:
-      WeightsError: absent, unreadable, damaged, or of another network.
+      WeightsError: the file is missing, unreadable, damaged, or of another network.
       CheckpointError: a checkpoint is damaged.
     """
     path = Path(path)
@@ -176,7 +176,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _restore(path: Path) -> tuple[checkpoint.Arrays, dict[str, object]]:
-    """All arrays and the record of a checkpoint of one of our networks."""
+    """Reads all arrays and the record of a checkpoint of one of our networks."""
     found = checkpoint.find(path)
     if found is None:
         raise WeightsError(f"no checkpoint in {path}; pass a run's folder")
@@ -197,16 +197,16 @@ def _refuse(path: Path, overwrite: bool) -> None:
 
 
 def save(path: Path, variables: Variables, *, overwrite: bool = False) -> None:
-    """Writes variables under torchvision's names, a whole file or none.
+    """Writes variables under torchvision's names, atomically.
 
     Args:
-      path: ends in ``.safetensors``, ``.npz``, ``.pth`` or ``.pt``.
-      variables: of a `kddm_jax.resnet.ResNet`; projectors are left out.
+      path: file that ends in ``.safetensors``, ``.npz``, ``.pth`` or ``.pt``.
+      variables: variables of a `kddm_jax.resnet.ResNet`; projectors are left out.
       overwrite: whether an existing file may be replaced.
 
     Raises:
-      WeightsError: another suffix, an existing file, variables of another network, or
-        the disk refused.
+      WeightsError: the suffix is unknown, the file exists, the variables belong to
+        another network, or the file cannot be written.
     """
     path = Path(path)
     encode = _format(path).encode
@@ -234,7 +234,7 @@ def save(path: Path, variables: Variables, *, overwrite: bool = False) -> None:
 def _save_checkpoint(
     folder: Path, variables: Variables, meta: Mapping[str, object], overwrite: bool
 ) -> None:
-    """A checkpoint in a folder of its own: never among those of a run."""
+    """Saves a checkpoint in a folder of its own, never among those of a run."""
     _refuse(folder, overwrite)
     if folder.exists() and not (
         folder.is_dir()
@@ -247,7 +247,7 @@ def _save_checkpoint(
 
 
 def _record(source: Path, found: Architecture) -> dict[str, object]:
-    """What a checkpoint says of weights whose training is not known."""
+    """Makes the record of a checkpoint of weights whose training is not known."""
     if found.blocks not in NAMED:
         raise WeightsError(
             f"{source}: checkpoints are of {', '.join(NAMED.values())}, this is "
@@ -263,17 +263,17 @@ def _record(source: Path, found: Architecture) -> dict[str, object]:
 
 
 def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architecture:
-    """Converts weights: a file or checkpoint to a file or checkpoint.
+    """Converts a file or checkpoint of weights to a file or checkpoint.
 
     Args:
-      source: as `load` takes it.
-      target: a file as `save` takes it; without a suffix, the folder of a checkpoint.
-        Its record keeps what the source's says of its training; for a file the data
-        set is None.
+      source: a path that `load` takes.
+      target: a file that `save` takes; without a suffix, the folder of a checkpoint,
+        whose record keeps what the source's record says about its training.  For a
+        file as source, the data set in the record is None.
       overwrite: whether an existing target may be replaced.
 
     Returns:
-      The network.
+      The description of the network.
 
     Raises:
       WeightsError: as `load` and `save`.
@@ -297,7 +297,7 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="kddm convert",
         description="Converts ResNet weights between torchvision's names and ours.",

@@ -1,29 +1,29 @@
-"""Convolutions that XLA is slow at on the CPU, made fast.
+"""Computes convolutions that XLA is slow at on the CPU in faster forms.
 
-Small images. XLA exchanges the image and the kernel of a convolution whenever the
-kernel has more taps than the image has pixels. On the CPU the exchanged form has no
-fast implementation: 3x3 kernels on 2x2 pixels, where every ResNet ends, run 50 to 100
-times slower than they need. Backwards the cotangent is the image, hence the rule: it
-is slow where a kernel has more taps than the *output* (or the input) has pixels.
-There, each output pixel is one matrix product of the image patch it sees with the
-kernel taps that fall on the patch; where all see the whole image, they are one product.
-Taps that would only meet zero padding are left out (five of nine on 2x2 pixels), and
-autodiff derives the backward pass.
+Small images: XLA exchanges the image and the kernel of a convolution if the kernel has
+more taps than the image has pixels. On the CPU the exchanged form has no fast
+implementation: 3x3 kernels on 2x2 pixels, where every ResNet ends, are 50 to 100 times
+slower than necessary. Backwards the cotangent is the image, so a convolution is slow
+if its kernel has more taps than the *output* (or the input) has pixels. In that case
+each output pixel is one matrix product of the image patch it sees with the kernel taps
+on that patch; if all pixels see the whole image, one product gives them all. Taps that
+would only meet zero padding are left out (five of nine on 2x2 pixels), and autodiff
+derives the backward pass.
 
-Depthwise kernels, where each channel is convolved on its own, of any image: a sum over
-taps of the shifted image times the tap. Forwards and backwards, 64 images on two
-shared cores, 3x3: 48 instead of 568 ms at 32x32 pixels and 96 channels, 11 instead of
-215 ms at 8x8 and 384, 3 instead of 115 ms at 2x2 and 960. A training step of
-MobileNetV2 takes a quarter of the time.
+Depthwise kernels, which convolve each channel on its own: the sum over taps of the
+shifted image times the tap, for images of any size. Forwards and backwards, 64 images
+and 3x3 kernels take, on two shared cores, 48 instead of 568 ms at 32x32 pixels and 96
+channels, 11 instead of 215 ms at 8x8 and 384, and 3 instead of 115 ms at 2x2 and 960. A
+training step of MobileNetV2 takes a quarter of the time.
 
-Kernels of 7x7 and more and stride 2 on three channels or so, with few features, as in a
-narrow network's first layer: the image's blocks of 2x2 pixels become channels, the
-kernel's likewise, and the stride becomes 1. Rows of three numbers leave the CPU's
-vectors nearly empty, rows of twelve less so: forwards, 128 images of 32x32 pixels and
-16 features take 2.8 instead of 5.1 ms. Backwards XLA's own form is the faster one.
+Kernels of 7x7 and more with stride 2, about three channels and few features, as in the
+first layer of a narrow network: blocks of 2x2 pixels of the image and of the kernel
+become channels, and the stride becomes 1. Vectors of three numbers leave the CPU's
+registers nearly empty, vectors of twelve less so: forwards, 128 images of 32x32 pixels
+and 16 features take 2.8 instead of 5.1 ms. Backwards XLA's own form is faster.
 
-All others: on x86-64 XLA:CPU hands them to YNNPACK, which takes up to three times as
-long as Eigen. `prefer_eigen` changes that for the whole process.
+All other convolutions: on x86-64, XLA:CPU gives them to YNNPACK, which takes up to
+three times as long as Eigen. `prefer_eigen` changes that for the whole process.
 """
 
 import math
@@ -64,7 +64,7 @@ def _is_real(lhs: jax.Array, rhs: jax.Array) -> bool:
 
 
 def _sizes(lhs, rhs, strides, padding):
-    """Rows and columns of the convolved image."""
+    """Returns the numbers of rows and columns of the convolved image."""
     return [
         (size + low + high - taps) // stride + 1
         for size, taps, stride, (low, high) in zip(
@@ -80,13 +80,13 @@ def _is_small(lhs: jax.Array, rhs: jax.Array, out: jax.ShapeDtypeStruct) -> bool
 
 
 def _window(start: int, taps: int, size: int) -> tuple[slice, slice]:
-    """The pixels under a window that starts at `start`, and the taps on them."""
+    """Returns the pixels under a window that begins at `start`, and their taps."""
     first, last = (min(max(i, 0), size) for i in (start, start + taps))
     return slice(first, last), slice(first - start, last - start)
 
 
 def _products(lhs, rhs, strides, padding, *, precision):
-    """One matrix product per output pixel; a single one if all see the whole image."""
+    """Convolves by a matrix product per output pixel, or one if all see everything."""
     sizes = _sizes(lhs, rhs, strides, padding)
     rows, columns = (
         [
@@ -119,7 +119,7 @@ def _is_depthwise(lhs: jax.Array, rhs: jax.Array, groups: int) -> bool:
 
 
 def _shifted(lhs, rhs, strides, padding):
-    """The sum over taps of the image shifted by a tap, times the tap."""
+    """Sums the image, shifted by each tap, times the tap."""
     rows, columns = _sizes(lhs, rhs, strides, padding)
     config = [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))]
     lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
@@ -136,11 +136,11 @@ def _shifted(lhs, rhs, strides, padding):
     return total
 
 
-# It is linear in either argument, so its derivative is itself. By the kernel, though,
-# the transposed form sums over images and pixels, and XLA:CPU strides through all of
-# the memory for each tap and channel. Image by image (shifted anew, or nine shifted
-# copies would be kept) it stays in the cache: 4 to 10 times as fast, a quarter of the
-# whole step.
+# It is linear in either argument, so its derivative is itself. The transposed form of
+# the derivative by the kernel, though, sums over images and pixels, and XLA:CPU strides
+# through the whole memory for each tap and channel. Image by image it stays in the
+# cache, which is 4 to 10 times as fast and saves a quarter of the step. The image is
+# shifted again backwards; otherwise nine shifted copies would be kept.
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _depthwise(lhs, rhs, strides, padding):
     return _shifted(lhs, rhs, strides, padding)
@@ -168,7 +168,7 @@ def _is_narrow_stem(
 
 
 def _as_channels(x: jax.Array, strides: tuple[int, ...]) -> jax.Array:
-    """Blocks as channels: `[n, h, w, c]` to `[n, h / s, w / s, s * s * c]`."""
+    """Turns blocks into channels: `[n, h, w, c]` to `[n, h / s, w / s, s * s * c]`."""
     n, h, w, c = x.shape
     down, right = strides
     x = x.reshape(n, h // down, down, w // right, right, c)
@@ -188,7 +188,7 @@ def _plain(lhs, rhs, strides, padding, precision):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _blocks(lhs, rhs, strides, padding, precision):
-    """The convolution of blocks of as many pixels as the stride moves by."""
+    """Convolves blocks of as many pixels as the stride moves by."""
     sizes = _sizes(lhs, rhs, strides, padding)
     kernel = [-(-k // s) for k, s in zip(rhs.shape[:2], strides, strict=True)]  # blocks
     zero = jnp.zeros((), lhs.dtype)
@@ -208,7 +208,7 @@ def _blocks(lhs, rhs, strides, padding, precision):
     return _plain(_as_channels(lhs, strides), rhs, (1, 1), "VALID", precision)
 
 
-# Bilinear; and the plain form is the faster one backwards.
+# The function is bilinear, and its plain form is faster backwards.
 @_blocks.defjvp
 def _blocks_jvp(strides, padding, precision, primals, tangents):
     (lhs, rhs), (dlhs, drhs) = primals, tangents
@@ -232,18 +232,22 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolves as `jax.lax.conv_general_dilated`, without its slow cases on the CPU.
 
-    Same arguments, of finite arrays the same result up to rounding. Of two-dimensional
-    NHWC convolutions without dilation, when compiled for a CPU, three kinds take other
-    forms. Those without groups that have more kernel taps than input or output pixels
-    and at most 16 output pixels become matrix products. Those with one group and one
-    feature per channel (depthwise) and at most 25 taps become sums over taps. Those
-    without groups that have stride 2, at least 7x7 taps, at most 4 channels and 16
-    features convolve blocks of 2x2 pixels, which become channels. Every other case, and
-    every other platform, is `jax.lax.conv_general_dilated` itself. The platform is the
-    one the computation is compiled for, not the default of the process, so a step
-    pinned to the CPU of a GPU machine is fast too.
+    It takes the same arguments and, for finite arrays, gives the same result up to
+    rounding. In Flax: `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
-    Pass it to Flax: `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
+    Three kinds of two-dimensional NHWC convolutions without dilation take other forms
+    when they are compiled for a CPU:
+
+    - without groups, more kernel taps than input or output pixels, and at most 16
+      output pixels: matrix products;
+    - one group and one feature per channel (depthwise), and at most 25 taps: sums over
+      taps;
+    - without groups, stride 2, at least 7x7 taps, at most 4 channels and 16 features:
+      blocks of 2x2 pixels become channels.
+
+    Every other case, and every other platform, is `jax.lax.conv_general_dilated`
+    itself. The platform is the one that the computation is compiled for, not the
+    default of the process, so that a step pinned to the CPU of a GPU machine is fast.
 
     Args:
       lhs: images, shape `[b, h, w, c]` for the fast path.
@@ -327,18 +331,19 @@ _KNOWN_SINCE, _UNKNOWN_FROM = (0, 10, 2), (0, 13)
 
 
 def prefer_eigen() -> None:
-    """Has XLA:CPU compute convolutions by Eigen, not YNNPACK, in this process.
+    """Makes XLA:CPU compute convolutions by Eigen, not YNNPACK, in this process.
 
-    On two x86-64 cores, 3x3 kernels at 8 to 32 pixels a side, Eigen takes a third of
-    YNNPACK's time in the gradient by the kernel with JAX 0.10.2, and half to all of it
-    otherwise; with 0.12 it gains in that gradient alone. Results change by rounding.
+    On two x86-64 cores, with 3x3 kernels at 8 to 32 pixels a side and JAX 0.10.2, Eigen
+    takes a third of YNNPACK's time in the gradient by the kernel, and half to all of it
+    otherwise. With JAX 0.12 only that gradient is faster. Results change by rounding.
 
-    The option is XLA's, of the whole process, and read once: call this before JAX first
-    looks for its devices. It is added to the environment's `XLA_FLAGS`, which child
-    processes inherit and keys of the compilation cache contain, also when it comes too
-    late for this process. Nothing is added where you chose yourself, or named a file of
-    flags; where jaxlib is none of the versions that are known to have the option; and
-    where libtpu or a plug-in other than CUDA's is installed, which may not know it.
+    The option belongs to XLA, holds for the whole process and is read once: call this
+    before JAX first looks for its devices. It is added to the environment's
+    `XLA_FLAGS`, which child processes inherit and which the keys of the compilation
+    cache contain, even if it comes too late for this process. Nothing is added if you
+    have set the option or a file of flags yourself, if jaxlib is not one of the
+    versions known to have the option, or if libtpu or a plug-in other than CUDA's is
+    installed, which may not know it.
 
     Examples:
       >>> prefer_eigen()

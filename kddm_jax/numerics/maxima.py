@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-# Windows over the ends of an axis that are worth a program of their own.
+# The largest number of windows over the ends of an axis that are computed one by one.
 _MAX_ENDS = 4
 
 
 @jax.custom_jvp
 def _first_maximum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The larger one; of equals `a` has the derivative, not each half of it."""
+    """Computes the larger one; if both are equal, `a` gets the whole derivative."""
     return jnp.maximum(a, b)
 
 
@@ -41,13 +41,12 @@ def _padded_maxima(x, axis, size, stride, padding):
     return reduce(_first_maximum, shifted)
 
 
-# To pad the array, XLA:CPU asks of each pixel whether it is padding, and takes two to
-# ten times as long. Undifferentiated, windows that reach over an end are therefore
-# computed one by one; backwards what is joined here would be cut apart, and padding is
-# the faster.
+# To pad the array, XLA:CPU tests each pixel for padding, which takes two to ten times
+# as long. Without derivatives, windows that reach over an end are therefore computed
+# one by one. Backwards, what is joined here would be cut apart, and padding is faster.
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _maxima(x, axis, size, stride, padding):
-    """The maxima of windows along one axis."""
+    """Computes the maxima of windows along one axis."""
     low, high = padding
     pixels = x.shape[axis]
     length = (pixels + low + high - size) // stride + 1
@@ -91,8 +90,8 @@ def max_pool(
 ) -> jax.Array:
     """Pools as `flax.linen.max_pool`, without its slow gradient on the CPU.
 
-    Same result, and of finite images the same gradient up to the order of a sum: of
-    equal pixels the first of the window, row by row, receives it.
+    The result is the same. For finite images the gradient is the same up to the order
+    of a sum: of equal pixels, the first in the window, row by row, gets it.
 
     Args:
       inputs: images, shape `[b, h, w, c]`, floating point.
@@ -147,13 +146,13 @@ def max_pool(
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """The positive part, in a form that XLA:CPU does not compute over and over.
+    """Computes the positive part in a form that XLA:CPU computes only once.
 
     A maximum with zero has one operand, and XLA repeats such operations, with all
-    those before it, wherever their result is read. Where a convolution's gradient by
-    the kernel transposes its input, that reads the normalisation's input in strides.
-    A selection has two operands, is computed once, and the step takes a tenth to a
-    fifth less.
+    operations before them, wherever their result is read. A convolution's gradient by
+    its kernel transposes its input, and would read the normalisation's input in
+    strides. A selection has two operands and is computed once, which saves a tenth to a
+    fifth of the step.
 
     Args:
       x: any floating point array.
