@@ -25,7 +25,8 @@ import harness
 import numpy as np
 from PIL import Image
 
-from kddm_jax import data, stream
+from kddm_jax import data
+from kddm_jax.data import stream
 
 ARCHIVED = "cifar-10-batches-bin"
 LIMITS = {("archive", "again"): 1.5, ("png", "first"): 60.0, ("png", "again"): 2.0}

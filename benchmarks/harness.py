@@ -24,8 +24,8 @@ import jax
 if importlib.util.find_spec("kddm_jax") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from kddm_jax.convolution import prefer_eigen  # noqa: E402
 from kddm_jax.distances import DISTANCES, Distance  # noqa: E402
+from kddm_jax.numerics.convolution import prefer_eigen  # noqa: E402
 
 prefer_eigen()  # as the experiments do, before JAX looks for its devices
 

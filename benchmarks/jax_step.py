@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting
 
-from kddm_jax import augment, resnet, train_step
+from kddm_jax import adapters, resnet, train_step
+from kddm_jax.data import augment
 from kddm_jax.distances import Distance
 
 TX = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
@@ -31,8 +32,8 @@ def networks(setting: Setting) -> tuple[resnet.ResNet, resnet.ResNet]:
 def make_step(setting: Setting, student: resnet.ResNet, teacher: resnet.ResNet, **loss):
     """The step; ``loss`` goes to `train_step.make_train_step`."""
     return train_step.make_train_step(
-        resnet.linen_apply(student),
-        resnet.linen_apply(teacher),
+        adapters.linen_apply(student),
+        adapters.linen_apply(teacher),
         TX,
         augment=augment.make_augment(
             mean=(MEAN,) * 3, std=(STD,) * 3, dtype=setting.dtype
@@ -57,7 +58,7 @@ def make_models(setting: Setting, images: np.ndarray):
     @jax.jit
     def calibrated(variables):
         """Statistics of the batch itself, from an average with momentum 0.9."""
-        _, stats = resnet.linen_apply(teacher)(variables, inputs, train=True)
+        _, stats = adapters.linen_apply(teacher)(variables, inputs, train=True)
         undo = lambda new, old: (new - 0.9 * old) / 0.1
         stats = jax.tree.map(undo, stats, variables["batch_stats"])
         return {**variables, "batch_stats": stats}

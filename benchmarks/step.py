@@ -32,7 +32,7 @@ from jax_step import JaxStep, count_parameters, make_models
 from torch_process import TorchProcess, TorchProgram
 from workload import Setting, default_settings, make_data, peak_tflops
 
-from kddm_jax.resnet import STEMS
+from kddm_jax.adapters import STEMS
 
 OUT_OF_TIME = "not run: out of time"
 ENOUGH = 40.0  # seconds of a program, after three rounds

@@ -36,8 +36,8 @@ from settings import Settings, UserError, as_json, parse
 from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax.checkpoint import CheckpointError
-from kddm_jax.convolution import prefer_eigen
 from kddm_jax.data import DataError
+from kddm_jax.numerics.convolution import prefer_eigen
 
 prefer_eigen()  # before JAX computes anything
 

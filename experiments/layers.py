@@ -22,7 +22,7 @@ from problems import Problem
 from rich.console import Console
 from settings import FEATURE_ONLY, UserError, weight_of
 
-from kddm_jax import data, resnet
+from kddm_jax import adapters, data
 from kddm_jax.logits import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
@@ -43,7 +43,7 @@ def _pool(maps, shape):
 
 def program(problem: Problem, model: nn.Module, pick: Callable) -> Callable:
     """Compiles what ``pick`` takes of a network's outputs, in evaluation."""
-    apply = resnet.linen_apply(model)
+    apply = adapters.linen_apply(model)
 
     def one(variables, images):
         normal = lambda image: problem.normalize(None, image)

@@ -17,7 +17,7 @@ from settings import FEATURE_ONLY, Settings, UserError
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.losses import carries_weights, get_distance
-from kddm_jax.projectors import (
+from kddm_jax.networks.projectors import (
     PROJECTORS,
     add_projectors,
     init_projectors,

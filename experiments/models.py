@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from settings import UserError
 
-from kddm_jax.mlp import StudentMLP, TeacherMLP
-from kddm_jax.mobilenet import MobileNetV2
+from kddm_jax.networks.mlp import StudentMLP, TeacherMLP
+from kddm_jax.networks.mobilenet import MobileNetV2
+from kddm_jax.networks.vit import ViT
 from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
-from kddm_jax.vit import ViT
 
 # The names that `settings.MODELS` lists.
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {

@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 from settings import UserError
 
-from kddm_jax import convert, resnet
+from kddm_jax import resnet
+from kddm_jax.networks import surgery, torchvision, weights
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,17 @@ class Pretrained:
 
     path: Path
     sha256: str
-    variables: convert.Variables
+    variables: torchvision.Variables
     model: resnet.ResNet
     changes: tuple[str, ...]
 
-    def variables_of(self, seed: int) -> convert.Variables:
+    def variables_of(self, seed: int) -> torchvision.Variables:
         """Variables of the network; what the file lacks is drawn from the seed."""
         blocks, head = jax.random.split(jax.random.key(seed))
-        variables = convert.grow(blocks, self.variables, self.model.blocks)
-        if convert.architecture(variables).num_classes == self.model.num_classes:
+        variables = surgery.grow(blocks, self.variables, self.model.blocks)
+        if torchvision.architecture(variables).num_classes == self.model.num_classes:
             return variables
-        return convert.replace_head(head, variables, self.model.num_classes)
+        return surgery.replace_head(head, variables, self.model.num_classes)
 
     def __str__(self) -> str:
         """What a run says aloud."""
@@ -91,13 +92,13 @@ def load(option: str, path: Path, model: nn.Module, channels: int) -> Pretrained
     if path.is_dir():
         raise UserError(
             f"{option} {path} is a folder; pass a file, made by "
-            f"python -m kddm_jax.convert {path} FILE.safetensors"
+            f"kddm convert {path} FILE.safetensors"
         )
     try:
-        variables = convert.load(path)
-    except convert.WeightsError as error:
+        variables = weights.load(path)
+    except torchvision.WeightsError as error:
         raise UserError(f"{option}: {error}") from error
-    found = convert.architecture(variables)
+    found = torchvision.architecture(variables)
     _refuse(option, path, found, model, channels)
     changes = []
     if found.blocks != model.blocks:
@@ -107,7 +108,7 @@ def load(option: str, path: Path, model: nn.Module, channels: int) -> Pretrained
         )
     if found.channels != channels:
         changes.append("first convolution summed over the colours for grey images")
-        variables = convert.sum_channels(variables)
+        variables = surgery.sum_channels(variables)
     if found.num_classes != model.num_classes:
         changes.append(
             f"{found.num_classes} classes: head replaced by one for {model.num_classes}"

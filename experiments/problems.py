@@ -19,7 +19,8 @@ import views
 from flax import linen as nn
 from settings import Settings, UserError
 
-from kddm_jax import augment, data, resnet, stream, train_step
+from kddm_jax import adapters, data, train_step
+from kddm_jax.data import augment, stream
 
 EVAL_BATCH = 500
 
@@ -270,7 +271,7 @@ def evaluate(problem: Problem, model: nn.Module, variables) -> float:
     """Accuracy on the evaluation images, in percent."""
     if model not in problem.programs:
         step = train_step.make_eval_step(
-            resnet.linen_apply(model),
+            adapters.linen_apply(model),
             normalize=lambda image: problem.normalize(None, image),
         )
         problem.programs[model] = train_step.parallel(

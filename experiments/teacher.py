@@ -15,7 +15,7 @@ from flax import linen as nn
 from settings import UserError
 
 from kddm_jax import checkpoint, train_step
-from kddm_jax.projectors import without_projectors
+from kddm_jax.networks.projectors import without_projectors
 
 
 @dataclass(frozen=True)

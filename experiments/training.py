@@ -21,9 +21,9 @@ from problems import Problem
 from progress import Progress
 from runs import ALONE, Run, check_folder, epoch_order, method_of
 
-from kddm_jax import resnet, train_step
+from kddm_jax import adapters, train_step
 from kddm_jax.losses import carries_weights
-from kddm_jax.projectors import without_projectors
+from kddm_jax.networks.projectors import without_projectors
 
 if TYPE_CHECKING:
     from teacher import Teacher
@@ -70,11 +70,11 @@ def _train_program(problem, run, method, model, teacher, tx, length):
         teacher_apply = None
         if distilled:
             known = train_step.known_outputs
-            teacher_apply = known if of_views else resnet.linen_apply(teacher.model)
+            teacher_apply = known if of_views else adapters.linen_apply(teacher.model)
         steps = run.epochs * (len(run.indices) // problem.settings.batch_size)
         weight_schedule = optimizers.make_weight_schedule(problem.settings, steps)
         step = train_step.make_train_step(
-            methods.apply_of(method, resnet.linen_apply(model)),
+            methods.apply_of(method, adapters.linen_apply(model)),
             teacher_apply,
             tx,
             augment=problem.normalize if of_views else problem.augment,

@@ -18,7 +18,8 @@ import numpy as np
 import processes
 from settings import Settings, UserError
 
-from kddm_jax import augment, resnet
+from kddm_jax import adapters
+from kddm_jax.data import augment
 
 BATCH = 500
 AUGMENTATION = ("padding", "flip", "degrees", "shift", "zoom")
@@ -79,7 +80,7 @@ class Views:
         """The teacher's outputs on all views, read back where they are kept."""
         found = processes.first(lambda: self._kept(problem, teacher, layers))
         logits, features = found.pop("logits"), found.pop("features")
-        return resnet.Outputs(logits, features, found)
+        return adapters.Outputs(logits, features, found)
 
     def _kept(self, problem, teacher, layers):
         path = self._file(problem, teacher, layers)
@@ -110,7 +111,7 @@ class Views:
         return Path(problem.out) / "teacher-outputs" / f"{digest}.npz"
 
     def _compute(self, problem, teacher, layers):
-        apply = resnet.linen_apply(teacher.model)
+        apply = adapters.linen_apply(teacher.model)
 
         @jax.jit
         def outputs_of(variables, images):

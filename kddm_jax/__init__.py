@@ -31,7 +31,7 @@ from kddm_jax.gaussian import (
 from kddm_jax.logits import class_cost_cka, kd, wkd_logits
 from kddm_jax.losses import Term, distill_loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DISTANCES",

@@ -269,7 +269,7 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
         raise ValueError(
             f"x has {n} samples of {d} features: a linear map fits any teacher unless "
             "n > d + 1; raise the batch size, or learn the map with "
-            "kddm_jax.projectors and distance l2"
+            "kddm_jax.networks.projectors and distance l2"
         )
     return _regression_error(x, y)
 
@@ -337,7 +337,7 @@ def _check_maps(maps_x, maps_y, *, same_channels):
         raise ValueError(
             "maps_x and maps_y must have the same number of channels, got "
             f"{maps_x.shape[3]} and {maps_y.shape[3]}; map the student to the "
-            "teacher's with kddm_jax.projectors"
+            "teacher's with kddm_jax.networks.projectors"
         )
     dtype = jnp.promote_types(maps_x.dtype, maps_y.dtype)
     return maps_x.astype(dtype), maps_y.astype(dtype)

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent: save, restore, verify.
+"""Saves, verifies and restores checkpoints, which are complete or absent.
 
 A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), ``meta.json``, and
-``manifest.json``, the SHA-256 of every other file.  It is written under another name
-and renamed last, so that a killed save leaves nothing that looks like a checkpoint.
-Older ones go only after the new one stands, by the same way back.
+``manifest.json`` with the SHA-256 of every other file.  It is written under another
+name and renamed last, so that a killed save leaves nothing that looks like a
+checkpoint.  Older checkpoints are removed after that, and are renamed first, too.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from kddm_jax.extras import extra
+
 Arrays = dict[str, Any]  # nested by module, NumPy arrays at the end
 Tree = TypeVar("Tree")  # any PyTree, the same out as in
 
@@ -30,7 +32,7 @@ _ARRAYS, _META, _MANIFEST = "arrays", "meta.json", "manifest.json"
 
 
 class CheckpointError(Exception):
-    """A checkpoint is missing, damaged, or of another model; one line says which."""
+    """Raised if a checkpoint is missing, damaged, or of another model, in one line."""
 
 
 def _digest(path):
@@ -44,7 +46,7 @@ def _digests(folder):
 
 
 def _steps(folder):
-    """Checkpoints of a folder, newest first."""
+    """Lists the checkpoints of a folder, newest first."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -57,21 +59,21 @@ def save(
 ) -> Path:
     """Saves a tree of arrays and a JSON record, atomically.
 
-    Of several processes the one that calls it saves; it waits for no other.
+    The calling process saves and waits for no other process.
 
     Args:
-      folder: of a run's checkpoints; made if absent.
-      step: names the checkpoint; an existing one of that step is replaced.
+      folder: folder of a run's checkpoints; made if absent.
+      step: number in the checkpoint's name; an existing one of that step is replaced.
       tree: arrays of any PyTree that ``flax.serialization`` knows.
-      meta: JSON-serialisable.
-      keep: number of checkpoints to keep, this one among them.  Those of later steps,
-        damaged ones that a run had to go back behind, do not count.
+      meta: record that JSON can hold.
+      keep: number of checkpoints to keep, including this one.  Checkpoints of later
+        steps, damaged ones that a run had to go back behind, do not count.
 
     Returns:
       The checkpoint's folder.
 
     Raises:
-      CheckpointError: the disk refused; earlier checkpoints are intact.
+      CheckpointError: the files cannot be written; earlier checkpoints are intact.
       ValueError: ``keep < 1``.
     """
     if keep < 1:
@@ -79,12 +81,13 @@ def save(
     target = Path(folder).absolute() / f"step-{step:08d}"
     partial, aside = (target.with_suffix(f".{s}") for s in ("partial", "old.partial"))
     host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))
+    checkpointer = _checkpointer()
     try:
-        _remove_partial(target.parent)  # what killed saves have left
+        _remove_partial(target.parent)  # remains of killed saves
         partial.mkdir(parents=True)
         _check_space(partial, host)
         with _silent("absl"):
-            _checkpointer().save(partial / _ARRAYS, host)
+            checkpointer.save(partial / _ARRAYS, host)
         (partial / _META).write_text(json.dumps(dict(meta), indent=1))
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
@@ -114,8 +117,9 @@ def _remove_partial(folder):
 
 
 def _checkpointer():
-    """Orbax's, for this process alone: it would wait for all to save together."""
-    import orbax.checkpoint as ocp  # 1.5 s: only runs that save pay for it
+    """Makes Orbax's checkpointer for this process alone, which waits for no other."""
+    with extra("kddm_jax.checkpoint"):  # here: it takes 1.5 s
+        import orbax.checkpoint as ocp
 
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -128,7 +132,7 @@ def _checkpointer():
 
 
 def _check_space(folder, tree):
-    """Before Orbax starts: its threads answer a full disk by a hundred lines."""
+    """Checks the space on disk; Orbax's threads log a hundred lines if it is full."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -139,7 +143,7 @@ def _check_space(folder, tree):
 
 @contextlib.contextmanager
 def _silent(name):
-    """Orbax logs a page for what it then raises: the error alone is enough."""
+    """Silences a logger: Orbax logs a page for an error that it then raises."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -167,7 +171,7 @@ def verify(path: Path) -> None:
     """Checks a checkpoint's files against their checksums.
 
     Args:
-      path: of the checkpoint.
+      path: folder of the checkpoint.
 
     Raises:
       CheckpointError: a file is missing, added, truncated or altered.
@@ -189,10 +193,10 @@ def verify(path: Path) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """Finds the newest checkpoint that is whole; warns of damaged ones.
+    """Finds the newest undamaged checkpoint; warns of damaged ones.
 
     Args:
-      folder: of a run's checkpoints.
+      folder: folder of a run's checkpoints.
 
     Returns:
       Its path, or None where there is none at all.
@@ -219,11 +223,11 @@ def find(path: Path) -> Path | None:
     """Finds the checkpoint that a path stands for.
 
     Args:
-      path: of a checkpoint, of a folder of checkpoints, or of a run's folder.
+      path: a checkpoint, a folder of checkpoints, or a run's folder.
 
     Returns:
-      The checkpoint itself, or the folder's newest that is whole; None where there is
-      none at all.
+      The checkpoint itself, or the newest undamaged one of the folder; None if the
+      folder has no checkpoint.
 
     Raises:
       CheckpointError: there are checkpoints in the folder, and all are damaged.
@@ -238,13 +242,13 @@ def read_meta(path: Path) -> dict[str, object]:
     """Reads a checkpoint's JSON record.
 
     Args:
-      path: of the checkpoint.
+      path: folder of the checkpoint.
 
     Returns:
-      What was given to `save`.
+      The record that was given to `save`.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is no readable record.
     """
     try:
         return json.loads((Path(path) / _META).read_text())
@@ -259,13 +263,13 @@ def restore_arrays(path: Path) -> tuple[Arrays, dict[str, object]]:
     """Reads a verified checkpoint as nested dictionaries of NumPy arrays.
 
     Args:
-      path: of the checkpoint.
+      path: folder of the checkpoint.
 
     Returns:
-      ``(arrays, meta)``.
+      The arrays and the record.
 
     Raises:
-      CheckpointError: missing or damaged.
+      CheckpointError: the checkpoint is missing or damaged.
     """
     meta = read_meta(path)
     verify(path)
@@ -277,7 +281,7 @@ def match(path: Path, arrays: Mapping[str, object], like: Tree) -> Tree:
     """Gives restored arrays the structure of a tree, checking every shape.
 
     Args:
-      path: of the checkpoint, for messages.
+      path: folder of the checkpoint, for messages.
       arrays: nested dictionaries, from `restore_arrays`.
       like: a tree of the wanted structure and shapes.
 
@@ -285,7 +289,7 @@ def match(path: Path, arrays: Mapping[str, object], like: Tree) -> Tree:
       The tree, its arrays on the host.
 
     Raises:
-      CheckpointError: another structure or shape.
+      CheckpointError: the structure or a shape differs.
     """
     names = lambda tree: set(flax.traverse_util.flatten_dict(tree, sep="/"))
     wanted, found = names(flax.serialization.to_state_dict(like)), names(arrays)
@@ -321,14 +325,15 @@ def restore(path: Path, like: Tree) -> tuple[Tree, dict[str, object]]:
     """Restores a verified checkpoint into the structure of a tree.
 
     Args:
-      path: of the checkpoint.
+      path: folder of the checkpoint.
       like: a tree of the same structure and shapes.
 
     Returns:
-      ``(tree, meta)``, the arrays on the host.
+      The tree, its arrays on the host, and the record.
 
     Raises:
-      CheckpointError: missing, damaged, or of another structure or shape.
+      CheckpointError: the checkpoint is missing or damaged, or its structure or a shape
+        differs.
     """
     arrays, meta = restore_arrays(path)
     return match(path, arrays, like), meta

@@ -136,7 +136,7 @@ def check_pair(
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same width, got "
             f"{x.shape[1]} and {y.shape[1]}; map the student to the teacher's width "
-            "with kddm_jax.projectors"
+            "with kddm_jax.networks.projectors"
         )
     if same_rows and x.shape[0] != y.shape[0]:
         raise ValueError(

@@ -762,7 +762,7 @@ def paired_l2(x: jax.Array, y: jax.Array) -> jax.Array:
 
     Cost: n d.  Gradient: ``2 (x_i - y_i) / n``.  Not for: a student that may arrange
     its features otherwise than the teacher (`procrustes`), or is of another width
-    (`kddm_jax.projectors`).
+    (`kddm_jax.networks.projectors`).
 
     Args:
       x: student features, shape ``[n, d]``.

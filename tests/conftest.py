@@ -27,7 +27,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 
-from kddm_jax.convolution import prefer_eigen
+from kddm_jax.numerics.convolution import prefer_eigen
 
 jax.config.update("jax_num_cpu_devices", 2)
 prefer_eigen()  # as the experiments do, whose results are compared with these

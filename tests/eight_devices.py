@@ -25,8 +25,8 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from kddm_jax import DISTANCES, Distance, Term, resnet
-from kddm_jax.augment import make_augment
+from kddm_jax import DISTANCES, Distance, Term, adapters, resnet
+from kddm_jax.data.augment import make_augment
 from kddm_jax.train_step import (
     AXIS,
     create_state,
@@ -116,8 +116,8 @@ def step_of_any(names, problem, **options):
 
     def one(name, operands):
         step = make_train_step(
-            resnet.linen_apply(problem.make(AXIS)),
-            resnet.linen_apply(problem.make(None)),
+            adapters.linen_apply(problem.make(AXIS)),
+            adapters.linen_apply(problem.make(None)),
             TX,
             augment=problem.augment,
             distance=[term_of(name, problem, groups=groups)],

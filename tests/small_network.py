@@ -6,7 +6,7 @@ The experiment takes it as ``--student-model small_network:Small``.
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.resnet import Outputs
+from kddm_jax.adapters import Outputs
 
 
 class Small(nn.Module):

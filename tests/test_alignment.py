@@ -347,14 +347,14 @@ def refuses(message, fn, *arrays, **options):
 
 
 def test_linear_projection_refuses_small_batches():
-    message = "x has 7 samples of 6 features.*kddm_jax.projectors"
+    message = "x has 7 samples of 6 features.*kddm_jax.networks.projectors"
     refuses(message, alignment.linear_projection, np.ones((7, 6)), np.ones((7, 2)))
     jax.eval_shape(alignment.linear_projection, np.ones((8, 6)), np.ones((8, 2)))
 
 
 def test_messages():
     f, g = maps(c_y=4)
-    refuses("3 and 4; .*kddm_jax.projectors", alignment.wkd_features, f, g)
+    refuses("3 and 4; .*kddm_jax.networks.projectors", alignment.wkd_features, f, g)
     refuses("same images, got 2 and 1", alignment.nst, f, g[:1])
     refuses(r"maps_y must have shape .* \[5, 4, 4\]", alignment.nst, f, g[0])
     refuses("grid must be at least 1, got 0", alignment.wkd_features, f, f, grid=0)

@@ -66,7 +66,6 @@ def test_step(tmp_path):
 
 
 def test_claims_of_the_step(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # step.py sets it
     import step
 
@@ -117,7 +116,6 @@ def test_claims_of_the_step(monkeypatch):
 
 
 def test_claims_of_the_step_on_a_gpu(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import step
 
@@ -163,7 +161,6 @@ for line in sys.stdin:
 
 def torch_process(monkeypatch, tmp_path, text):
     """A process that runs this text in place of PyTorch's step."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import torch_process
 
     script = tmp_path / "torch_step.py"
@@ -245,7 +242,6 @@ def test_step_says_what_it_did_not_run(tmp_path):
     ],
 )
 def test_rounds_last_as_long_as_they_should(monkeypatch, options, fast, slow):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import harness
 
     clock = [0.0]
@@ -258,8 +254,7 @@ def test_rounds_last_as_long_as_they_should(monkeypatch, options, fast, slow):
     assert taken == {"fast": [1.0] * fast, "slow": [3.0] * slow}
 
 
-def test_names_of_distances(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_names_of_distances():
     import harness
 
     row, options = harness.parse_distance("w2/exact")
@@ -268,8 +263,7 @@ def test_names_of_distances(monkeypatch):
         harness.parse_distance("w3")
 
 
-def test_gaps_are_what_no_work_covers(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_gaps_are_what_no_work_covers():
     import gaps
 
     assert gaps.idle_ns([]) == gaps.idle_ns([(3, 9)]) == 0
@@ -279,8 +273,7 @@ def test_gaps_are_what_no_work_covers(monkeypatch):
 
 
 @pytest.mark.bench
-def test_a_host_that_sleeps_leaves_a_gap(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_a_host_that_sleeps_leaves_a_gap():
     import gaps
 
     product = jax.jit(lambda x: x @ x)
@@ -297,7 +290,6 @@ def test_a_host_that_sleeps_leaves_a_gap(monkeypatch):
 @pytest.fixture
 def ahead(monkeypatch):
     """The module, whose environment is of this test alone."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     import ahead
 
@@ -387,8 +379,7 @@ def test_ahead_without_a_compiler():
     assert line == "no compiler for tpu: pip install libtpu, of JAX's own version"
 
 
-def test_peaks_of_devices(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_peaks_of_devices():
     import workload
 
     kinds = ["NVIDIA H200", "NVIDIA H100 PCIe", "TPU v5 lite", "NVIDIA L40", "cpu"]
@@ -431,8 +422,7 @@ def test_distances(tmp_path):
     assert all(claim[1] <= 1 for claim in report["claims"][:2])
 
 
-def test_large_arrays_are_seen(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_large_arrays_are_seen():
     import distances
 
     def pairs(x):  # [5, 5, 3], within a loop
@@ -477,9 +467,8 @@ def test_scale(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_growth_of_memory_is_judged(monkeypatch):
+def test_growth_of_memory_is_judged():
     """By that of the largest matrix: n x n at 10 classes, k x k beyond n."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import scale
 
     def rows(*memories, n=(512, 1024), classes=(10, 10)):
@@ -497,7 +486,6 @@ def test_growth_of_memory_is_judged(monkeypatch):
 
 
 def test_only_the_cache_is_kept_between_first_steps(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import startup
 
     def first_steps(folder):
@@ -512,8 +500,7 @@ def test_only_the_cache_is_kept_between_first_steps(monkeypatch):
     assert steps == {"empty": {"teacher": 2.0}, "filled": {"teacher": 1.0}}
 
 
-def test_claims_of_startup_are_judged(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_claims_of_startup_are_judged():
     import startup
 
     times = lambda ours: {startup.BASE: [1.0, 2.0], startup.OURS: [ours, 2 * ours]}

@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 if not EXAMPLES.is_dir():
     pytest.skip("installed without the examples", allow_module_level=True)
-sys.path.insert(0, str(EXAMPLES))
 
 SMALL = ("flax_nnx", "equinox_mlp", "sharded", "plain_jax")
 CHOSEN = ROOT / "experiments" / "results" / "examples.json"

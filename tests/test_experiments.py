@@ -29,7 +29,9 @@ from PIL import Image
 from rich.console import Console
 
 import kddm_jax
-from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
+from kddm_jax import DISTANCES, checkpoint, data, resnet
+from kddm_jax.data import archives
+from kddm_jax.networks import surgery, torchvision, weights
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -564,13 +566,13 @@ def trained(shared):
 def weights_file(folder, seed=0, **architecture):
     """A file of torchvision's names; like TINY's networks, but of colours and 7."""
     fitting = {"blocks": (1, 1, 1, 1), "stem": "cifar", "width": 4, "num_classes": 7}
-    given = convert.Architecture(**{**fitting, **architecture})
+    given = torchvision.Architecture(**{**fitting, **architecture})
     rng = np.random.default_rng(seed)
     variables = jax.tree.map(
         lambda of: rng.uniform(0.1, 0.2, of.shape).astype(np.float32), given.shapes()
     )
     path = folder / f"weights{seed}.npz"
-    convert.save(path, variables)
+    weights.save(path, variables)
     return path
 
 
@@ -605,7 +607,7 @@ def started_afresh(tmp_path, trained):
 
 def converted_teacher(tmp_path, trained):
     """A checkpoint made from such a file: of other classes than the digits."""
-    convert.convert(weights_file(tmp_path, channels=1), tmp_path / "converted")
+    weights.convert(weights_file(tmp_path, channels=1), tmp_path / "converted")
     return ["--teacher", tmp_path / "converted"]
 
 
@@ -721,12 +723,12 @@ MISTAKES = {
         ["'nowhere:make'", "No module named 'nowhere'", "working folder"],
     ),
     "model without name": (
-        "--student-model kddm_jax.mlp:Nothing",
-        ["'kddm_jax.mlp:Nothing'", "Nothing", "working folder"],
+        "--student-model kddm_jax.networks.mlp:Nothing",
+        ["'kddm_jax.networks.mlp:Nothing'", "Nothing", "working folder"],
     ),
     "model without classes": (
-        "--student-model kddm_jax.augment:normalize",
-        ["kddm_jax.augment:normalize", "num_classes"],
+        "--student-model kddm_jax.data.augment:normalize",
+        ["kddm_jax.data.augment:normalize", "num_classes"],
     ),
     "model that is none": (
         a_model("def make(num_classes): return num_classes"),
@@ -778,7 +780,7 @@ MISTAKES = {
     "weights cut short": (damaged_weights, ["weights0.npz: damaged", "get it again"]),
     "weights in a folder": (
         lambda tmp_path, trained: ["--pretrained-teacher", trained / "digits"],
-        ["--pretrained-teacher", "digits is a folder", "python -m kddm_jax.convert"],
+        ["--pretrained-teacher", "digits is a folder", "kddm convert"],
     ),
     "weights of other stem": (
         with_weights("teacher", stem="imagenet"),
@@ -879,7 +881,7 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     make, expected = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the working folder is added
-    monkeypatch.setitem(data.RECORDS, "cifar10", (2, 2))
+    monkeypatch.setitem(archives.RECORDS, "cifar10", (2, 2))
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
     monkeypatch.setattr(training, "train", unwanted_training)
@@ -983,7 +985,7 @@ def test_mistake_in_the_real_command(options, parts, tmp_path):
 
 MODEL_OF_MINE = """
 from flax import linen as nn
-from kddm_jax.resnet import Outputs
+from kddm_jax.adapters import Outputs
 
 class Mine(nn.Module):
     num_classes: int
@@ -1141,8 +1143,8 @@ def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
 def fitted(path, seed, blocks=(1, 1, 1, 1)):
     """What a network of the digits starts from, step by step."""
     grown, head = jax.random.split(jax.random.key(seed))
-    variables = convert.grow(grown, convert.load(path), blocks)
-    return convert.replace_head(head, convert.sum_channels(variables), 10)
+    variables = surgery.grow(grown, weights.load(path), blocks)
+    return surgery.replace_head(head, surgery.sum_channels(variables), 10)
 
 
 def assert_same_tree(left, right):
@@ -1210,29 +1212,29 @@ def test_another_file_is_another_run(tmp_path, capsys, states):
 def test_weights_are_grown(tmp_path):
     path = weights_file(tmp_path, num_classes=10, channels=3)
     model = resnet.ResNet18(width=4)
-    weights = pretrained.load("--pretrained-teacher", path, model, 3)
-    assert weights.changes == (
+    found = pretrained.load("--pretrained-teacher", path, model, 3)
+    assert found.changes == (
         "ResNet9 grown to ResNet18, the added blocks start as the identity",
     )
-    assert str(weights).endswith(f"); {weights.changes[0]}")
+    assert str(found).endswith(f"); {found.changes[0]}")
     key = jax.random.split(jax.random.key(5))[0]
-    expected = convert.grow(key, convert.load(path), (2, 2, 2, 2))
-    assert_same_tree(weights.variables_of(5), expected)
+    expected = surgery.grow(key, weights.load(path), (2, 2, 2, 2))
+    assert_same_tree(found.variables_of(5), expected)
 
 
 def test_weights_that_fit_are_left_alone(tmp_path):
     path = weights_file(tmp_path, num_classes=10, channels=1)
     model = resnet.ResNet9(width=4)
-    weights = pretrained.load("--pretrained-teacher", path, model, 1)
-    assert weights.changes == ()
-    assert_same_tree(weights.variables_of(3), convert.load(path))
-    assert re.fullmatch(r"weights0\.npz \(sha256 [0-9a-f]{8}\)", str(weights))
+    found = pretrained.load("--pretrained-teacher", path, model, 1)
+    assert found.changes == ()
+    assert_same_tree(found.variables_of(3), weights.load(path))
+    assert re.fullmatch(r"weights0\.npz \(sha256 [0-9a-f]{8}\)", str(found))
 
 
 def test_students_of_one_seed_share_their_head(tmp_path):
     path = weights_file(tmp_path)
-    weights = pretrained.load("--x", path, resnet.ResNet9(width=4), 3)
-    head = lambda seed: weights.variables_of(seed)["params"]["fc"]["kernel"]
+    found = pretrained.load("--x", path, resnet.ResNet9(width=4), 3)
+    head = lambda seed: found.variables_of(seed)["params"]["fc"]["kernel"]
     np.testing.assert_array_equal(head(1), head(1))
     assert (head(1) != head(2)).any()
 
@@ -1240,8 +1242,8 @@ def test_students_of_one_seed_share_their_head(tmp_path):
 @pytest.mark.slow
 def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
     """By way of a file and back: the same arrays."""
-    convert.convert(trained / "digits", tmp_path / "a.safetensors")
-    convert.convert(tmp_path / "a.safetensors", tmp_path / "converted")
+    weights.convert(trained / "digits", tmp_path / "a.safetensors")
+    weights.convert(tmp_path / "a.safetensors", tmp_path / "converted")
     monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
     found = []
     for folder in (trained / "digits", tmp_path / "converted"):

@@ -615,7 +615,7 @@ MESSAGES = {
     "term's weight": ({"distance": [Term("l2", -1.0)]}, "weight of l2 .* got -1.0"),
     "unknown": ({"distance": "emd"}, r"unknown distance 'emd'; known: .*w2.*cw2.*l2"),
     "type": ({"distance": 3}, "must be a key of DISTANCES.*got int"),
-    "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.projectors"),
+    "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.networks.projectors"),
     "teacher's logits": ({"distance": "jw2"}, "'jw2' needs teacher_logits, got None"),
     "sliced": ({"distance": "sliced_w2"}, "'sliced_w2' needs key=jax.random.key"),
     "required options": (

@@ -9,7 +9,8 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from kddm_jax.resnet import Outputs, ResNet9, ResNet18, ResNet34, linen_apply
+from kddm_jax.adapters import Outputs, linen_apply
+from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
 
 COUNTS = [
     (ResNet9, "cifar", 10, 4_903_242),

@@ -19,7 +19,7 @@ from test_experiments import (  # the fixtures are used by name
 )
 
 import kddm_jax
-from kddm_jax.resnet import Outputs
+from kddm_jax.adapters import Outputs
 
 import estimates  # isort: skip
 import report  # isort: skip

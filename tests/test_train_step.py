@@ -12,14 +12,14 @@ import pytest
 from flax import linen as nn
 
 from kddm_jax import DISTANCES, Term
-from kddm_jax.augment import make_augment
-from kddm_jax.projectors import (
+from kddm_jax.adapters import linen_apply
+from kddm_jax.data.augment import make_augment
+from kddm_jax.networks.projectors import (
     ThreeLayerProjector,
     add_projectors,
     init_projectors,
     projected_apply,
 )
-from kddm_jax.resnet import linen_apply
 from kddm_jax.train_step import (
     AXIS,
     MAPPINGS,

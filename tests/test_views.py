@@ -11,7 +11,8 @@ import pytest
 import test_train_step as steps
 from test_experiments import KEEP, SMALL, TINY, call, results_of
 
-from kddm_jax import augment, resnet
+from kddm_jax import adapters
+from kddm_jax.data import augment
 from kddm_jax.train_step import known_outputs, scan_steps
 
 import problems  # isort: skip
@@ -99,7 +100,7 @@ class Teacher:
     def apply(self, variables, images, train=False):
         self.calls += 1
         total = jnp.sum(images, axis=(1, 2)) * variables["factor"]
-        return resnet.Outputs(total * jnp.ones(3), total, {"map": images})
+        return adapters.Outputs(total * jnp.ones(3), total, {"map": images})
 
 
 def problem_in(folder, memory=1e9):

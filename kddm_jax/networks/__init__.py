@@ -1,0 +1,1 @@
+"""Networks other than ResNet, projectors, and the weights of others."""

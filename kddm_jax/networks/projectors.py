@@ -1,0 +1,249 @@
+"""Projects the student's layers to the teacher's width.
+
+Most distances need features of one width.  A projector maps a layer of the student to
+the teacher's width.  Its parameters are in the student's tree under "projectors", so
+that one optimiser trains both; `without_projectors` removes them for evaluation and
+deployment.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kddm_jax.linalg import average_pool
+
+NAME = "projectors"
+Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
+
+
+class DenseProjector(nn.Module):
+    """Maps pooled features linearly, without bias.
+
+    Attributes:
+      features: the teacher's width.
+
+    Examples:
+      >>> x, projector = jnp.ones((4, 8)), DenseProjector(features=16)
+      >>> variables = projector.init(jax.random.key(0), x)
+      >>> projector.apply(variables, x).shape
+      (4, 16)
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps ``[n, d_student]`` to ``[n, features]``."""
+        return nn.Dense(self.features, use_bias=False, name="dense")(x)
+
+
+def _conv(features, kernel, name):
+    return nn.Conv(features, (kernel, kernel), use_bias=False, name=name)
+
+
+def _on_grid(maps, grid):
+    """Averages maps along the sides that are longer than the grid's."""
+    if grid is None:
+        return maps
+    return average_pool(maps, tuple(map(min, maps.shape[1:3], grid)))
+
+
+class ConvProjector(nn.Module):
+    """Convolves maps by a 1x1 kernel without bias: one linear map for all positions.
+
+    Attributes:
+      features: the teacher's width.
+      grid: height and width that maps are averaged down to first, None to keep theirs:
+        the teacher's, where it is smaller.
+
+    Examples:
+      >>> maps, projector = jnp.ones((4, 2, 2, 8)), ConvProjector(features=16)
+      >>> variables = projector.init(jax.random.key(0), maps)
+      >>> projector.apply(variables, maps).shape
+      (4, 2, 2, 16)
+    """
+
+    features: int
+    grid: tuple[int, int] | None = None
+
+    @nn.compact
+    def __call__(self, maps: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps ``[b, h, w, c_student]`` to ``[b, *grid, features]``."""
+        return _conv(self.features, 1, "conv")(_on_grid(maps, self.grid))
+
+
+class ThreeLayerProjector(nn.Module):
+    """Convolves maps three times, with BatchNorm and ReLU in between.
+
+    The kernels are 1x1 to twice the width, 3x3, and 1x1 to the width.
+
+    Attributes:
+      features: the teacher's width.
+      grid: as of `ConvProjector`.
+      axis_name: mapped axis over which BatchNorm averages its statistics in training.
+
+    References:
+      Chen et al., Cross-layer distillation with semantic calibration (SemCKD), 2021
+      (arXiv 2012.03236).
+
+    Examples:
+      >>> maps, projector = jnp.ones((4, 2, 2, 8)), ThreeLayerProjector(features=16)
+      >>> variables = jax.eval_shape(projector.init, jax.random.key(0), maps)
+      >>> sorted(variables["params"])
+      ['bn1', 'bn2', 'conv1', 'conv2', 'conv3']
+    """
+
+    features: int
+    grid: tuple[int, int] | None = None
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, maps: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps ``[b, h, w, c_student]`` to ``[b, *grid, features]``."""
+        x = _on_grid(maps, self.grid)
+        for i, kernel in ((1, 1), (2, 3)):
+            x = _conv(2 * self.features, kernel, f"conv{i}")(x)
+            norm = nn.BatchNorm(
+                not train, momentum=0.9, axis_name=self.axis_name, name=f"bn{i}"
+            )
+            x = nn.relu(norm(x))
+        return _conv(self.features, 1, "conv3")(x)
+
+
+PROJECTORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {"dense": DenseProjector, "conv": ConvProjector, "conv3": ThreeLayerProjector}
+)
+
+
+class ProjectedOutputs(NamedTuple):
+    """Holds a network's outputs with some of its layers projected.
+
+    Attributes:
+      logits: logits of the network, shape ``[b, k]``.
+      features: pooled features, projected if "features" is.
+      maps: layers by name, those with a projector projected.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+    maps: dict[str, jax.Array]
+
+
+def _layers(outputs):
+    return {"features": outputs.features, **outputs.maps}
+
+
+def _find(layers, name):
+    if name not in layers:
+        raise ValueError(
+            f"a projector is for layer {name!r}, the network has {', '.join(layers)}"
+        )
+    return layers[name]
+
+
+def init_projectors(
+    key: jax.Array, projectors: Mapping[str, nn.Module], layers: Mapping[str, jax.Array]
+) -> dict[str, dict[str, Any]]:
+    """Makes the projectors' variables.
+
+    Args:
+      key: random key.
+      projectors: a module for each student layer that is projected.
+      layers: the student's layers by name, arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      ``{"params": {layer: ...}, "batch_stats": {layer: ...}}``, for
+      `add_projectors`; layers whose projector has no statistics are left out there.
+
+    Raises:
+      ValueError: the network has no such layer.
+    """
+    made: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for i, (name, projector) in enumerate(sorted(projectors.items())):
+        layer = _find(layers, name)
+        zeros = jnp.zeros((1, *layer.shape[1:]), layer.dtype)
+        variables = projector.init(jax.random.fold_in(key, i), zeros)
+        for kind, tree in variables.items():
+            made[kind][name] = tree
+    return made
+
+
+def add_projectors(variables: Variables, projectors: Variables) -> dict[str, Any]:
+    """Puts the projectors' variables into the student's tree.
+
+    Args:
+      variables: the student's, ``{"params": ..., "batch_stats": ...}``.
+      projectors: from `init_projectors`.
+
+    Returns:
+      The tree that `projected_apply` takes.
+    """
+    kinds = ("params", "batch_stats")
+    return {
+        kind: {**variables.get(kind, {}), NAME: projectors.get(kind, {})}
+        for kind in kinds
+    }
+
+
+def without_projectors(variables: Variables) -> dict[str, Any]:
+    """Takes the projectors' variables out of the student's tree.
+
+    Args:
+      variables: ``{"params": ..., "batch_stats": ...}``, with or without projectors.
+
+    Returns:
+      The network's own variables: what is evaluated, exported and deployed.
+
+    Examples:
+      >>> tree = {"params": {"fc": 1, "projectors": {"features": 2}}}
+      >>> without_projectors(tree)
+      {'params': {'fc': 1}}
+    """
+    return {
+        kind: {name: value for name, value in tree.items() if name != NAME}
+        for kind, tree in variables.items()
+    }
+
+
+def projected_apply(
+    apply: Callable[..., tuple[Any, Variables]],
+    projectors: Mapping[str, nn.Module],
+) -> Callable[..., tuple[ProjectedOutputs, Variables]]:
+    """Makes the student's apply function give projected layers.
+
+    Args:
+      apply: the student's, ``apply(variables, images, *, train) -> (outputs,
+        batch_stats)``.
+      projectors: a module for each layer that is projected.
+
+    Returns:
+      The same kind of function, of variables from `add_projectors`; its outputs are
+      `ProjectedOutputs`.
+
+    Raises:
+      ValueError: when called, if the network has no such layer.
+    """
+
+    def projected(variables, images, *, train):
+        outputs, stats = apply(without_projectors(variables), images, train=train)
+        layers, learned = _layers(outputs), {}
+        own = {kind: tree.get(NAME, {}) for kind, tree in variables.items()}
+        for name, projector in projectors.items():
+            mine = {kind: tree[name] for kind, tree in own.items() if name in tree}
+            layers[name], updated = projector.apply(
+                mine, _find(layers, name), train=train, mutable=["batch_stats"]
+            )
+            if "batch_stats" in updated:
+                learned[name] = updated["batch_stats"]
+        features = layers.pop("features")
+        new = learned if train else own.get("batch_stats", {})
+        return (
+            ProjectedOutputs(outputs.logits, features, layers),
+            {**stats, NAME: new},
+        )
+
+    return projected

@@ -1,0 +1,688 @@
+"""Folders of images: every kind of image, every mistake, and the cache of both."""
+
+import errno
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kddm_jax import data
+from kddm_jax.data import cache, images
+
+
+def pixels(seed, height=6, width=6, channels=3):
+    rng = np.random.default_rng(seed)
+    shape = (height, width, channels)[: 3 if channels > 1 else 2]
+    return rng.integers(256, size=shape, dtype=np.uint8)
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    image.save(path, **options)
+    return path
+
+
+# Two classes, images by number: what is expected of the folder made by ``write``.
+TRAIN = {"ant": [0, 1, 2], "bee": [3, 4]}
+TEST = {"ant": [5], "bee": [6, 7]}
+
+
+def write(root, test="test", **options):
+    """A small folder, whose files are written in another order than they are read."""
+    for split, classes in (("train", TRAIN), (test, TEST)):
+        for name, seeds in reversed(classes.items()):
+            for seed in reversed(seeds):
+                save(root / split / name / f"{seed}.png", pixels(seed, **options))
+    return root
+
+
+def load(root, **options):
+    return data.load("folder", data_dir=root, **options)
+
+
+def assert_refused(root, *parts, **options):
+    """Loading fails in one line, which has each of ``parts``; no cache is left."""
+    with pytest.raises(data.DataError) as caught:
+        load(root, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+    assert list(root.glob(".kddm_jax/*")) == []
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_against_its_pixels(tmp_path, test, channels):
+    folder = load(write(tmp_path, test, channels=channels))
+    assert folder.class_names == ("ant", "bee")
+    for found, labels, classes in (
+        (folder.train_images, folder.train_labels, TRAIN),
+        (folder.test_images, folder.test_labels, TEST),
+    ):
+        expected = [pixels(s, channels=channels) for c in classes.values() for s in c]
+        expected = np.stack(expected).reshape(-1, 6, 6, channels)
+        np.testing.assert_array_equal(found, expected)
+        assert (found.dtype, labels.dtype) == (np.uint8, np.int32)
+        np.testing.assert_array_equal(
+            labels, np.repeat([0, 1], [len(s) for s in classes.values()])
+        )
+        # A map of the file: as many images as there is disk for.
+        assert isinstance(found, np.memmap)
+    values = np.asarray(folder.train_images).reshape(-1, channels) / 255
+    np.testing.assert_allclose(folder.mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(folder.std, values.std(0), rtol=1e-12)
+
+
+def test_test_comes_before_val(tmp_path):
+    write(tmp_path)
+    save(tmp_path / "val" / "ant" / "9.png", pixels(9))
+    assert len(load(tmp_path).test_images) == 3
+
+
+def test_what_is_no_image_is_passed_over(tmp_path):
+    write(tmp_path)
+    expected = load(tmp_path)
+    (tmp_path / "train" / "ant" / "README.txt").write_text("ants")
+    (tmp_path / "train" / "ant" / ".hidden.png").write_text("no image")
+    (tmp_path / "train" / ".git").mkdir()
+    np.testing.assert_array_equal(load(tmp_path).train_images, expected.train_images)
+
+
+def test_more_images_than_are_decoded_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_PIECE", 4)
+    monkeypatch.setattr(images, "_SHARE", 3)
+    write(tmp_path)
+    for seed in range(100, 121):
+        save(tmp_path / "train" / "bee" / f"{seed}.png", pixels(seed))
+    folder = load(tmp_path)
+    order = sorted([*TRAIN["bee"], *range(100, 121)], key=str)
+    expected = [pixels(s) for s in [*TRAIN["ant"], *order]]
+    np.testing.assert_array_equal(folder.train_images, expected)
+
+
+# Each gives what is saved, how, and the RGB that must come out (None: as saved).
+def palette(array):
+    return Image.fromarray(array).quantize(256)
+
+
+def transparent(array, mode):
+    image = Image.fromarray(array).convert("RGB").convert(mode)
+    image.putalpha(Image.fromarray(pixels(1, channels=1)))
+    return image
+
+
+def with_transparency(array):
+    image = palette(array)
+    image.info["transparency"] = bytes(range(256))
+    return image
+
+
+KINDS = {
+    "rgb.png": (lambda a: Image.fromarray(a), {}),
+    "rgba.png": (lambda a: transparent(a, "RGBA"), {}),
+    "palette.png": (palette, {}),
+    "transparent palette.png": (with_transparency, {}),
+    "upper case.PNG": (lambda a: Image.fromarray(a), {}),
+    "lossless.webp": (lambda a: Image.fromarray(a), {"lossless": True}),
+    "jpeg.jpg": (lambda a: Image.fromarray(a), {"quality": 95}),
+    "jpeg.JPEG": (lambda a: Image.fromarray(a), {"quality": 95}),
+    "cmyk.jpg": (lambda a: Image.fromarray(a).convert("CMYK"), {"quality": 95}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_images(tmp_path, kind):
+    make, options = KINDS[kind]
+    write(tmp_path)
+    smooth = np.indices((6, 6, 3)).sum(0).astype(np.uint8) * 15  # JPEG bears it
+    image = make(smooth)
+    save(tmp_path / "train" / "ant" / f"0 {kind}", image, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load(tmp_path).train_images[0]
+    if kind == "cmyk.jpg" or "jp" in kind:
+        assert np.abs(found.astype(int) - smooth).max() <= 12
+    else:
+        np.testing.assert_array_equal(found, smooth)
+
+
+GREYS = {
+    "bits": (lambda a: Image.fromarray(a > 127), lambda a: (a > 127) * 255),
+    "grey and alpha": (lambda a: transparent(a, "LA"), lambda a: a),
+    "16 bits": (
+        lambda a: Image.fromarray(a.astype(np.uint16) * 256 + 255 - a),
+        lambda a: a,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GREYS)
+def test_kinds_of_grey(tmp_path, kind):
+    make, expect = GREYS[kind]
+    write(tmp_path, channels=1)
+    grey = pixels(0, channels=1)
+    save(tmp_path / "train" / "ant" / "0.png", make(grey))
+    found = load(tmp_path).train_images
+    assert found.shape[-1] == 1
+    np.testing.assert_array_equal(found[0, ..., 0], expect(grey))
+
+
+def test_one_colour_image_makes_all_rgb(tmp_path):
+    # Found last, when all others have been written as grey.
+    write(tmp_path, channels=1)
+    save(tmp_path / "test" / "bee" / "9.png", pixels(9))
+    folder = load(tmp_path)
+    grey = pixels(0, channels=1)[..., None]
+    np.testing.assert_array_equal(folder.train_images[0], np.repeat(grey, 3, -1))
+    np.testing.assert_array_equal(folder.test_images[-1], pixels(9))
+    assert folder.train_images.shape == (5, 6, 6, 3)
+    assert len(folder.mean) == 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    upright = pixels(0)
+    stored = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, 3),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write(tmp_path)
+    stored = np.ascontiguousarray(stored)
+    save(tmp_path / "train" / "ant" / "0.png", stored, exif=exif)
+    np.testing.assert_array_equal(load(tmp_path).train_images[0], upright)
+
+
+def test_broken_exif_is_no_damage(tmp_path):
+    # A table of nine entries that ends in the first: Pillow warns and goes on.
+    exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x09\x01\x12\0\x03"
+    write(tmp_path)
+    save(tmp_path / "train" / "ant" / "0.jpg", np.zeros((6, 6, 3), np.uint8), exif=exif)
+    assert (load(tmp_path).train_images[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(9, 15, 3), (15, 9, 3), (8, 16, 4), (6, 10, 12), (10, 6, 9), (7, 7, 5)],
+)
+def test_resizing_against_resize_and_crop(tmp_path, height, width, size):
+    write(tmp_path)
+    array = pixels(0, height, width)
+    save(tmp_path / "train" / "ant" / "0.png", array)
+    folder = load(tmp_path, image_size=size)
+    assert folder.train_images.shape == (5, size, size, 3)
+    # Short side first, then the middle: the sizes above come out whole.
+    short = min(height, width)
+    whole = (width * size // short, height * size // short)
+    resized = Image.fromarray(array).resize(whole, Image.Resampling.BILINEAR)
+    left, top = (whole[0] - size) // 2, (whole[1] - size) // 2
+    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
+    # The same filter at the same places, but for the last bit of its weights.
+    assert np.abs(folder.train_images[0] - expected.astype(int)).max() <= 1
+
+
+def test_resizing_keeps_images_of_that_size(tmp_path):
+    write(tmp_path)
+    np.testing.assert_array_equal(
+        load(tmp_path, image_size=6).train_images, load(tmp_path).train_images
+    )
+
+
+def test_long_image_is_not_blown_up(tmp_path):
+    # Resized as a whole, its long side would have 320,000 pixels.
+    write(tmp_path)
+    save(tmp_path / "train" / "ant" / "0.png", np.full((1, 10_000, 3), 7, np.uint8))
+    assert (load(tmp_path, image_size=32).train_images[0] == 7).all()
+
+
+def test_progress(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(images, "_PIECE", 2)
+    seen = []
+    load(write(tmp_path), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
+    # Of itself it shows nothing where there is no terminal.
+    load(tmp_path, image_size=3)
+    assert capfd.readouterr() == ("", "")
+
+
+PROGRAM = """
+from kddm_jax import data
+folder = data.load("folder", data_dir=sys.argv[1])
+print(len(folder.train_images), folder.train_images.sum())
+"""
+
+
+@pytest.fixture
+def start(bare):
+    """Starts a process that loads a folder."""
+    command = [sys.executable, "-c", bare + PROGRAM]
+    return lambda root, **options: subprocess.Popen(
+        [*command, root], stdout=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_progress_on_a_terminal(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, end = pty.openpty()
+    process = start(write(tmp_path), stderr=end)
+    process.communicate(timeout=60)
+    os.close(end)
+    assert process.returncode == 0
+    assert b"decoding images" in os.read(terminal, 10_000)
+    os.close(terminal)
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+def test_nothing_at_hand(tmp_path):
+    with pytest.raises(data.DataError, match="folder is not at hand") as caught:
+        load(tmp_path)
+    assert "train/<class>/" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_no_test_images(tmp_path):
+    save(tmp_path / "train" / "ant" / "0.png", pixels(0))
+    assert_refused(tmp_path, tmp_path, "neither test/ nor val/", "test/<class>/")
+
+
+def test_no_classes(tmp_path):
+    save(tmp_path / "train" / "0.png", pixels(0))
+    (tmp_path / "test").mkdir()
+    assert_refused(tmp_path, tmp_path / "train", "has no folders", "<class>")
+
+
+@pytest.mark.parametrize(("has", "lacks"), [("train", "test"), ("test", "train")])
+def test_classes_differ(tmp_path, has, lacks):
+    write(tmp_path)
+    save(tmp_path / has / "cat" / "0.png", pixels(0))
+    found = f"{tmp_path / lacks} has no class 'cat', which {tmp_path / has} has"
+    assert_refused(tmp_path, found, "same names")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_class_without_images(tmp_path, split):
+    write(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / "cat").mkdir()
+        if part != split:
+            save(tmp_path / part / "cat" / "0.png", pixels(0))
+    (tmp_path / split / "cat" / "cats.txt").write_text("no image")
+    assert_refused(tmp_path, tmp_path / split / "cat", "no images", ".png")
+
+
+def test_image_of_another_kind(tmp_path):
+    path = save(write(tmp_path) / "train" / "bee" / "0.GIF", pixels(0))
+    assert_refused(tmp_path, path, "cannot read .gif", "convert it", ".png")
+
+
+def test_link_to_nowhere(tmp_path):
+    link = write(tmp_path) / "train" / "ant" / "9.png"
+    link.symlink_to(tmp_path / "nowhere.png")
+    assert_refused(tmp_path, link, "No such file")
+
+
+def test_images_that_differ_in_size(tmp_path):
+    path = save(write(tmp_path) / "test" / "bee" / "9.png", pixels(0, 6, 8))
+    first = tmp_path / "train" / "ant" / "0.png"
+    found = f"{first} is 6x6, {path} is 8x6"
+    assert_refused(tmp_path, found, "image_size", "--image-size")
+    assert load(tmp_path, image_size=5).train_images.shape == (5, 5, 5, 3)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_image_size_of_nothing(tmp_path, size):
+    assert_refused(write(tmp_path), "image_size", f"got {size}", image_size=size)
+
+
+def encode(ending, array):
+    path = Path(f"image{ending}")
+    save(path, array)
+    return path.read_bytes()
+
+
+DAMAGES = {
+    "empty": (".png", lambda c: b""),
+    "text": (".jpg", lambda c: b"<!DOCTYPE html><title>404</title>"),
+    "png cut": (".png", lambda c: c[: len(c) // 2]),
+    "png header cut": (".png", lambda c: c[:20]),
+    "png wrong length": (".png", lambda c: c[:8] + b"\xff" * 4 + c[12:]),
+    "png wrong stream": (".png", lambda c: c[:60] + b"\xff" * 40 + c[100:]),
+    "jpeg cut": (".jpg", lambda c: c[: len(c) // 2]),
+    "jpeg header cut": (".jpg", lambda c: c[:100]),
+    "webp cut": (".webp", lambda c: c[: len(c) // 2]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_image(tmp_path, monkeypatch, damage):
+    ending, change = DAMAGES[damage]
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path) / "train" / "ant" / f"9{ending}"
+    path.write_bytes(change(encode(ending, pixels(9))))
+    assert_refused(tmp_path, f"{path}: damaged image (", "skip_damaged", "--skip-dam")
+    if damage in ("empty", "text"):
+        assert_refused(tmp_path, f"{path.stat().st_size} bytes that are no image")
+    for _ in range(2):  # decoded, and from the cache
+        with pytest.warns(UserWarning, match=r"left out 1 damaged.*9\.") as caught:
+            folder = load(tmp_path, skip_damaged=True)
+        assert str(path) in str(caught[0].message)
+        assert len(caught) == 1
+        np.testing.assert_array_equal(folder.train_labels, [0, 0, 0, 1, 1])
+        expected = [pixels(seed) for seeds in TRAIN.values() for seed in seeds]
+        np.testing.assert_array_equal(folder.train_images, expected)
+    # Left out once does not mean left out always.
+    with pytest.raises(data.DataError, match="damaged image"):
+        load(tmp_path)
+
+
+def test_many_damaged_images(tmp_path):
+    write(tmp_path)
+    for i in range(30):
+        (tmp_path / "test" / "ant" / f"bad{i:02}.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"30 damaged.*bad19\.png and 10 more"):
+        assert len(load(tmp_path, skip_damaged=True).test_images) == 3
+
+
+def test_only_damaged_images(tmp_path):
+    for path in write(tmp_path).glob("test/*/*"):
+        path.write_bytes(b"")
+    assert_refused(tmp_path, "test: all 3 images are damaged", skip_damaged=True)
+
+
+@pytest.mark.parametrize("limit", [99, 20])  # Pillow warns, and from double refuses
+def test_decompression_bomb(tmp_path, monkeypatch, limit):
+    path = save(write(tmp_path) / "train" / "bee" / "9.png", pixels(0, 10, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for other in tmp_path.glob("t*/*/*"):
+        if other != path and limit == 20:
+            save(other, pixels(0, 4, 4))
+    assert_refused(tmp_path, path, "100 pixels", "bomb", image_size=4)
+    with pytest.warns(UserWarning, match="left out 1 damaged"):
+        load(tmp_path, image_size=4, skip_damaged=True)
+
+
+@pytest.mark.parametrize("side", [60_000, 2**31 - 1])
+def test_png_whose_header_claims_too_much(tmp_path, monkeypatch, side):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path) / "train" / "bee" / "9.png"
+    content = bytearray(encode(".png", pixels(0)))
+    content[16:24] = side.to_bytes(4, "big") * 2  # width and height, in the IHDR
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    for image_size in (None, 4):
+        assert_refused(
+            tmp_path, f"{path}: damaged image (", "bomb", image_size=image_size
+        )
+
+
+# ---------------------------------------------------------------------- the cache
+
+
+def caches(root):
+    return sorted(root.glob(".kddm_jax/*"))
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts images decoded."""
+    count = [0]
+    decode = images._decode
+
+    def counting(*arguments):
+        image = decode(*arguments)
+        count[0] += 1
+        return image
+
+    monkeypatch.setattr(images, "_decode", counting)
+    return count
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_images_are_decoded_once(tmp_path, decoded):
+    first = load(write(tmp_path))
+    assert decoded == [8]
+    assert_same(load(tmp_path), first)
+    assert decoded == [8]
+
+
+def rewrite(root):
+    path = save(root / "train" / "ant" / "0.png", pixels(77))
+    os.utime(path, ns=(10**9, 10**9))
+
+
+def touch(root):
+    os.utime(root / "train" / "ant" / "0.png", ns=(0, 0))
+
+
+def add(root):
+    save(root / "test" / "bee" / "9.png", pixels(9))
+
+
+def remove(root):
+    (root / "test" / "bee" / "7.png").unlink()
+
+
+def rename(root):
+    path = root / "train" / "ant" / "0.png"
+    path.rename(path.with_name("5.png"))
+
+
+def rename_class(root):
+    for split in ("train", "test"):
+        (root / split / "ant").rename(root / split / "cat")
+
+
+CHANGES = [rewrite, touch, add, remove, rename, rename_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_folder_is_read_again(tmp_path, decoded, change):
+    # Of one age and size, so that only what is changed can tell.
+    paths = list(write(tmp_path).glob("t*/*/*"))
+    for path in paths:
+        path.write_bytes(path.read_bytes().ljust(300, b"\0"))
+        os.utime(path, ns=(10**9, 10**9))
+    assert {path.stat().st_size for path in paths} == {300}
+    load(tmp_path)
+    (old,) = caches(tmp_path)
+    change(tmp_path)
+    decoded[0] = 0
+    found = load(tmp_path)
+    assert decoded[0] >= 7
+    # Equal to what one reads who never had a cache; the old one is gone.
+    (new,) = caches(tmp_path)
+    assert new != old
+    new.rename(tmp_path / "aside")
+    assert_same(load(tmp_path), found)
+
+
+def test_options_have_caches_of_their_own(tmp_path, decoded):
+    write(tmp_path)
+    options = [{}, {"image_size": 3}, {"image_size": 4}, {"skip_damaged": True}]
+    for choice in options:
+        load(tmp_path, **choice)
+    assert len(caches(tmp_path)) == 4
+    decoded[0] = 0
+    for choice in options:
+        size = choice.get("image_size", 6)
+        assert load(tmp_path, **choice).train_images.shape == (5, size, size, 3)
+    assert decoded == [0]
+
+
+def cut(folder):
+    os.truncate(folder / "train_images.npy", 200)
+
+
+def no_labels(folder):
+    (folder / "test_labels.npy").unlink()
+
+
+def no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def broken_manifest(folder):
+    (folder / "manifest.json").write_text("{")
+
+
+def list_for_manifest(folder):
+    (folder / "manifest.json").write_text("[]")
+
+
+def other_key(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["key"]["format"] = 0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+DAMAGED_CACHES = [
+    *(cut, no_labels, no_manifest, broken_manifest, list_for_manifest, other_key)
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CACHES)
+def test_damaged_cache_is_built_again(tmp_path, decoded, damage):
+    expected = [np.array(array) for array in load(write(tmp_path))[:4]]
+    (folder,) = caches(tmp_path)
+    damage(folder)
+    decoded[0] = 0
+    assert_same(load(tmp_path)[:4], expected)
+    assert decoded == [8]
+    assert caches(tmp_path) == [folder]
+    assert_same(load(tmp_path)[:4], expected)
+    assert decoded == [8]
+
+
+def test_killed_build_leaves_no_cache(tmp_path, decoded):
+    class Killed(BaseException):
+        pass
+
+    def kill(done, total):
+        raise Killed
+
+    with pytest.raises(Killed):
+        load(write(tmp_path), progress=kill)
+    # Killed for good, it could not have tidied up.
+    fresh = tmp_path / ".kddm_jax" / ".partial-fresh"
+    stale = tmp_path / ".kddm_jax" / ".partial-stale"
+    for folder, age in ((fresh, 3600), (stale, 100_000)):
+        folder.mkdir(parents=True)
+        (folder / "train_images.npy").write_bytes(b"\x93NUMPY")
+        old = time.time() - age
+        os.utime(folder / "train_images.npy", (old, old))
+    decoded[0] = 0
+    assert len(load(tmp_path).train_images) == 5
+    assert decoded == [8]
+    assert fresh.exists()  # perhaps another process is at work
+    assert not stale.exists()
+
+
+def test_another_process_removes_its_files_meanwhile(tmp_path, decoded, monkeypatch):
+    write(tmp_path)
+    other = tmp_path / ".kddm_jax" / ".partial-other"
+    other.mkdir(parents=True)
+    (other / "gone.npy").write_bytes(b"")
+    whole, looked_at = Path.stat, []
+
+    def stat(path, **options):
+        if path.name == "gone.npy":
+            looked_at.append(path)
+            path.unlink(missing_ok=True)
+        return whole(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert len(load(tmp_path).train_images) == 5
+    assert looked_at
+
+
+def blocked(folder):
+    """A file in the place of a folder: not writable, not even for root."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("")
+
+
+def test_cache_of_a_read_only_folder(tmp_path, home, decoded):
+    blocked(write(tmp_path / "data") / ".kddm_jax")
+    first = load(tmp_path / "data")
+    assert list((home / ".cache" / "kddm_jax" / "images").glob("folder-*"))
+    assert_same(load(tmp_path / "data"), first)
+    assert decoded == [8]
+    # Two folders share that place and keep out of each other's way.
+    blocked(write(tmp_path / "other", channels=1) / ".kddm_jax")
+    load(tmp_path / "other")
+    assert_same(load(tmp_path / "data"), first)
+    assert decoded == [16]
+
+
+def test_no_place_for_the_cache(tmp_path, home):
+    write(tmp_path / "data")
+    blocked(tmp_path / "data" / ".kddm_jax")
+    blocked(home / ".cache")
+    with pytest.raises(data.DataError, match="no folder takes .* writable") as caught:
+        load(tmp_path / "data")
+    assert str(tmp_path / "data" / ".kddm_jax") in str(caught.value)
+    assert str(home / ".cache") in str(caught.value)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    assert_refused(write(tmp_path), tmp_path, "No space left", "free space")
+
+
+@pytest.mark.slow
+def test_processes_that_build_at_once(start, tmp_path):
+    write(tmp_path)
+    for seed in range(100, 400):
+        save(tmp_path / "train" / "ant" / f"{seed}.png", pixels(seed))
+    processes = [start(tmp_path) for _ in range(4)]
+    printed = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    folder = load(tmp_path)
+    assert printed == {f"305 {folder.train_images.sum()}\n"}
+    assert len(caches(tmp_path)) == 1
+
+
+def test_cache_that_another_process_removes(tmp_path, monkeypatch):
+    """Between building and opening, as seen by a process that read other files."""
+    build, built = cache._build, []
+
+    def build_and_lose(*arguments):
+        build(*arguments)
+        built.append(1)
+        if len(built) == 1:
+            (folder,) = caches(tmp_path)
+            (folder / "manifest.json").unlink()
+
+    monkeypatch.setattr(cache, "_build", build_and_lose)
+    assert len(load(write(tmp_path)).train_images) == 5
+    assert len(built) == 2
