@@ -1,14 +1,5 @@
 """Knowledge distillation through distribution matching, in JAX."""
 
-from kddm_jax.alignment import (
-    cka,
-    feature_gram,
-    linear_projection,
-    nst,
-    procrustes,
-    similarity_preserving,
-    wkd_features,
-)
 from kddm_jax.distances import (
     DISTANCES,
     Distance,
@@ -21,14 +12,23 @@ from kddm_jax.distances import (
     sliced_wasserstein,
     wasserstein,
 )
-from kddm_jax.gaussian import (
+from kddm_jax.families.alignment import (
+    cka,
+    feature_gram,
+    linear_projection,
+    nst,
+    procrustes,
+    similarity_preserving,
+    wkd_features,
+)
+from kddm_jax.families.gaussian import (
     bures,
     class_gaussian_kl,
     class_gaussian_wasserstein,
     gaussian_kl,
     gaussian_wasserstein,
 )
-from kddm_jax.logits import class_cost_cka, kd, wkd_logits
+from kddm_jax.families.logits import class_cost_cka, kd, wkd_logits
 from kddm_jax.losses import Term, distill_loss
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kddm_jax.alignment import (
+from kddm_jax.families.alignment import (
     cka,
     feature_gram,
     linear_projection,
@@ -30,14 +30,15 @@ from kddm_jax.alignment import (
     similarity_preserving,
     wkd_features,
 )
-from kddm_jax.checks import as_released, check_choice, check_number, check_pair
-from kddm_jax.gaussian import (
+from kddm_jax.families.gaussian import (
     class_gaussian_kl,
     class_gaussian_wasserstein,
     gaussian_kl,
     gaussian_wasserstein,
 )
-from kddm_jax.linalg import (
+from kddm_jax.families.logits import kd, wkd_logits, wkd_logits_stats
+from kddm_jax.numerics.checks import as_released, check_choice, check_number, check_pair
+from kddm_jax.numerics.linalg import (
     class_means,
     constant,
     labelled_pair,
@@ -46,8 +47,7 @@ from kddm_jax.linalg import (
     squared_distances,
     unit,
 )
-from kddm_jax.logits import kd, wkd_logits, wkd_logits_stats
-from kddm_jax.transport import Costs, gromov_cost, transport_cost
+from kddm_jax.numerics.transport import Costs, gromov_cost, transport_cost
 
 # ---------------------------------------------------------------------------
 # Empirical Wasserstein distances.

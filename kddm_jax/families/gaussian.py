@@ -13,7 +13,7 @@ References:
 import jax
 import jax.numpy as jnp
 
-from kddm_jax.checks import (
+from kddm_jax.numerics.checks import (
     DIRECTIONS,
     as_float,
     as_released,
@@ -21,7 +21,7 @@ from kddm_jax.checks import (
     check_number,
     check_pair,
 )
-from kddm_jax.linalg import (
+from kddm_jax.numerics.linalg import (
     class_means,
     constant,
     cross_nuclear_norm,

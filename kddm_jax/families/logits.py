@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kddm_jax.alignment import normalized
-from kddm_jax.checks import (
+from kddm_jax.families.alignment import normalized
+from kddm_jax.numerics.checks import (
     DIRECTIONS,
     as_float,
     as_released,
@@ -27,8 +27,8 @@ from kddm_jax.checks import (
     check_number,
     check_pair,
 )
-from kddm_jax.linalg import constant, matmul, safe_sqrt
-from kddm_jax.transport import Stats
+from kddm_jax.numerics.linalg import constant, matmul, safe_sqrt
+from kddm_jax.numerics.transport import Stats
 
 NAMES = ("logits_x", "logits_y")
 

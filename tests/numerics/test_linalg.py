@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 from jax.test_util import check_grads
 
-from kddm_jax import linalg
+from kddm_jax.numerics import linalg
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.checks import as_float, check_choice, check_labels, check_pair
+from kddm_jax.numerics.checks import as_float, check_choice, check_labels, check_pair
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

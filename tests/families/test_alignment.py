@@ -9,8 +9,8 @@ import pytest
 import reference
 from helpers import make_batch, relu_features
 
-from kddm_jax import alignment
-from kddm_jax.gaussian import bures
+from kddm_jax.families import alignment
+from kddm_jax.families.gaussian import bures
 from kddm_jax.testing import assert_distance_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")

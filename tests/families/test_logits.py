@@ -9,7 +9,7 @@ import pytest
 import reference
 from helpers import make_batch
 
-from kddm_jax import logits
+from kddm_jax.families import logits
 from kddm_jax.testing import assert_distance_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
 
-from kddm_jax.checks import check_choice, check_number
-from kddm_jax.linalg import constant, matmul
+from kddm_jax.numerics.checks import check_choice, check_number
+from kddm_jax.numerics.linalg import constant, matmul
 
 
 class Stats(NamedTuple):

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.checks import as_float, check_choice, check_number, check_pair
-from kddm_jax.linalg import (
+from kddm_jax.numerics.checks import as_float, check_choice, check_number, check_pair
+from kddm_jax.numerics.linalg import (
     adaptive_cells,
     average_pool,
     constant,

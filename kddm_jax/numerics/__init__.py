@@ -1,0 +1,1 @@
+"""The parts that distances are made of: checks, linear algebra, classes, transport."""
