@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax import gaussian_wasserstein, wasserstein
-from kddm_jax.numerics.linalg import classes, squared_distances
+from kddm_jax.numerics.classes import classes
+from kddm_jax.numerics.linalg import squared_distances
 from kddm_jax.numerics.transport import Costs, transport_plan
 
 

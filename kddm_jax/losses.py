@@ -16,7 +16,7 @@ import optax
 
 from kddm_jax.distances import DISTANCES, Distance
 from kddm_jax.numerics.checks import as_float, check_choice, check_labels, check_number
-from kddm_jax.numerics.linalg import average_pool
+from kddm_jax.numerics.pooling import average_pool
 
 DEFAULT_WEIGHT = 1e-3
 Features = jax.Array | Mapping[str, jax.Array]

@@ -1,69 +1,31 @@
-"""Distances of geometry: do two networks arrange the same images alike?
+"""Alignment distances: how differently two networks arrange the same samples.
 
-Unlike distances between distributions they compare representations sample by sample,
-and most of them care for inner products only, so that the widths may differ.  ``x``
-holds the student's features ``[n, d_s]`` and ``y`` the teacher's ``[n, d_t]`` of the
-same images; ``R`` stands for features centred and of unit Frobenius norm, ``K = R
-R^T`` for their Gram matrix.  The last two functions compare feature *maps*
-``[b, h, w, c]`` of the same images.
+Unlike distances between distributions they compare the representations sample by
+sample.  ``x`` holds the student's features ``[n, d_s]`` and ``y`` the teacher's
+``[n, d_t]`` of the same samples.  ``R`` stands for features that are centred and
+divided by their Frobenius norm, ``K = R R^T`` for their Gram matrix.  All distances but
+`paired_l2` allow rotations or linear maps of the student, so the widths may differ.
 
 References:
   Geometry-aware feature alignment for knowledge distillation, 2025 (arXiv
   2509.25253).
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kddm_jax.numerics.checks import as_float, check_choice, check_number, check_pair
+from kddm_jax.numerics.checks import check_pair
 from kddm_jax.numerics.linalg import (
-    adaptive_cells,
-    average_pool,
-    constant,
     cross_nuclear_norm,
     matmul,
-    squared_distances,
+    normalized,
+    squared_rounding,
     unit,
 )
-
-# ---------------------------------------------------------------------------
-# Normalisation.
-
-
-def _rounding(x):
-    """What the squared norm of a difference of entries of ``x`` may be by round-off."""
-    return (10 * jnp.finfo(x.dtype).eps) ** 2 * constant(jnp.sum(x * x))
-
-
-def normalized(x: jax.Array) -> jax.Array:
-    """Centres features and divides them by their Frobenius norm.
-
-    Args:
-      x: features, shape ``[n, d]``.
-
-    Returns:
-      Shape ``[n, d]``, of norm 1; zeros for features that are constant but for
-      round-off.
-
-    Examples:
-      >>> normalized(jnp.array([[1.0], [3.0]]))
-      Array([[-0.7071],
-             [ 0.7071]], dtype=float32)
-    """
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
-    return unit(centred, axis=(0, 1), floor=_rounding(x))
 
 
 def _pair_of(x, y):
     return check_pair(x, y, same_rows=True, same_columns=False)
-
-
-# ---------------------------------------------------------------------------
-# Representations of one batch.
 
 
 def procrustes(
@@ -200,7 +162,7 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
     for features in (normalized(x), normalized(y)):
         gram = matmul(features, features.T)
         if debiased:
-            gram = unit(_u_centred(gram), axis=(0, 1), floor=_rounding(gram))
+            gram = unit(_u_centred(gram), axis=(0, 1), floor=squared_rounding(gram))
         else:
             gram = unit(gram, axis=(0, 1))
         grams.append(gram)
@@ -274,212 +236,36 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
     return _regression_error(x, y)
 
 
-def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
-    r"""Computes the similarity-preserving loss.
+def paired_l2(x: jax.Array, y: jax.Array) -> jax.Array:
+    r"""Computes the mean squared distance of paired features.
 
-    .. math:: \frac{1}{n^2} \|G_x - G_y\|_F^2, \quad
-              G = X X^\top \text{ with rows of unit norm}
+    .. math:: \frac1n \sum_i \|x_i - y_i\|^2
 
-    Neither side is centred.
+    The upper end of the chain ``||mean||^2 <= W2(G, diag) <= W2(G) <= W2 <= CW2
+    (weighted) <= paired``: it asks for the teacher's features, not for their
+    distribution.
 
-    Cost: n² d.  Gradient: that of the value.  Not for: features far from the origin
-    (large means after a ReLU), all of whose inner products look alike.
+    Cost: n d.  Gradient: ``2 (x_i - y_i) / n``.  Not for: a student that may arrange
+    its features otherwise than the teacher (`procrustes`), or is of another width
+    (`kddm_jax.projectors`).
 
     Args:
-      x: student features, shape ``[n, d_s]``.
-      y: teacher features of the same samples, shape ``[n, d_t]``.
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``.
 
     Returns:
-      Scalar, squared, averaged over pairs of samples; at most ``4 / n``.
+      Scalar, squared distance, summed over features, averaged over samples.
 
     Raises:
       ValueError: shapes or dtypes.
 
     References:
-      Tung and Mori, Similarity-preserving knowledge distillation, 2019 (arXiv
-      1907.09682), equations 2 to 4.
+      Romero et al., FitNets: hints for thin deep nets, 2015 (arXiv 1412.6550),
+      equation 3, up to its factor 1/2.
 
     Examples:
-      >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])  # rows (1, 0) and (0, 1)
-      >>> y = jnp.array([[1.0], [1.0]])  # rows (1, 1) / sqrt 2, twice
-      >>> similarity_preserving(x, y)  # 1 - 1 / sqrt 2
-      Array(0.2929, dtype=float32)
+      >>> paired_l2(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0]]))
+      Array(25., dtype=float32)
     """
-    x, y = _pair_of(x, y)
-    # A common factor of all features cancels; taken out, no square overflows.
-    x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
-    gram_x, gram_y = (unit(matmul(z, z.T), axis=1) for z in (x, y))
-    return jnp.mean((gram_x - gram_y) ** 2)
-
-
-# ---------------------------------------------------------------------------
-# Feature maps.
-
-
-def _check_maps(maps_x, maps_y, *, same_channels):
-    """Casts both to one float dtype; ranks, images and channels are checked."""
-    pair = {"maps_x": maps_x, "maps_y": maps_y}
-    pair = {name: as_float(name, maps) for name, maps in pair.items()}
-    for name, maps in pair.items():
-        if maps.ndim != 4 or 0 in maps.shape:
-            raise ValueError(
-                f"{name} must have shape [images, height, width, channels], got "
-                f"{list(maps.shape)}; choose a map of the network, with layers=(...)"
-            )
-    maps_x, maps_y = pair.values()
-    if maps_x.shape[0] != maps_y.shape[0]:
-        raise ValueError(
-            "maps_x and maps_y must hold the same images, got "
-            f"{maps_x.shape[0]} and {maps_y.shape[0]}; pass both networks the same "
-            "batch"
-        )
-    if same_channels and maps_x.shape[3] != maps_y.shape[3]:
-        raise ValueError(
-            "maps_x and maps_y must have the same number of channels, got "
-            f"{maps_x.shape[3]} and {maps_y.shape[3]}; map the student to the "
-            "teacher's with kddm_jax.projectors"
-        )
-    dtype = jnp.promote_types(maps_x.dtype, maps_y.dtype)
-    return maps_x.astype(dtype), maps_y.astype(dtype)
-
-
-# Kernels of one image: its channels are the samples, [h w, c] with columns of norm 1.
-def _poly_nst(x, y):
-    """Kernel (u^T v)^2: its mean over pairs is that of products of second moments."""
-    positions, channels = x.shape[0], max(x.shape[1], y.shape[1])
-    if positions <= channels:
-        moment = lambda z: matmul(z, z.T) / z.shape[1]
-        return jnp.sum((moment(x) - moment(y)) ** 2)
-    gram = lambda a, b: jnp.mean(matmul(a.T, b) ** 2)
-    return gram(x, x) + gram(y, y) - 2 * gram(x, y)
-
-
-def _linear_nst(x, y):
-    """Kernel u^T v."""
-    return jnp.sum((jnp.mean(x, axis=1) - jnp.mean(y, axis=1)) ** 2)
-
-
-def _rbf_nst(x, y):
-    """Kernel exp(-r^2 / 2 sigma^2), sigma^2 the mean r^2 of all pairs, a constant."""
-    pairs = ((x, x), (y, y), (x, y))
-    squares = [jnp.maximum(squared_distances(a.T, b.T), 0) for a, b in pairs]
-    mean = sum(jnp.sum(s) for s in squares) / sum(s.size for s in squares)
-    # of channels of norm 1, so that this is far below any that differ
-    variance = constant(jnp.maximum(mean, 100 * jnp.finfo(x.dtype).eps))
-    within_x, within_y, between = (
-        jnp.mean(jnp.exp(-s / (2 * variance))) for s in squares
-    )
-    return within_x + within_y - 2 * between
-
-
-NST_KERNELS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
-    MappingProxyType({"poly": _poly_nst, "linear": _linear_nst, "rbf": _rbf_nst})
-)
-
-
-def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Array:
-    r"""Computes the neuron selectivity transfer: a discrepancy between channels.
-
-    .. math:: \frac1b \sum_i \overline{k(f, f')} + \overline{k(g, g')}
-              - 2\,\overline{k(f, g)}, \quad k(f, g) = (f^\top g)^2
-
-    ``f`` are the student's channels of image i, ``g`` the teacher's, as vectors over
-    space of norm 1: where a channel looks, not how strongly.  Numbers of channels
-    may differ; the larger map is averaged down to the smaller one's size.
-
-    Cost: n h w c min(h w, c).  Gradient: that of the value, the rbf bandwidth being
-    constant.  Not for: pooled features: in a map of one pixel every channel has norm 1.
-
-    Args:
-      maps_x: student maps, shape ``[b, h, w, c]``.
-      maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
-      kernel: ``"poly"``, the squared inner product; ``"linear"``; ``"rbf"``, its
-        squared bandwidth the mean squared distance of all pairs, a constant.
-
-    Returns:
-      Scalar, squared discrepancy, averaged over images (no factor 1/2).
-
-    Raises:
-      ValueError: shapes, dtypes, unknown kernel.
-
-    References:
-      Huang and Wang, Like what you like: knowledge distill via neuron selectivity
-      transfer, 2017 (arXiv 1707.01219), equation 4.
-
-    Examples:
-      >>> left, right = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])  # 1 x 2 pixels
-      >>> nst(left.reshape(1, 1, 2, 1), right.reshape(1, 1, 2, 1))
-      Array(2., dtype=float32)
-    """
-    check_choice("kernel", kernel, NST_KERNELS)
-    maps_x, maps_y = _check_maps(maps_x, maps_y, same_channels=False)
-    size = tuple(np.minimum(maps_x.shape[1:3], maps_y.shape[1:3]).tolist())
-    channels = []
-    for maps in (maps_x, maps_y):
-        pooled = average_pool(maps, size)
-        flat = pooled.reshape(maps.shape[0], -1, maps.shape[3])  # [b, h w, c]
-        channels.append(unit(flat, axis=1))
-    return jnp.mean(jax.vmap(NST_KERNELS[kernel])(*channels))
-
-
-def _cell_moments(maps, grid):
-    """Mean and unbiased variance of every cell and channel, ``[b, g, g, c]``."""
-    # The variance does not see this shift, but its round-off does.
-    shift = constant(jnp.mean(maps, axis=(1, 2), keepdims=True))
-    shifted = maps - shift
-    mean, square = (average_pool(z, (grid, grid)) for z in (shifted, shifted**2))
-    pixels = [adaptive_cells(size, grid).sum(1) for size in maps.shape[1:3]]
-    count = np.multiply.outer(*pixels)  # [g, g]
-    # A cell of one pixel has no variance: 0, not 0 / 0.
-    unbiased = jnp.asarray(count / np.maximum(count - 1, 1), maps.dtype)
-    spread = jnp.maximum(square - mean**2, 0) * unbiased[None, :, :, None]
-    return mean + shift, spread
-
-
-def wkd_features(
-    maps_x: jax.Array, maps_y: jax.Array, *, grid: int = 1, ratio: float = 2.0
-) -> jax.Array:
-    r"""Computes the Wasserstein distance of feature maps, WKD-F.
-
-    .. math:: \frac{1}{b g^2} \sum_{i, cells, channels}
-              \rho\,(\mu_x - \mu_y)^2 + (\sigma_x - \sigma_y)^2
-
-    Every image's cell is a diagonal Gaussian over its pixels, with
-    ``sigma = sqrt(variance + 1e-5)`` and the unbiased variance (0 in a cell of one
-    pixel).
-
-    Cost: n h w c.  Gradient: that of the value.  Not for: maps whose channels do not
-    correspond, since each is compared with its namesake: learn a projector.
-
-    Args:
-      maps_x: student maps, shape ``[b, h, w, c]``.
-      maps_y: teacher maps of the same images, shape ``[b, h', w', c]``.
-      grid: cells along each side, g; where it does not divide the map's side, cells
-        overlap as in adaptive pooling.
-      ratio: weight of the means, rho.
-
-    Returns:
-      Scalar, squared distance, summed over channels, averaged over images and cells.
-
-    Raises:
-      ValueError: shapes, dtypes, ``grid < 1``, a negative ratio.
-
-    References:
-      Lv, Yang and Li, Wasserstein distance rivals Kullback-Leibler divergence for
-      knowledge distillation, 2024 (arXiv 2412.08139), section 3.2.
-
-    Examples:
-      >>> maps = jnp.zeros((1, 2, 2, 1))
-      >>> wkd_features(maps, maps + 3.0)  # 2 (3 - 0)^2
-      Array(18., dtype=float32)
-    """
-    maps_x, maps_y = _check_maps(maps_x, maps_y, same_channels=True)
-    check_number("ratio", ratio, positive=False)
-    if grid < 1:
-        raise ValueError(f"grid must be at least 1, got {grid}")
-    (mean_x, spread_x), (mean_y, spread_y) = (
-        _cell_moments(maps, grid) for maps in (maps_x, maps_y)
-    )
-    sigma_x, sigma_y = jnp.sqrt(spread_x + 1e-5), jnp.sqrt(spread_y + 1e-5)
-    total = ratio * (mean_x - mean_y) ** 2 + (sigma_x - sigma_y) ** 2
-    return jnp.mean(jnp.sum(total, axis=3))
+    x, y = check_pair(x, y, same_rows=True)
+    return jnp.mean(jnp.sum((x - y) ** 2, axis=1))

@@ -1,4 +1,4 @@
-"""Linear algebra of the distances: nuclear norms, square roots, class masks.
+"""Linear algebra of the distances: nuclear norms, roots, pairwise distances.
 
 One kernel serves most of the library: the nuclear norm ``||M||_* = sum_i s_i(M)``.
 Full Gaussian Wasserstein distances need the one of ``Xc Yc^T`` and Procrustes
@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kddm_jax.numerics.checks import as_float, check_choice, check_labels, check_pair
+from kddm_jax.numerics.checks import as_float, check_choice
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -102,6 +101,30 @@ def unit(
     # Below the root of the smallest number 1 / norm^3 of the derivative overflows.
     known = ~(squares <= floor + jnp.finfo(x.dtype).tiny ** 0.5)  # NaN stays
     return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
+
+
+def squared_rounding(x):
+    """What the squared norm of a difference of entries of ``x`` may be by round-off."""
+    return (10 * jnp.finfo(x.dtype).eps) ** 2 * constant(jnp.sum(x * x))
+
+
+def normalized(x: jax.Array) -> jax.Array:
+    """Centres features and divides them by their Frobenius norm.
+
+    Args:
+      x: features, shape ``[n, d]``.
+
+    Returns:
+      Shape ``[n, d]``, of norm 1; zeros for features that are constant but for
+      round-off.
+
+    Examples:
+      >>> normalized(jnp.array([[1.0], [3.0]]))
+      Array([[-0.7071],
+             [ 0.7071]], dtype=float32)
+    """
+    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    return unit(centred, axis=(0, 1), floor=squared_rounding(x))
 
 
 # ---------------------------------------------------------------------------
@@ -385,8 +408,7 @@ def _sqrtm_psd_jvp(primals, tangents):
 
 
 # ---------------------------------------------------------------------------
-# Moments and classes.  A class never becomes an axis: same[i, j] says that samples
-# i and j share a class, and per-class numbers stand once per sample.
+# Pairwise distances.
 
 
 def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -416,153 +438,7 @@ def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
     return squares_x + squares_y - 2 * matmul(x, y.T)
 
 
-class Classes(NamedTuple):
-    """Same-class mask and weights of a labelled batch; nothing has a class axis.
-
-    Attributes:
-      same: ``[n, n]``, 1 where two samples share a class, else 0.
-      counts: ``[n]``, size of each sample's class (1 for padding).
-      weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 for padding.
-      mass: scalar, the sum of ``weights``: 1, or the number of classes for "sum".
-    """
-
-    same: jax.Array
-    counts: jax.Array
-    weights: jax.Array
-    mass: jax.Array
-
-
-REDUCTIONS = ("mean", "weighted", "sum")
-
-
-def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
-    """Makes the same-class mask and the weights of the classes present.
-
-    Args:
-      labels: int, shape ``[n]``; negative labels are padding, of weight zero.
-      reduction: ``"mean"`` gives each class present the weight ``1 / n_present``,
-        ``"weighted"`` its frequency ``n_c / n``, ``"sum"`` 1.
-      dtype: of the arrays returned.
-
-    Returns:
-      `Classes`.
-
-    Raises:
-      ValueError: unknown ``reduction``.
-
-    Examples:
-      >>> classes(jnp.array([0, 0, 5, -1]), reduction="mean", dtype=jnp.float32).weights
-      Array([0.25, 0.25, 0.5 , 0.  ], dtype=float32)
-    """
-    check_choice("reduction", reduction, REDUCTIONS)
-    valid = labels >= 0
-    same = (labels[:, None] == labels[None, :]) & valid[:, None] & valid[None, :]
-    same = same.astype(dtype)
-    counts = jnp.maximum(jnp.sum(same, axis=1), 1)
-    share = valid.astype(dtype) / counts
-    present = jnp.maximum(jnp.sum(share), 1)
-    total = jnp.maximum(jnp.sum(valid.astype(dtype)), 1)
-    weights = {
-        "mean": share / present,
-        "weighted": valid.astype(dtype) / total,
-        "sum": share,
-    }[reduction]
-    return Classes(same, counts, weights, jnp.sum(weights))
-
-
-def class_means(x: jax.Array, groups: Classes) -> jax.Array:
-    """Averages over each sample's class.
-
-    Args:
-      x: shape ``[n, d]``.
-      groups: from `classes`.
-
-    Returns:
-      Shape ``[n, d]``: row i is the mean of the class of sample i (0 for padding).
-
-    Examples:
-      >>> groups = classes(jnp.array([0, 0, 1]), reduction="mean", dtype=jnp.float32)
-      >>> class_means(jnp.array([[1.0], [3.0], [7.0]]), groups)[:, 0]
-      Array([2., 2., 7.], dtype=float32)
-    """
-    return matmul(groups.same, x) / groups.counts[:, None]
-
-
-def labelled_pair(
-    x: jax.Array,
-    y: jax.Array,
-    labels: jax.Array,
-    num_classes: int | None,
-    reduction: str,
-) -> tuple[jax.Array, jax.Array, Classes]:
-    """Checks what a class-conditional distance takes and masks its classes.
-
-    Args:
-      x: student features, shape ``[n, d]``.
-      y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones are padding.
-      num_classes: if given, concrete labels must lie below it.
-      reduction: as in `classes`.
-
-    Returns:
-      ``(x, y, groups)``, the features as float32 or float64.
-
-    Raises:
-      ValueError: shapes, dtypes, labels, unknown ``reduction``.
-    """
-    x, y = check_pair(x, y, same_rows=True)
-    labels = check_labels(labels, x.shape[0], num_classes=num_classes)
-    return x, y, classes(labels, reduction=reduction, dtype=x.dtype)
-
-
-# ---------------------------------------------------------------------------
-# Averages over adaptive cells.
-
-
-def adaptive_cells(size: int, count: int) -> np.ndarray:
-    """Finds which of ``size`` positions each of ``count`` adaptive cells covers.
-
-    Cell k runs from floor(k size / count) to ceil((k + 1) size / count), as adaptive
-    pooling has it: cells overlap where ``count`` does not divide ``size``.
-
-    Args:
-      size: positions along a side.
-      count: cells along it.
-
-    Returns:
-      Ones and zeros, float64, shape ``[count, size]``.
-
-    Examples:
-      >>> adaptive_cells(3, 2)
-      array([[1., 1., 0.],
-             [0., 1., 1.]])
-    """
-    k, position = np.arange(count)[:, None], np.arange(size)[None, :]
-    start, stop = k * size // count, -((k + 1) * size // -count)
-    return ((position >= start) & (position < stop)).astype(np.float64)
-
-
-def average_pool(maps: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Averages maps over a grid of adaptive cells.
-
-    Args:
-      maps: shape ``[b, h, w, c]``.
-      grid: cells along height and width.
-
-    Returns:
-      Shape ``[b, *grid, c]``; the maps themselves where they have that size.
-
-    Examples:
-      >>> maps = jnp.arange(4.0).reshape(1, 1, 4, 1)
-      >>> average_pool(maps, (1, 2))[0, 0, :, 0]
-      Array([0.5, 2.5], dtype=float32)
-    """
-    if maps.shape[1:3] == grid:
-        return maps
-    average = lambda inside: inside / inside.sum(1, keepdims=True)
-    rows, columns = (
-        jnp.asarray(average(adaptive_cells(size, count)), maps.dtype)
-        for size, count in zip(maps.shape[1:3], grid, strict=True)
-    )
-    pooled = jnp.einsum("gh,bhwc->bgwc", rows, maps, precision=HIGHEST)
-    return jnp.einsum("kw,bgwc->bgkc", columns, pooled, precision=HIGHEST)
+def cost_floor(x, y):
+    """Round-off of a cost: no epsilon below it is meaningful."""
+    scale = jnp.mean(jnp.sum(x * x, axis=1)) + jnp.mean(jnp.sum(y * y, axis=1))
+    return jnp.finfo(x.dtype).eps * scale

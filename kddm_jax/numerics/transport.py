@@ -8,7 +8,6 @@ no plan pays, so that the plan falls into blocks, one per class, and costs what 
 unconditional one costs.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
 
 from kddm_jax.numerics.checks import check_choice, check_number
-from kddm_jax.numerics.linalg import constant, matmul
+from kddm_jax.numerics.linalg import constant
 
 
 class Stats(NamedTuple):
@@ -132,14 +131,31 @@ def _ott():
     return Geometry, LinearProblem, Momentum, Sinkhorn
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
-def _entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
-    return _solve_entropic(
-        cost, a, b, same, epsilon, threshold, max_iterations, symmetric
-    )[:2]
+def solve_entropic(
+    cost: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    same: jax.Array | None,
+    epsilon: jax.Array,
+    threshold: float,
+    max_iterations: int,
+    symmetric: bool = False,
+) -> tuple[jax.Array, Stats, jax.Array]:
+    """Solves an entropic transport problem by ott's Sinkhorn iteration.
 
+    Args:
+      cost: shape ``[n, m]``.
+      a: weights of the rows, shape ``[n]``, of sum 1.
+      b: weights of the columns, shape ``[m]``, of sum 1.
+      same: 1 where a pair is allowed, ``[n, m]``, or None if all pairs are.
+      epsilon: entropic weight in units of the cost.
+      threshold: L1 error of a marginal at which the iteration stops.
+      max_iterations: largest number of iterations.
+      symmetric: whether the problem is between a sample and itself.
 
-def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
+    Returns:
+      ``(value, stats, plan)``; none of them has a derivative rule.
+    """
     Geometry, LinearProblem, Momentum, Sinkhorn = _ott()
     # A divergence's own terms (x to x, y to y) converge in a few averaged,
     # simultaneous updates, as in ott.tools.sinkhorn_divergence.
@@ -157,7 +173,9 @@ def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmet
         use_danskin=False,
         **options,
     )
-    geometry = Geometry(cost_matrix=_block(cost, same, epsilon), epsilon=epsilon)
+    blocked = _block(cost, same, epsilon)
+    # ott declares a float; it takes an array, too.
+    geometry = Geometry(cost_matrix=blocked, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
     out = solver(LinearProblem(geometry, a=a, b=b))
     plan = out.matrix
     error = jnp.maximum(
@@ -171,10 +189,17 @@ def _solve_entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmet
     return value, Stats(converged, iterations, error), plan
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _entropic(cost, a, b, same, epsilon, threshold, max_iterations, symmetric):
+    return solve_entropic(
+        cost, a, b, same, epsilon, threshold, max_iterations, symmetric
+    )[:2]
+
+
 @_entropic.defjvp
 def _entropic_jvp(threshold, max_iterations, symmetric, primals, tangents):
     cost, a, b, same, epsilon = primals
-    value, stats, plan = _solve_entropic(
+    value, stats, plan = solve_entropic(
         cost, a, b, same, epsilon, threshold, max_iterations, symmetric
     )
     tangent = jnp.sum(plan * tangents[0])
@@ -222,23 +247,6 @@ def _entropic_cost(costs, epsilon, threshold, max_iterations):
     return value - epsilon * constant(entropy), stats
 
 
-@jax.custom_jvp
-def _assignment(cost, a, same):
-    return _solve_assignment(cost, a, same)[0]
-
-
-def _solve_assignment(cost, a, same):
-    n = cost.shape[0]
-    # The search compares costs, which NaN defeats; the value shows every one of them.
-    finite = jnp.isfinite(cost)
-    reduced = _shifted_by_duals(_block(jnp.where(finite, cost, 0), same, 0), same)
-    row, column = hungarian_algorithm(reduced)
-    target = jnp.zeros(n, column.dtype).at[row].set(column)
-    value = jnp.sum(a * cost[jnp.arange(n), target])
-    whole = jnp.all(finite) if same is None else jnp.all(finite | (same == 0))
-    return jnp.where(whole, value, jnp.nan), target
-
-
 def _shifted_by_duals(cost, same):
     """Cost minus dual potentials: the same assignment, found 5 times sooner.
 
@@ -264,6 +272,41 @@ def _shifted_by_duals(cost, same):
     u, v = jax.lax.fori_loop(0, 10, update, (ones, ones))
     cost = cost - epsilon * (jnp.log(u)[:, None] + jnp.log(v)[None, :])
     return cost - jnp.min(cost, axis=1, keepdims=True)
+
+
+def best_assignment(cost: jax.Array, same: jax.Array | None = None) -> jax.Array:
+    """Finds the permutation of least total cost.
+
+    Args:
+      cost: shape ``[n, n]``; costs that are not finite count as 0, since the search
+        compares costs and cannot compare NaN.
+      same: 1 where a pair is allowed, ``[n, n]``, or None if all pairs are.
+
+    Returns:
+      The column of each row, int, shape ``[n]``.
+
+    Examples:
+      >>> best_assignment(jnp.array([[1.0, 0.0], [0.0, 3.0]])).tolist()
+      [1, 0]
+    """
+    cost = _block(jnp.where(jnp.isfinite(cost), cost, 0), same, 0)
+    row, column = hungarian_algorithm(_shifted_by_duals(cost, same))
+    return jnp.zeros(len(cost), column.dtype).at[row].set(column)
+
+
+@jax.custom_jvp
+def _assignment(cost, a, same):
+    return _solve_assignment(cost, a, same)[0]
+
+
+def _solve_assignment(cost, a, same):
+    n = cost.shape[0]
+    target = best_assignment(cost, same)
+    value = jnp.sum(a * cost[jnp.arange(n), target])
+    # The search leaves out costs that are not finite; the value shows them all.
+    finite = jnp.isfinite(cost)
+    whole = jnp.all(finite) if same is None else jnp.all(finite | (same == 0))
+    return jnp.where(whole, value, jnp.nan), target
 
 
 @_assignment.defjvp
@@ -412,7 +455,7 @@ def transport_plan(
         return costs.a[:, None] * jax.nn.one_hot(
             target, len(costs.b), dtype=epsilon.dtype
         )
-    _, _, plan = _solve_entropic(
+    _, _, plan = solve_entropic(
         costs.xy,
         costs.a,
         costs.b,
@@ -423,177 +466,3 @@ def transport_plan(
         False,
     )
     return plan
-
-
-# ---------------------------------------------------------------------------
-# Gromov-Wasserstein: transport that compares distances within the two clouds.  With
-# P the plan, A and B the costs within x and y, and a square loss,
-#   E(P) = sum_ijkl (A_ik - B_jl)^2 P_ij P_kl = sum A^2 aa + sum B^2 bb - 2 <A P B, P>.
-# Distances, their squares and cosine distances are conditionally negative definite, so
-# that E is concave over plans: linearise, move to the best plan of the linear problem,
-# and E has fallen; where it falls no further is a local minimum, a vertex.
-
-
-def _same_distances(cost_x, cost_y, target):
-    """A - B with y's samples in the order of their partners."""
-    return cost_x - cost_y[target][:, target]
-
-
-def _improve(cost_x, cost_y, target):
-    """Assignments for linearised costs until E falls no further."""
-    energy = lambda target: jnp.mean(_same_distances(cost_x, cost_y, target) ** 2)
-
-    def assign(target):
-        linear = -matmul(cost_x, cost_y[target])
-        linear = jnp.where(jnp.isfinite(linear), linear, 0)  # NaN defeats the search
-        row, column = hungarian_algorithm(_shifted_by_duals(linear, None))
-        return jnp.zeros_like(target).at[row].set(column.astype(target.dtype))
-
-    def update(state):
-        target, value, count, _ = state
-        new = assign(target)
-        new_value = energy(new)
-        # Less than rounding is no progress, and two plans may take turns.
-        better = new_value < value * (1 - 10 * jnp.finfo(value.dtype).eps)
-        target = jnp.where(better, new, target)
-        return target, jnp.where(better, new_value, value), count + 1, better
-
-    def unfinished(state):
-        return state[3] & (state[2] < MOST_LINEARISATIONS)
-
-    return jax.lax.while_loop(unfinished, update, (target, energy(target), 0, True))
-
-
-def _matched_ranks(cost_x, cost_y):
-    """Pairs central samples with central ones: the step from the uniform plan."""
-    x, y = (jnp.argsort(jnp.mean(cost, axis=1)) for cost in (cost_x, cost_y))
-    return jnp.zeros_like(x).at[x].set(y)
-
-
-MOST_LINEARISATIONS = 100
-
-
-def _solve_gromov(cost_x, cost_y):
-    # Two starts: by rank as from the uniform plan, and as the samples are paired, which
-    # makes the value of a cloud with itself zero whatever its symmetries.
-    paired = jnp.arange(cost_x.shape[0], dtype=int)
-    starts = jnp.stack([_matched_ranks(cost_x, cost_y).astype(paired.dtype), paired])
-    improve = lambda start: _improve(cost_x, cost_y, start)
-    targets, values, counts, moving = jax.lax.map(improve, starts)
-    zero = jnp.zeros((), cost_x.dtype)
-    met = 1 - jnp.max(moving).astype(zero.dtype)
-    stats = Stats(met, jnp.max(counts).astype(zero.dtype), zero)
-    return jnp.min(values), stats, targets[jnp.argmin(values)]
-
-
-@jax.custom_jvp
-def _gromov(cost_x, cost_y):
-    return _solve_gromov(cost_x, cost_y)[:2]
-
-
-@_gromov.defjvp
-def _gromov_jvp(primals, tangents):
-    (cost_x, cost_y), (dx, dy) = primals, tangents
-    value, stats, target = _solve_gromov(cost_x, cost_y)
-    moved = _same_distances(dx, dy, target)
-    tangent = 2 * jnp.mean(_same_distances(cost_x, cost_y, target) * moved)
-    return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
-
-
-# E + eps KL(P | a b) is stationary where P solves the entropic problem of the gradient
-# M = -4 A P B.  The value at the last P is that of the linearisation, OT_eps(M) -
-# <M, P> / 2: an error of P enters squared.
-def _solve_gromov_entropic(cost_x, cost_y, epsilon):
-    a, b = (jnp.full(len(c), 1 / len(c), c.dtype) for c in (cost_x, cost_y))
-    tolerance = float(jnp.finfo(cost_x.dtype).eps ** 0.5)
-    gradient = lambda plan: -4 * matmul(matmul(cost_x, plan), cost_y)
-
-    def solve(plan):
-        return _solve_entropic(
-            gradient(plan), a, b, None, epsilon, tolerance, 2000, False
-        )
-
-    def update(state):
-        plan, _, _, _, count = state
-        linear, stats, new = solve(plan)
-        value = linear - jnp.sum(gradient(plan) * plan) / 2
-        return new, value, stats, jnp.sum(jnp.abs(new - plan)), count + 1
-
-    def unfinished(state):
-        return (state[3] > tolerance) & (state[4] < MOST_LINEARISATIONS)
-
-    zero, infinite = (jnp.asarray(z, cost_x.dtype) for z in (0, jnp.inf))
-    start = (a[:, None] * b[None, :], zero, Stats(zero, zero, zero), infinite, 0)
-    plan, value, stats, change, count = jax.lax.while_loop(unfinished, update, start)
-    met = stats.converged * (change <= tolerance).astype(cost_x.dtype)
-    stats = Stats(met, jnp.asarray(count, cost_x.dtype), stats.marginal_error)
-    return value + jnp.mean(cost_x**2) + jnp.mean(cost_y**2), stats, plan
-
-
-@jax.custom_jvp
-def _gromov_entropic(cost_x, cost_y, epsilon):
-    return _solve_gromov_entropic(cost_x, cost_y, epsilon)[:2]
-
-
-@_gromov_entropic.defjvp
-def _gromov_entropic_jvp(primals, tangents):
-    (cost_x, cost_y, _), (dx, dy, _) = primals, tangents
-    value, stats, plan = _solve_gromov_entropic(*primals)
-    pull_x = cost_x / len(cost_x) ** 2 - matmul(matmul(plan, cost_y), plan.T)
-    pull_y = cost_y / len(cost_y) ** 2 - matmul(matmul(plan.T, cost_x), plan)
-    tangent = 2 * (jnp.sum(pull_x * dx) + jnp.sum(pull_y * dy))
-    return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
-
-
-def _repeated(cost_x, cost_y):
-    """Both clouds with as many samples: each repeated, which changes no measure."""
-    n, m = len(cost_x), len(cost_y)
-    common = math.lcm(n, m)
-    if common > max(n, m, 1024):
-        raise ValueError(
-            f"n={n} and m={m} samples have no common multiple up to 1024; give an "
-            "epsilon, or take equal numbers of samples"
-        )
-    repeat = lambda cost, times: cost.repeat(times, axis=0).repeat(times, axis=1)
-    return repeat(cost_x, common // n), repeat(cost_y, common // m)
-
-
-def gromov_cost(
-    cost_x: jax.Array,
-    cost_y: jax.Array,
-    *,
-    epsilon: float | jax.Array | None = None,
-) -> tuple[jax.Array, Stats]:
-    r"""Finds a local minimum of the Gromov-Wasserstein problem of square loss.
-
-    .. math:: \min_P \sum_{ijkl} (A_{ik} - B_{jl})^2 P_{ij} P_{kl}
-              + \epsilon\, KL(P \,|\, a \otimes b)
-
-    Args:
-      cost_x: distances within x, A, symmetric, shape ``[n, n]``.
-      cost_y: distances within y, B, symmetric, shape ``[m, m]``.
-      epsilon: entropic weight in units of the squared distances, a constant; None
-        is none: assignments, for ``n != m`` of samples repeated up to the least
-        common multiple (1024 at most).  It is never less than round-off.
-
-    Returns:
-      ``(value, stats)``, scalars; the derivative is the envelope's, at the plan found.
-
-    Raises:
-      ValueError: bad epsilon, or no small common multiple.
-
-    References:
-      Peyré, Cuturi and Solomon, Gromov-Wasserstein averaging of kernel and distance
-      matrices, 2016, section 2.  Maron and Lipman, (Probably) concave graph matching,
-      2018 (arXiv 1807.09722), for the concavity.
-    """
-    if epsilon is None:
-        if len(cost_x) != len(cost_y):
-            cost_x, cost_y = _repeated(cost_x, cost_y)
-        return _gromov(cost_x, cost_y)
-    check_number("epsilon", epsilon, positive=True, cure="; None solves without")
-    # The linear costs -4 A P B are of this size; see _rounding.
-    largest = 4 * jnp.max(jnp.abs(cost_x)) * jnp.max(jnp.abs(cost_y))
-    least = jnp.finfo(cost_x.dtype).eps * largest
-    epsilon = constant(jnp.maximum(jnp.asarray(epsilon, cost_x.dtype), least))
-    return _gromov_entropic(cost_x, cost_y, epsilon)

@@ -11,7 +11,8 @@ import reference
 from helpers import make_batch
 
 import kddm_jax
-from kddm_jax.distances import METRICS, _gromov_wasserstein, _quantiles, _sliced
+from kddm_jax.families.gromov import METRICS, _gromov_wasserstein
+from kddm_jax.families.sliced import _quantiles, _sliced
 from kddm_jax.testing import assert_distance_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -9,7 +9,8 @@ import pytest
 import reference
 from helpers import make_batch
 
-from kddm_jax.families import logits
+import kddm_jax
+from kddm_jax.families.wkd import wkd_logits_stats
 from kddm_jax.testing import assert_distance_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -20,7 +21,7 @@ K = 5
 
 @cache
 def compiled(name, **options):
-    return jax.jit(partial(getattr(logits, name), **options))
+    return jax.jit(partial(getattr(kddm_jax, name), **options))
 
 
 def predictions(n=6, k=K, seed=0):
@@ -77,7 +78,7 @@ def test_standardized_predictions_have_no_scale():
 def test_equal_logits_have_finite_gradients():
     flat, (_, t) = np.ones((6, K)), predictions()
     for standardize in (False, True):
-        fn = jax.jit(jax.value_and_grad(partial(logits.kd, standardize=standardize)))
+        fn = jax.jit(jax.value_and_grad(partial(kddm_jax.kd, standardize=standardize)))
         for pair in [(flat, t), (t, flat), (flat, flat)]:
             value, gradient = fn(*pair)
             assert np.isfinite(value)
@@ -180,7 +181,7 @@ def test_unrelated_predictions_of_a_hundred_classes_converge():
     s, t = predictions(32, 100)
     labels = np.arange(32) * 3
     cost = class_cost(100)
-    fn = jax.jit(partial(logits.wkd_logits_stats, class_cost=cost, temperature=2.0))
+    fn = jax.jit(partial(wkd_logits_stats, class_cost=cost, temperature=2.0))
     _, stats = fn(s, t, labels)
     assert stats.converged == 1
     assert stats.iterations < 80  # without over-relaxation, twice as many
@@ -194,7 +195,7 @@ def test_an_image_is_solved_alike_in_every_batch():
     s, t = (np.float32(z) for z in predictions())
     s[0], t[0] = 5 * s[0], 5 * t[0]
     options = {"class_cost": class_cost(), "temperature": 2.0, "gamma": 100.0}
-    fn = jax.jit(jax.value_and_grad(partial(logits.wkd_logits, **options)))
+    fn = jax.jit(jax.value_and_grad(partial(kddm_jax.wkd_logits, **options)))
     value, gradient = fn(s, t, LABELS)
     alone = [fn(s[i : i + 1], t[i : i + 1], LABELS[i : i + 1]) for i in range(6)]
     np.testing.assert_allclose(np.mean([v for v, _ in alone]), value, rtol=1e-6)
@@ -235,7 +236,7 @@ def refuses(message, **options):
 
 def wkd_eager(s, t, labels=LABELS, **options):
     options = {"class_cost": class_cost(), "temperature": 2.0, **options}
-    return logits.wkd_logits(s, t, labels, **options)
+    return kddm_jax.wkd_logits(s, t, labels, **options)
 
 
 def test_messages():
@@ -254,8 +255,8 @@ def test_messages():
     refuses("labels must lie below num_classes=5, got 5", labels=jnp.array(LABELS + 1))
     refuses("gamma must be a number >= 0", gamma=-1.0)
     with pytest.raises(ValueError, match="direction must be one of .*'nonsense'"):
-        logits.kd(*predictions(), direction="nonsense")
+        kddm_jax.kd(*predictions(), direction="nonsense")
     with pytest.raises(ValueError, match=r"features must have shape \[classes"):
-        logits.class_cost_cka(np.ones((3, 4)))
+        kddm_jax.class_cost_cka(np.ones((3, 4)))
     with pytest.raises(ValueError, match="two classes at least, got 1"):
         wkd_eager(np.ones((6, 1)), np.ones((6, 1)), class_cost=np.zeros((1, 1)))

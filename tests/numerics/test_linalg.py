@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 from jax.test_util import check_grads
 
-from kddm_jax.numerics import linalg
+from kddm_jax.numerics import classes, linalg
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -436,7 +436,7 @@ LABELS = {
 @pytest.mark.parametrize("name", LABELS)
 def test_classes_against_a_loop(name, reduction):
     labels = LABELS[name]
-    groups = linalg.classes(jnp.array(labels), reduction=reduction, dtype=jnp.float32)
+    groups = classes.classes(jnp.array(labels), reduction=reduction, dtype=jnp.float32)
     chex.assert_type(list(groups), jnp.float32)
     present = sorted({c for c in labels if c >= 0})
     valid = sum(c >= 0 for c in labels)
@@ -460,8 +460,8 @@ def test_classes_against_a_loop(name, reduction):
 def test_class_means_against_a_loop(name):
     labels = np.array(LABELS[name])
     x = normal(6, 3)
-    groups = linalg.classes(jnp.array(labels), reduction="mean", dtype=jnp.float32)
-    means = linalg.class_means(jnp.float32(x), groups)
+    groups = classes.classes(jnp.array(labels), reduction="mean", dtype=jnp.float32)
+    means = classes.class_means(jnp.float32(x), groups)
     for i, label in enumerate(labels):
         expected = x[labels == label].mean(0) if label >= 0 else np.zeros(3)
         np.testing.assert_allclose(means[i], expected, atol=1e-6)
@@ -471,8 +471,8 @@ def test_classes_jit_and_vmap_without_a_second_trace():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def means(labels, x):
-        groups = linalg.classes(labels, reduction="mean", dtype=x.dtype)
-        return linalg.class_means(x, groups)
+        groups = classes.classes(labels, reduction="mean", dtype=x.dtype)
+        return classes.class_means(x, groups)
 
     x = jnp.float32(normal(6, 3))
     batch = jnp.array(list(LABELS.values()))
@@ -521,7 +521,7 @@ MESSAGES = {
     "widths": (lambda: linalg.cross_nuclear_norm(X, X.T), r"\[4, 3\] and \[3, 4\]"),
     "cross method": (lambda: linalg.cross_nuclear_norm(X, X, method=""), "method"),
     "reduction": (
-        lambda: linalg.classes(jnp.zeros(4, int), reduction="max", dtype=X.dtype),
+        lambda: classes.classes(jnp.zeros(4, int), reduction="max", dtype=X.dtype),
         "'mean', 'weighted', 'sum'; got 'max'",
     ),
 }

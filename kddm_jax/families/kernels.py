@@ -1,0 +1,176 @@
+"""Kernel distances: maximum mean discrepancies of two samples of features.
+
+``x`` holds the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``.  The
+discrepancy is the distance between the mean embeddings of the two samples in the space
+of the kernel.
+
+References:
+  Gretton et al., A kernel two-sample test, 2012.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kddm_jax.numerics.checks import (
+    as_released,
+    check_choice,
+    check_number,
+    check_pair,
+)
+from kddm_jax.numerics.classes import class_means, labelled_pair
+from kddm_jax.numerics.linalg import (
+    constant,
+    cost_floor,
+    safe_sqrt,
+    squared_distances,
+)
+
+
+def _all_squares(x, y):
+    """Squared distances within x, within y and between, free of round-off below 0.
+
+    A kernel is flat at distance zero, so that clipping takes no gradient away; a
+    negative square over a tiny bandwidth would blow the exponential up.  Diagonals
+    keep their round-off: that of identical clouds cancels.
+    """
+    pairs = ((x, x), (y, y), (x, y))
+    return [jnp.maximum(squared_distances(*pair), 0) for pair in pairs]
+
+
+def _bandwidth(bandwidth, mean_distance, x, y):
+    """The number given, or the mean distance, away from its round-off; a constant."""
+    if bandwidth is None:
+        # four standard roundings of a distance
+        least = 4 * safe_sqrt(cost_floor(x, y)) + jnp.finfo(x.dtype).tiny ** 0.25
+        return constant(jnp.maximum(mean_distance, least))
+    cure = "; None takes the mean distance"
+    check_number("bandwidth", bandwidth, positive=True, cure=cure)
+    return constant(jnp.asarray(bandwidth, x.dtype))
+
+
+KERNELS = ("rbf", "linear")
+
+
+def mmd(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    kernel: str = "rbf",
+    bandwidth: float | jax.Array | None = None,
+) -> jax.Array:
+    r"""Computes the squared maximum mean discrepancy (biased V-statistic).
+
+    .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\,\overline{k(x, y)}, \quad
+              k = \exp(-r^2 / 2\sigma^2)
+
+    Means over all pairs, those of a sample with itself included.
+
+    Cost: n² d, or n d if linear.  Gradient: that of the value, sigma being constant.
+    Not for: telling clouds of one mean apart by the linear kernel, or far ones by the
+    rbf kernel, whose value and gradient level off.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features, shape ``[m, d]``.
+      kernel: ``"rbf"``, or ``"linear"``: ``||mean(x) - mean(y)||^2``.
+      bandwidth: sigma of the rbf kernel; None is the mean of all entries of the
+        three distance matrices (zero diagonals included), a constant.
+
+    Returns:
+      Scalar: squared; in [0, 2] for "rbf", in units of the features for "linear".
+
+    Raises:
+      ValueError: shapes, dtypes, unknown kernel, ``bandwidth <= 0``.
+
+    References:
+      Gretton et al., A kernel two-sample test, 2012, equation 5.
+
+    Examples:
+      >>> x = jnp.array([[0.0], [2.0]])
+      >>> mmd(x, x + 3, kernel="linear")
+      Array(9., dtype=float32)
+    """
+    check_choice("kernel", kernel, KERNELS)
+    x, y = check_pair(x, y)
+    if kernel == "linear":
+        return jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
+    squares = _all_squares(x, y)
+    total = sum(jnp.sum(safe_sqrt(s)) for s in squares)
+    sigma = _bandwidth(bandwidth, total / sum(s.size for s in squares), x, y)
+    within_x, within_y, between = (
+        jnp.mean(jnp.exp(-s / (2 * sigma**2))) for s in squares
+    )
+    return within_x + within_y - 2 * between
+
+
+def class_mmd(
+    x: jax.Array,
+    y: jax.Array,
+    labels: jax.Array,
+    *,
+    num_classes: int | None = None,
+    kernel: str = "rbf",
+    bandwidth: float | jax.Array | None = None,
+    reduction: str = "mean",
+    compat: str | None = None,
+) -> jax.Array:
+    r"""Computes the class-conditional squared maximum mean discrepancy.
+
+    .. math:: \sum_c w_c\, MMD^2(x_{|c}, y_{|c})
+
+    Cost: n² d.  Gradient: that of the value, sigma being constant.  Not for: classes
+    of very different spread: one bandwidth serves them all.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``.
+      labels: int, shape ``[n]``; negative ones carry no weight.
+      num_classes: checks concrete labels, nothing else.
+      kernel: ``"rbf"`` or ``"linear"``.
+      bandwidth: sigma of the rbf kernel, one for all classes; None is the mean over
+        the same-class entries of the three distance matrices, a constant.  (A class
+        of one sample has no scale of its own.)
+      reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
+        frequency, ``"sum"`` (the released code).
+      compat: ``"released"`` is ``reduction="sum"``, each class with a bandwidth of its
+        own.
+
+    Returns:
+      Scalar, squared.
+
+    Raises:
+      ValueError: shapes, dtypes, labels, unknown options, ``bandwidth <= 0``.
+
+    References:
+      Gretton et al., A kernel two-sample test, 2012, equation 5.
+
+    Examples:
+      >>> x, labels = jnp.array([[0.0], [2.0], [1.0]]), jnp.array([0, 0, 1])
+      >>> class_mmd(x, x + 3, labels, kernel="linear")
+      Array(9., dtype=float32)
+    """
+    check_choice("kernel", kernel, KERNELS)
+    reduction, bandwidth = as_released(
+        compat,
+        reduction=(reduction, "mean", "sum"),
+        bandwidth=(bandwidth, None, None),
+    )
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
+    if kernel == "linear":
+        difference = class_means(x - y, groups)
+        return jnp.sum(groups.weights[:, None] * difference**2)
+    # padding may hold anything: it moves to the origin
+    valid = (groups.weights > 0).astype(x.dtype)[:, None]
+    x, y = valid * x, valid * y
+    squares = _all_squares(x, y)
+    within = lambda pairs: jnp.sum(groups.same * pairs, axis=1)  # [n]
+    total = sum(within(safe_sqrt(s)) for s in squares)  # [n]
+    if compat is None:
+        mean = jnp.sum(total) / (3 * jnp.maximum(jnp.sum(groups.same), 1))
+    else:  # each row has its class's, [n, 1]
+        mean = class_means((total / (3 * groups.counts))[:, None], groups)
+    sigma = _bandwidth(bandwidth, mean, x, y)
+    within_x, within_y, between = (
+        within(jnp.exp(-s / (2 * sigma**2))) / groups.counts for s in squares
+    )
+    return jnp.sum(groups.weights * (within_x + within_y - 2 * between))
