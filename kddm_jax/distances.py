@@ -31,21 +31,18 @@ from kddm_jax.families.gaussian import (
     gaussian_wasserstein,
 )
 from kddm_jax.families.gaussian_kl import class_gaussian_kl, gaussian_kl
-from kddm_jax.families.gromov import _gromov_wasserstein, gromov_wasserstein
+from kddm_jax.families.gromov import gromov_wasserstein
 from kddm_jax.families.kernels import class_mmd, mmd
 from kddm_jax.families.logits import kd
 from kddm_jax.families.maps import nst, wkd_features
 from kddm_jax.families.relational import similarity_preserving
 from kddm_jax.families.sliced import sliced_wasserstein
 from kddm_jax.families.wasserstein import (
-    _class_wasserstein,
-    _joint_wasserstein,
-    _wasserstein,
     class_wasserstein,
     joint_wasserstein,
     wasserstein,
 )
-from kddm_jax.families.wkd import class_cost_cka, wkd_logits, wkd_logits_stats
+from kddm_jax.families.wkd import class_cost_cka, wkd_logits
 
 __all__ = [
     "DISTANCES",
@@ -108,16 +105,6 @@ class Distance(NamedTuple):
     weight: float = 1e-3
 
 
-def _diagnosed(fn):
-    """The same function, its solver's stats as a dictionary."""
-
-    def diagnose(*arrays, **options):
-        value, stats = fn(*arrays, **options)
-        return value, stats._asdict()
-
-    return diagnose
-
-
 _LABELLED = ("features", "labels")
 _RIGID = frozenset({"zero", "symmetric", "translation", "rotation"})
 _METRIC = _RIGID | {"squared"}
@@ -136,7 +123,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weight=1e-2,
             complexity="n² d + iterations n²",
             promises=_METRIC,
-            diagnose=_diagnosed(_wasserstein),
+            diagnose=wasserstein.diagnose,
         ),
         "cw2": Distance(
             class_wasserstein,
@@ -145,7 +132,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weight=1.0,
             complexity="n² d + iterations n²",
             promises=_METRIC,
-            diagnose=_diagnosed(_class_wasserstein),
+            diagnose=class_wasserstein.diagnose,
         ),
         "jw2": Distance(
             joint_wasserstein,
@@ -154,7 +141,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weight=1e-2,
             complexity="n² (d + k) + iterations n²",
             promises=_METRIC,
-            diagnose=_diagnosed(_joint_wasserstein),
+            diagnose=joint_wasserstein.diagnose,
         ),
         "w2_gaussian": Distance(
             gaussian_wasserstein,
@@ -226,7 +213,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weight=1e-2,
             complexity="n² d + iterations n³",
             promises=_METRIC | {"widths"},
-            diagnose=_diagnosed(_gromov_wasserstein),
+            diagnose=gromov_wasserstein.diagnose,
         ),
         "l2": Distance(
             paired_l2,
@@ -316,7 +303,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weight=1.0,
             complexity="iterations n k²",
             per_sample=True,
-            diagnose=_diagnosed(wkd_logits_stats),
+            diagnose=wkd_logits.diagnose,
         ),
         # The released setting for ResNet34 to ResNet18.
         "wkd_features": Distance(

@@ -27,7 +27,8 @@ LAYERS = [
     {"numerics.__init__", "families.__init__"},
     {"numerics.checks"},
     {"numerics.linalg"},
-    {"numerics.classes", "numerics.pooling", "numerics.transport"},
+    {"numerics.classes", "numerics.pooling", "numerics.solver"},
+    {"numerics.transport"},
     {
         "families.alignment",
         "families.gaussian",
@@ -295,6 +296,7 @@ def test_rows_fit_their_functions(name):
     assert len(arrays) == len(row.inputs) + pairs
     for option in row.options:
         assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
+    assert row.diagnose == getattr(row.fn, "diagnose", None)
 
 
 def test_rows_have_different_titles():

@@ -25,7 +25,8 @@ from kddm_jax.numerics.linalg import (
     squared_distances,
     unit,
 )
-from kddm_jax.numerics.transport import Stats, best_assignment, solve_entropic
+from kddm_jax.numerics.solver import Stats, solver_distance
+from kddm_jax.numerics.transport import best_assignment, solve_entropic
 
 
 def _same_distances(cost_x, cost_y, target):
@@ -208,20 +209,14 @@ METRICS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
 )
 
 
-def _gromov_wasserstein(x, y, *, metric="euclidean", epsilon=None):
-    check_choice("metric", metric, METRICS)
-    x, y = check_pair(x, y, same_columns=False)
-    distances = METRICS[metric]
-    return gromov_cost(distances(x), distances(y), epsilon=epsilon)
-
-
+@solver_distance
 def gromov_wasserstein(
     x: jax.Array,
     y: jax.Array,
     *,
     metric: str = "euclidean",
     epsilon: float | jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Stats]:
     r"""Computes a squared Gromov-Wasserstein distance.
 
     .. math:: \min_{P \in \Gamma(1/n, 1/m)} \sum_{ijkl}
@@ -262,4 +257,7 @@ def gromov_wasserstein(
       >>> gromov_wasserstein(x, y)  # (1 - 3)^2 in two of four pairs
       Array(2., dtype=float32)
     """
-    return _gromov_wasserstein(x, y, metric=metric, epsilon=epsilon)[0]
+    check_choice("metric", metric, METRICS)
+    x, y = check_pair(x, y, same_columns=False)
+    distances = METRICS[metric]
+    return gromov_cost(distances(x), distances(y), epsilon=epsilon)

@@ -21,6 +21,7 @@ from jax.core import Tracer
 from kddm_jax.numerics.checks import as_released, check_choice, check_number, check_pair
 from kddm_jax.numerics.classes import labelled_pair
 from kddm_jax.numerics.linalg import constant, cost_floor, matmul, squared_distances
+from kddm_jax.numerics.solver import Stats, solver_distance
 from kddm_jax.numerics.transport import Costs, transport_cost
 
 
@@ -45,7 +46,7 @@ def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
     return transport_cost(costs, floor=cost_floor(x, y), **solver)
 
 
-def _price_of_strangers(pairing):
+def _check_pairing(pairing):
     """Kappa, or None where it is plainly zero: then n != m is allowed."""
     if np.ndim(pairing) != 0:
         raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
@@ -57,34 +58,7 @@ def _price_of_strangers(pairing):
     return None if np.asarray(pairing) == 0 else pairing
 
 
-def _wasserstein(
-    x,
-    y,
-    *,
-    pairing: float | jax.Array | None = 0.0,
-    solver="sinkhorn",
-    compat=None,
-    **precision,
-):
-    pairing, solver = as_released(
-        compat, pairing=(pairing, 0.0, 0.0), solver=(solver, "sinkhorn", "exact")
-    )
-    pairing = _price_of_strangers(pairing)
-    x, y = check_pair(x, y, same_rows=pairing is not None)
-    within = lambda side: squared_distances(*((x, x), (y, y))[side])
-    return _solve(
-        x,
-        y,
-        squared_distances(x, y),
-        within,
-        _uniform(x),
-        _uniform(y),
-        solver=solver,
-        pairing=pairing,
-        **precision,
-    )
-
-
+@solver_distance
 def wasserstein(
     x: jax.Array,
     y: jax.Array,
@@ -95,7 +69,7 @@ def wasserstein(
     threshold: float = 1e-3,
     max_iterations: int = 2000,
     compat: str | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Stats]:
     r"""Computes the squared 2-Wasserstein distance of two samples, W2(E).
 
     .. math:: W_2^2(x, y) = \min_{P \in \Gamma(1/n, 1/m)}
@@ -143,45 +117,28 @@ def wasserstein(
       >>> wasserstein(x, x + 3, solver="exact")  # a translation by 3
       Array(9., dtype=float32)
     """
-    return _wasserstein(
+    pairing, solver = as_released(
+        compat, pairing=(pairing, 0.0, 0.0), solver=(solver, "sinkhorn", "exact")
+    )
+    kappa = _check_pairing(pairing)
+    x, y = check_pair(x, y, same_rows=kappa is not None)
+    within = lambda side: squared_distances(*((x, x), (y, y))[side])
+    return _solve(
         x,
         y,
-        pairing=pairing,
+        squared_distances(x, y),
+        within,
+        _uniform(x),
+        _uniform(y),
         solver=solver,
+        pairing=kappa,
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
-        compat=compat,
-    )[0]
-
-
-def _class_wasserstein(
-    x,
-    y,
-    labels,
-    *,
-    num_classes=None,
-    reduction="mean",
-    solver="sinkhorn",
-    compat=None,
-    **precision,
-):
-    reduction, solver = as_released(
-        compat,
-        reduction=(reduction, "mean", "sum"),
-        solver=(solver, "sinkhorn", "exact"),
     )
-    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
-    # Solved at mass 1; "sum" is rescaled.  All-padding batches have mass 0.
-    a = groups.weights / jnp.maximum(groups.mass, 1)
-    within = lambda side: squared_distances(*((x, x), (y, y))[side])
-    between = squared_distances(x, y)
-    value, stats = _solve(
-        x, y, between, within, a, a, groups.same, solver=solver, **precision
-    )
-    return groups.mass * value, stats
 
 
+@solver_distance
 def class_wasserstein(
     x: jax.Array,
     y: jax.Array,
@@ -194,7 +151,7 @@ def class_wasserstein(
     threshold: float = 1e-3,
     max_iterations: int = 2000,
     compat: str | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Stats]:
     r"""Computes the class-conditional squared Wasserstein distance, CW2(E).
 
     .. math:: \sum_c w_c W_2^2(x_{|c}, y_{|c}), \quad w_c = 1 / n_{classes}
@@ -236,18 +193,30 @@ def class_wasserstein(
       >>> class_wasserstein(x, y, jnp.array([0, 0, 1]), solver="exact")  # (0 + 4) / 2
       Array(2., dtype=float32)
     """
-    return _class_wasserstein(
+    reduction, solver = as_released(
+        compat,
+        reduction=(reduction, "mean", "sum"),
+        solver=(solver, "sinkhorn", "exact"),
+    )
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
+    # Solved at mass 1; "sum" is rescaled.  All-padding batches have mass 0.
+    a = groups.weights / jnp.maximum(groups.mass, 1)
+    within = lambda side: squared_distances(*((x, x), (y, y))[side])
+    between = squared_distances(x, y)
+    value, stats = _solve(
         x,
         y,
-        labels,
-        num_classes=num_classes,
-        reduction=reduction,
+        between,
+        within,
+        a,
+        a,
+        groups.same,
         solver=solver,
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
-        compat=compat,
-    )[0]
+    )
+    return groups.mass * value, stats
 
 
 def _probs_cost(logits_x, logits_y):
@@ -290,51 +259,7 @@ def _released_joint_cost(x, label_costs):
     return features / jnp.where(largest > 0, largest, 1) + label_costs
 
 
-def _joint_wasserstein(
-    x,
-    y,
-    logits_x,
-    logits_y,
-    *,
-    beta: float | jax.Array | str = "max",
-    label_cost="probs",
-    pairing: float | jax.Array | None = 0.0,
-    solver="sinkhorn",
-    compat=None,
-    **precision,
-):
-    check_choice("label_cost", label_cost, LABEL_COSTS)
-    if isinstance(beta, str):
-        check_choice("beta", beta, ("max",))
-    released_cost = "kl" if label_cost == "kl" else "logits"
-    label_cost, _, pairing, solver = as_released(
-        compat,
-        label_cost=(label_cost, "probs", released_cost),
-        beta=(beta, "max", "max"),
-        pairing=(pairing, 0.0, 0.0),
-        solver=(solver, "sinkhorn", "exact"),
-    )
-    pairing = _price_of_strangers(pairing)
-    arrays = x, y, logits_x, logits_y
-    same_rows = compat is not None or pairing is not None
-    x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=same_rows)
-    label = LABEL_COSTS[label_cost]
-    features = squared_distances(x, y)
-    scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, x.dtype)
-    scale = constant(scale)
-
-    def within(side):
-        features, logits = ((x, logits_x), (y, logits_y))[side]
-        return squared_distances(features, features) + scale * label(logits, logits)
-
-    between = features + scale * label(logits_x, logits_y)
-    if compat is not None:
-        between = _released_joint_cost(x, label(logits_x, logits_y))
-    weights = _uniform(x), _uniform(y)
-    more = {"solver": solver, "pairing": pairing}
-    return _solve(x, y, between, within, *weights, **more, **precision)
-
-
+@solver_distance
 def joint_wasserstein(
     x: jax.Array,
     y: jax.Array,
@@ -349,7 +274,7 @@ def joint_wasserstein(
     threshold: float = 1e-3,
     max_iterations: int = 2000,
     compat: str | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Stats]:
     r"""Computes the joint squared Wasserstein distance of features and labels, JW2(E).
 
     .. math:: \min_{P \in \Gamma(1/n, 1/m)} \sum_{ij} P_{ij}
@@ -399,17 +324,43 @@ def joint_wasserstein(
       >>> joint_wasserstein(x, x[::-1], s, s, beta=10.0, solver="exact")  # labels bind
       Array(1., dtype=float32)
     """
-    return _joint_wasserstein(
+    check_choice("label_cost", label_cost, LABEL_COSTS)
+    if isinstance(beta, str):
+        check_choice("beta", beta, ("max",))
+    released_cost = "kl" if label_cost == "kl" else "logits"
+    label_cost, _, pairing, solver = as_released(
+        compat,
+        label_cost=(label_cost, "probs", released_cost),
+        beta=(beta, "max", "max"),
+        pairing=(pairing, 0.0, 0.0),
+        solver=(solver, "sinkhorn", "exact"),
+    )
+    kappa = _check_pairing(pairing)
+    arrays = x, y, logits_x, logits_y
+    same_rows = compat is not None or kappa is not None
+    x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=same_rows)
+    label = LABEL_COSTS[label_cost]
+    features = squared_distances(x, y)
+    scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, x.dtype)
+    scale = constant(scale)
+
+    def within(side):
+        features, logits = ((x, logits_x), (y, logits_y))[side]
+        return squared_distances(features, features) + scale * label(logits, logits)
+
+    between = features + scale * label(logits_x, logits_y)
+    if compat is not None:
+        between = _released_joint_cost(x, label(logits_x, logits_y))
+    return _solve(
         x,
         y,
-        logits_x,
-        logits_y,
-        beta=beta,
-        label_cost=label_cost,
-        pairing=pairing,
+        between,
+        within,
+        _uniform(x),
+        _uniform(y),
         solver=solver,
+        pairing=kappa,
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
-        compat=compat,
-    )[0]
+    )

@@ -24,7 +24,7 @@ from kddm_jax.numerics.checks import (
     check_pair,
 )
 from kddm_jax.numerics.linalg import constant, matmul, normalized, safe_sqrt
-from kddm_jax.numerics.transport import Stats
+from kddm_jax.numerics.solver import Stats, solver_distance
 
 MOST_ITERATIONS = 2000
 
@@ -205,43 +205,7 @@ def _target_term(s, t, own):
     return jnp.sum(jnp.where(own, terms, 0), axis=1)
 
 
-def wkd_logits_stats(
-    logits_x: jax.Array,
-    logits_y: jax.Array,
-    labels: jax.Array,
-    *,
-    class_cost: jax.Array,
-    temperature: float | jax.Array,
-    gamma: float | jax.Array = 1.0,
-    epsilon: float | jax.Array = 0.05,
-    iterations: int | None = None,
-    compat: str | None = None,
-) -> tuple[jax.Array, Stats]:
-    """Computes `wkd_logits` and what its solver says, ``(value, stats)``."""
-    s, t, own, valid = _check_predictions(logits_x, logits_y, labels)
-    (iterations,) = as_released(compat, iterations=(iterations, None, 10))
-    if iterations is not None and iterations < 1:
-        raise ValueError(
-            f"iterations must be at least 1, got {iterations}; None iterates until "
-            "it converges"
-        )
-    check_number("temperature", temperature, positive=True)
-    check_number("gamma", gamma, positive=False)
-    cost, epsilon = _check_class_cost(class_cost, epsilon, s.shape[1], s.dtype)
-    temperature, gamma = (jnp.asarray(z, s.dtype) for z in (temperature, gamma))
-
-    # The label's column is not cut out but emptied: every image keeps the one cost.
-    p, q = (jax.nn.softmax(jnp.where(own, -jnp.inf, z / temperature)) for z in (s, t))
-    kernel = jnp.exp(-cost / epsilon)
-    if iterations is None:
-        moved, stats = _plan_cost(p, q, cost, kernel)
-    else:
-        present = 1 - own.astype(s.dtype)
-        moved, stats = _unrolled_plan_cost(p, q, present, cost, kernel, iterations)
-    weights = valid.astype(s.dtype) / jnp.maximum(jnp.sum(valid), 1)
-    return jnp.sum(weights * (_target_term(s, t, own) + gamma * moved)), stats
-
-
+@solver_distance
 def wkd_logits(
     logits_x: jax.Array,
     logits_y: jax.Array,
@@ -253,7 +217,7 @@ def wkd_logits(
     epsilon: float | jax.Array = 0.05,
     iterations: int | None = None,
     compat: str | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Stats]:
     r"""Computes the Wasserstein distance of predictions, WKD-L.
 
     .. math:: \frac1n \sum_i -q_i(y_i) \log p_i(y_i)
@@ -298,17 +262,28 @@ def wkd_logits(
       >>> wkd_logits(s, t, jnp.array([2]), **options)  # all from class 1 to class 0
       Array(1.001, dtype=float32)
     """
-    return wkd_logits_stats(
-        logits_x,
-        logits_y,
-        labels,
-        class_cost=class_cost,
-        temperature=temperature,
-        gamma=gamma,
-        epsilon=epsilon,
-        iterations=iterations,
-        compat=compat,
-    )[0]
+    s, t, own, valid = _check_predictions(logits_x, logits_y, labels)
+    (iterations,) = as_released(compat, iterations=(iterations, None, 10))
+    if iterations is not None and iterations < 1:
+        raise ValueError(
+            f"iterations must be at least 1, got {iterations}; None iterates until "
+            "it converges"
+        )
+    check_number("temperature", temperature, positive=True)
+    check_number("gamma", gamma, positive=False)
+    cost, epsilon = _check_class_cost(class_cost, epsilon, s.shape[1], s.dtype)
+    temperature, gamma = (jnp.asarray(z, s.dtype) for z in (temperature, gamma))
+
+    # The label's column is not cut out but emptied: every image keeps the one cost.
+    p, q = (jax.nn.softmax(jnp.where(own, -jnp.inf, z / temperature)) for z in (s, t))
+    kernel = jnp.exp(-cost / epsilon)
+    if iterations is None:
+        moved, stats = _plan_cost(p, q, cost, kernel)
+    else:
+        present = 1 - own.astype(s.dtype)
+        moved, stats = _unrolled_plan_cost(p, q, present, cost, kernel, iterations)
+    weights = valid.astype(s.dtype) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sum(weights * (_target_term(s, t, own) + gamma * moved)), stats
 
 
 # ---------------------------------------------------------------------------

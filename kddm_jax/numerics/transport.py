@@ -20,20 +20,7 @@ from optax.assignment import hungarian_algorithm
 
 from kddm_jax.numerics.checks import check_choice, check_number
 from kddm_jax.numerics.linalg import constant
-
-
-class Stats(NamedTuple):
-    """What a solver says of its work; floats, without derivative.
-
-    Attributes:
-      converged: 1 if every solve met its threshold, else 0.
-      iterations: most iterations of any solve.
-      marginal_error: largest L1 distance of a plan's marginals to the weights.
-    """
-
-    converged: jax.Array
-    iterations: jax.Array
-    marginal_error: jax.Array
+from kddm_jax.numerics.solver import Stats
 
 
 class Costs(NamedTuple):
