@@ -29,7 +29,7 @@ def _pair_of(x, y):
 
 
 def procrustes(
-    x: jax.Array, y: jax.Array, *, normalize: bool = True, method: str = "auto"
+    x: jax.Array, y: jax.Array, *, unit_norm: bool = True, method: str = "auto"
 ) -> jax.Array:
     r"""Computes the squared Procrustes distance, D_P^2.
 
@@ -41,12 +41,12 @@ def procrustes(
 
     Cost: n d² + d³, in the smaller of n and d.  Gradient: that of the value, by the
     nuclear norm's own rule.  Not for: a student that is to keep the teacher's
-    coordinates, or its scale unless ``normalize=False``: `paired_l2`.
+    coordinates, or its scale unless ``unit_norm=False``: `paired_l2`.
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      normalize: whether to centre both and to divide them by their Frobenius norm;
+      unit_norm: whether to centre both and to divide them by their Frobenius norm;
         False takes them as they are.
       method: of the nuclear norm, ``"svd"``, ``"newton_schulz"`` or ``"auto"``, by
         platform; see `linalg.nuclear_norm`.
@@ -66,17 +66,17 @@ def procrustes(
       >>> turned = x @ jnp.array([[0.0, 1.0], [-1.0, 0.0]])
       >>> float(abs(procrustes(x, turned))) < 1e-6
       True
-      >>> procrustes(x, 3 * turned, normalize=False)  # (3 - 1)^2 ||x||^2
+      >>> procrustes(x, 3 * turned, unit_norm=False)  # (3 - 1)^2 ||x||^2
       Array(40., dtype=float32)
     """
     x, y = _pair_of(x, y)
-    if normalize:
+    if unit_norm:
         x, y = normalized(x), normalized(y)
     cross = cross_nuclear_norm(x.T, y.T, method=method)
     return jnp.sum(x * x) + jnp.sum(y * y) - 2 * cross
 
 
-def feature_gram(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.Array:
+def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.Array:
     r"""Computes the squared distance of the Gram matrices, D_FG^2.
 
     .. math:: \|R_x R_x^\top - R_y R_y^\top\|_F^2
@@ -87,7 +87,7 @@ def feature_gram(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.A
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      normalize: as in `procrustes`.
+      unit_norm: as in `procrustes`.
 
     Returns:
       Scalar, squared (the paper's D_FG is its root); in [0, 2] if normalised.
@@ -100,11 +100,11 @@ def feature_gram(x: jax.Array, y: jax.Array, *, normalize: bool = True) -> jax.A
 
     Examples:
       >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-      >>> feature_gram(x, 2 * x, normalize=False)  # twice (4 - 1)^2
+      >>> feature_gram(x, 2 * x, unit_norm=False)  # twice (4 - 1)^2
       Array(18., dtype=float32)
     """
     x, y = _pair_of(x, y)
-    if normalize:
+    if unit_norm:
         x, y = normalized(x), normalized(y)
     return jnp.sum((matmul(x, x.T) - matmul(y, y.T)) ** 2)
 

@@ -47,9 +47,9 @@ def rotation(d, seed=3):
 
 FEATURES = [
     ("procrustes", {}),
-    ("procrustes", {"normalize": False}),
+    ("procrustes", {"unit_norm": False}),
     ("feature_gram", {}),
-    ("feature_gram", {"normalize": False}),
+    ("feature_gram", {"unit_norm": False}),
     ("cka", {}),
     ("cka", {"debiased": True}),
     ("similarity_preserving", {}),
@@ -267,7 +267,7 @@ def test_a_perfect_linear_projection_of_different_geometry():
 
 SMOOTH = [
     ("procrustes", {}),
-    ("procrustes", {"normalize": False}),
+    ("procrustes", {"unit_norm": False}),
     ("feature_gram", {}),
     ("cka", {}),
     ("cka", {"debiased": True}),
