@@ -31,31 +31,32 @@ def _pair_of(x, y):
 def procrustes(
     x: jax.Array, y: jax.Array, *, unit_norm: bool = True, method: str = "auto"
 ) -> jax.Array:
-    r"""Computes the squared Procrustes distance, D_P^2.
+    r"""Computes the squared Procrustes distance between two representations, D_P^2.
 
     .. math:: \min_{Q^\top Q = I} \|R_x - R_y Q\|_F^2
               = \|R_x\|_F^2 + \|R_y\|_F^2 - 2 \|R_x^\top R_y\|_*
 
-    What no rotation removes.  It equals the squared Bures distance of the two Gram
-    matrices.  A narrower ``x`` counts as padded with zeros.
+    This is the difference that remains after the best rotation.  It equals the squared
+    Bures distance between the two Gram matrices.  A narrower ``x`` is padded with
+    zeros.
 
     Cost: n d² + d³, in the smaller of n and d.  Gradient: that of the value, by the
-    nuclear norm's own rule.  Not for: a student that is to keep the teacher's
-    coordinates, or its scale unless ``unit_norm=False``: `paired_l2`.
+    nuclear norm's own rule.  Not for: a student that must keep the teacher's
+    coordinates (`paired_l2`), or, unless ``unit_norm=False``, the teacher's scale.
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      unit_norm: whether to centre both and to divide them by their Frobenius norm;
-        False takes them as they are.
-      method: of the nuclear norm, ``"svd"``, ``"newton_schulz"`` or ``"auto"``, by
-        platform; see `linalg.nuclear_norm`.
+      unit_norm: True centres both sides and divides each by its Frobenius norm; False
+        takes them as they are.
+      method: algorithm of the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
+        ``"auto"``, which chooses by platform; see `linalg.nuclear_norm`.
 
     Returns:
-      Scalar, squared distance; in [0, 2] if normalised.
+      Scalar: squared distance, in [0, 2] with ``unit_norm``.
 
     Raises:
-      ValueError: shapes or dtypes, unknown ``method``.
+      ValueError: wrong shapes or dtypes, or an unknown ``method``.
 
     References:
       arXiv 2509.25253, the distance D_P.  Schoenemann, A generalized solution of the
@@ -77,12 +78,12 @@ def procrustes(
 
 
 def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.Array:
-    r"""Computes the squared distance of the Gram matrices, D_FG^2.
+    r"""Computes the squared distance between two Gram matrices, D_FG^2.
 
     .. math:: \|R_x R_x^\top - R_y R_y^\top\|_F^2
 
-    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the
-    teacher, since squared inner products favour large ones more than `procrustes` does.
+    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher:
+    squared inner products favour large directions more than `procrustes` does.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -90,10 +91,11 @@ def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.A
       unit_norm: as in `procrustes`.
 
     Returns:
-      Scalar, squared (the paper's D_FG is its root); in [0, 2] if normalised.
+      Scalar: squared distance (the paper's D_FG is its root), in [0, 2] with
+      ``unit_norm``.
 
     Raises:
-      ValueError: shapes or dtypes.
+      ValueError: wrong shapes or dtypes.
 
     References:
       arXiv 2509.25253, the distance D_FG.
@@ -110,7 +112,10 @@ def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.A
 
 
 def _u_centred(gram):
-    """Rows and columns of sum zero, the diagonal left out (Székely and Rizzo)."""
+    """Centres a Gram matrix without its diagonal (Székely and Rizzo).
+
+    Rows and columns of the result have sum zero.
+    """
     n = gram.shape[0]
     off = 1 - jnp.eye(n, dtype=gram.dtype)
     gram = gram * off
@@ -125,21 +130,21 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
     .. math:: 1 - \frac{\|R_x^\top R_y\|_F^2}{\|R_x^\top R_x\|_F \|R_y^\top R_y\|_F}
               = \frac12 \Big\|\frac{K_x}{\|K_x\|_F} - \frac{K_y}{\|K_y\|_F}\Big\|_F^2
 
-    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher:
-    it may be nearly zero for clouds of different geometry (their largest directions
-    decide); `procrustes` and `feature_gram` tell those apart.
+    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher.
+    The largest directions decide, so the value may be nearly zero for representations
+    of different geometry; `procrustes` and `feature_gram` tell those apart.
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      debiased: whether to take the unbiased estimate of HSIC, whose alignment of
+      debiased: True takes the unbiased estimate of HSIC, for which the alignment of
         independent features is 0 on average; needs four samples.
 
     Returns:
-      Scalar in [0, 1], in [0, 2] if debiased; 1/2 if one side alone is constant.
+      Scalar in [0, 1], or in [0, 2] if debiased; 1/2 if only one side is constant.
 
     Raises:
-      ValueError: shapes or dtypes, fewer than four samples for ``debiased``.
+      ValueError: wrong shapes or dtypes, or fewer than four samples with ``debiased``.
 
     References:
       Kornblith et al., Similarity of neural network representations revisited, 2019
@@ -169,15 +174,15 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
     return jnp.sum((grams[0] - grams[1]) ** 2) / 2
 
 
-# min_W mean (x W - y)^2 has the residual E = x W - y, orthogonal to x, so that W's own
-# change has no part in the derivative: d = 2 mean E * (dx W - dy).
+# At the minimum of mean (x W - y)^2 the residual E = x W - y is orthogonal to x, so a
+# change of W has no effect on the derivative: d = 2 mean E * (dx W - dy).
 @jax.custom_jvp
 def _regression_error(x, y):
     return jnp.mean(_regress(x, y)[0] ** 2)
 
 
 def _regress(x, y):
-    """The residual of the least-squares fit and its map, of minimal norm."""
+    """Computes the residual of the least-squares fit and its map of minimal norm."""
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
     cutoff = max(x.shape) * jnp.finfo(x.dtype).eps * jnp.max(s)
     keep = ~(s <= cutoff)  # NaN stays
@@ -196,26 +201,28 @@ def _regression_error_jvp(primals, tangents):
 
 
 def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
-    r"""Computes the mean squared error of the best linear map to the teacher.
+    r"""Computes the mean squared error of the best linear map from student to teacher.
 
     .. math:: \min_W \frac{1}{n d_t} \|X W - Y\|_F^2
 
-    The map is the batch's own least-squares fit, without bias.  An invertible map of
-    the student changes nothing: the value may be zero where the geometry differs.
+    The map is the least-squares fit of the batch, without bias.  Any invertible linear
+    map of the student leaves the value unchanged, so it may be zero for representations
+    of different geometry.
 
-    Cost: n d².  Gradient: ``2 E W^T / (n d_t)``, E the residual: the map's own change
-    has no part in it.  Not for: geometry, or batches of fewer samples than features.
+    Cost: n d².  Gradient: ``2 E W^T / (n d_t)``, with the residual E; a change of the
+    map has no effect on it.  Not for: geometry, or batches of fewer samples than
+    features.
 
     Args:
       x: student features, shape ``[n, d_s]`` with ``n > d_s + 1``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
 
     Returns:
-      Scalar, squared error, averaged over samples and teacher features.
+      Scalar: squared error, averaged over samples and teacher features.
 
     Raises:
-      ValueError: shapes or dtypes, or too few samples: then a linear map fits
-        whatever teacher.
+      ValueError: wrong shapes or dtypes, or too few samples, for which a linear map
+        fits any teacher.
 
     References:
       arXiv 2509.25253, the baseline "LinProj".
@@ -230,34 +237,34 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
     if n <= d + 1:
         raise ValueError(
             f"x has {n} samples of {d} features: a linear map fits any teacher unless "
-            "n > d + 1; raise the batch size, or learn the map with "
+            "n > d + 1; use a larger batch, or learn the map with "
             "kddm_jax.projectors and distance l2"
         )
     return _regression_error(x, y)
 
 
 def paired_l2(x: jax.Array, y: jax.Array) -> jax.Array:
-    r"""Computes the mean squared distance of paired features.
+    r"""Computes the mean squared distance between the paired features of two networks.
 
     .. math:: \frac1n \sum_i \|x_i - y_i\|^2
 
-    The upper end of the chain ``||mean||^2 <= W2(G, diag) <= W2(G) <= W2 <= CW2
-    (weighted) <= paired``: it asks for the teacher's features, not for their
-    distribution.
+    It is the largest distance of the chain ``||mean||^2 <= W2(G, diag) <= W2(G) <= W2
+    <= CW2 (weighted) <= paired``: it compares the teacher's features of each sample,
+    where the others compare their distribution.
 
     Cost: n d.  Gradient: ``2 (x_i - y_i) / n``.  Not for: a student that may arrange
-    its features otherwise than the teacher (`procrustes`), or is of another width
-    (`kddm_jax.projectors`).
+    its features differently from the teacher (`procrustes`), or a student of another
+    width (`kddm_jax.projectors`).
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
 
     Returns:
-      Scalar, squared distance, summed over features, averaged over samples.
+      Scalar: squared distance, summed over features, averaged over samples.
 
     Raises:
-      ValueError: shapes or dtypes.
+      ValueError: wrong shapes or dtypes.
 
     References:
       Romero et al., FitNets: hints for thin deep nets, 2015 (arXiv 1412.6550),

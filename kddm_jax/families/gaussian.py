@@ -34,35 +34,36 @@ def gaussian_wasserstein(
     method: str = "auto",
     compat: str | None = None,
 ) -> jax.Array:
-    r"""Computes the squared Wasserstein distance of the Gaussian fits, W2(G).
+    r"""Computes the squared Wasserstein distance between Gaussian fits, W2(G).
 
     .. math:: \|\mu_x - \mu_y\|^2 + \mathrm{Tr}\,S_x + \mathrm{Tr}\,S_y
               - 2\,\mathrm{Tr}\,(S_x^{1/2} S_y S_x^{1/2})^{1/2}, \quad
               \mathrm{Tr}\,(\cdot)^{1/2} = \|X_c Y_c^\top\|_* / \sqrt{nm}
 
-    The right-hand identity needs no matrix square root: it is exact for
+    The second identity needs no square root of a matrix.  It is exact for
     rank-deficient covariances (``n < d``) and has a finite derivative there.
 
     Cost: n² d + n³ (n d² + d³ where d is smaller, by products where it is less than
     n / 2), n d if diagonal.  Gradient: that of the value; directions of zero singular
-    values take no part, the minimal-norm choice.  Not for: telling clouds apart that
-    share mean and covariance (`wasserstein`), nor classes
+    values are left out, which is the minimal-norm choice.  Not for: samples that share
+    mean and covariance, which it does not tell apart (`wasserstein`), nor classes
     (`class_gaussian_wasserstein`).
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
-      covariance: ``"full"`` or ``"diag"`` (the released code):
-        ``||mu_x - mu_y||^2 + ||sigma_x - sigma_y||^2``.  Population form (``1/n``).
-      method: of the nuclear norm, ``"svd"``, ``"newton_schulz"`` or ``"auto"``, by
-        platform; see `linalg.nuclear_norm`.
+      covariance: ``"full"``, or ``"diag"`` (the released code):
+        ``||mu_x - mu_y||^2 + ||sigma_x - sigma_y||^2``.  Both take the population form
+        (``1/n``).
+      method: algorithm of the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
+        ``"auto"``, which chooses by platform; see `linalg.nuclear_norm`.
       compat: ``"released"`` is ``covariance="diag"``.
 
     Returns:
-      Scalar, squared distance.
+      Scalar: squared distance.
 
     Raises:
-      ValueError: shapes, dtypes, unknown options.
+      ValueError: wrong shapes or dtypes, or an unknown option.
 
     References:
       Takatsu, Wasserstein geometry of Gaussian measures, 2011, equation 3.
@@ -88,7 +89,7 @@ def gaussian_wasserstein(
 
 
 def _squared_std_difference(variances_x, variances_y):
-    """(sigma_x - sigma_y)^2, with a finite derivative at zero variance."""
+    """Computes (sigma_x - sigma_y)^2, with a finite derivative at zero variance."""
     return (safe_sqrt(variances_x) - safe_sqrt(variances_y)) ** 2
 
 
@@ -107,29 +108,31 @@ def class_gaussian_wasserstein(
 
     .. math:: \sum_c w_c W_2^2\big(N(\mu_{x|c}, S_{x|c}), N(\mu_{y|c}, S_{y|c})\big)
 
-    One nuclear norm: that of the matrix of within-class products, masked to pairs
-    of one class, is the sum over its blocks.
+    One nuclear norm serves all classes.  The matrix of within-class products, masked to
+    pairs of one class, is block-diagonal, so its nuclear norm is the sum over the
+    blocks.
 
-    Cost: n² d + n³ for all classes together, n² d if diagonal.  Gradient: as that of
-    `gaussian_wasserstein`.  Not for: more than about a thousand samples: the matrix
-    stays n x n, whatever d is; take ``covariance="diag"``, or groups of devices.
+    Cost: n² d + n³ for all classes together, n² d if diagonal.  Gradient: as in
+    `gaussian_wasserstein`.  Not for: more than about a thousand samples, since the
+    matrix has shape ``[n, n]`` whatever d is; use ``covariance="diag"`` or groups of
+    devices.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones carry no weight.
-      num_classes: checks concrete labels, nothing else.
+      labels: class labels, int, shape ``[n]``; negative labels have no weight.
+      num_classes: number of classes, used only to check labels that are not traced.
       covariance: ``"full"`` or ``"diag"``.
-      reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
-        frequency, ``"sum"`` (the released code).
-      method: of the nuclear norm, as in `gaussian_wasserstein`.
+      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
+        classes by their frequency, ``"sum"`` adds them (the released code).
+      method: algorithm of the nuclear norm, as in `gaussian_wasserstein`.
       compat: ``"released"`` is ``covariance="diag", reduction="sum"``.
 
     Returns:
-      Scalar, squared distance.
+      Scalar: squared distance.
 
     Raises:
-      ValueError: shapes, dtypes, labels, unknown options.
+      ValueError: wrong shapes, dtypes or labels, or an unknown option.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
@@ -155,8 +158,8 @@ def class_gaussian_wasserstein(
         variances_x, variances_y = (class_means(z * z, groups) for z in (x, y))
         spread = _squared_std_difference(variances_x, variances_y)
         return means + jnp.sum(weights * spread)
-    # w_c / n_c = weights_i for each row of class c, so sqrt(weights) on both sides
-    # gives every block its w_c / n_c; padded rows vanish.
+    # weights_i = w_c / n_c for each sample of class c, so sqrt(weights) on both sides
+    # gives each block its factor w_c / n_c.  Samples without a label become zero.
     root = safe_sqrt(weights)
     x, y = root * x, root * y
     traces = jnp.sum(x * x) + jnp.sum(y * y)
@@ -165,29 +168,30 @@ def class_gaussian_wasserstein(
 
 
 def bures(cov_x: jax.Array, cov_y: jax.Array, *, method: str = "auto") -> jax.Array:
-    r"""Computes the squared Bures distance of two covariance matrices.
+    r"""Computes the squared Bures distance between two covariance matrices.
 
     .. math:: \mathrm{Tr}\,A + \mathrm{Tr}\,B
               - 2\,\mathrm{Tr}\,(A^{1/2} B A^{1/2})^{1/2}
               = \mathrm{Tr}\,A + \mathrm{Tr}\,B - 2\,\|A^{1/2} B^{1/2}\|_*
 
-    For covariances given as such.  From samples, `gaussian_wasserstein` is faster
-    and, in float32 with ``n < d``, more accurate (roots of round-off eigenvalues
-    add up to 0.4 to 0.9 % here).
+    It takes covariances.  For samples, `gaussian_wasserstein` is faster and, in float32
+    with ``n < d``, more accurate: here the roots of eigenvalues that are round-off add
+    0.4 to 0.9 %.
 
-    Cost: d³.  Gradient: that of the value, finite at repeated and zero eigenvalues,
-    along whose common null space it is zero.  Not for: samples.
+    Cost: d³.  Gradient: that of the value, finite at repeated and zero eigenvalues; it
+    is zero along the common null space.  Not for: samples.
 
     Args:
-      cov_x: symmetric positive semi-definite, shape ``[d, d]``.
-      cov_y: the same, shape ``[d, d]``.
-      method: of the nuclear norm, as in `gaussian_wasserstein`; the roots are by eigh.
+      cov_x: symmetric positive semi-definite matrix, shape ``[d, d]``.
+      cov_y: symmetric positive semi-definite matrix, shape ``[d, d]``.
+      method: algorithm of the nuclear norm, as in `gaussian_wasserstein`; the square
+        roots are always computed by eigh.
 
     Returns:
-      Scalar, squared distance.
+      Scalar: squared distance.
 
     Raises:
-      ValueError: shapes or dtypes, unknown ``method``.
+      ValueError: wrong shapes or dtypes, or an unknown ``method``.
 
     References:
       Bhatia, Jain and Lim, On the Bures-Wasserstein distance between positive

@@ -25,30 +25,34 @@ from kddm_jax.numerics.linalg import constant, matmul, safe_sqrt
 
 
 def _ridge(ridge, y, weights):
-    """The number given, or 1e-3 of the teacher's mean variance, a constant."""
+    """Returns the given ridge or 1e-3 of the teacher's mean variance, as a constant."""
     if ridge is not None:
         check_number("ridge", ridge, positive=False)
         return constant(jnp.asarray(ridge, y.dtype))
     weights = weights[:, None] / jnp.maximum(jnp.sum(weights), 1e-6)
     mean = jnp.sum(weights * y, axis=0, keepdims=True)
     variance = jnp.mean(jnp.sum(weights * (y - mean) ** 2, axis=0))
-    # A constant teacher has no scale of its own: fall back to that of its features.
+    # A constant teacher has no variance, so its features set the scale.
     least = jnp.finfo(y.dtype).eps * jnp.mean(y * y) + jnp.finfo(y.dtype).tiny ** 0.5
     return constant(jnp.maximum(1e-3 * variance, least))
 
 
 def _diagonal_kl(squared_shift, variances_p, variances_q):
-    """KL of diagonal Gaussians, summed over the last axis; variances ridged."""
-    # r - 1 - log r in place of a sum of logarithms: no cancellation at p = q
+    """Computes the KL of diagonal Gaussians, summed over the last axis.
+
+    The variances contain the ridge.
+    """
+    # r - 1 - log r does not cancel at p = q, unlike a sum of logarithms.
     ratio = variances_p / variances_q
     terms = ratio - 1 - jnp.log(ratio) + squared_shift / variances_q
     return 0.5 * jnp.sum(terms, axis=-1)
 
 
 def _above_rounding(ridge, *grams):
-    """The ridge, or the round-off of a Gram's Cholesky factor: less may end in NaN.
+    """Raises the ridge to the round-off of the Cholesky factors, if it is smaller.
 
-    Features of a student 1e4 times larger than the teacher's are reason enough.
+    A smaller ridge may give NaN, for instance if the student's features are 1e4 times
+    larger than the teacher's.
     """
     largest = jnp.max(jnp.stack([jnp.max(jnp.diagonal(g)) for g in grams]))
     side = grams[0].shape[0]
@@ -57,9 +61,9 @@ def _above_rounding(ridge, *grams):
 
 
 def _full_kl(shift, factor_p, factor_q, ridge):
-    """KL of N(shift, A^T A + ridge) from N(0, B^T B + ridge); A, B are factors.
+    """Computes KL of N(shift, A^T A + ridge) from N(0, B^T B + ridge), A, B factors.
 
-    ``shift`` is a stack of mean differences ``[s, d]``; gives one value for each.
+    ``shift`` holds differences of means, ``[s, d]``; each has its value in the result.
     """
     d = factor_p.shape[1]
     eye = jnp.eye(d, dtype=factor_p.dtype)
@@ -73,10 +77,10 @@ def _full_kl(shift, factor_p, factor_q, ridge):
 
 
 def _released_kl(shift, variances_x, variances_y):
-    """The released code's KL(student || teacher), diagonal, summed over the last axis.
+    """Computes the released code's KL(student || teacher) of diagonal Gaussians.
 
-    1e-9 stands beside deviations, not variances: infinite where a feature of the
-    teacher is constant.
+    It is summed over the last axis.  The code adds 1e-9 to deviations, not to
+    variances, so the value is infinite if a feature of the teacher is constant.
     """
     sigma_x, sigma_y = safe_sqrt(variances_x), safe_sqrt(variances_y)
     ratio, shift = sigma_x / (sigma_y + 1e-9), shift / (sigma_y + 1e-9)
@@ -93,35 +97,35 @@ def gaussian_kl(
     direction: str = "student||teacher",
     compat: str | None = None,
 ) -> jax.Array:
-    r"""Computes the Kullback-Leibler divergence of the Gaussian fits, KL(G).
+    r"""Computes the Kullback-Leibler divergence between Gaussian fits, KL(G).
 
     .. math:: KL(P\|Q) = \tfrac12\big[\mathrm{Tr}\,(S_Q^{-1} S_P) - d
               + \Delta\mu^\top S_Q^{-1} \Delta\mu + \log\det S_Q - \log\det S_P\big]
 
-    The ridge is added to both covariances.  Diagonal is the default, since the full
-    divergence of fewer samples than features *is* the inverse of the ridge (70,760
-    at 1e-3 for n=128, d=512).
+    The ridge is added to both covariances.  Diagonal covariances are the default: with
+    fewer samples than features, the full divergence is governed by the inverse of the
+    ridge (70,760 at 1e-3 for n=128, d=512).
 
-    Cost: n d, or n d² + d³ if full.  Gradient: that of the value, the ridge being
-    constant.  Not for: large weights: it divides by the teacher's smallest variances,
-    and training diverges sooner than by any Wasserstein distance.
+    Cost: n d, or n d² + d³ if full.  Gradient: that of the value; the ridge is a
+    constant.  Not for: large weights: the divergence divides by the teacher's smallest
+    variances, and training diverges sooner than with any Wasserstein distance.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
-      covariance: ``"diag"`` or ``"full"``; population form (``1/n``).
-      ridge: added to every variance; None is 1e-3 times the teacher's mean variance,
-        a constant; a number is absolute.  With ``"full"`` it is never less than the
-        covariances' round-off.
+      covariance: ``"diag"`` or ``"full"``, in the population form (``1/n``).
+      ridge: number added to every variance; None takes 1e-3 times the teacher's mean
+        variance, as a constant.  With ``"full"`` it is at least the round-off of the
+        covariances.
       direction: ``"student||teacher"`` (the released code) or ``"teacher||student"``.
-      compat: ``"released"`` has no ridge but 1e-9 beside the deviations; infinite
-        where a feature of the teacher is constant.
+      compat: ``"released"`` adds 1e-9 to the deviations and has no ridge; the value is
+        infinite if a feature of the teacher is constant.
 
     Returns:
-      Scalar, in nats, summed over features.
+      Scalar: in nats, summed over features.
 
     Raises:
-      ValueError: shapes, dtypes, unknown options, a negative ridge.
+      ValueError: wrong shapes or dtypes, an unknown option, or a negative ridge.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), Gaussian case.
@@ -152,7 +156,7 @@ def gaussian_kl(
 
 
 def _check_released_kl(compat, covariance, ridge, direction):
-    """Raises for what the released code has no choice of."""
+    """Raises for options that the released code does not have."""
     as_released(
         compat,
         covariance=(covariance, "diag", "diag"),
@@ -177,35 +181,36 @@ def class_gaussian_kl(
     reduction: str = "mean",
     compat: str | None = None,
 ) -> jax.Array:
-    r"""Computes the class-conditional Gaussian divergence, CKL(G).
+    r"""Computes the class-conditional Kullback-Leibler divergence, CKL(G).
 
     .. math:: \sum_c w_c KL\big(N(\mu_{P|c}, S_{P|c}) \| N(\mu_{Q|c}, S_{Q|c})\big)
 
-    A class with a single sample has no variance of its own: on both sides it takes
-    the pooled within-class one, that of the classes with two samples or more.
+    A class with one sample has no variance.  On both sides it takes the pooled
+    within-class variance of the classes with at least two samples.
 
     Cost: n² d; if full n² d + n³, of more samples than features n d³.  Gradient: that
-    of the value, the ridge being constant.  Not for: few samples of a class in a batch,
-    whose variances are next to nothing, unless the weight is tiny (1e-5 by default).
+    of the value; the ridge is a constant.  Not for: few samples per class in a batch,
+    whose variances are close to zero, unless the weight is tiny (1e-5 by default).
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones carry no weight.
-      num_classes: checks concrete labels, nothing else.
+      labels: class labels, int, shape ``[n]``; negative labels have no weight.
+      num_classes: number of classes, used only to check labels that are not traced.
       covariance: ``"diag"`` or ``"full"``; see `gaussian_kl` on full.
       ridge: as in `gaussian_kl`; None takes the variance of the whole batch.
       direction: as in `gaussian_kl`.
-      reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
-        frequency, ``"sum"`` (the released code).
-      compat: ``"released"`` is ``reduction="sum"`` of `gaussian_kl`'s; infinite for a
-        class of one sample.
+      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
+        classes by their frequency, ``"sum"`` adds them (the released code).
+      compat: ``"released"`` is ``reduction="sum"`` with the released `gaussian_kl`; it
+        is infinite for a class of one sample.
 
     Returns:
-      Scalar, in nats, summed over features.
+      Scalar: in nats, summed over features.
 
     Raises:
-      ValueError: shapes, dtypes, labels, unknown options, a negative ridge.
+      ValueError: wrong shapes, dtypes or labels, an unknown option, or a negative
+        ridge.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
@@ -222,12 +227,12 @@ def class_gaussian_kl(
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
     ridge = _ridge(ridge, y, (groups.weights > 0).astype(y.dtype))
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
-    # Padded rows: weight 0, and zeros wherever a number is formed.
+    # Samples without a label have weight 0 and may hold any numbers: set them to zero.
     valid = (groups.weights > 0).astype(x.dtype)[:, None]
     shift = valid * (mean_x - mean_y)
     x, y = valid * (x - mean_x), valid * (y - mean_y)
     if compat is not None:
-        # padding has weight 0, and variances 1: its divergence must be finite
+        # Samples without a label get variance 1, so that their divergence is finite.
         variances = [class_means(z * z, groups) + (1 - valid) for z in (x, y)]
         return jnp.sum(groups.weights * _released_kl(shift, *variances))
     p, q = _directed([x, y], direction)
@@ -238,13 +243,13 @@ def class_gaussian_kl(
 
 
 def _pooled_factor(centered, single):
-    """Rows whose squares sum to the pooled within-class variance."""
+    """Scales features so that their squares sum to the pooled within-class variance."""
     count = jnp.maximum(jnp.sum(~single), 1).astype(centered.dtype)
-    return centered / jnp.sqrt(count)  # rows of single classes are zero already
+    return centered / jnp.sqrt(count)  # single samples are zero already
 
 
 def _class_diagonal_kl(shift, p, q, groups, single, ridge):
-    """The divergence of each sample's class, ``[n]``."""
+    """Computes the divergence of each sample's class, ``[n]``."""
     variances = []
     for centered in (p, q):
         pooled = jnp.sum(_pooled_factor(centered, single) ** 2, axis=0)
@@ -254,10 +259,10 @@ def _class_diagonal_kl(shift, p, q, groups, single, ridge):
 
 
 def _class_full_kl_tall(shift, p, q, groups, single, ridge):
-    """The divergence of each sample's class, ``[n]``, one d x d problem a sample.
+    """Computes the divergence of each sample's class, ``[n]``, by d x d problems.
 
-    For more samples than features, where a class may have full rank: the n x n form
-    below would divide round-off by a small ridge.
+    This form is for more samples than features, where a class may have full rank: the
+    n x n form below would divide round-off by a small ridge.
     """
     pooled = (~single).astype(p.dtype) / jnp.maximum(jnp.sum(~single), 1)
     own = groups.same / groups.counts[:, None]
@@ -275,9 +280,9 @@ def _class_full_kl_tall(shift, p, q, groups, single, ridge):
 # factors A, B (rows, scaled by 1/sqrt(n_c)) of one class and r the ridge,
 #   log det(A^T A + r I) = d log r + log det(I + A A^T / r),
 #   (B^T B + r I)^-1     = (I - B^T (r I + B B^T)^-1 B) / r,
-# and masked Grams hold every class at once: a Cholesky factor keeps their blocks.
+# and masked Grams hold all classes at once, since a Cholesky factor keeps the blocks.
 def _class_full_kl(shift, p, q, groups, single, ridge):
-    """The divergence of each sample's class, ``[n]``."""
+    """Computes the divergence of each sample's class, ``[n]``."""
     scale = 1 / jnp.sqrt(groups.counts)[:, None]
     p_own, q_own = scale * p, scale * q
     eye = jnp.eye(p.shape[0], dtype=p.dtype)
@@ -286,10 +291,7 @@ def _class_full_kl(shift, p, q, groups, single, ridge):
     ridge = _above_rounding(ridge, gram_p, gram_q)
     chol_p, chol_q = (jnp.linalg.cholesky(g + ridge * eye) for g in (gram_p, gram_q))
     solve = lambda b: jax.scipy.linalg.solve_triangular(chol_q, b, lower=True)
-    total = lambda per_row: matmul(
-        groups.same, per_row
-    )  # sums a class, back to its rows
-
+    total = lambda values: matmul(groups.same, values)  # sum over each sample's class
     log_p, log_q = (jnp.log(jnp.diagonal(c)) for c in (chol_p, chol_q))
     cross = solve(groups.same * matmul(q_own, p_own.T))
     trace = jnp.sum(p_own * p_own, axis=1) - jnp.sum(cross * cross, axis=0)

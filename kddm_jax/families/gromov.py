@@ -30,12 +30,12 @@ from kddm_jax.numerics.transport import best_assignment, solve_entropic
 
 
 def _same_distances(cost_x, cost_y, target):
-    """A - B with y's samples in the order of their partners."""
+    """Computes A - B, with the samples of y in the order of their partners."""
     return cost_x - cost_y[target][:, target]
 
 
 def _improve(cost_x, cost_y, target):
-    """Assignments for linearised costs until E falls no further."""
+    """Solves linearised problems while E decreases."""
     energy = lambda target: jnp.mean(_same_distances(cost_x, cost_y, target) ** 2)
 
     def update(state):
@@ -43,7 +43,7 @@ def _improve(cost_x, cost_y, target):
         linear = -matmul(cost_x, cost_y[target])
         new = best_assignment(linear).astype(target.dtype)
         new_value = energy(new)
-        # Less than rounding is no progress, and two plans may take turns.
+        # A change below round-off is no progress; two plans might alternate forever.
         better = new_value < value * (1 - 10 * jnp.finfo(value.dtype).eps)
         target = jnp.where(better, new, target)
         return target, jnp.where(better, new_value, value), count + 1, better
@@ -55,7 +55,7 @@ def _improve(cost_x, cost_y, target):
 
 
 def _matched_ranks(cost_x, cost_y):
-    """Pairs central samples with central ones: the step from the uniform plan."""
+    """Matches samples by their mean distance: the first step from the uniform plan."""
     x, y = (jnp.argsort(jnp.mean(cost, axis=1)) for cost in (cost_x, cost_y))
     return jnp.zeros_like(x).at[x].set(y)
 
@@ -64,8 +64,8 @@ MOST_LINEARISATIONS = 100
 
 
 def _solve_gromov(cost_x, cost_y):
-    # Two starts: by rank as from the uniform plan, and as the samples are paired, which
-    # makes the value of a cloud with itself zero whatever its symmetries.
+    # Two starts: the step from the uniform plan, and the samples paired as given.  The
+    # second makes the value zero for identical samples, whatever their symmetries.
     paired = jnp.arange(cost_x.shape[0], dtype=int)
     starts = jnp.stack([_matched_ranks(cost_x, cost_y).astype(paired.dtype), paired])
     improve = lambda start: _improve(cost_x, cost_y, start)
@@ -92,7 +92,7 @@ def _gromov_jvp(primals, tangents):
 
 # E + eps KL(P | a b) is stationary where P solves the entropic problem of the gradient
 # M = -4 A P B.  The value at the last P is that of the linearisation, OT_eps(M) -
-# <M, P> / 2: an error of P enters squared.
+# <M, P> / 2, in which an error of P enters squared.
 def _solve_gromov_entropic(cost_x, cost_y, epsilon):
     a, b = (jnp.full(len(c), 1 / len(c), c.dtype) for c in (cost_x, cost_y))
     tolerance = float(jnp.finfo(cost_x.dtype).eps ** 0.5)
@@ -136,7 +136,10 @@ def _gromov_entropic_jvp(primals, tangents):
 
 
 def _repeated(cost_x, cost_y):
-    """Both clouds with as many samples: each repeated, which changes no measure."""
+    """Repeats the samples of both sides until their numbers agree.
+
+    Repetition does not change the distribution of a sample.
+    """
     n, m = len(cost_x), len(cost_y)
     common = math.lcm(n, m)
     if common > max(n, m, 1024):
@@ -154,7 +157,7 @@ def gromov_cost(
     *,
     epsilon: float | jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
-    r"""Finds a local minimum of the Gromov-Wasserstein problem of square loss.
+    r"""Finds a local minimum of the Gromov-Wasserstein problem with a square loss.
 
     .. math:: \min_P \sum_{ijkl} (A_{ik} - B_{jl})^2 P_{ij} P_{kl}
               + \epsilon\, KL(P \,|\, a \otimes b)
@@ -162,15 +165,15 @@ def gromov_cost(
     Args:
       cost_x: distances within x, A, symmetric, shape ``[n, n]``.
       cost_y: distances within y, B, symmetric, shape ``[m, m]``.
-      epsilon: entropic weight in units of the squared distances, a constant; None
-        is none: assignments, for ``n != m`` of samples repeated up to the least
-        common multiple (1024 at most).  It is never less than round-off.
+      epsilon: entropic weight in units of the squared distances, a constant; it is
+        never less than round-off.  None solves assignment problems; for ``n != m`` both
+        samples are then repeated up to the least common multiple (1024 at most).
 
     Returns:
-      ``(value, stats)``, scalars; the derivative is the envelope's, at the plan found.
+      ``(value, stats)``; the derivative of the value is taken at the plan found.
 
     Raises:
-      ValueError: bad epsilon, or no small common multiple.
+      ValueError: an epsilon that is not positive, or no small common multiple.
 
     References:
       Peyré, Cuturi and Solomon, Gromov-Wasserstein averaging of kernel and distance
@@ -181,7 +184,7 @@ def gromov_cost(
         if len(cost_x) != len(cost_y):
             cost_x, cost_y = _repeated(cost_x, cost_y)
         return _gromov(cost_x, cost_y)
-    check_number("epsilon", epsilon, positive=True, cure="; None solves without")
+    check_number("epsilon", epsilon, positive=True, hint="; None solves without")
     # The linear costs -4 A P B are of this size; see _rounding.
     largest = 4 * jnp.max(jnp.abs(cost_x)) * jnp.max(jnp.abs(cost_y))
     least = jnp.finfo(cost_x.dtype).eps * largest
@@ -190,12 +193,13 @@ def gromov_cost(
 
 
 def _distances(x):
-    """All Euclidean distances within x; a sample's from itself is 0, not round-off."""
+    """Computes the Euclidean distances within x, with an exact zero diagonal."""
     off = 1 - jnp.eye(x.shape[0], dtype=x.dtype)
     return off * safe_sqrt(squared_distances(x, x))
 
 
 def _cosine_distances(x):
+    """Computes 1 - cosine within x, with an exact zero diagonal."""
     x = unit(x, axis=1)
     return (1 - jnp.eye(x.shape[0], dtype=x.dtype)) * (1 - matmul(x, x.T))
 
@@ -217,35 +221,36 @@ def gromov_wasserstein(
     metric: str = "euclidean",
     epsilon: float | jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
-    r"""Computes a squared Gromov-Wasserstein distance.
+    r"""Computes the squared Gromov-Wasserstein distance between two samples.
 
     .. math:: \min_{P \in \Gamma(1/n, 1/m)} \sum_{ijkl}
               \big(d(x_i, x_k) - d(y_j, y_l)\big)^2 P_{ij} P_{kl}
 
-    Compares distances within the clouds, so that widths may differ and each cloud may
-    be moved and turned.  The problem is not convex: the value is that of a local
-    minimum, an upper bound of the global one, found from two starts (samples paired
-    as they come, and by their mean distance).  It is zero for isometric clouds in the
-    same order.
+    Only distances within each sample are compared, so the widths may differ, and moving
+    or rotating either side changes nothing.  The problem is not convex: the value is
+    that of a local minimum, an upper bound of the global one, found from two starts
+    (samples paired as given, and by their mean distance).  It is zero for isometric
+    samples in the same order.
 
     Cost: n² d + iterations n³.  Gradient: that of the value at the plan found.
-    Not for: batches far beyond some hundred samples, or a student whose width fits:
-    `wasserstein` is convex and cheaper.
+    Not for: batches of many hundred samples, or a student of the teacher's width, for
+    which `wasserstein` is convex and cheaper.
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features, shape ``[m, d_t]``; for ``n != m`` without epsilon, n and m
         need a common multiple of at most 1024.
       metric: d: ``"euclidean"``, ``"sqeuclidean"`` or ``"cosine"`` (1 - cosine).
-      epsilon: None solves by assignments; a number adds ``epsilon KL(P | 1/nm)`` to
-        the value, in units of d^2, and solves by Sinkhorn; less than round-off
-        counts as that.
+      epsilon: None solves assignment problems.  A number adds ``epsilon KL(P | 1/nm)``
+        to the value, in units of d^2, and solves by Sinkhorn; a number below round-off
+        is raised to it.
 
     Returns:
-      Scalar, in units of d^2, averaged over pairs of samples.
+      Scalar: in units of d^2, averaged over pairs of samples.
 
     Raises:
-      ValueError: shapes, dtypes, unknown metric, bad epsilon.
+      ValueError: wrong shapes or dtypes, an unknown metric, or an epsilon that is not
+        positive.
 
     References:
       Mémoli, Gromov-Wasserstein distances and the metric approach to object matching,

@@ -27,24 +27,27 @@ from kddm_jax.numerics.linalg import (
 
 
 def _all_squares(x, y):
-    """Squared distances within x, within y and between, free of round-off below 0.
+    """Computes the squared distances within x, within y and between them, at least 0.
 
-    A kernel is flat at distance zero, so that clipping takes no gradient away; a
-    negative square over a tiny bandwidth would blow the exponential up.  Diagonals
-    keep their round-off: that of identical clouds cancels.
+    A negative square (round-off) over a small bandwidth would make the exponential
+    overflow.  A kernel is flat at distance zero, so clipping removes no gradient.
+    Diagonals keep their round-off, which cancels for identical samples.
     """
     pairs = ((x, x), (y, y), (x, y))
     return [jnp.maximum(squared_distances(*pair), 0) for pair in pairs]
 
 
 def _bandwidth(bandwidth, mean_distance, x, y):
-    """The number given, or the mean distance, away from its round-off; a constant."""
+    """Returns the given bandwidth or the mean distance, as a constant.
+
+    The mean distance is raised to its round-off if it is smaller.
+    """
     if bandwidth is None:
-        # four standard roundings of a distance
+        # Four times the round-off of a distance.
         least = 4 * safe_sqrt(cost_floor(x, y)) + jnp.finfo(x.dtype).tiny ** 0.25
         return constant(jnp.maximum(mean_distance, least))
-    cure = "; None takes the mean distance"
-    check_number("bandwidth", bandwidth, positive=True, cure=cure)
+    hint = "; None takes the mean distance"
+    check_number("bandwidth", bandwidth, positive=True, hint=hint)
     return constant(jnp.asarray(bandwidth, x.dtype))
 
 
@@ -58,29 +61,31 @@ def mmd(
     kernel: str = "rbf",
     bandwidth: float | jax.Array | None = None,
 ) -> jax.Array:
-    r"""Computes the squared maximum mean discrepancy (biased V-statistic).
+    r"""Computes the squared maximum mean discrepancy between two samples.
 
     .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\,\overline{k(x, y)}, \quad
               k = \exp(-r^2 / 2\sigma^2)
 
-    Means over all pairs, those of a sample with itself included.
+    This is the biased V-statistic: its means run over all pairs, including those of a
+    sample with itself.
 
-    Cost: n² d, or n d if linear.  Gradient: that of the value, sigma being constant.
-    Not for: telling clouds of one mean apart by the linear kernel, or far ones by the
-    rbf kernel, whose value and gradient level off.
+    Cost: n² d, or n d if linear.  Gradient: that of the value; sigma is a constant.
+    Not for: samples of equal means with the linear kernel, which does not tell them
+    apart, or distant samples with the rbf kernel, whose value and gradient level off.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
       kernel: ``"rbf"``, or ``"linear"``: ``||mean(x) - mean(y)||^2``.
-      bandwidth: sigma of the rbf kernel; None is the mean of all entries of the
-        three distance matrices (zero diagonals included), a constant.
+      bandwidth: sigma of the rbf kernel; None takes the mean of all elements of the
+        three distance matrices (including zero diagonals), as a constant.
 
     Returns:
-      Scalar: squared; in [0, 2] for "rbf", in units of the features for "linear".
+      Scalar: squared discrepancy, in [0, 2] for "rbf", in squared units of the features
+      for "linear".
 
     Raises:
-      ValueError: shapes, dtypes, unknown kernel, ``bandwidth <= 0``.
+      ValueError: wrong shapes or dtypes, an unknown kernel, or ``bandwidth <= 0``.
 
     References:
       Gretton et al., A kernel two-sample test, 2012, equation 5.
@@ -118,28 +123,28 @@ def class_mmd(
 
     .. math:: \sum_c w_c\, MMD^2(x_{|c}, y_{|c})
 
-    Cost: n² d.  Gradient: that of the value, sigma being constant.  Not for: classes
-    of very different spread: one bandwidth serves them all.
+    Cost: n² d.  Gradient: that of the value; sigma is a constant.  Not for: classes of
+    very different spread, since all classes share one bandwidth.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones carry no weight.
-      num_classes: checks concrete labels, nothing else.
+      labels: class labels, int, shape ``[n]``; negative labels have no weight.
+      num_classes: number of classes, used only to check labels that are not traced.
       kernel: ``"rbf"`` or ``"linear"``.
-      bandwidth: sigma of the rbf kernel, one for all classes; None is the mean over
-        the same-class entries of the three distance matrices, a constant.  (A class
-        of one sample has no scale of its own.)
-      reduction: ``"mean"`` over the classes present, ``"weighted"`` by class
-        frequency, ``"sum"`` (the released code).
-      compat: ``"released"`` is ``reduction="sum"``, each class with a bandwidth of its
-        own.
+      bandwidth: sigma of the rbf kernel, the same for all classes, since a class of one
+        sample has no scale of its own.  None takes the mean over pairs of one class in
+        the three distance matrices, as a constant.
+      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
+        classes by their frequency, ``"sum"`` adds them (the released code).
+      compat: ``"released"`` is ``reduction="sum"`` with a bandwidth for each class.
 
     Returns:
-      Scalar, squared.
+      Scalar: squared discrepancy.
 
     Raises:
-      ValueError: shapes, dtypes, labels, unknown options, ``bandwidth <= 0``.
+      ValueError: wrong shapes, dtypes or labels, an unknown option, or
+        ``bandwidth <= 0``.
 
     References:
       Gretton et al., A kernel two-sample test, 2012, equation 5.
@@ -159,7 +164,7 @@ def class_mmd(
     if kernel == "linear":
         difference = class_means(x - y, groups)
         return jnp.sum(groups.weights[:, None] * difference**2)
-    # padding may hold anything: it moves to the origin
+    # Samples without a label may hold any numbers, so they are set to zero.
     valid = (groups.weights > 0).astype(x.dtype)[:, None]
     x, y = valid * x, valid * y
     squares = _all_squares(x, y)
@@ -167,7 +172,7 @@ def class_mmd(
     total = sum(within(safe_sqrt(s)) for s in squares)  # [n]
     if compat is None:
         mean = jnp.sum(total) / (3 * jnp.maximum(jnp.sum(groups.same), 1))
-    else:  # each row has its class's, [n, 1]
+    else:  # one for each sample's class, [n, 1]
         mean = class_means((total / (3 * groups.counts))[:, None], groups)
     sigma = _bandwidth(bandwidth, mean, x, y)
     within_x, within_y, between = (

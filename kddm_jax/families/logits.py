@@ -24,7 +24,10 @@ NAMES = ("logits_x", "logits_y")
 
 
 def _standardized(logits):
-    """(l - mean) / deviation per image, deviation unbiased; zero for equal logits."""
+    """Computes (l - mean) / deviation of each image; zero for equal logits.
+
+    The deviation is the unbiased one.
+    """
     centred = logits - jnp.mean(logits, axis=1, keepdims=True)
     count = max(logits.shape[1] - 1, 1)
     variance = jnp.sum(centred * centred, axis=1, keepdims=True) / count
@@ -32,9 +35,9 @@ def _standardized(logits):
 
 
 def _divergence(log_p, log_q):
-    """KL(p || q) of every image: the sum of p (r - 1 - log r) with r = q / p.
+    """Computes KL(p || q) of each image as a sum of p (r - 1 - log r), r = q / p.
 
-    No term is negative, and none cancels where the predictions nearly agree.
+    No term is negative, and none cancels if the predictions nearly agree.
     """
     p, log_ratio = jnp.exp(log_p), log_q - log_p
     near = jnp.abs(log_ratio) < 1
@@ -56,29 +59,29 @@ def kd(
     direction: str = "teacher||student",
     compat: str | None = None,
 ) -> jax.Array:
-    r"""Computes the divergence of softened predictions, knowledge distillation.
+    r"""Computes the divergence between softened predictions (knowledge distillation).
 
     .. math:: \frac{T^2}{n} \sum_i KL\big(\mathrm{softmax}(t_i / T)
               \,\|\, \mathrm{softmax}(s_i / T)\big)
 
-    Cost: n k.  Gradient: ``T (softmax(s / T) - softmax(t / T)) / n`` by the student's
-    logits, unless standardised or the other way round.  Not for: a teacher of other
-    classes, or features.
+    Cost: n k.  Gradient: ``T (softmax(s / T) - softmax(t / T)) / n`` with respect to
+    the student's logits, unless they are standardised or the direction is reversed.
+    Not for: a teacher of other classes, or features.
 
     Args:
       logits_x: student logits s, shape ``[n, k]``.
       logits_y: teacher logits t, shape ``[n, k]``.
       temperature: T.
-      standardize: whether each image's logits are first divided by their deviation,
-        mean taken off: the student then need not learn the teacher's scale.
+      standardize: True first centres each image's logits and divides them by their
+        deviation, so that the student need not learn the scale of the teacher's logits.
       direction: ``"teacher||student"`` or ``"student||teacher"``.
-      compat: ``"released"`` takes the direction of KD2M's code, the latter.
+      compat: ``"released"`` takes the direction of KD2M's code, ``"student||teacher"``.
 
     Returns:
-      Scalar, in nats times ``T^2``, averaged over images.
+      Scalar: in nats times ``T^2``, averaged over images.
 
     Raises:
-      ValueError: shapes, dtypes, unknown options, ``temperature <= 0``.
+      ValueError: wrong shapes or dtypes, an unknown option, or ``temperature <= 0``.
 
     References:
       Hinton et al., 2015 (arXiv 1503.02531), section 2.  Sun et al., Logit

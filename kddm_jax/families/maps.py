@@ -17,14 +17,14 @@ from kddm_jax.numerics.pooling import adaptive_cells, average_pool
 
 
 def _check_maps(maps_x, maps_y, *, same_channels):
-    """Casts both to one float dtype; ranks, images and channels are checked."""
+    """Checks ranks, images and channels of two maps and casts them to one dtype."""
     pair = {"maps_x": maps_x, "maps_y": maps_y}
     pair = {name: as_float(name, maps) for name, maps in pair.items()}
     for name, maps in pair.items():
         if maps.ndim != 4 or 0 in maps.shape:
             raise ValueError(
                 f"{name} must have shape [images, height, width, channels], got "
-                f"{list(maps.shape)}; choose a map of the network, with layers=(...)"
+                f"{list(maps.shape)}; choose a layer that gives maps, with layers=(...)"
             )
     maps_x, maps_y = pair.values()
     if maps_x.shape[0] != maps_y.shape[0]:
@@ -43,9 +43,12 @@ def _check_maps(maps_x, maps_y, *, same_channels):
     return maps_x.astype(dtype), maps_y.astype(dtype)
 
 
-# Kernels of one image: its channels are the samples, [h w, c] with columns of norm 1.
+# Kernels of one image, [h w, c]: its channels are the samples, columns of norm 1.
 def _poly_nst(x, y):
-    """Kernel (u^T v)^2: its mean over pairs is that of products of second moments."""
+    """Computes the discrepancy for the kernel (u^T v)^2.
+
+    With few positions it is a distance between second moments, which costs less.
+    """
     positions, channels = x.shape[0], max(x.shape[1], y.shape[1])
     if positions <= channels:
         moment = lambda z: matmul(z, z.T) / z.shape[1]
@@ -55,16 +58,19 @@ def _poly_nst(x, y):
 
 
 def _linear_nst(x, y):
-    """Kernel u^T v."""
+    """Computes the discrepancy for the kernel u^T v."""
     return jnp.sum((jnp.mean(x, axis=1) - jnp.mean(y, axis=1)) ** 2)
 
 
 def _rbf_nst(x, y):
-    """Kernel exp(-r^2 / 2 sigma^2), sigma^2 the mean r^2 of all pairs, a constant."""
+    """Computes the discrepancy for the kernel exp(-r^2 / 2 sigma^2).
+
+    sigma^2 is the mean of r^2 over all pairs, a constant.
+    """
     pairs = ((x, x), (y, y), (x, y))
     squares = [jnp.maximum(squared_distances(a.T, b.T), 0) for a, b in pairs]
     mean = sum(jnp.sum(s) for s in squares) / sum(s.size for s in squares)
-    # of channels of norm 1, so that this is far below any that differ
+    # Channels have norm 1, so this floor is far below the square of any difference.
     variance = constant(jnp.maximum(mean, 100 * jnp.finfo(x.dtype).eps))
     within_x, within_y, between = (
         jnp.mean(jnp.exp(-s / (2 * variance))) for s in squares
@@ -78,29 +84,29 @@ NST_KERNELS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 
 
 def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Array:
-    r"""Computes the neuron selectivity transfer: a discrepancy between channels.
+    r"""Computes the neuron selectivity transfer loss between the channels of two maps.
 
     .. math:: \frac1b \sum_i \overline{k(f, f')} + \overline{k(g, g')}
               - 2\,\overline{k(f, g)}, \quad k(f, g) = (f^\top g)^2
 
     ``f`` are the student's channels of image i, ``g`` the teacher's, as vectors over
-    space of norm 1: where a channel looks, not how strongly.  Numbers of channels
-    may differ; the larger map is averaged down to the smaller one's size.
+    space of norm 1: where a channel is active counts, not how strongly.  The numbers of
+    channels may differ; the larger map is averaged down to the size of the smaller one.
 
-    Cost: n h w c min(h w, c).  Gradient: that of the value, the rbf bandwidth being
+    Cost: n h w c min(h w, c).  Gradient: that of the value; the rbf bandwidth is a
     constant.  Not for: pooled features: in a map of one pixel every channel has norm 1.
 
     Args:
       maps_x: student maps, shape ``[b, h, w, c]``.
       maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
-      kernel: ``"poly"``, the squared inner product; ``"linear"``; ``"rbf"``, its
-        squared bandwidth the mean squared distance of all pairs, a constant.
+      kernel: ``"poly"``, the squared inner product; ``"linear"``; or ``"rbf"``, with
+        the mean squared distance of all pairs as squared bandwidth, a constant.
 
     Returns:
-      Scalar, squared discrepancy, averaged over images (no factor 1/2).
+      Scalar: squared discrepancy, averaged over images (without a factor 1/2).
 
     Raises:
-      ValueError: shapes, dtypes, unknown kernel.
+      ValueError: wrong shapes or dtypes, or an unknown kernel.
 
     References:
       Huang and Wang, Like what you like: knowledge distill via neuron selectivity
@@ -123,14 +129,17 @@ def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Ar
 
 
 def _cell_moments(maps, grid):
-    """Mean and unbiased variance of every cell and channel, ``[b, g, g, c]``."""
-    # The variance does not see this shift, but its round-off does.
+    """Computes the mean and unbiased variance of each cell and channel.
+
+    Both have shape ``[b, g, g, c]``.
+    """
+    # The shift leaves the variance unchanged and reduces its round-off.
     shift = constant(jnp.mean(maps, axis=(1, 2), keepdims=True))
     shifted = maps - shift
     mean, square = (average_pool(z, (grid, grid)) for z in (shifted, shifted**2))
     pixels = [adaptive_cells(size, grid).sum(1) for size in maps.shape[1:3]]
     count = np.multiply.outer(*pixels)  # [g, g]
-    # A cell of one pixel has no variance: 0, not 0 / 0.
+    # A cell of one pixel gets variance 0, not 0 / 0.
     unbiased = jnp.asarray(count / np.maximum(count - 1, 1), maps.dtype)
     spread = jnp.maximum(square - mean**2, 0) * unbiased[None, :, :, None]
     return mean + shift, spread
@@ -139,30 +148,31 @@ def _cell_moments(maps, grid):
 def wkd_features(
     maps_x: jax.Array, maps_y: jax.Array, *, grid: int = 1, ratio: float = 2.0
 ) -> jax.Array:
-    r"""Computes the Wasserstein distance of feature maps, WKD-F.
+    r"""Computes the Wasserstein distance between feature maps, WKD-F.
 
     .. math:: \frac{1}{b g^2} \sum_{i, cells, channels}
               \rho\,(\mu_x - \mu_y)^2 + (\sigma_x - \sigma_y)^2
 
-    Every image's cell is a diagonal Gaussian over its pixels, with
+    Each cell of an image is fitted by a diagonal Gaussian over its pixels, with
     ``sigma = sqrt(variance + 1e-5)`` and the unbiased variance (0 in a cell of one
     pixel).
 
     Cost: n h w c.  Gradient: that of the value.  Not for: maps whose channels do not
-    correspond, since each is compared with its namesake: learn a projector.
+    correspond: each channel is compared with the one of the same index, so learn a
+    projector.
 
     Args:
       maps_x: student maps, shape ``[b, h, w, c]``.
-      maps_y: teacher maps of the same images, shape ``[b, h', w', c]``.
-      grid: cells along each side, g; where it does not divide the map's side, cells
-        overlap as in adaptive pooling.
+      maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
+      grid: number of cells along each side, g; if it does not divide the map's side,
+        cells overlap as in adaptive pooling.
       ratio: weight of the means, rho.
 
     Returns:
-      Scalar, squared distance, summed over channels, averaged over images and cells.
+      Scalar: squared distance, summed over channels, averaged over images and cells.
 
     Raises:
-      ValueError: shapes, dtypes, ``grid < 1``, a negative ratio.
+      ValueError: wrong shapes or dtypes, ``grid < 1``, or a negative ratio.
 
     References:
       Lv, Yang and Li, Wasserstein distance rivals Kullback-Leibler divergence for

@@ -13,25 +13,25 @@ from kddm_jax.numerics.linalg import matmul, unit
 
 
 def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
-    r"""Computes the similarity-preserving loss.
+    r"""Computes the similarity-preserving loss between two sets of features.
 
     .. math:: \frac{1}{n^2} \|G_x - G_y\|_F^2, \quad
               G = X X^\top \text{ with rows of unit norm}
 
-    Neither side is centred.
+    The features are not centred.
 
     Cost: n² d.  Gradient: that of the value.  Not for: features far from the origin
-    (large means after a ReLU), all of whose inner products look alike.
+    (large means after a ReLU), whose inner products are all alike.
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
 
     Returns:
-      Scalar, squared, averaged over pairs of samples; at most ``4 / n``.
+      Scalar: squared distance, averaged over pairs of samples; at most ``4 / n``.
 
     Raises:
-      ValueError: shapes or dtypes.
+      ValueError: wrong shapes or dtypes.
 
     References:
       Tung and Mori, Similarity-preserving knowledge distillation, 2019 (arXiv
@@ -44,7 +44,7 @@ def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
       Array(0.2929, dtype=float32)
     """
     x, y = check_pair(x, y, same_rows=True, same_columns=False)
-    # A common factor of all features cancels; taken out, no square overflows.
+    # A common factor of all features cancels.  Dividing by it avoids overflow.
     x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
     gram_x, gram_y = (unit(matmul(z, z.T), axis=1) for z in (x, y))
     return jnp.mean((gram_x - gram_y) ** 2)

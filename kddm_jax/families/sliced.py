@@ -13,10 +13,11 @@ from kddm_jax.numerics.linalg import matmul
 
 
 def _quantiles(n, m):
-    """Where two samples' quantile functions are constant: indices and lengths.
+    """Computes the intervals on which both quantile functions are constant.
 
-    Both step at multiples of 1/n or 1/m; between two steps sample i of one meets
-    sample j of the other.  Integers in units of 1/(n m).
+    One function steps at multiples of 1/n, the other at multiples of 1/m.  Between two
+    steps, sample i of one is matched with sample j of the other.  Steps are integers,
+    in units of 1/(n m).  Returns the indices i and j and the lengths.
     """
     steps = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)
     start, length = steps[:-1], np.diff(steps)
@@ -24,7 +25,7 @@ def _quantiles(n, m):
 
 
 def _sliced(x, y, directions):
-    """Mean over unit ``directions`` ``[d, p]`` of the squared distance along each."""
+    """Averages the squared distance over unit ``directions``, ``[d, p]``."""
     n, m = x.shape[0], y.shape[0]
     i, j, length = _quantiles(n, m)
     u, v = (jnp.sort(matmul(z, directions), axis=0) for z in (x, y))  # [n, p], [m, p]
@@ -35,29 +36,29 @@ def _sliced(x, y, directions):
 def sliced_wasserstein(
     x: jax.Array, y: jax.Array, key: jax.Array, *, num_projections: int = 128
 ) -> jax.Array:
-    r"""Computes the squared sliced Wasserstein distance, by random directions.
+    r"""Computes the squared sliced Wasserstein distance over random directions.
 
     .. math:: \frac1p \sum_k W_2^2(x \theta_k, y \theta_k),
               \quad \theta_k \text{ uniform on the sphere}
 
-    Along a direction transport is a matter of sorting, exact for any n and m.  An
-    unbiased estimate of the mean over all directions, which lies below
+    The transport along a direction is found by sorting; it is exact for all n and m.
+    The value is an unbiased estimate of the mean over all directions, which is at most
     ``W_2^2(x, y) / d``.
 
-    Cost: p n (d + log n).  Gradient: that of the sorted pairing along each direction.
-    Not for: a key that stays the same, which leaves all other directions unseen.
+    Cost: p n (d + log n).  Gradient: that of the sorted pairs along each direction.
+    Not for: one key at all steps: the student would never see the other directions.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
-      key: of the directions; another one at every step.
+      key: random key of the directions; pass a new one at each step.
       num_projections: number of directions, p.
 
     Returns:
-      Scalar, squared distance, averaged over samples and directions.
+      Scalar: squared distance, averaged over samples and directions.
 
     Raises:
-      ValueError: shapes or dtypes, ``num_projections < 1``.
+      ValueError: wrong shapes or dtypes, or ``num_projections < 1``.
 
     References:
       Bonneel et al., Sliced and Radon Wasserstein barycenters of measures, 2015,
@@ -72,7 +73,7 @@ def sliced_wasserstein(
     if num_projections < 1:
         raise ValueError(f"num_projections must be at least 1, got {num_projections}")
     shape = (x.shape[1], num_projections)
-    # drawn in float32 whatever the features are: the same directions
+    # Drawn in float32, so that float64 features see the same directions.
     directions = jax.random.normal(key, shape, jnp.float32).astype(x.dtype)
     norms = jnp.sqrt(jnp.sum(directions**2, axis=0, keepdims=True))
     return _sliced(x, y, directions / norms)

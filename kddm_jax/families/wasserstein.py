@@ -30,7 +30,10 @@ def _uniform(x):
 
 
 def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
-    """Solves for a cost; debiasing also needs the costs within each cloud."""
+    """Solves the transport problem of a cost.
+
+    The debiased solver also needs the costs within x, ``self_cost(0)``, and within y.
+    """
     debias = solver.get("solver", "sinkhorn") == "sinkhorn"
     if pairing is not None:
         pairing = constant(jnp.asarray(pairing, xy.dtype))
@@ -47,14 +50,19 @@ def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
 
 
 def _check_pairing(pairing):
-    """Kappa, or None where it is plainly zero: then n != m is allowed."""
+    """Checks kappa and returns it, or None if it is known to be zero.
+
+    Without a kappa, n and m may differ.
+    """
     if np.ndim(pairing) != 0:
         raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
     check_number("pairing", pairing, positive=False)
     if isinstance(pairing, Tracer):
         return pairing
     if np.isinf(pairing):
-        raise ValueError("pairing must be finite, got inf; its limit is paired_l2")
+        raise ValueError(
+            "pairing must be finite, got inf; use paired_l2, which is its limit"
+        )
     return None if np.asarray(pairing) == 0 else pairing
 
 
@@ -70,47 +78,50 @@ def wasserstein(
     max_iterations: int = 2000,
     compat: str | None = None,
 ) -> tuple[jax.Array, Stats]:
-    r"""Computes the squared 2-Wasserstein distance of two samples, W2(E).
+    r"""Computes the squared 2-Wasserstein distance between two samples, W2(E).
 
     .. math:: W_2^2(x, y) = \min_{P \in \Gamma(1/n, 1/m)}
               \sum_{ij} P_{ij} \big(\|x_i - y_j\|^2 + \kappa\, 1_{i \ne j}\big)
 
-    The gradient is ``2 sum_j P_ij (x_i - y_j)`` at the optimal plan.  Do not use a
-    large weight with it: it pairs features across classes.
+    The gradient is ``2 sum_j P_ij (x_i - y_j)`` at the optimal plan.  The plan may
+    match features of different classes, so a large weight of this distance harms
+    training.
 
     Cost: n² d + iterations n², three solves if debiased; n² d + n³ at most if exact.
-    Gradient: as above, less half of those within each cloud if debiased; plan, epsilon
-    and kappa are constants.  Not for: classes that must not mix (`class_wasserstein`),
-    nor second derivatives.
+    Gradient: as above; if debiased, minus half of the gradients within each sample.
+    The plan, epsilon and kappa are constants.  Not for: keeping classes apart
+    (`class_wasserstein`), nor second derivatives.
 
     Args:
       x: student features, shape ``[n, d]``.
-      y: teacher features, shape ``[m, d]``; ``n != m`` is allowed unless the solver
-        is "exact" or there is a ``pairing``.
-      pairing: kappa, what it costs to move a sample to another one's place, in units
-        of the squared distance, a constant; 0 is the Wasserstein distance, which pairs
-        whom it likes, and with growing kappa the value rises to `paired_l2` (of
-        the "entropic" one plus ``epsilon log n``).
-      solver: ``"sinkhorn"``, the debiased Sinkhorn divergence: within 5 % of the
-        exact value for unrelated clouds, equal to 6 digits once the student follows
-        the teacher; ``"entropic"``, the biased ``OT_eps``; ``"exact"``, by
-        assignment.
-      epsilon: entropic weight in units of the squared distance; None is 0.02 times
-        the mean squared distance, as a constant.  Less than the costs' round-off
-        counts as that.
-      threshold: L1 error of a marginal at which Sinkhorn stops.
-      max_iterations: at which it stops anyway; above ten, in whole tens.
+      y: teacher features, shape ``[m, d]``; ``n != m`` is allowed unless the solver is
+        "exact" or ``pairing`` is positive.
+      pairing: kappa, a constant: cost added to matching different samples (i ≠ j), in
+        units of the squared distance.  0 gives the plain Wasserstein distance.  As
+        kappa grows, the value rises to `paired_l2` (with "entropic", to that plus
+        ``epsilon log n``).
+      solver: ``"sinkhorn"`` is the debiased Sinkhorn divergence, within 5 % of the
+        exact value for unrelated samples and equal to 6 digits once the student follows
+        the teacher; ``"entropic"`` is the biased ``OT_eps``; ``"exact"`` solves an
+        assignment problem.
+      epsilon: entropic weight in units of the squared distance.  None takes 0.02 times
+        the mean squared distance, as a constant.  A number below the round-off of the
+        costs is raised to it.
+      threshold: L1 error of the marginals at which Sinkhorn stops.
+      max_iterations: largest number of Sinkhorn iterations; above ten, they run in
+        whole tens.
       compat: ``"released"`` is ``solver="exact"``.
 
     Returns:
-      Scalar, squared distance, averaged over samples.
+      Scalar: squared distance, averaged over samples.
 
     Raises:
-      ValueError: shapes, dtypes, an unknown solver, ``pairing < 0``, ``n != m`` for
-        "exact" or with ``pairing``.
+      ValueError: wrong shapes or dtypes, an unknown solver, ``pairing < 0``, or
+        ``n != m`` with "exact" or with ``pairing``.
 
     References:
-      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), empirical case; kappa is ours.
+      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), empirical case.  The option
+      ``pairing`` is not in the paper.
 
     Examples:
       >>> x = jnp.array([[0.0], [1.0]])
@@ -156,33 +167,34 @@ def class_wasserstein(
 
     .. math:: \sum_c w_c W_2^2(x_{|c}, y_{|c}), \quad w_c = 1 / n_{classes}
 
-    One transport problem whose mask forbids pairs of different classes: its plan is
-    block-diagonal, and it costs what `wasserstein` costs, at 10 classes or 1000.
-    Classes absent from the batch have no part; a class with one sample pairs it
-    with itself.
+    All classes are one transport problem with a mask that forbids pairs of different
+    classes.  Its plan is block-diagonal, and it costs as much as `wasserstein`, for 10
+    classes as for 1000.  Classes without a sample in the batch are left out; a class
+    with one sample matches it with itself.
 
     Cost: n² d + iterations n².  Gradient: that of `wasserstein` within each class.
-    Not for: batches in which most classes have one sample: those are then paired, as
-    by `paired_l2`.
+    Not for: batches in which most classes have one sample: matching is then the same as
+    in `paired_l2`.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones carry no weight.
-      num_classes: checks concrete labels, nothing else.
-      reduction: ``"mean"`` over the classes present (the paper), ``"weighted"`` by
-        class frequency, ``"sum"`` (the released code).
-      solver: as in `wasserstein`; all three are right on unbalanced classes.
-      epsilon: as in `wasserstein`; None takes the mean over same-class pairs.
+      labels: class labels, int, shape ``[n]``; negative labels have no weight.
+      num_classes: number of classes, used only to check labels that are not traced.
+      reduction: ``"mean"`` averages over the classes present (the paper),
+        ``"weighted"`` weighs classes by their frequency, ``"sum"`` adds them (the
+        released code).
+      solver: as in `wasserstein`; all three also handle unbalanced classes.
+      epsilon: as in `wasserstein`; None takes the mean over pairs of one class.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
       compat: ``"released"`` is ``solver="exact", reduction="sum"``.
 
     Returns:
-      Scalar, squared distance, averaged over samples within a class.
+      Scalar: squared distance, averaged over samples within each class.
 
     Raises:
-      ValueError: shapes, dtypes, labels, unknown options.
+      ValueError: wrong shapes, dtypes or labels, or an unknown option.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
@@ -199,7 +211,8 @@ def class_wasserstein(
         solver=(solver, "sinkhorn", "exact"),
     )
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
-    # Solved at mass 1; "sum" is rescaled.  All-padding batches have mass 0.
+    # The problem is solved at mass 1, and "sum" is rescaled.  A batch without labels
+    # has mass 0.
     a = groups.weights / jnp.maximum(groups.mass, 1)
     within = lambda side: squared_distances(*((x, x), (y, y))[side])
     between = squared_distances(x, y)
@@ -224,7 +237,7 @@ def _probs_cost(logits_x, logits_y):
 
 
 def _kl_cost(logits_x, logits_y):
-    """KL(student_i || teacher_j) for all pairs."""
+    """Computes KL(student_i || teacher_j) for all pairs."""
     log_p = jax.nn.log_softmax(logits_x)
     p = jnp.exp(log_p)
     log_q = jax.nn.log_softmax(logits_y)
@@ -239,21 +252,24 @@ LABEL_COSTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 
 
 def _check_joint(x, y, logits_x, logits_y, same_rows):
-    """All four in one float dtype, a row per sample."""
+    """Casts all four arrays to one float dtype and checks that their samples agree."""
     x, y = check_pair(x, y, same_rows=same_rows)
     logits_x, logits_y = check_pair(logits_x, logits_y, names=("logits_x", "logits_y"))
     if logits_x.shape[0] != x.shape[0] or logits_y.shape[0] != y.shape[0]:
         raise ValueError(
-            "logits_x and logits_y must have a row per sample of x and y, got "
+            "logits_x and logits_y must hold the samples of x and y, got "
             f"{logits_x.shape[0]} and {logits_y.shape[0]} rows for "
-            f"{x.shape[0]} and {y.shape[0]}"
+            f"{x.shape[0]} and {y.shape[0]}; pass the outputs of one batch"
         )
     dtype = jnp.promote_types(x.dtype, logits_x.dtype)
     return [z.astype(dtype) for z in (x, y, logits_x, logits_y)]
 
 
 def _released_joint_cost(x, label_costs):
-    """The released code's: features of the student to *itself*, a constant."""
+    """Computes the released code's cost: of the student's features to *themselves*.
+
+    The part of the features is a constant.
+    """
     features = constant(squared_distances(x, x))
     largest = jnp.max(features)
     return features / jnp.where(largest > 0, largest, 1) + label_costs
@@ -281,13 +297,13 @@ def joint_wasserstein(
               \big(\|x_i - y_j\|^2 + \beta\, \ell(s_i, t_j)
               + \kappa\, 1_{i \ne j}\big)
 
-    ``s`` and ``t`` are the predictions of student and teacher.  With ``beta=1`` the
-    labels move the value by 0.04 to 0.2 % only (features weigh in the hundreds), so
-    the default is the largest feature cost.
+    ``s`` and ``t`` are the predictions of student and teacher.  Squared distances of
+    features are often in the hundreds: with ``beta=1`` the labels change the value by
+    only 0.04 to 0.2 %.  The default for beta is therefore the largest feature cost.
 
-    Cost: n² (d + k) + iterations n².  Gradient: by features and logits, at the plan
-    found; epsilon and beta are constants.  Not for: large weights: where predictions
-    are still wrong, the plan moves samples to other classes.
+    Cost: n² (d + k) + iterations n².  Gradient: with respect to features and logits, at
+    the plan found; epsilon and beta are constants.  Not for: large weights: while
+    predictions are still wrong, the plan moves samples to other classes.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -296,25 +312,25 @@ def joint_wasserstein(
       logits_y: teacher logits, shape ``[m, k]``.
       beta: weight of the label cost; ``"max"`` is the largest feature cost as a
         constant (the released code's scaling, up to a factor).
-      label_cost: ``"probs"``, squared distance of softmax outputs, in [0, 2];
-        ``"logits"``, of raw logits; ``"kl"``, ``KL(student_i || teacher_j)``, which
-        is not symmetric, so that the debiased value may fall below zero at a large
+      label_cost: ``"probs"`` is the squared distance of softmax outputs, in [0, 2];
+        ``"logits"`` is that of raw logits; ``"kl"`` is ``KL(student_i || teacher_j)``,
+        which is not symmetric, so that the debiased value may be negative at a large
         ``epsilon``.
       pairing: kappa, as in `wasserstein`; needs ``n = m``.
       solver: as in `wasserstein`.
-      epsilon: as in `wasserstein`, from the joint cost without kappa.
+      epsilon: as in `wasserstein`, computed from the joint cost without kappa.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
-      compat: ``"released"`` is the cost that the released code computes: squared
-        distances of the *student to itself*, divided by the largest, without
-        gradient, plus that of raw logits (or "kl"); exact.  It does not see the
-        teacher's features.
+      compat: ``"released"`` takes the cost of the released code: squared distances of
+        the *student to itself*, divided by the largest, without gradient, plus the cost
+        of raw logits (or "kl").  The plan is exact.  The teacher's features have no
+        part in this cost.
 
     Returns:
-      Scalar, squared distance, averaged over samples.
+      Scalar: squared distance, averaged over samples.
 
     Raises:
-      ValueError: shapes, dtypes, unknown options.
+      ValueError: wrong shapes or dtypes, or an unknown option.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), joint case.

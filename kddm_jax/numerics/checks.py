@@ -60,7 +60,7 @@ def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any
 
 
 def check_number(
-    name: str, value: float | jax.Array, *, positive: bool, cure: str = ""
+    name: str, value: float | jax.Array, *, positive: bool, hint: str = ""
 ) -> None:
     """Checks a number's sign where it is known: traced ones pass.
 
@@ -68,7 +68,7 @@ def check_number(
       name: the argument's name, for the message.
       value: a number, or a scalar array.
       positive: whether zero is wrong, too.
-      cure: ends the message.
+      hint: end of the message, which says how to fix it.
 
     Raises:
       ValueError: a negative number, NaN, or zero if ``positive``.
@@ -78,7 +78,7 @@ def check_number(
     number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
     if not (number > 0 if positive else number >= 0):
         wanted = "positive" if positive else "a number >= 0"
-        raise ValueError(f"{name} must be {wanted}, got {value}{cure}")
+        raise ValueError(f"{name} must be {wanted}, got {value}{hint}")
 
 
 def as_float(name: str, x: jax.Array) -> jax.Array:

@@ -340,8 +340,8 @@ def _prepared(costs, solver, epsilon, max_iterations, floor):
             "pass None"
         )
     if epsilon is not None:
-        cure = "; None chooses it from the cost"
-        check_number("epsilon", epsilon, positive=True, cure=cure)
+        hint = "; None chooses it from the cost"
+        check_number("epsilon", epsilon, positive=True, hint=hint)
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     dtype = costs.xy.dtype
