@@ -15,13 +15,13 @@ from kddm_jax.numerics.linalg import matmul
 
 
 class Classes(NamedTuple):
-    """Same-class mask and weights of a labelled batch; nothing has a class axis.
+    """Same-class mask and weights of a labelled batch, without a class axis.
 
     Attributes:
       same: ``[n, n]``, 1 where two samples share a class, else 0.
-      counts: ``[n]``, size of each sample's class (1 for padding).
-      weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 for padding.
-      mass: scalar, the sum of ``weights``: 1, or the number of classes for "sum".
+      counts: ``[n]``, size of each sample's class (1 without a label).
+      weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 without a label.
+      mass: scalar, sum of ``weights``: 1, or the number of classes for "sum".
     """
 
     same: jax.Array
@@ -34,19 +34,19 @@ REDUCTIONS = ("mean", "weighted", "sum")
 
 
 def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
-    """Makes the same-class mask and the weights of the classes present.
+    """Computes the same-class mask and the weights of the classes in a batch.
 
     Args:
-      labels: int, shape ``[n]``; negative labels are padding, of weight zero.
-      reduction: ``"mean"`` gives each class present the weight ``1 / n_present``,
+      labels: int, shape ``[n]``; negative labels have weight zero.
+      reduction: weight of each class present: ``"mean"`` gives ``1 / n_present``,
         ``"weighted"`` its frequency ``n_c / n``, ``"sum"`` 1.
-      dtype: of the arrays returned.
+      dtype: dtype of the arrays returned.
 
     Returns:
       `Classes`.
 
     Raises:
-      ValueError: unknown ``reduction``.
+      ValueError: an unknown ``reduction``.
 
     Examples:
       >>> classes(jnp.array([0, 0, 5, -1]), reduction="mean", dtype=jnp.float32).weights
@@ -69,14 +69,14 @@ def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
 
 
 def class_means(x: jax.Array, groups: Classes) -> jax.Array:
-    """Averages over each sample's class.
+    """Computes the mean of each sample's class.
 
     Args:
       x: shape ``[n, d]``.
-      groups: from `classes`.
+      groups: result of `classes`.
 
     Returns:
-      Shape ``[n, d]``: row i is the mean of the class of sample i (0 for padding).
+      Shape ``[n, d]``: row i is the mean of the class of sample i (0 without a label).
 
     Examples:
       >>> groups = classes(jnp.array([0, 0, 1]), reduction="mean", dtype=jnp.float32)
@@ -93,20 +93,20 @@ def labelled_pair(
     num_classes: int | None,
     reduction: str,
 ) -> tuple[jax.Array, jax.Array, Classes]:
-    """Checks what a class-conditional distance takes and masks its classes.
+    """Checks the arguments of a class-conditional distance and masks its classes.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones are padding.
-      num_classes: if given, concrete labels must lie below it.
+      labels: int, shape ``[n]``; negative labels mean no label.
+      num_classes: if given, labels that are not traced must be less than this.
       reduction: as in `classes`.
 
     Returns:
       ``(x, y, groups)``, the features as float32 or float64.
 
     Raises:
-      ValueError: shapes, dtypes, labels, unknown ``reduction``.
+      ValueError: wrong shapes, dtypes or labels, or an unknown ``reduction``.
     """
     x, y = check_pair(x, y, same_rows=True)
     labels = check_labels(labels, x.shape[0], num_classes=num_classes)

@@ -12,14 +12,14 @@ from kddm_jax.numerics.linalg import HIGHEST
 
 
 def adaptive_cells(size: int, count: int) -> np.ndarray:
-    """Finds which of ``size`` positions each of ``count`` adaptive cells covers.
+    """Computes which of ``size`` positions each of ``count`` adaptive cells covers.
 
-    Cell k runs from floor(k size / count) to ceil((k + 1) size / count), as adaptive
-    pooling has it: cells overlap where ``count`` does not divide ``size``.
+    Cell k covers floor(k size / count) to ceil((k + 1) size / count), as in adaptive
+    pooling.  Cells overlap if ``count`` does not divide ``size``.
 
     Args:
-      size: positions along a side.
-      count: cells along it.
+      size: number of positions along a side.
+      count: number of cells along it.
 
     Returns:
       Ones and zeros, float64, shape ``[count, size]``.
@@ -39,10 +39,10 @@ def average_pool(maps: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
     Args:
       maps: shape ``[b, h, w, c]``.
-      grid: cells along height and width.
+      grid: numbers of cells along height and width.
 
     Returns:
-      Shape ``[b, *grid, c]``; the maps themselves where they have that size.
+      Shape ``[b, *grid, c]``; the maps themselves if they have that size.
 
     Examples:
       >>> maps = jnp.arange(4.0).reshape(1, 1, 4, 1)

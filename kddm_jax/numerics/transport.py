@@ -1,11 +1,10 @@
 """Optimal transport on a cost matrix of static shape; the only file that imports ott.
 
-Every solver here takes a cost ``[n, m]`` and weights ``a [n]``, ``b [m]`` and gives
-a value with the derivative ``<P, dC>``, ``P`` the optimal plan (the envelope
-theorem), epsilon and weights being constants.  A class-conditional problem is the
-same problem under a mask: pairs of different classes cost one finite number that
-no plan pays, so that the plan falls into blocks, one per class, and costs what the
-unconditional one costs.
+Each solver takes a cost ``[n, m]`` and weights ``a [n]``, ``b [m]`` and returns a value
+with the derivative ``<P, dC>``, ``P`` the optimal plan (the envelope theorem); epsilon
+and weights are constants.  A class-conditional problem is the same problem with a mask:
+pairs of different classes get one finite cost that is too high for any plan.  The plan
+is then block-diagonal, one block for each class, and is found at the same cost.
 """
 
 import warnings
@@ -24,17 +23,17 @@ from kddm_jax.numerics.solver import Stats
 
 
 class Costs(NamedTuple):
-    """A transport problem between x and y and what its debiasing needs.
+    """Transport problem between x and y, with the costs that debiasing needs.
 
     Attributes:
-      xy: costs between the clouds, shape ``[n, m]``.
+      xy: costs between x and y, shape ``[n, m]``.
       xx: costs within x, ``[n, n]``; may be None unless the solver is "sinkhorn".
-      yy: costs within y, ``[m, m]``; the same.
+      yy: costs within y, ``[m, m]``, or None likewise.
       a: weights of x, shape ``[n]``, of sum 1.
       b: weights of y, shape ``[m]``, of sum 1.
       same: 1 where transport is allowed, ``[n, n]``, or None for everywhere.
-      pairing: what every pair of different samples, i != j, costs besides, a scalar;
-        None for nothing.  It has no part in the default epsilon.
+      pairing: cost added to pairs of different samples, i != j, a scalar, or None.
+        The default epsilon does not depend on it.
     """
 
     xy: jax.Array
@@ -47,10 +46,10 @@ class Costs(NamedTuple):
 
 
 def mean_cost(costs: Costs) -> jax.Array:
-    """Averages the x-y cost, over the pairs of each class where there is a mask.
+    """Computes the mean x-y cost, over pairs of one class if there is a mask.
 
     Args:
-      costs: the problem; only ``xy``, the weights and the mask are read.
+      costs: transport problem; only ``xy``, the weights and the mask are used.
 
     Returns:
       Scalar: ``sum_ij a_i b_j C_ij``, or ``sum_c w_c mean_c`` under a mask.
@@ -62,10 +61,10 @@ def mean_cost(costs: Costs) -> jax.Array:
 
 
 def _paired(costs):
-    """The problem whose costs hold the price of pairs i != j.
+    """Adds the cost of pairs i != j to all three costs.
 
-    Of all three costs, since it is a distance of its own, between the samples' indices:
-    the divergence of a cloud from itself stays zero.
+    It is a distance between the indices of samples.  Since xx and yy get it too, the
+    divergence between a sample and itself remains zero.
     """
     if costs.pairing is None:
         return costs
@@ -77,9 +76,12 @@ def _paired(costs):
 
 
 def _rounding(costs):
-    """Round-off of the largest cost: beside it, exp((f + g - C) / epsilon) is noise."""
+    """Computes the round-off of the largest cost.
+
+    With a smaller epsilon, exp((f + g - C) / epsilon) is noise.
+    """
     sides = [cost for cost in (costs.xy, costs.xx, costs.yy) if cost is not None]
-    if costs.same is not None:  # padding may hold anything
+    if costs.same is not None:  # samples without a label may be NaN
         sides = [jnp.where(costs.same > 0, cost, 0) for cost in sides]
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(cost)) for cost in sides]))
     return jnp.finfo(largest.dtype).eps * largest
@@ -93,7 +95,7 @@ def _block(cost, same, epsilon):
     """Forbids pairs of different classes by one finite cost.
 
     Dual potentials lie within a few times the largest cost, so this number keeps
-    exp((f + g - C) / epsilon) at zero, and float32 still resolves f and g beside it.
+    exp((f + g - C) / epsilon) at zero, and float32 still resolves f and g.
     """
     if same is None:
         return cost
@@ -102,10 +104,10 @@ def _block(cost, same, epsilon):
 
 @cache
 def _ott():
-    """The parts of ott that are used, imported by the first solve.
+    """Imports the parts of ott that are used, at the first solve.
 
-    ott takes 1.5 s and loads matplotlib, which no user of the closed forms needs, and
-    jaxopt, which warns that it is no longer maintained: ott's affair, not the user's.
+    ott takes 1.5 s to import.  It loads Matplotlib, which closed forms do not need, and
+    jaxopt, which warns that it is no longer maintained.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -155,7 +157,7 @@ def solve_entropic(
     solver = Sinkhorn(
         threshold=threshold,
         max_iterations=max_iterations,
-        # ott looks at the error once in so many updates, and runs whole ones
+        # ott checks the error once in this many updates.
         inner_iterations=min(10, max_iterations),
         use_danskin=False,
         **options,
@@ -194,7 +196,7 @@ def _entropic_jvp(threshold, max_iterations, symmetric, primals, tangents):
 
 
 def _sinkhorn_divergence(costs, epsilon, threshold, max_iterations):
-    """OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2."""
+    """Computes OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2."""
     solve = lambda cost, a, b, symmetric: _entropic(
         cost, a, b, costs.same, epsilon, threshold, max_iterations, symmetric
     )
@@ -213,7 +215,7 @@ def _sinkhorn_divergence(costs, epsilon, threshold, max_iterations):
 
 
 def _entropic_cost(costs, epsilon, threshold, max_iterations):
-    """OT_eps(x, y) = <P, C> + eps KL(P | a x b), per class under a mask."""
+    """Computes OT_eps(x, y) = <P, C> + eps KL(P | a x b), per class with a mask."""
     value, stats = _entropic(
         costs.xy,
         costs.a,
@@ -235,12 +237,12 @@ def _entropic_cost(costs, epsilon, threshold, max_iterations):
 
 
 def _shifted_by_duals(cost, same):
-    """Cost minus dual potentials: the same assignment, found 5 times sooner.
+    """Subtracts dual potentials: the assignment is the same, found 5 times sooner.
 
-    Hungarian search starts from zero duals and an empty matching.  Ten cheap
-    Sinkhorn updates (n = 128: 0.2 ms) leave most rows a zero of their own: 1.1 ms
-    in place of 5.4 on two unrelated clouds.  Shifts of rows and columns change no
-    optimum, so the result stays exact however rough these duals are.
+    The Hungarian search starts from zero duals and an empty matching.  After ten cheap
+    Sinkhorn updates (n = 128: 0.2 ms) most rows have a zero of their own, so the search
+    takes 1.1 ms instead of 5.4 for two unrelated samples.  Shifts of rows and columns
+    do not change the optimum, so the result is exact however rough these duals are.
     """
     cost = cost - jnp.min(cost, axis=1, keepdims=True)
     cost = cost - jnp.min(cost, axis=0, keepdims=True)
@@ -305,10 +307,11 @@ def _assignment_jvp(primals, tangents):
 
 
 def _assignment_cost(costs, epsilon, threshold, max_iterations):
-    """Min over permutations of sum_i a_i C[i, p(i)]: exact for equal weights.
+    """Computes the minimum over permutations of sum_i a_i C[i, p(i)].
 
-    Under a class mask every class's block is optimal by itself, whatever the
-    weights of the classes; padding is matched with padding at weight zero.
+    It is exact for equal weights.  With a mask, the block of each class is optimal by
+    itself, whatever the weights of the classes; samples without a label are matched
+    with each other at weight zero.
     """
     del epsilon, threshold, max_iterations
     value = _assignment(costs.xy, costs.a, costs.same)
@@ -326,7 +329,7 @@ SOLVERS: Mapping[str, Callable] = MappingProxyType(
 
 
 def _prepared(costs, solver, epsilon, max_iterations, floor):
-    """Checks the options; gives all costs and the epsilon in their units."""
+    """Checks the options and returns all costs, and the epsilon in their units."""
     check_choice("solver", solver, SOLVERS)
     n, m = costs.xy.shape
     if solver == "exact" and n != m:
@@ -337,7 +340,7 @@ def _prepared(costs, solver, epsilon, max_iterations, floor):
     if costs.pairing is not None and n != m:
         raise ValueError(
             f"pairing needs as many samples in x as in y, got n={n} and m={m}; "
-            "pass None"
+            "leave pairing out"
         )
     if epsilon is not None:
         hint = "; None chooses it from the cost"
@@ -362,14 +365,14 @@ def transport_cost(
     max_iterations: int = 2000,
     floor: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, Stats]:
-    r"""Solves a transport problem by one of `SOLVERS`.
+    r"""Computes the cost of a transport problem by one of `SOLVERS`.
 
     .. math:: OT_\epsilon = \min_P \langle P, C\rangle
               + \epsilon\, KL(P \,|\, a \otimes b), \quad
               d\,OT_\epsilon = \langle P, dC\rangle
 
     Args:
-      costs: the problem, of mass 1.
+      costs: transport problem of mass 1.
       solver: ``"sinkhorn"``, the debiased divergence ``OT_eps(x, y) - OT_eps(x, x)/2
         - OT_eps(y, y)/2``; ``"entropic"``, ``OT_eps`` itself; ``"exact"``, by
         assignment.
@@ -377,14 +380,15 @@ def transport_cost(
         a constant.  One number serves all terms of the divergence; it is never less
         than the round-off of the largest cost.
       threshold: largest L1 error of a marginal at which Sinkhorn stops.
-      max_iterations: at which it stops anyway; above ten, in whole tens.
-      floor: the least epsilon that None may give: the round-off of the costs.
+      max_iterations: largest number of iterations; above ten, they run in whole tens.
+      floor: smallest epsilon that None may give: the round-off of the costs.
 
     Returns:
       ``(value, stats)``, scalars.
 
     Raises:
-      ValueError: unknown solver, bad epsilon, ``n != m`` for ``"exact"``.
+      ValueError: an unknown solver, an epsilon that is not positive, or ``n != m`` with
+        ``"exact"``.
 
     References:
       Cuturi, Sinkhorn distances, 2013 (arXiv 1306.0895).  Feydy et al.,
@@ -404,16 +408,16 @@ def transport_plan(
     max_iterations: int = 2000,
     floor: jax.Array | float = 0.0,
 ) -> jax.Array:
-    r"""Computes the plan from x to y whose cost `transport_cost` measures.
+    r"""Computes the optimal plan of a transport problem, from x to y.
 
     .. math:: P \in \arg\min_P \langle P, C\rangle
               + \epsilon\, KL(P \,|\, a \otimes b)
 
-    To look at: it has no derivative rule.  A debiased divergence has three plans; this
-    is the one between the clouds.
+    The plan is for inspection and has no derivative rule.  A debiased divergence has
+    three plans; this is the one between x and y.
 
     Args:
-      costs: the problem, of mass 1; ``xx`` and ``yy`` may be None.
+      costs: transport problem of mass 1; ``xx`` and ``yy`` may be None.
       solver: as in `transport_cost`.
       epsilon: as in `transport_cost`.
       threshold: as in `transport_cost`.
@@ -424,7 +428,7 @@ def transport_plan(
       The plan, shape ``[n, m]``, of sum 1; its rows sum to ``a``, its columns to ``b``.
 
     Raises:
-      ValueError: as `transport_cost`.
+      ValueError: as in `transport_cost`.
 
     References:
       Peyré and Cuturi, Computational optimal transport, 2019 (arXiv 1803.00567),
