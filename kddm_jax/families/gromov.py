@@ -1,4 +1,4 @@
-"""Gromov-Wasserstein distance: transport that compares distances within each sample.
+"""Gromov-Wasserstein distance: compares the distances within x and within y.
 
 With P the plan, A and B the distances within x and within y, and a square loss,
 
@@ -138,7 +138,7 @@ def _gromov_entropic_jvp(primals, tangents):
 def _repeated(cost_x, cost_y):
     """Repeats the samples of both sides until their numbers agree.
 
-    Repetition does not change the distribution of a sample.
+    Repetition does not change their distributions.
     """
     n, m = len(cost_x), len(cost_y)
     common = math.lcm(n, m)
@@ -226,11 +226,11 @@ def gromov_wasserstein(
     .. math:: \min_{P \in \Gamma(1/n, 1/m)} \sum_{ijkl}
               \big(d(x_i, x_k) - d(y_j, y_l)\big)^2 P_{ij} P_{kl}
 
-    Only distances within each sample are compared, so the widths may differ, and moving
-    or rotating either side changes nothing.  The problem is not convex: the value is
-    that of a local minimum, an upper bound of the global one, found from two starts
-    (samples paired as given, and by their mean distance).  It is zero for isometric
-    samples in the same order.
+    Only distances within x and within y are compared, so the widths may differ, and
+    moving or rotating either side changes nothing.  The problem is not convex: the
+    value is that of a local minimum, an upper bound of the global one, found from two
+    starts (samples paired as given, and by their mean distance).  It is zero for
+    isometric samples in the same order.
 
     Cost: n² d + iterations n³.  Gradient: that of the value at the plan found.
     Not for: batches of many hundred samples, or a student of the teacher's width, for

@@ -88,9 +88,9 @@ def wasserstein(
     training.
 
     Cost: n² d + iterations n², three solves if debiased; n² d + n³ at most if exact.
-    Gradient: as above; if debiased, minus half of the gradients within each sample.
-    The plan, epsilon and kappa are constants.  Not for: keeping classes apart
-    (`class_wasserstein`), nor second derivatives.
+    Gradient: as above; if debiased, minus half of those of the terms within x and
+    within y.  The plan, epsilon and kappa are constants.  Not for: keeping classes
+    apart (`class_wasserstein`), nor second derivatives.
 
     Args:
       x: student features, shape ``[n, d]``.
