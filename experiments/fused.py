@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kddm_jax import DISTANCES, Distance, joint_wasserstein, wasserstein
-from kddm_jax.linalg import constant, squared_distances
-from kddm_jax.transport import Costs, transport_plan
+from kddm_jax.numerics.linalg import constant, squared_distances
+from kddm_jax.numerics.transport import Costs, transport_plan
 
 
 def _deviation(y):

@@ -37,9 +37,16 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from kddm_jax import Distance, Term, distill_loss
-from kddm_jax.alignment import cka, feature_gram, linear_projection, procrustes
-from kddm_jax.logits import kd
+from kddm_jax import (
+    Distance,
+    Term,
+    cka,
+    distill_loss,
+    feature_gram,
+    kd,
+    linear_projection,
+    procrustes,
+)
 from kddm_jax.losses import cross_entropy
 
 CHARACTERS = 128  # ASCII; any other character reads as "?"

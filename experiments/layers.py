@@ -22,8 +22,7 @@ from problems import Problem
 from rich.console import Console
 from settings import FEATURE_ONLY, UserError, weight_of
 
-from kddm_jax import adapters, data
-from kddm_jax.logits import class_cost_cka
+from kddm_jax import adapters, class_cost_cka, data
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
 WIDEST = 262_144  # features of a sample; larger maps are max-pooled, as in the paper

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
 
 from kddm_jax import class_wasserstein, paired_l2, wasserstein
-from kddm_jax.transport import Costs, transport_cost
+from kddm_jax.numerics.transport import Costs, transport_cost
 
 # Of the root mean squared norm of the features: squares in float64 are exact to 1e-16
 # of theirs, roots of what is left near zero to 1e-8.

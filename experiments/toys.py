@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax import gaussian_wasserstein, wasserstein
-from kddm_jax.linalg import classes, squared_distances
-from kddm_jax.transport import Costs, transport_plan
+from kddm_jax.numerics.classes import classes
+from kddm_jax.numerics.linalg import squared_distances
+from kddm_jax.numerics.transport import Costs, transport_plan
 
 
 def optimal_plan(

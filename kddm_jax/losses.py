@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kddm_jax.checks import as_float, check_choice, check_labels, check_number
 from kddm_jax.distances import DISTANCES, Distance
-from kddm_jax.linalg import average_pool
+from kddm_jax.numerics.checks import as_float, check_choice, check_labels, check_number
+from kddm_jax.numerics.pooling import average_pool
 
 DEFAULT_WEIGHT = 1e-3
 Features = jax.Array | Mapping[str, jax.Array]

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.checks import as_float, check_labels, check_number
-from kddm_jax.linalg import matmul
+from kddm_jax.numerics.checks import as_float, check_labels, check_number
+from kddm_jax.numerics.linalg import matmul
 
 # The released code's two quirks, as options: `knowledge_quality(f, y, **RELEASED)`.
 RELEASED: Mapping[str, object] = MappingProxyType(

@@ -22,9 +22,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kddm_jax.checks import check_choice
 from kddm_jax.distances import Distance
 from kddm_jax.losses import Term, carries_weights, distill_loss
+from kddm_jax.numerics.checks import check_choice
 
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
 Metrics = dict[str, jax.Array]
@@ -34,7 +34,7 @@ AXIS = "batch"
 
 
 class Outputs(Protocol):
-    """What a model gives: ``resnet.Outputs``, or anything with these attributes."""
+    """What a model gives: ``adapters.Outputs``, or anything with these attributes."""
 
     logits: jax.Array
     features: jax.Array

@@ -454,9 +454,9 @@ def normalized(x):
     return centred / np.linalg.norm(centred)
 
 
-def procrustes(x, y, *, normalize=True):
+def procrustes(x, y, *, unit_norm=True):
     """min_Q ||x - y Q||^2, the narrower side padded with zeros; Q by SciPy."""
-    x, y = (normalized(x), normalized(y)) if normalize else (x, y)
+    x, y = (normalized(x), normalized(y)) if unit_norm else (x, y)
     width = max(x.shape[1], y.shape[1])
     x, y = (np.pad(z, [(0, 0), (0, width - z.shape[1])]) for z in (x, y))
     rotation, _ = orthogonal_procrustes(y, x)
@@ -464,9 +464,9 @@ def procrustes(x, y, *, normalize=True):
     return ((x - y @ rotation) ** 2).sum()
 
 
-def feature_gram(x, y, *, normalize=True):
+def feature_gram(x, y, *, unit_norm=True):
     """sum_ij (<x_i, x_j> - <y_i, y_j>)^2."""
-    x, y = (normalized(x), normalized(y)) if normalize else (x, y)
+    x, y = (normalized(x), normalized(y)) if unit_norm else (x, y)
     inner = lambda z: np.array([[a @ b for b in z] for a in z])
     return ((inner(x) - inner(y)) ** 2).sum()
 

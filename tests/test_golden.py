@@ -14,7 +14,7 @@ import reference
 from inputs import BALANCED, MAPS_X, MAPS_Y, UNBALANCED, Y5, S, T, X, Y
 
 import kddm_jax
-from kddm_jax.distances import _sliced
+from kddm_jax.families.sliced import _sliced
 
 pytestmark = pytest.mark.usefixtures("x64")
 

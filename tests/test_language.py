@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import kddm_jax
-from kddm_jax import distill_loss
-from kddm_jax.alignment import procrustes
+from kddm_jax import distill_loss, procrustes
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))

@@ -182,6 +182,7 @@ def test_rows_fit_their_functions(name):
     assert len(arrays) == len(row.inputs) + pairs
     for option in row.options:
         assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
+    assert row.diagnose == getattr(row.fn, "diagnose", None)
 
 
 def test_rows_have_different_titles():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.linalg import average_pool
+from kddm_jax.numerics.pooling import average_pool
 
 NAME = "projectors"
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it

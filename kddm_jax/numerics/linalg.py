@@ -1,12 +1,11 @@
-"""Linear algebra of the distances: nuclear norms, square roots, class masks.
+"""Linear algebra of the distances: nuclear norms, roots, pairwise distances.
 
-One kernel serves most of the library: the nuclear norm ``||M||_* = sum_i s_i(M)``.
-Full Gaussian Wasserstein distances need the one of ``Xc Yc^T`` and Procrustes
-distances the one of ``X^T Y``.  Its derivative is the partial isometry
-``U_r V_r^T`` (Watson, 1992), which exists where the derivative of an
-eigen-decomposition does not: at repeated and at zero singular values.
+Most of the library needs the nuclear norm ``||M||_* = sum_i s_i(M)``: full Gaussian
+Wasserstein distances take that of ``Xc Yc^T``, Procrustes distances that of ``X^T Y``.
+Its derivative is the partial isometry ``U_r V_r^T`` (Watson, 1992), which exists at
+repeated and at zero singular values, where that of an eigen-decomposition does not.
 
-``x`` and ``y`` are samples in rows, ``[n, d]`` and ``[m, d]``.
+``x`` and ``y`` hold samples in rows, ``[n, d]`` and ``[m, d]``.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kddm_jax.checks import as_float, check_choice, check_labels, check_pair
+from kddm_jax.numerics.checks import as_float, check_choice
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -27,9 +25,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def constant(x: jax.Array) -> jax.Array:
     """Returns ``x`` as a constant: its derivative is zero, forward and reverse.
 
-    For numbers made from data that a distance holds fixed (epsilon, bandwidths,
-    ridges).  Unlike ``jax.lax.stop_gradient`` it survives ``chex``'s numerical
-    gradient checks, which replace that function by ones.
+    It is for numbers that a distance computes from data and treats as fixed (epsilon,
+    bandwidths, ridges).  Unlike ``jax.lax.stop_gradient``, it works in the numerical
+    gradient checks of ``chex``, which replace that function by ones.
 
     Args:
       x: any array.
@@ -50,7 +48,9 @@ def _constant_jvp(primals, tangents):
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiplies in full precision (accelerators default to TF32 or bfloat16).
+    """Multiplies two matrices in full precision.
+
+    Accelerators take TF32 or bfloat16 by default.
 
     Args:
       a: matrix, shape ``[n, d]``.
@@ -63,7 +63,7 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """Takes the square root with a zero derivative where ``x <= 0``.
+    """Computes the square root, with a zero derivative for ``x <= 0``.
 
     Args:
       x: array of any shape; negative entries count as zero, NaN stays.
@@ -83,12 +83,14 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 def unit(
     x: jax.Array, *, axis: int | tuple[int, ...], floor: jax.Array | float = 0.0
 ) -> jax.Array:
-    """Divides by the norm along axes; zero, with derivative zero, where it vanishes.
+    """Divides by the norm along axes.
+
+    Where the norm is zero, so are the result and its derivative.
 
     Args:
       x: array of any shape.
-      axis: over which the norm is taken.
-      floor: squared norm up to which ``x`` counts as round-off.
+      axis: axes of the norm.
+      floor: squared norm up to which ``x`` is round-off and counts as zero.
 
     Returns:
       ``x / norm``, same shape.
@@ -99,9 +101,39 @@ def unit(
              [0. , 0. ]], dtype=float32)
     """
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
-    # Below the root of the smallest number 1 / norm^3 of the derivative overflows.
+    # Below the root of the smallest number, 1 / norm^3 of the derivative overflows.
     known = ~(squares <= floor + jnp.finfo(x.dtype).tiny ** 0.5)  # NaN stays
     return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
+
+
+def squared_rounding(x: jax.Array) -> jax.Array:
+    """Estimates the round-off in the squared norm of centred features.
+
+    Args:
+      x: features before they are centred, any shape.
+
+    Returns:
+      Scalar, a constant.
+    """
+    return (10 * jnp.finfo(x.dtype).eps) ** 2 * constant(jnp.sum(x * x))
+
+
+def normalized(x: jax.Array) -> jax.Array:
+    """Centres features and divides them by their Frobenius norm.
+
+    Args:
+      x: features, shape ``[n, d]``.
+
+    Returns:
+      Shape ``[n, d]``, of norm 1; zeros if the features are constant up to round-off.
+
+    Examples:
+      >>> normalized(jnp.array([[1.0], [3.0]]))
+      Array([[-0.7071],
+             [ 0.7071]], dtype=float32)
+    """
+    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    return unit(centred, axis=(0, 1), floor=squared_rounding(x))
 
 
 # ---------------------------------------------------------------------------
@@ -109,7 +141,7 @@ def unit(
 
 
 class _Polar(NamedTuple):
-    """``||M||_*`` and the partial isometry ``U_r V_r^T`` of the same shape as M."""
+    """Nuclear norm of M and its partial isometry ``U_r V_r^T``, of the shape of M."""
 
     norm: jax.Array
     isometry: jax.Array
@@ -159,11 +191,11 @@ def _norm_newton_schulz(matrix):
 
 
 class _Method(NamedTuple):
-    """How a nuclear norm and its derivative are computed.
+    """Algorithm for a nuclear norm and its derivative.
 
     Attributes:
-      norm: the norm alone.
-      polar: norm and isometry.
+      norm: function that computes the norm alone.
+      polar: function that computes norm and isometry.
       rows: a factor with more rows than this times its columns is reduced by QR first.
     """
 
@@ -187,9 +219,9 @@ METHODS = ("auto", *_METHODS)
 # A100, 82 on an RTX 3060 (github.com/tensor4all/tenferro-rs/issues/1720), many times
 # its products' time; on a TPU it is a loop of QR decompositions.
 def _by_method(method, fn, *arrays):
-    """``fn(_Method, *arrays)``; for "auto" by the platform that it is lowered for.
+    """Calls ``fn(_Method, *arrays)``; "auto" chooses by the platform of the program.
 
-    Outside of jit that is the default backend, wherever the arrays lie.
+    Outside of jit that is the default backend, wherever the arrays are.
     """
     if method != "auto":
         return fn(_METHODS[method], *arrays)
@@ -212,21 +244,21 @@ def _nuclear_norm_jvp(method, primals, tangents):
 
 
 def nuclear_norm(matrix: jax.Array, *, method: str = "auto") -> jax.Array:
-    r"""Computes the nuclear norm, the sum of singular values.
+    r"""Computes the nuclear norm of a matrix, the sum of its singular values.
 
     .. math:: \|M\|_* = \sum_i \sigma_i(M),  \quad
               d\|M\|_* = \langle U_r V_r^\top, dM \rangle
 
     Singular values up to ``10 eps`` times the largest (by products: up to about 1e-6
-    times a bound of it) have no part in the derivative: the minimal-norm subgradient.
+    times a bound of it) are left out of the derivative: the minimal-norm subgradient.
 
     Args:
       matrix: shape ``[n, m]``.
-      method: ``"svd"``, or ``"newton_schulz"``: 42 iterations of matrix products
-        alone; its gradient is off by 4e-4 (relative) for well-conditioned, also for
-        rank-deficient, and by 5e-3 for badly scaled inputs.  ``"auto"``:
-        ``"newton_schulz"`` in float32 on accelerators, whose SVD is expected to take
-        many times as long (not measured by us), else ``"svd"``.
+      method: ``"svd"``, or ``"newton_schulz"``: 42 iterations of matrix products.  The
+        relative error of its gradient is 4e-4 for well-conditioned inputs, also if
+        rank-deficient, and 5e-3 for badly scaled ones.  ``"auto"`` takes
+        ``"newton_schulz"`` in float32 on accelerators, where an SVD is expected to take
+        many times as long (not measured here), and ``"svd"`` elsewhere.
 
     Returns:
       Scalar.
@@ -281,7 +313,7 @@ def _cross_gradients(how, x, y):
 
 
 def _reduce_rows(x, ratio):
-    """(Q, R) with Q R = x when x is tall, (None, x) when it is not."""
+    """Returns (Q, R) with Q R = x if x is tall, else (None, x)."""
     n, d = x.shape
     return jnp.linalg.qr(x) if n > ratio * d else (None, x)
 
@@ -293,15 +325,15 @@ def _expand_rows(q, r):
 def cross_nuclear_norm(
     x: jax.Array, y: jax.Array, *, method: str = "auto"
 ) -> jax.Array:
-    r"""Computes the nuclear norm of a product, ``||x y^T||_*``.
+    r"""Computes the nuclear norm of a product of two matrices, ``||x y^T||_*``.
 
     .. math:: \|X Y^\top\|_* = \mathrm{Tr}\,
               \big((S_x^{1/2} S_y S_x^{1/2})^{1/2}\big), \quad
               S_x = X^\top X,\ S_y = Y^\top Y
 
-    One decomposition of side ``min(n, d)`` by ``min(m, d)`` (by products: of ``n`` by
-    ``m`` up to ``2 d``), with a derivative that stays finite for rank-deficient and
-    dead features.
+    It takes one decomposition of side ``min(n, d)`` by ``min(m, d)`` (by products: of
+    ``n`` by ``m`` up to ``2 d``).  Its derivative is finite for rank-deficient and dead
+    features.
 
     Args:
       x: shape ``[n, d]``.
@@ -344,16 +376,16 @@ def _eigh_sqrt(cov):
 # (both eigenvalues zero) the root has no derivative; zero is the limit taken.
 @jax.custom_jvp
 def sqrtm_psd(cov: jax.Array) -> jax.Array:
-    r"""Takes the square root of a positive semi-definite matrix by ``eigh``.
+    r"""Computes the square root of a positive semi-definite matrix by ``eigh``.
 
     .. math:: R R = A, \quad R\, dR + dR\, R = dA
 
-    The derivative is finite at repeated and at zero eigenvalues (where it takes
-    the minimal-norm limit, zero, on the common null space).
+    The derivative is finite at repeated and at zero eigenvalues; on the common null
+    space it is zero, the minimal-norm limit.
 
     Args:
-      cov: symmetric positive semi-definite, shape ``[d, d]``; symmetrised first,
-        negative eigenvalues (round-off) count as zero.
+      cov: symmetric positive semi-definite matrix, shape ``[d, d]``; it is symmetrised
+        first, and negative eigenvalues (round-off) count as zero.
 
     Returns:
       Symmetric root, shape ``[d, d]``.
@@ -385,24 +417,23 @@ def _sqrtm_psd_jvp(primals, tangents):
 
 
 # ---------------------------------------------------------------------------
-# Moments and classes.  A class never becomes an axis: same[i, j] says that samples
-# i and j share a class, and per-class numbers stand once per sample.
+# Pairwise distances.
 
 
 def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
-    r"""Computes all squared Euclidean distances.
+    r"""Computes the squared Euclidean distances between all pairs of samples.
 
     .. math:: C_{ij} = \|x_i - y_j\|^2
 
-    Both clouds are moved by the mean of ``y`` first, which changes no distance
-    and saves the digits that the expansion loses far from the origin.
+    Both sides are shifted by the mean of ``y`` first, which changes no distance and
+    keeps the digits that the expansion loses far from the origin.
 
     Args:
       x: shape ``[n, d]``.
       y: shape ``[m, d]``.
 
     Returns:
-      Shape ``[n, m]``; entries may be negative by round-off, never clamped.
+      Shape ``[n, m]``; elements are not clamped and may be negative by round-off.
 
     Examples:
       >>> squared_distances(jnp.array([[0.0], [3.0]]), jnp.array([[1.0]]))
@@ -416,153 +447,15 @@ def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
     return squares_x + squares_y - 2 * matmul(x, y.T)
 
 
-class Classes(NamedTuple):
-    """Same-class mask and weights of a labelled batch; nothing has a class axis.
-
-    Attributes:
-      same: ``[n, n]``, 1 where two samples share a class, else 0.
-      counts: ``[n]``, size of each sample's class (1 for padding).
-      weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 for padding.
-      mass: scalar, the sum of ``weights``: 1, or the number of classes for "sum".
-    """
-
-    same: jax.Array
-    counts: jax.Array
-    weights: jax.Array
-    mass: jax.Array
-
-
-REDUCTIONS = ("mean", "weighted", "sum")
-
-
-def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
-    """Makes the same-class mask and the weights of the classes present.
-
-    Args:
-      labels: int, shape ``[n]``; negative labels are padding, of weight zero.
-      reduction: ``"mean"`` gives each class present the weight ``1 / n_present``,
-        ``"weighted"`` its frequency ``n_c / n``, ``"sum"`` 1.
-      dtype: of the arrays returned.
-
-    Returns:
-      `Classes`.
-
-    Raises:
-      ValueError: unknown ``reduction``.
-
-    Examples:
-      >>> classes(jnp.array([0, 0, 5, -1]), reduction="mean", dtype=jnp.float32).weights
-      Array([0.25, 0.25, 0.5 , 0.  ], dtype=float32)
-    """
-    check_choice("reduction", reduction, REDUCTIONS)
-    valid = labels >= 0
-    same = (labels[:, None] == labels[None, :]) & valid[:, None] & valid[None, :]
-    same = same.astype(dtype)
-    counts = jnp.maximum(jnp.sum(same, axis=1), 1)
-    share = valid.astype(dtype) / counts
-    present = jnp.maximum(jnp.sum(share), 1)
-    total = jnp.maximum(jnp.sum(valid.astype(dtype)), 1)
-    weights = {
-        "mean": share / present,
-        "weighted": valid.astype(dtype) / total,
-        "sum": share,
-    }[reduction]
-    return Classes(same, counts, weights, jnp.sum(weights))
-
-
-def class_means(x: jax.Array, groups: Classes) -> jax.Array:
-    """Averages over each sample's class.
+def cost_floor(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Estimates the round-off of squared distances, the least meaningful epsilon.
 
     Args:
       x: shape ``[n, d]``.
-      groups: from `classes`.
+      y: shape ``[m, d]``.
 
     Returns:
-      Shape ``[n, d]``: row i is the mean of the class of sample i (0 for padding).
-
-    Examples:
-      >>> groups = classes(jnp.array([0, 0, 1]), reduction="mean", dtype=jnp.float32)
-      >>> class_means(jnp.array([[1.0], [3.0], [7.0]]), groups)[:, 0]
-      Array([2., 2., 7.], dtype=float32)
+      Scalar, in units of the squared distance.
     """
-    return matmul(groups.same, x) / groups.counts[:, None]
-
-
-def labelled_pair(
-    x: jax.Array,
-    y: jax.Array,
-    labels: jax.Array,
-    num_classes: int | None,
-    reduction: str,
-) -> tuple[jax.Array, jax.Array, Classes]:
-    """Checks what a class-conditional distance takes and masks its classes.
-
-    Args:
-      x: student features, shape ``[n, d]``.
-      y: teacher features of the same samples, shape ``[n, d]``.
-      labels: int, shape ``[n]``; negative ones are padding.
-      num_classes: if given, concrete labels must lie below it.
-      reduction: as in `classes`.
-
-    Returns:
-      ``(x, y, groups)``, the features as float32 or float64.
-
-    Raises:
-      ValueError: shapes, dtypes, labels, unknown ``reduction``.
-    """
-    x, y = check_pair(x, y, same_rows=True)
-    labels = check_labels(labels, x.shape[0], num_classes=num_classes)
-    return x, y, classes(labels, reduction=reduction, dtype=x.dtype)
-
-
-# ---------------------------------------------------------------------------
-# Averages over adaptive cells.
-
-
-def adaptive_cells(size: int, count: int) -> np.ndarray:
-    """Finds which of ``size`` positions each of ``count`` adaptive cells covers.
-
-    Cell k runs from floor(k size / count) to ceil((k + 1) size / count), as adaptive
-    pooling has it: cells overlap where ``count`` does not divide ``size``.
-
-    Args:
-      size: positions along a side.
-      count: cells along it.
-
-    Returns:
-      Ones and zeros, float64, shape ``[count, size]``.
-
-    Examples:
-      >>> adaptive_cells(3, 2)
-      array([[1., 1., 0.],
-             [0., 1., 1.]])
-    """
-    k, position = np.arange(count)[:, None], np.arange(size)[None, :]
-    start, stop = k * size // count, -((k + 1) * size // -count)
-    return ((position >= start) & (position < stop)).astype(np.float64)
-
-
-def average_pool(maps: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Averages maps over a grid of adaptive cells.
-
-    Args:
-      maps: shape ``[b, h, w, c]``.
-      grid: cells along height and width.
-
-    Returns:
-      Shape ``[b, *grid, c]``; the maps themselves where they have that size.
-
-    Examples:
-      >>> maps = jnp.arange(4.0).reshape(1, 1, 4, 1)
-      >>> average_pool(maps, (1, 2))[0, 0, :, 0]
-      Array([0.5, 2.5], dtype=float32)
-    """
-    if maps.shape[1:3] == grid:
-        return maps
-    average = lambda inside: inside / inside.sum(1, keepdims=True)
-    rows, columns = (
-        jnp.asarray(average(adaptive_cells(size, count)), maps.dtype)
-        for size, count in zip(maps.shape[1:3], grid, strict=True)
-    )
-    pooled = jnp.einsum("gh,bhwc->bgwc", rows, maps, precision=HIGHEST)
-    return jnp.einsum("kw,bgwc->bgkc", columns, pooled, precision=HIGHEST)
+    scale = jnp.mean(jnp.sum(x * x, axis=1)) + jnp.mean(jnp.sum(y * y, axis=1))
+    return jnp.finfo(x.dtype).eps * scale

@@ -1,4 +1,8 @@
-"""What every distance asks of its arguments, checked while tracing."""
+"""Checks of the arguments of distances, made while tracing.
+
+Each raises a ``ValueError`` that names the argument, what came, what was wanted and how
+to fix it.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-# Of a divergence; the first is the released code's.
+# Directions of a divergence; the released code takes the first.
 DIRECTIONS = ("student||teacher", "teacher||student")
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of ``known``.
+    """Checks that the value of an option is one of its choices.
 
     Args:
-      name: the argument's name, for the message.
-      value: what the caller passed.
-      known: the choices.
+      name: name of the argument, for the message.
+      value: value that the caller passed.
+      known: choices.
 
     Raises:
-      ValueError: naming the argument, the value and the choices.
+      ValueError: the value is not one of the choices.
     """
     if not isinstance(value, str) or value not in known:
         choices = ", ".join(repr(k) for k in known)
@@ -29,14 +33,14 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any]:
-    """Chooses a function's options: its own, or those that released code has fixed.
+    """Chooses between the given options and those that the released code fixes.
 
     Args:
       compat: None or ``"released"``.
-      **options: name -> (what the caller gave, the default, the released value).
+      **options: for each name, the given value, the default and the released value.
 
     Returns:
-      The values in their order: given ones, or under ``"released"`` the released.
+      The given values in their order, or with ``"released"`` the released values.
 
     Raises:
       ValueError: an unknown ``compat``, or an option that contradicts it.
@@ -60,32 +64,32 @@ def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any
 
 
 def check_number(
-    name: str, value: float | jax.Array, *, positive: bool, cure: str = ""
+    name: str, value: float | jax.Array, *, positive: bool, hint: str = ""
 ) -> None:
-    """Checks a number's sign where it is known: traced ones pass.
+    """Checks the sign of a number that is not traced.
 
     Args:
-      name: the argument's name, for the message.
+      name: name of the argument, for the message.
       value: a number, or a scalar array.
-      positive: whether zero is wrong, too.
-      cure: ends the message.
+      positive: True if zero is an error, too.
+      hint: end of the message, with a fix.
 
     Raises:
-      ValueError: a negative number, NaN, or zero if ``positive``.
+      ValueError: the number is negative, NaN, or zero if ``positive``.
     """
     if isinstance(value, Tracer) or np.ndim(value) != 0:
         return
     number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
     if not (number > 0 if positive else number >= 0):
         wanted = "positive" if positive else "a number >= 0"
-        raise ValueError(f"{name} must be {wanted}, got {value}{cure}")
+        raise ValueError(f"{name} must be {wanted}, got {value}{hint}")
 
 
 def as_float(name: str, x: jax.Array) -> jax.Array:
     """Casts a floating array to float32 at least.
 
     Args:
-      name: the argument's name, for the message.
+      name: name of the argument, for the message.
       x: array of any floating dtype.
 
     Returns:
@@ -110,20 +114,20 @@ def check_pair(
     same_rows: bool = False,
     same_columns: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Checks a student's and a teacher's rows and casts them to one float dtype.
+    """Checks features of student and teacher and casts them to one float dtype.
 
     Args:
-      x: student's, shape ``[n, d]``.
-      y: teacher's, shape ``[m, d]``.
-      names: how messages call them.
-      same_rows: whether ``n`` must equal ``m``.
-      same_columns: whether the widths must be equal.
+      x: student features, shape ``[n, d]``.
+      y: teacher features, shape ``[m, d]``.
+      names: names of both arguments, for the messages.
+      same_rows: True if ``n`` must equal ``m``.
+      same_columns: True if the widths must be equal.
 
     Returns:
-      Both, as float32 or float64.
+      Both arrays, as float32 or float64.
 
     Raises:
-      ValueError: wrong rank, dtype or shape.
+      ValueError: a wrong rank, dtype or shape.
     """
     x, y = as_float(names[0], x), as_float(names[1], y)
     for name, array in zip(names, (x, y), strict=True):
@@ -150,18 +154,18 @@ def check_pair(
 def check_labels(
     labels: jax.Array, n: int, *, num_classes: int | None = None
 ) -> jax.Array:
-    """Checks class labels; their values only where they are known (not traced).
+    """Checks class labels, and their values if they are not traced.
 
     Args:
-      labels: int, shape ``[n]``; negative ones are padding.
+      labels: int, shape ``[n]``; negative labels mean no label.
       n: number of samples.
-      num_classes: if given, concrete labels must lie below it.
+      num_classes: if given, labels must be less than this.
 
     Returns:
       The labels.
 
     Raises:
-      ValueError: wrong shape, dtype or value.
+      ValueError: a wrong shape, dtype or value.
     """
     labels = jnp.asarray(labels)
     if labels.shape != (n,):
@@ -179,6 +183,6 @@ def check_labels(
     if largest >= num_classes:
         raise ValueError(
             f"labels must lie below num_classes={num_classes}, got {largest}; "
-            "raise num_classes or mend the labels"
+            "raise num_classes or correct the labels"
         )
     return labels

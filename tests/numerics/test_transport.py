@@ -14,8 +14,9 @@ from jax.test_util import check_grads
 from reference import logsumexp
 from scipy.optimize import linear_sum_assignment
 
-from kddm_jax.linalg import classes, squared_distances
-from kddm_jax.transport import (
+from kddm_jax.numerics.classes import classes
+from kddm_jax.numerics.linalg import squared_distances
+from kddm_jax.numerics.transport import (
     SOLVERS,
     Costs,
     mean_cost,

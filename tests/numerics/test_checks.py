@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kddm_jax import checks
+from kddm_jax.numerics import checks
 
 X = jnp.ones((4, 3))
 MESSAGES = {

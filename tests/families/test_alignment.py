@@ -9,8 +9,7 @@ import pytest
 import reference
 from helpers import make_batch, relu_features
 
-from kddm_jax import alignment
-from kddm_jax.gaussian import bures
+import kddm_jax
 from kddm_jax.testing import assert_distance_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -20,7 +19,7 @@ RTOL = 1e-9
 
 @cache
 def compiled(name, **options):
-    return jax.jit(partial(getattr(alignment, name), **options))
+    return jax.jit(partial(getattr(kddm_jax, name), **options))
 
 
 def call(name, *arrays, **options):
@@ -48,9 +47,9 @@ def rotation(d, seed=3):
 
 FEATURES = [
     ("procrustes", {}),
-    ("procrustes", {"normalize": False}),
+    ("procrustes", {"unit_norm": False}),
     ("feature_gram", {}),
-    ("feature_gram", {"normalize": False}),
+    ("feature_gram", {"unit_norm": False}),
     ("cka", {}),
     ("cka", {"debiased": True}),
     ("similarity_preserving", {}),
@@ -181,7 +180,7 @@ def test_triangle_inequality_of_procrustes():
 def test_procrustes_is_the_bures_distance_of_gram_matrices():
     x, y = clouds(9, 11, 13)  # Gram matrices of full rank but for the centring
     grams = [reference.normalized(z) @ reference.normalized(z).T for z in (x, y)]
-    expected = float(jax.jit(bures)(*map(jnp.asarray, grams)))
+    expected = float(jax.jit(kddm_jax.bures)(*map(jnp.asarray, grams)))
     # Roots of the one eigenvalue that is zero but for rounding.
     np.testing.assert_allclose(call("procrustes", x, y), expected, rtol=1e-6)
 
@@ -201,7 +200,7 @@ def test_debiased_cka_of_independent_features_is_one():
     pairs = rng.normal(size=(200, 2, 10, 30))
     biased, debiased = (
         np.mean(
-            jax.jit(jax.vmap(partial(alignment.cka, debiased=d)))(*pairs.swapaxes(0, 1))
+            jax.jit(jax.vmap(partial(kddm_jax.cka, debiased=d)))(*pairs.swapaxes(0, 1))
         )
         for d in (False, True)
     )
@@ -268,7 +267,7 @@ def test_a_perfect_linear_projection_of_different_geometry():
 
 SMOOTH = [
     ("procrustes", {}),
-    ("procrustes", {"normalize": False}),
+    ("procrustes", {"unit_norm": False}),
     ("feature_gram", {}),
     ("cka", {}),
     ("cka", {"debiased": True}),
@@ -283,7 +282,7 @@ def test_gradient_for_unequal_widths(name, options):
     x, y = clouds(7, 3, 4)
     x = x + 0.5  # rows of small norm bend too much for differences
     assert_distance_gradients(
-        getattr(alignment, name), x, y, argnums=(0, 1), rtol=1e-4, atol=1e-6, **options
+        getattr(kddm_jax, name), x, y, argnums=(0, 1), rtol=1e-4, atol=1e-6, **options
     )
 
 
@@ -299,7 +298,7 @@ def test_gradient_for_unequal_widths(name, options):
 def test_gradient_of_maps(name, options):
     f, g = maps(b=2, size_x=(3, 3), size_y=(3, 3), c_x=2, c_y=2)
     assert_distance_gradients(
-        getattr(alignment, name), f, g, argnums=(0, 1), rtol=1e-4, atol=1e-6, **options
+        getattr(kddm_jax, name), f, g, argnums=(0, 1), rtol=1e-4, atol=1e-6, **options
     )
 
 
@@ -312,7 +311,7 @@ def test_dead_and_constant_maps_have_finite_gradients():
         ("nst", {"kernel": "rbf"}),
         ("wkd_features", {"grid": 3}),
     ]:
-        fn = jax.jit(jax.value_and_grad(partial(getattr(alignment, name), **options)))
+        fn = jax.jit(jax.value_and_grad(partial(getattr(kddm_jax, name), **options)))
         for pair in [(dead, g), (flat, g), (g, flat), (0 * f, g), (flat, flat), (f, f)]:
             value, gradient = fn(*map(jnp.asarray, pair))
             assert np.isfinite(value)
@@ -331,7 +330,7 @@ def test_flat_cells_of_an_uneven_map_have_no_deviation():
     rng = np.random.default_rng(0)
     values = 1e4 * rng.normal(size=(3, 2, 2, 50))
     f = jnp.float32(values).repeat(3, axis=1).repeat(3, axis=2)
-    fn = partial(alignment.wkd_features, grid=2, ratio=0.0)
+    fn = partial(kddm_jax.wkd_features, grid=2, ratio=0.0)
     value, gradient = jax.jit(jax.value_and_grad(fn))(f, 0 * f)
     # A deviation of 1e-3 of the map's own is round-off in single precision.
     assert 0 <= value < 50 * 10**2
@@ -348,18 +347,18 @@ def refuses(message, fn, *arrays, **options):
 
 def test_linear_projection_refuses_small_batches():
     message = "x has 7 samples of 6 features.*kddm_jax.networks.projectors"
-    refuses(message, alignment.linear_projection, np.ones((7, 6)), np.ones((7, 2)))
-    jax.eval_shape(alignment.linear_projection, np.ones((8, 6)), np.ones((8, 2)))
+    refuses(message, kddm_jax.linear_projection, np.ones((7, 6)), np.ones((7, 2)))
+    jax.eval_shape(kddm_jax.linear_projection, np.ones((8, 6)), np.ones((8, 2)))
 
 
 def test_messages():
     f, g = maps(c_y=4)
-    refuses("3 and 4; .*kddm_jax.networks.projectors", alignment.wkd_features, f, g)
-    refuses("same images, got 2 and 1", alignment.nst, f, g[:1])
-    refuses(r"maps_y must have shape .* \[5, 4, 4\]", alignment.nst, f, g[0])
-    refuses("grid must be at least 1, got 0", alignment.wkd_features, f, f, grid=0)
-    refuses("ratio must be .*-1", alignment.wkd_features, f, f, ratio=-1.0)
-    refuses("needs at least 4 samples, got 3", alignment.cka, *clouds(3), debiased=True)
+    refuses("3 and 4; .*kddm_jax.networks.projectors", kddm_jax.wkd_features, f, g)
+    refuses("same images, got 2 and 1", kddm_jax.nst, f, g[:1])
+    refuses(r"maps_y must have shape .* \[5, 4, 4\]", kddm_jax.nst, f, g[0])
+    refuses("grid must be at least 1, got 0", kddm_jax.wkd_features, f, f, grid=0)
+    refuses("ratio must be .*-1", kddm_jax.wkd_features, f, f, ratio=-1.0)
+    refuses("needs at least 4 samples, got 3", kddm_jax.cka, *clouds(3), debiased=True)
 
 
 def test_values_are_those_of_single_precision():

@@ -1,0 +1,1 @@
+"""The distances, one file for each kind; `kddm_jax.distances` lists them all."""

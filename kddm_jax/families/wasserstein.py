@@ -1,0 +1,382 @@
+"""Empirical Wasserstein distances: of features, by class, and jointly with labels.
+
+``x`` holds the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; every
+sample has the same mass.  The three distances solve one transport problem with
+different costs: squared distances of features; the same, with pairs of different
+classes forbidden; and squared distances plus a cost between the predictions.
+
+References:
+  Fernandes Montesuma, KD2M: a unifying framework for feature knowledge
+  distillation, 2025 (arXiv 2504.01757).
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from kddm_jax.numerics.checks import as_released, check_choice, check_number, check_pair
+from kddm_jax.numerics.classes import labelled_pair
+from kddm_jax.numerics.linalg import constant, cost_floor, matmul, squared_distances
+from kddm_jax.numerics.solver import Stats, solver_distance
+from kddm_jax.numerics.transport import Costs, transport_cost
+
+
+def _uniform(x):
+    return jnp.full(x.shape[0], 1 / x.shape[0], x.dtype)
+
+
+def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
+    """Solves the transport problem of a cost.
+
+    The debiased solver also needs the costs within x, ``self_cost(0)``, and within y.
+    """
+    debias = solver.get("solver", "sinkhorn") == "sinkhorn"
+    if pairing is not None:
+        pairing = constant(jnp.asarray(pairing, xy.dtype))
+    costs = Costs(
+        xy=xy,
+        xx=self_cost(0) if debias else None,
+        yy=self_cost(1) if debias else None,
+        a=a,
+        b=b,
+        same=same,
+        pairing=pairing,
+    )
+    return transport_cost(costs, floor=cost_floor(x, y), **solver)
+
+
+def _check_pairing(pairing):
+    """Checks kappa and returns it, or None if it is known to be zero.
+
+    Without a kappa, n and m may differ.
+    """
+    if np.ndim(pairing) != 0:
+        raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
+    check_number("pairing", pairing, positive=False)
+    if isinstance(pairing, Tracer):
+        return pairing
+    if np.isinf(pairing):
+        raise ValueError(
+            "pairing must be finite, got inf; use paired_l2, which is its limit"
+        )
+    return None if np.asarray(pairing) == 0 else pairing
+
+
+@solver_distance
+def wasserstein(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    pairing: float | jax.Array = 0.0,
+    solver: str = "sinkhorn",
+    epsilon: float | jax.Array | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 2000,
+    compat: str | None = None,
+) -> tuple[jax.Array, Stats]:
+    r"""Computes the squared 2-Wasserstein distance between two samples, W2(E).
+
+    .. math:: W_2^2(x, y) = \min_{P \in \Gamma(1/n, 1/m)}
+              \sum_{ij} P_{ij} \big(\|x_i - y_j\|^2 + \kappa\, 1_{i \ne j}\big)
+
+    The gradient is ``2 sum_j P_ij (x_i - y_j)`` at the optimal plan.  The plan may
+    match features of different classes, so a large weight of this distance harms
+    training.
+
+    Cost: n² d + iterations n², three solves if debiased; n² d + n³ at most if exact.
+    Gradient: as above; if debiased, minus half of those of the terms within x and
+    within y.  The plan, epsilon and kappa are constants.  Not for: keeping classes
+    apart (`class_wasserstein`), nor second derivatives.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features, shape ``[m, d]``; ``n != m`` is allowed unless the solver is
+        "exact" or ``pairing`` is positive.
+      pairing: kappa, a constant: cost added to matching different samples (i ≠ j), in
+        units of the squared distance.  0 gives the plain Wasserstein distance.  As
+        kappa grows, the value rises to `paired_l2` (with "entropic", to that plus
+        ``epsilon log n``).
+      solver: ``"sinkhorn"`` is the debiased Sinkhorn divergence, within 5 % of the
+        exact value for unrelated samples and equal to 6 digits once the student follows
+        the teacher; ``"entropic"`` is the biased ``OT_eps``; ``"exact"`` solves an
+        assignment problem.
+      epsilon: entropic weight in units of the squared distance.  None takes 0.02 times
+        the mean squared distance, as a constant.  A number below the round-off of the
+        costs is raised to it.
+      threshold: L1 error of the marginals at which Sinkhorn stops.
+      max_iterations: largest number of Sinkhorn iterations; above ten, they run in
+        whole tens.
+      compat: ``"released"`` is ``solver="exact"``.
+
+    Returns:
+      Scalar: squared distance, averaged over samples.
+
+    Raises:
+      ValueError: wrong shapes or dtypes, an unknown solver, ``pairing < 0``, or
+        ``n != m`` with "exact" or with ``pairing``.
+
+    References:
+      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), empirical case.  The option
+      ``pairing`` is not in the paper.
+
+    Examples:
+      >>> x = jnp.array([[0.0], [1.0]])
+      >>> wasserstein(x, x + 3, solver="exact")  # a translation by 3
+      Array(9., dtype=float32)
+    """
+    pairing, solver = as_released(
+        compat, pairing=(pairing, 0.0, 0.0), solver=(solver, "sinkhorn", "exact")
+    )
+    kappa = _check_pairing(pairing)
+    x, y = check_pair(x, y, same_rows=kappa is not None)
+    within = lambda side: squared_distances(*((x, x), (y, y))[side])
+    return _solve(
+        x,
+        y,
+        squared_distances(x, y),
+        within,
+        _uniform(x),
+        _uniform(y),
+        solver=solver,
+        pairing=kappa,
+        epsilon=epsilon,
+        threshold=threshold,
+        max_iterations=max_iterations,
+    )
+
+
+@solver_distance
+def class_wasserstein(
+    x: jax.Array,
+    y: jax.Array,
+    labels: jax.Array,
+    *,
+    num_classes: int | None = None,
+    reduction: str = "mean",
+    solver: str = "sinkhorn",
+    epsilon: float | jax.Array | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 2000,
+    compat: str | None = None,
+) -> tuple[jax.Array, Stats]:
+    r"""Computes the class-conditional squared Wasserstein distance, CW2(E).
+
+    .. math:: \sum_c w_c W_2^2(x_{|c}, y_{|c}), \quad w_c = 1 / n_{classes}
+
+    All classes are one transport problem with a mask that forbids pairs of different
+    classes.  Its plan is block-diagonal, and it costs as much as `wasserstein`, for 10
+    classes as for 1000.  Classes without a sample in the batch are left out; a class
+    with one sample matches it with itself.
+
+    Cost: n² d + iterations n².  Gradient: that of `wasserstein` within each class.
+    Not for: batches in which most classes have one sample: matching is then the same as
+    in `paired_l2`.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``.
+      labels: class labels, int, shape ``[n]``; negative labels have no weight.
+      num_classes: number of classes, used only to check labels that are not traced.
+      reduction: ``"mean"`` averages over the classes present (the paper),
+        ``"weighted"`` weighs classes by their frequency, ``"sum"`` adds them (the
+        released code).
+      solver: as in `wasserstein`; all three also handle unbalanced classes.
+      epsilon: as in `wasserstein`; None takes the mean over pairs of one class.
+      threshold: as in `wasserstein`.
+      max_iterations: as in `wasserstein`.
+      compat: ``"released"`` is ``solver="exact", reduction="sum"``.
+
+    Returns:
+      Scalar: squared distance, averaged over samples within each class.
+
+    Raises:
+      ValueError: wrong shapes, dtypes or labels, or an unknown option.
+
+    References:
+      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
+
+    Examples:
+      >>> x = jnp.array([[0.0], [1.0], [5.0]])
+      >>> y = jnp.array([[1.0], [0.0], [7.0]])
+      >>> class_wasserstein(x, y, jnp.array([0, 0, 1]), solver="exact")  # (0 + 4) / 2
+      Array(2., dtype=float32)
+    """
+    reduction, solver = as_released(
+        compat,
+        reduction=(reduction, "mean", "sum"),
+        solver=(solver, "sinkhorn", "exact"),
+    )
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
+    # The problem is solved at mass 1, and "sum" is rescaled.  A batch without labels
+    # has mass 0.
+    a = groups.weights / jnp.maximum(groups.mass, 1)
+    within = lambda side: squared_distances(*((x, x), (y, y))[side])
+    between = squared_distances(x, y)
+    value, stats = _solve(
+        x,
+        y,
+        between,
+        within,
+        a,
+        a,
+        groups.same,
+        solver=solver,
+        epsilon=epsilon,
+        threshold=threshold,
+        max_iterations=max_iterations,
+    )
+    return groups.mass * value, stats
+
+
+def _probs_cost(logits_x, logits_y):
+    return squared_distances(jax.nn.softmax(logits_x), jax.nn.softmax(logits_y))
+
+
+def _kl_cost(logits_x, logits_y):
+    """Computes KL(student_i || teacher_j) for all pairs."""
+    log_p = jax.nn.log_softmax(logits_x)
+    p = jnp.exp(log_p)
+    log_q = jax.nn.log_softmax(logits_y)
+    return jnp.sum(p * log_p, axis=1)[:, None] - matmul(p, log_q.T)
+
+
+LABEL_COSTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
+    MappingProxyType(
+        {"probs": _probs_cost, "logits": squared_distances, "kl": _kl_cost}
+    )
+)
+
+
+def _check_joint(x, y, logits_x, logits_y, same_rows):
+    """Casts all four arrays to one float dtype and checks that their samples agree."""
+    x, y = check_pair(x, y, same_rows=same_rows)
+    logits_x, logits_y = check_pair(logits_x, logits_y, names=("logits_x", "logits_y"))
+    if logits_x.shape[0] != x.shape[0] or logits_y.shape[0] != y.shape[0]:
+        raise ValueError(
+            "logits_x and logits_y must hold the samples of x and y, got "
+            f"{logits_x.shape[0]} and {logits_y.shape[0]} rows for "
+            f"{x.shape[0]} and {y.shape[0]}; pass the outputs of one batch"
+        )
+    dtype = jnp.promote_types(x.dtype, logits_x.dtype)
+    return [z.astype(dtype) for z in (x, y, logits_x, logits_y)]
+
+
+def _released_joint_cost(x, label_costs):
+    """Computes the released code's cost: of the student's features to *themselves*.
+
+    The part of the features is a constant.
+    """
+    features = constant(squared_distances(x, x))
+    largest = jnp.max(features)
+    return features / jnp.where(largest > 0, largest, 1) + label_costs
+
+
+@solver_distance
+def joint_wasserstein(
+    x: jax.Array,
+    y: jax.Array,
+    logits_x: jax.Array,
+    logits_y: jax.Array,
+    *,
+    beta: float | jax.Array | str = "max",
+    label_cost: str = "probs",
+    pairing: float | jax.Array = 0.0,
+    solver: str = "sinkhorn",
+    epsilon: float | jax.Array | None = None,
+    threshold: float = 1e-3,
+    max_iterations: int = 2000,
+    compat: str | None = None,
+) -> tuple[jax.Array, Stats]:
+    r"""Computes the joint squared Wasserstein distance of features and labels, JW2(E).
+
+    .. math:: \min_{P \in \Gamma(1/n, 1/m)} \sum_{ij} P_{ij}
+              \big(\|x_i - y_j\|^2 + \beta\, \ell(s_i, t_j)
+              + \kappa\, 1_{i \ne j}\big)
+
+    ``s`` and ``t`` are the predictions of student and teacher.  Squared distances of
+    features are often in the hundreds: with ``beta=1`` the labels change the value by
+    only 0.04 to 0.2 %.  The default for beta is therefore the largest feature cost.
+
+    Cost: n² (d + k) + iterations n².  Gradient: with respect to features and logits, at
+    the plan found; epsilon and beta are constants.  Not for: large weights: while
+    predictions are still wrong, the plan moves samples to other classes.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features, shape ``[m, d]``.
+      logits_x: student logits, shape ``[n, k]``.
+      logits_y: teacher logits, shape ``[m, k]``.
+      beta: weight of the label cost; ``"max"`` is the largest feature cost as a
+        constant (the released code's scaling, up to a factor).
+      label_cost: ``"probs"`` is the squared distance of softmax outputs, in [0, 2];
+        ``"logits"`` is that of raw logits; ``"kl"`` is ``KL(student_i || teacher_j)``,
+        which is not symmetric, so that the debiased value may be negative at a large
+        ``epsilon``.
+      pairing: kappa, as in `wasserstein`; needs ``n = m``.
+      solver: as in `wasserstein`.
+      epsilon: as in `wasserstein`, computed from the joint cost without kappa.
+      threshold: as in `wasserstein`.
+      max_iterations: as in `wasserstein`.
+      compat: ``"released"`` takes the cost of the released code: squared distances of
+        the *student to itself*, divided by the largest, without gradient, plus the cost
+        of raw logits (or "kl").  The plan is exact.  The teacher's features have no
+        part in this cost.
+
+    Returns:
+      Scalar: squared distance, averaged over samples.
+
+    Raises:
+      ValueError: wrong shapes or dtypes, or an unknown option.
+
+    References:
+      Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), joint case.
+
+    Examples:
+      >>> x, s = jnp.array([[0.0], [1.0]]), jnp.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> joint_wasserstein(x, x[::-1], s, s, beta=10.0, solver="exact")  # labels bind
+      Array(1., dtype=float32)
+    """
+    check_choice("label_cost", label_cost, LABEL_COSTS)
+    if isinstance(beta, str):
+        check_choice("beta", beta, ("max",))
+    released_cost = "kl" if label_cost == "kl" else "logits"
+    label_cost, _, pairing, solver = as_released(
+        compat,
+        label_cost=(label_cost, "probs", released_cost),
+        beta=(beta, "max", "max"),
+        pairing=(pairing, 0.0, 0.0),
+        solver=(solver, "sinkhorn", "exact"),
+    )
+    kappa = _check_pairing(pairing)
+    arrays = x, y, logits_x, logits_y
+    same_rows = compat is not None or kappa is not None
+    x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=same_rows)
+    label = LABEL_COSTS[label_cost]
+    features = squared_distances(x, y)
+    scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, x.dtype)
+    scale = constant(scale)
+
+    def within(side):
+        features, logits = ((x, logits_x), (y, logits_y))[side]
+        return squared_distances(features, features) + scale * label(logits, logits)
+
+    between = features + scale * label(logits_x, logits_y)
+    if compat is not None:
+        between = _released_joint_cost(x, label(logits_x, logits_y))
+    return _solve(
+        x,
+        y,
+        between,
+        within,
+        _uniform(x),
+        _uniform(y),
+        solver=solver,
+        pairing=kappa,
+        epsilon=epsilon,
+        threshold=threshold,
+        max_iterations=max_iterations,
+    )

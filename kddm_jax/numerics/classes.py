@@ -1,0 +1,113 @@
+"""Class masks and class means of a labelled batch.
+
+A class never becomes an axis: ``same[i, j]`` is 1 if samples i and j share a class, and
+a number of a class is stored once for each of its samples.  Shapes are static, whatever
+the labels are.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kddm_jax.numerics.checks import check_choice, check_labels, check_pair
+from kddm_jax.numerics.linalg import matmul
+
+
+class Classes(NamedTuple):
+    """Same-class mask and weights of a labelled batch, without a class axis.
+
+    Attributes:
+      same: ``[n, n]``, 1 where two samples share a class, else 0.
+      counts: ``[n]``, size of each sample's class (1 without a label).
+      weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 without a label.
+      mass: scalar, sum of ``weights``: 1, or the number of classes for "sum".
+    """
+
+    same: jax.Array
+    counts: jax.Array
+    weights: jax.Array
+    mass: jax.Array
+
+
+REDUCTIONS = ("mean", "weighted", "sum")
+
+
+def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
+    """Computes the same-class mask and the weights of the classes in a batch.
+
+    Args:
+      labels: int, shape ``[n]``; negative labels have weight zero.
+      reduction: weight of each class present: ``"mean"`` gives ``1 / n_present``,
+        ``"weighted"`` its frequency ``n_c / n``, ``"sum"`` 1.
+      dtype: dtype of the arrays returned.
+
+    Returns:
+      `Classes`.
+
+    Raises:
+      ValueError: an unknown ``reduction``.
+
+    Examples:
+      >>> classes(jnp.array([0, 0, 5, -1]), reduction="mean", dtype=jnp.float32).weights
+      Array([0.25, 0.25, 0.5 , 0.  ], dtype=float32)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    valid = labels >= 0
+    same = (labels[:, None] == labels[None, :]) & valid[:, None] & valid[None, :]
+    same = same.astype(dtype)
+    counts = jnp.maximum(jnp.sum(same, axis=1), 1)
+    share = valid.astype(dtype) / counts
+    present = jnp.maximum(jnp.sum(share), 1)
+    total = jnp.maximum(jnp.sum(valid.astype(dtype)), 1)
+    weights = {
+        "mean": share / present,
+        "weighted": valid.astype(dtype) / total,
+        "sum": share,
+    }[reduction]
+    return Classes(same, counts, weights, jnp.sum(weights))
+
+
+def class_means(x: jax.Array, groups: Classes) -> jax.Array:
+    """Computes the mean of each sample's class.
+
+    Args:
+      x: shape ``[n, d]``.
+      groups: result of `classes`.
+
+    Returns:
+      Shape ``[n, d]``: row i is the mean of the class of sample i (0 without a label).
+
+    Examples:
+      >>> groups = classes(jnp.array([0, 0, 1]), reduction="mean", dtype=jnp.float32)
+      >>> class_means(jnp.array([[1.0], [3.0], [7.0]]), groups)[:, 0]
+      Array([2., 2., 7.], dtype=float32)
+    """
+    return matmul(groups.same, x) / groups.counts[:, None]
+
+
+def labelled_pair(
+    x: jax.Array,
+    y: jax.Array,
+    labels: jax.Array,
+    num_classes: int | None,
+    reduction: str,
+) -> tuple[jax.Array, jax.Array, Classes]:
+    """Checks the arguments of a class-conditional distance and masks its classes.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``.
+      labels: int, shape ``[n]``; negative labels mean no label.
+      num_classes: if given, labels that are not traced must be less than this.
+      reduction: as in `classes`.
+
+    Returns:
+      ``(x, y, groups)``, the features as float32 or float64.
+
+    Raises:
+      ValueError: wrong shapes, dtypes or labels, or an unknown ``reduction``.
+    """
+    x, y = check_pair(x, y, same_rows=True)
+    labels = check_labels(labels, x.shape[0], num_classes=num_classes)
+    return x, y, classes(labels, reduction=reduction, dtype=x.dtype)
