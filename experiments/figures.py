@@ -17,18 +17,18 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import cifar  # sets the environment before JAX is imported
-import curves
-import finished
 import jax.numpy as jnp
 import numpy as np
-import records
 import toys
-from curves import PLAIN, plt
-from embedding import SEED, tsne
-from settings import UserError
 
 from kddm_jax import data, wasserstein
+from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment import finished
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.report import curves
+from kddm_jax.experiment.report.curves import PLAIN, plt
+from kddm_jax.experiment.report.embedding import SEED, tsne
+from kddm_jax.experiment.settings import UserError
 
 EMBEDDED = 300  # images
 RUNS = "results.json"  # of cifar.py

@@ -34,25 +34,28 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import cifar  # sets the environment before JAX is imported
 import estimates
-import finished
 import jax
-import methods
 import numpy as np
-import records
-import report
 import risks
-import runs
-import training
-from curves import PLAIN, plt, save
-from problems import Problem
-from progress import RunError
 from risks import TOLERANCE, Seen
-from settings import FEATURE_ONLY, UserError, as_json, parse
-from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax import data
+from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment import finished
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report.curves import PLAIN, plt, save
+from kddm_jax.experiment.settings import FEATURE_ONLY, UserError, as_json, parse
+from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.experiment.training.progress import RunError
+from kddm_jax.experiment.training.teacher import (
+    find_teacher,
+    known_digest,
+    load_teacher,
+)
 
 IMAGES = 2000  # the assignment of so many takes seconds
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)

@@ -9,11 +9,11 @@ from test_experiments import (  # the fixtures are used by name
     unwanted_training,
 )
 
-import choose_weights  # isort: skip
-import problems  # isort: skip
-import records  # isort: skip
-import training  # isort: skip
-from progress import RunError  # isort: skip
+from kddm_jax.experiment import choose_weights
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.training import problems
+from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training.progress import RunError
 
 
 @pytest.fixture

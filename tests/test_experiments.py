@@ -30,24 +30,17 @@ from rich.console import Console
 
 import kddm_jax
 from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
-
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import cifar  # noqa: E402
-import models  # noqa: E402
-import pretrained  # noqa: E402
-import problems  # noqa: E402
-import records  # noqa: E402
-import report  # noqa: E402
-import runs  # noqa: E402
-import training  # noqa: E402
-from progress import RunError  # noqa: E402
-from settings import (  # noqa: E402
+from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import (
     UserError,
     parse,
 )
-from teacher import (  # noqa: E402
+from kddm_jax.experiment.training import models, pretrained, problems, runs
+from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training.progress import RunError
+from kddm_jax.experiment.training.teacher import (
     Teacher,
     find_checkpoint,
     find_teacher,
@@ -55,6 +48,7 @@ from teacher import (  # noqa: E402
     load_teacher,
 )
 
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 DISTANCE_NAMES = ("w2", "w2_gaussian")
 # Teacher and student are of one shape, so that they share their compiled step.
 TINY = (
@@ -196,8 +190,7 @@ def finished(shared):
 # Dies as by `kill -9` as soon as the first checkpoint of a distilled student stands.
 KILL = """
 import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import cifar
+from kddm_jax.experiment import distill as cifar
 from kddm_jax import checkpoint
 save = checkpoint.save
 def save_and_die(folder, *arguments, **options):
@@ -216,7 +209,7 @@ def resumed(shared, finished):
     with once(shared, "resumed") as (folder, first):
         if first:
             line = (*tiny("out"), "--checkpoint-seconds", "0")
-            killed = command(EXPERIMENTS, *line, script=("-c", KILL), cwd=folder)
+            killed = command(*line, script=("-c", KILL), cwd=folder)
             assert killed.returncode == -signal.SIGKILL, killed.stderr
             shutil.copytree(folder / "out", folder / "killed")
             done = command(*line, cwd=folder)
@@ -916,9 +909,8 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
 TROUBLE = """
 import os, shutil, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-sys.path.insert(0, sys.argv.pop(1))
 what = sys.argv.pop(1)
-import cifar
+from kddm_jax.experiment import distill as cifar
 from kddm_jax import checkpoint
 save = checkpoint.save
 def save_then_trouble(folder, *arguments, **options):
@@ -945,7 +937,7 @@ sys.exit(cifar.main(sys.argv[1:]))
 def test_trouble_loses_nothing(what, status, message, shared, finished, tmp_path):
     """One line, the last checkpoint whole; afterwards the command ends as ever."""
     line = (*tiny("out"), "--checkpoint-seconds", "0", "--distances")
-    trouble = (EXPERIMENTS, what, *line)
+    trouble = (what, *line)
     done = command(*trouble, script=("-c", TROUBLE), cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert re.search(message, done.stderr)

@@ -5,9 +5,11 @@ import shutil
 import sys
 from types import ModuleType
 
+import figures
 import jax
 import numpy as np
 import pytest
+import toys
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
@@ -22,12 +24,10 @@ from test_experiments import (  # the fixtures are used by name
     shared,  # noqa: F401
 )
 
-import choose_weights  # isort: skip
-import curves  # isort: skip
-import figures  # isort: skip
-import finished as reading  # isort: skip
-import toys  # isort: skip
-from settings import Settings, UserError, as_json, from_json, parse  # isort: skip
+from kddm_jax.experiment import choose_weights
+from kddm_jax.experiment import finished as reading
+from kddm_jax.experiment.report import curves
+from kddm_jax.experiment.settings import Settings, UserError, as_json, from_json, parse
 
 LARGEST = 120_000  # bytes of a picture
 

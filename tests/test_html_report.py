@@ -21,11 +21,10 @@ from test_experiments import (  # the fixtures are used by name
 )
 from test_report import small_results
 
-import embedding  # isort: skip
-import curves  # isort: skip
-import html_report  # isort: skip
-import report  # isort: skip
-from settings import Settings, as_json, defaults  # isort: skip
+from kddm_jax.experiment.report import curves, embedding
+from kddm_jax.experiment.report import page as html_report
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import Settings, as_json, defaults
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

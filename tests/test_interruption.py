@@ -38,15 +38,12 @@ from test_experiments import (  # the fixtures are used by name
 )
 
 from kddm_jax import checkpoint
-
-import cifar  # isort: skip
-import problems  # isort: skip
-import records  # isort: skip
-import runs  # isort: skip
-import signals  # isort: skip
-import training  # isort: skip
-from progress import Progress, RunError, Tally  # isort: skip
-from settings import parse  # isort: skip
+from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment.machine import records, signals
+from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training.progress import Progress, RunError, Tally
 
 STEPS = 4  # in an epoch of TINY, which has two
 

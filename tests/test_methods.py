@@ -13,15 +13,12 @@ from test_experiments import KEEP, SMALL, TINY, call, results_of
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.training import methods, models, problems, runs
 
 # Importing test_experiments has put the experiments' folder on the path.
-import layers  # isort: skip
-import methods  # isort: skip
-import models  # isort: skip
-import report  # isort: skip
-import problems  # isort: skip
-import runs  # isort: skip
-from settings import UserError, parse  # isort: skip
+from kddm_jax.experiment.training import outputs as layers
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 STUDENT = {

@@ -23,9 +23,8 @@ from test_experiments import (
 )
 
 from kddm_jax import checkpoint
-
-import processes  # isort: skip  # test_experiments tells where it is
-from settings import UserError, parse  # isort: skip
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.settings import UserError, parse
 
 LINE = (
     *SMALL,
@@ -146,9 +145,7 @@ def test_killed_run_continues_in_two_processes(alone, tmp_path):
     late = KILL.replace("in path.parts", "in path.parts and path.name[-1] > '4'")
     assert late != KILL
     kill = ("-c", late)
-    (killed,) = ended(
-        launch(tmp_path / "host0", EXPERIMENTS, *line, devices=4, script=kill)
-    )
+    (killed,) = ended(launch(tmp_path / "host0", *line, devices=4, script=kill))
     assert killed[0] < 0
     shutil.copytree(tmp_path / "host0", tmp_path / "whole")
     (whole,) = ended(launch(tmp_path / "whole", *line, devices=4))

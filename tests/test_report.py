@@ -14,9 +14,9 @@ from test_experiments import (
     table_lines,
 )
 
-import curves  # isort: skip
-import report  # isort: skip
-from settings import UserError  # isort: skip
+from kddm_jax.experiment.report import curves
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import UserError
 
 
 @pytest.mark.parametrize(

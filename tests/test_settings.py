@@ -14,13 +14,16 @@ from test_experiments import (
 )
 
 from kddm_jax import DISTANCES, data
-
-import models  # isort: skip
-import optimizers  # isort: skip
-import problems  # isort: skip
-import runs  # isort: skip
-import settings as settings_module  # isort: skip
-from settings import LAPTOP_DIGITS, RECIPES, Settings, UserError, parse, weight_of  # isort: skip
+from kddm_jax.experiment import settings as settings_module
+from kddm_jax.experiment.settings import (
+    LAPTOP_DIGITS,
+    RECIPES,
+    Settings,
+    UserError,
+    parse,
+    weight_of,
+)
+from kddm_jax.experiment.training import models, optimizers, problems, runs
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

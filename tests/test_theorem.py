@@ -4,9 +4,12 @@ import json
 import re
 from functools import cache
 
+import estimates
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import risks
+import theorem
 from flax import linen as nn
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
@@ -19,16 +22,11 @@ from test_experiments import (  # the fixtures are used by name
 )
 
 import kddm_jax
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training import train as training
 from kddm_jax.resnet import Outputs
-
-import estimates  # isort: skip
-import report  # isort: skip
-import problems  # isort: skip
-import risks  # isort: skip
-import runs  # isort: skip
-import theorem  # isort: skip
-import training  # isort: skip
-from settings import UserError, parse  # isort: skip
 
 
 def seen(rng, n=30, d=5, k=4, features=None):

@@ -12,12 +12,9 @@ import test_train_step as steps
 from test_experiments import KEEP, SMALL, TINY, call, results_of
 
 from kddm_jax import augment, resnet
+from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.training import problems, views
 from kddm_jax.train_step import known_outputs, scan_steps
-
-import problems  # isort: skip
-import views  # isort: skip
-from settings import UserError, parse  # isort: skip
-
 
 # ------------------------------------------------------------------ train step
 

@@ -15,18 +15,22 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import cifar  # sets the environment before JAX is imported
-import layers
-import problems
-import processes
-import records
-import runs
-import training
 from flax import linen as nn
-from progress import RunError
 from rich.table import Table
-from settings import UserError, as_json, check, parse
-from teacher import Teacher, find_teacher, known_digest, load_teacher
+
+from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment.machine import processes, records
+from kddm_jax.experiment.settings import UserError, as_json, check, parse
+from kddm_jax.experiment.training import outputs as layers
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training.progress import RunError
+from kddm_jax.experiment.training.teacher import (
+    Teacher,
+    find_teacher,
+    known_digest,
+    load_teacher,
+)
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DIVERGED = "diverged.json"

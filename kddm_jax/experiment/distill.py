@@ -20,24 +20,25 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import layers
 import numpy as np
-import problems
-import processes
-import records
-import report
-import runs
-import signals
-import training
-from progress import RunError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from settings import Settings, UserError, as_json, parse
-from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax.checkpoint import CheckpointError
 from kddm_jax.convolution import prefer_eigen
 from kddm_jax.data import DataError
+from kddm_jax.experiment.machine import processes, records, signals
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import Settings, UserError, as_json, parse
+from kddm_jax.experiment.training import outputs as layers
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training.progress import RunError
+from kddm_jax.experiment.training.teacher import (
+    find_teacher,
+    known_digest,
+    load_teacher,
+)
 
 prefer_eigen()  # before JAX computes anything
 
@@ -198,8 +199,8 @@ def _train_all(problem, source, console):
 
     def page():
         # scikit-learn's manifolds, jinja2 and matplotlib: no command need wait for them
-        import embedding
-        import html_report
+        from kddm_jax.experiment.report import embedding
+        from kddm_jax.experiment.report import page as html_report
 
         html_report.write(summary, embedding.find(problem, teacher, results), out)
 

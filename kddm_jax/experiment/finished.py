@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import layers
 import numpy as np
-import problems
-import records
-import runs
 from flax import linen as nn
-from settings import UserError, from_json
-from teacher import Source, find_teacher, variables_of
 
 from kddm_jax import checkpoint
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.settings import UserError, from_json
+from kddm_jax.experiment.training import outputs as layers
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training.teacher import Source, find_teacher, variables_of
 
 
 class Outputs(NamedTuple):

@@ -17,12 +17,12 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-import signals
 from flax import serialization
 from jax.experimental import multihost_utils
-from settings import Settings, UserError, as_json
 
 from kddm_jax import checkpoint, data
+from kddm_jax.experiment.machine import signals
+from kddm_jax.experiment.settings import Settings, UserError, as_json
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")

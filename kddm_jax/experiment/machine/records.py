@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import jax
-import processes
-from settings import UserError
+
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.settings import UserError
 
 
 def _commit() -> str:

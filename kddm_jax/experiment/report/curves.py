@@ -6,8 +6,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import report
 from PIL import Image
+
+from kddm_jax.experiment.report import table as report
 
 mpl.use("Agg")
 from cycler import cycler  # noqa: E402

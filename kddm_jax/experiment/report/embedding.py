@@ -14,19 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import layers
-import methods
 import numpy as np
-import records
-import runs
 from flax import linen as nn
-from problems import Problem
-from settings import FEATURE_ONLY, Settings
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from teacher import Teacher, variables_of
 
 from kddm_jax import checkpoint, data
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
+from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training import outputs as layers
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.experiment.training.teacher import Teacher, variables_of
 
 IMAGES = 1000  # at most
 SEED = 42  # the released code's

@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import curves
 import jinja2
 import numpy as np
-import report
-from curves import plt
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
-from records import read_json
+
+from kddm_jax.experiment.machine.records import read_json
+from kddm_jax.experiment.report import curves
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report.curves import plt
 
 HERE = Path(__file__).resolve().parent
 STATS = {  # of a solver: the name of its axis
@@ -210,7 +211,7 @@ def _setting(value):
 
 def settings_rows(settings: Mapping[str, object]) -> list[tuple[str, str, bool]]:
     """Every setting: name, value, whether it is another than the recipe's."""
-    from settings import as_json, defaults
+    from kddm_jax.experiment.settings import as_json, defaults
 
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
@@ -288,7 +289,7 @@ def write(
 
 def main(folders: Sequence[str]) -> int:
     """Renders the pages of folders of runs anew; returns the exit status."""
-    from cifar import answer_errors  # which imports this module
+    from kddm_jax.experiment.distill import answer_errors  # which imports this module
 
     def work():
         for folder in map(Path, folders):

@@ -168,7 +168,7 @@ FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by na
 
 def command(settings: Mapping, script: str = "cifar.py") -> str:
     """The command that gives these settings, without the places of one machine."""
-    from settings import as_json, defaults
+    from kddm_jax.experiment.settings import as_json, defaults
 
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
@@ -234,8 +234,8 @@ def distance_of(record: dict[str, object], name: str) -> object | None:
 
 def write(results: dict[str, object], out: Path) -> None:
     """Writes ``results.json``, ``table.md`` and ``curves.png``."""
-    import curves
-    from records import write_json
+    from kddm_jax.experiment.machine.records import write_json
+    from kddm_jax.experiment.report import curves
 
     write_json(out / "results.json", results)
     (out / "table.md").write_text(markdown(results))
@@ -243,7 +243,7 @@ def write(results: dict[str, object], out: Path) -> None:
 
 
 def _check_alike(first, other):
-    from settings import UserError
+    from kddm_jax.experiment.settings import UserError
 
     alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
     for name in alike:
@@ -311,8 +311,8 @@ BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 
 
 def _rendered(paths):
-    from records import read_json
-    from settings import UserError
+    from kddm_jax.experiment.machine.records import read_json
+    from kddm_jax.experiment.settings import UserError
 
     files = [read_json(path) for path in paths]
     if all("held_out_accuracy" in results for results in files):
@@ -352,7 +352,7 @@ def main(names: Sequence[str]) -> int:
     Returns:
       The exit status; a page that cannot be rendered is left as it is.
     """
-    from cifar import answer_errors  # which imports this module
+    from kddm_jax.experiment.distill import answer_errors  # which imports this module
 
     def work():
         for path in map(Path, names):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-import models
 from flax import linen as nn
-from settings import FEATURE_ONLY, Settings, UserError
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
+from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, UserError
+from kddm_jax.experiment.training import models
 from kddm_jax.losses import carries_weights, get_distance
 from kddm_jax.projectors import (
     PROJECTORS,

@@ -11,8 +11,8 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from settings import UserError
 
+from kddm_jax.experiment.settings import UserError
 from kddm_jax.mlp import StudentMLP, TeacherMLP
 from kddm_jax.mobilenet import MobileNetV2
 from kddm_jax.resnet import ResNet9, ResNet18, ResNet34

@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 import optax
-from settings import Settings
+
+from kddm_jax.experiment.settings import Settings
 
 
 def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):

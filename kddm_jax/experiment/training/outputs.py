@@ -11,18 +11,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import methods
 import numpy as np
-import processes
-import records
-import report
-import runs
 from flax import linen as nn
-from problems import Problem
 from rich.console import Console
-from settings import FEATURE_ONLY, UserError, weight_of
 
 from kddm_jax import data, resnet
+from kddm_jax.experiment.machine import processes, records
+from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.settings import FEATURE_ONLY, UserError, weight_of
+from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.logits import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
@@ -119,7 +117,9 @@ def _rated(problem, teacher) -> dict[str, object]:
             "pairs": [f"{a}:{b}" for a, b in zip(own, best, strict=True)],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        from curves import of_layers  # with Matplotlib, for which no command need wait
+        from kddm_jax.experiment.report.curves import (
+            of_layers,  # with Matplotlib, for which no command need wait
+        )
 
         of_layers(record, path.with_suffix(".png"))
         records.write_json(path, record)  # last: without it both are made again

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 from flax import linen as nn
-from settings import UserError
 
 from kddm_jax import convert, resnet
+from kddm_jax.experiment.settings import UserError
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import methods
-import models
 import numpy as np
-import pretrained
-import processes
-import signals
-import views
 from flax import linen as nn
-from settings import Settings, UserError
 
 from kddm_jax import augment, data, resnet, stream, train_step
+from kddm_jax.experiment.machine import processes, signals
+from kddm_jax.experiment.settings import Settings, UserError
+from kddm_jax.experiment.training import methods, models, pretrained, views
 
 EVAL_BATCH = 500
 

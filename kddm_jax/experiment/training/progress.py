@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import processes
-import signals
 
 from kddm_jax import checkpoint, train_step
+from kddm_jax.experiment.machine import processes, signals
 
 
 class RunError(Exception):

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import methods
-import models
 import numpy as np
-import pretrained
 from flax import linen as nn
-from problems import Problem
-from settings import FEATURE_ONLY, UserError, as_json, weight_of
 
+from kddm_jax.experiment.settings import FEATURE_ONLY, UserError, as_json, weight_of
+from kddm_jax.experiment.training import methods, models, pretrained
+from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.losses import carries_weights
 
 ALONE = ("teacher", "student")  # runs without a teacher

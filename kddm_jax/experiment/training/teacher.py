@@ -7,14 +7,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import problems
-import processes
-import runs
-import training
 from flax import linen as nn
-from settings import UserError
 
 from kddm_jax import checkpoint, train_step
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.settings import UserError
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training import train as training
 from kddm_jax.projectors import without_projectors
 
 

@@ -9,24 +9,26 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
-import methods
 import numpy as np
-import optimizers
-import problems
-import processes
-import records
-import signals
 from flax import linen as nn
-from problems import Problem
-from progress import Progress
-from runs import ALONE, Run, check_folder, epoch_order, method_of
 
 from kddm_jax import resnet, train_step
+from kddm_jax.experiment.machine import processes, records, signals
+from kddm_jax.experiment.training import methods, optimizers, problems
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.experiment.training.progress import Progress
+from kddm_jax.experiment.training.runs import (
+    ALONE,
+    Run,
+    check_folder,
+    epoch_order,
+    method_of,
+)
 from kddm_jax.losses import carries_weights
 from kddm_jax.projectors import without_projectors
 
 if TYPE_CHECKING:
-    from teacher import Teacher
+    from kddm_jax.experiment.training.teacher import Teacher
 
 LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import processes
-from settings import Settings, UserError
 
 from kddm_jax import augment, resnet
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.settings import Settings, UserError
 
 BATCH = 500
 AUGMENTATION = ("padding", "flip", "degrees", "shift", "zoom")

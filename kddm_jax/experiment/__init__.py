@@ -1,0 +1,1 @@
+"""What the command runs: settings, the study, training, the report."""

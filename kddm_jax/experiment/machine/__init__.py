@@ -1,0 +1,1 @@
+"""The machine: processes, signals, errors, records, the terminal."""
