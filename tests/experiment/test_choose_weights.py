@@ -1,13 +1,7 @@
 """choose_weights.py: runs of a grid that diverge, and folders that it refuses."""
 
 import pytest
-from test_experiments import (  # the fixtures are used by name
-    SMALL,
-    settings_of_jax,  # noqa: F401
-    shared,  # noqa: F401
-    trained,  # noqa: F401
-    unwanted_training,
-)
+from commands import SMALL, unwanted_training
 
 from kddm_jax.experiment import choose_weights
 from kddm_jax.experiment.machine import records

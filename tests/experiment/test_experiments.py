@@ -4,31 +4,38 @@ The expensive runs are made once per session, whichever worker comes first, and 
 one cache of compiled programs.
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from commands import (
+    DISTANCE_NAMES,
+    TINY,
+    assert_same_arrays,
+    call,
+    command,
+    final_arrays,
+    results_of,
+    table_lines,
+    timeless,
+    tiny,
+    tree,
+    unwanted_training,
+)
 from PIL import Image
 from rich.console import Console
 
-import kddm_jax
 from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
 from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment.machine import records
@@ -48,91 +55,6 @@ from kddm_jax.experiment.training.teacher import (
     load_teacher,
 )
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-DISTANCE_NAMES = ("w2", "w2_gaussian")
-# Teacher and student are of one shape, so that they share their compiled step.
-TINY = (
-    *("--dataset", "digits", "--recipe", "laptop"),
-    *("--teacher-model", "ResNet9", "--student-model", "ResNet9", "--width", "4"),
-    *("--teacher-epochs", "2", "--epochs", "2", "--batch-size", "32"),
-    *("--lr", "0.02"),  # gentle: rounding is not amplified from step to step
-    *("--train-images", "128", "--student-images", "128", "--test-images", "100"),
-    *("--seeds", "1", "--distances", *DISTANCE_NAMES),
-)
-# For runs that train: what they show does not depend on the network.
-NETWORK = "small_network:Small"
-SMALL = (*TINY, "--teacher-model", NETWORK, "--student-model", NETWORK)
-
-
-# ---------------------------------------------------------------------------
-# Running the command.
-
-
-# What the tests compile they share with subprocesses that name no cache of their own.
-CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-
-
-# Those of conftest.py and `prefer_eigen`, so that a cached program fits here, too.
-COMPILER_FLAGS = (
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
-)
-
-
-def environ(**more):
-    """Of a subprocess: this package, a plain terminal, one device, no user's data."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("JAX_", "KDDM_")) or name in CACHE
-    }
-    for name in ("COLUMNS", "FORCE_COLOR"):
-        kept.pop(name, None)
-    package, tests = Path(kddm_jax.__file__).parents[1], Path(__file__).parent
-    return {
-        **kept,
-        "PYTHONPATH": f"{package}{os.pathsep}{tests}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the compiler takes half the time
-        "XLA_FLAGS": " ".join(f for f in COMPILER_FLAGS if f in kept["XLA_FLAGS"]),
-        # A program that a killed run has left half written is compiled anew.
-        "PYTHONWARNINGS": "ignore:Error reading persistent",
-        **more,
-    }
-
-
-def command(*arguments, script=(str(EXPERIMENTS / "cifar.py"),), cwd, env=None):
-    """Runs the command as a user does."""
-    return subprocess.run(
-        [sys.executable, *script, *map(str, arguments)],
-        cwd=cwd,
-        env=env or environ(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def call(*arguments):
-    """The command's status within this process, tyro's own exit included."""
-    try:
-        return cifar.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return stop.code
-
-
-@pytest.fixture(autouse=True)
-def settings_of_jax():
-    """Those of the subprocesses; other tests of this worker keep theirs."""
-    names = ("jax_compilation_cache_dir", "jax_disable_most_optimizations")
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 once_for_all = functools.cache(models.shapes)
 
 
@@ -140,122 +62,6 @@ once_for_all = functools.cache(models.shapes)
 def traced_once(monkeypatch):
     """Every command traces its networks; those of the tests are few."""
     monkeypatch.setattr(models, "shapes", once_for_all)
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A folder that all workers of the session see."""
-    base = tmp_path_factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = root / "experiments"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@contextlib.contextmanager
-def once(shared, name):
-    """Gives a folder to the first who comes, as ``(folder, True)``; the rest wait."""
-    with (shared / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder, done = shared / name, shared / f"{name}.done"
-        if done.exists():
-            yield folder, False
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder, True
-        done.touch()
-
-
-# Programs of subprocesses, too, are kept for the next session.
-KEEP = ("--compilation-cache", jax.config.jax_compilation_cache_dir)
-
-
-def tiny(out):
-    return (*SMALL, *KEEP, "--out", out)
-
-
-@pytest.fixture(scope="session")
-def finished(shared):
-    """Folder of a finished run; ``stdout.txt`` beside ``out/``."""
-    with once(shared, "finished") as (folder, first):
-        if first:
-            done = command(*tiny("out"), cwd=folder)
-            assert done.returncode == 0, done.stderr
-            assert done.stderr == ""
-            (folder / "stdout.txt").write_text(done.stdout)
-    return folder
-
-
-# Dies as by `kill -9` as soon as the first checkpoint of a distilled student stands.
-KILL = """
-import os, signal, sys
-from kddm_jax.experiment import distill as cifar
-from kddm_jax import checkpoint
-save = checkpoint.save
-def save_and_die(folder, *arguments, **options):
-    path = save(folder, *arguments, **options)
-    if "w2" in path.parts:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return path
-checkpoint.save = save_and_die
-cifar.main(sys.argv[1:])
-"""
-
-
-@pytest.fixture(scope="session")
-def resumed(shared, finished):
-    """Folder of a run that was killed and continued; ``stdout.txt``, ``killed/``."""
-    with once(shared, "resumed") as (folder, first):
-        if first:
-            line = (*tiny("out"), "--checkpoint-seconds", "0")
-            killed = command(*line, script=("-c", KILL), cwd=folder)
-            assert killed.returncode == -signal.SIGKILL, killed.stderr
-            shutil.copytree(folder / "out", folder / "killed")
-            done = command(*line, cwd=folder)
-            assert done.returncode == 0, done.stderr
-            (folder / "stdout.txt").write_text(done.stdout)
-    return folder
-
-
-def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def tree(folder):
-    """Every path below a folder, with the hash of its content."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def table_lines(stdout):
-    return [line for line in stdout.splitlines() if "│" in line or "┃" in line]
-
-
-def final_arrays(out, name, seed=1):
-    path = checkpoint.latest(out / name / f"seed{seed}" / "checkpoints")
-    arrays, _ = checkpoint.restore_arrays(path)
-    return path.name, jax.tree_util.tree_leaves_with_path(arrays)
-
-
-def assert_same_arrays(left, right):
-    assert left[0] == right[0]
-    assert [key for key, _ in left[1]] == [key for key, _ in right[1]]
-    for (key, a), (_, b) in zip(left[1], right[1], strict=True):
-        assert a.dtype == b.dtype, key
-        assert a.tobytes() == b.tobytes(), key
-
-
-def timeless(value):
-    """Results without what two equal runs may differ in."""
-    if isinstance(value, dict):
-        skip = ("timing", "seconds", "environment", "out", "checkpoint_seconds")
-        return {k: timeless(v) for k, v in value.items() if k not in skip}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------------
@@ -395,10 +201,6 @@ def test_same_command_in_another_folder_gives_the_same(finished, resumed):
     assert timeless(left) == timeless(right)
 
 
-def unwanted_training(*arguments, **options):
-    raise AssertionError("something was trained")
-
-
 def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     """Everything a result says is in the last checkpoint."""
     run_folder = finished / "out" / "w2" / "seed1"
@@ -531,26 +333,6 @@ def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatc
 
 # ---------------------------------------------------------------------------
 # Mistakes.
-
-
-@pytest.fixture(scope="session")
-def trained(shared):
-    """Folder of a teacher's run, as a run leaves it, with untrained variables."""
-    with once(shared, "trained") as (folder, first):
-        if first:
-            settings = parse([*TINY, "--compilation-cache", "None", "--devices", "1"])
-            problem = problems.prepare(settings, folder)
-            run = runs.teacher_run(problem)
-            variables = problem.init(problem.model("ResNet9", 4), 0)
-            for dataset in ("digits", "mnist"):
-                meta = {"run": {**run.identity, "dataset": dataset}}
-                checkpoint.save(folder / dataset / "checkpoints", 2, variables, meta)
-            source = models.source_digest(NETWORK)
-            own = {"teacher_model": NETWORK, "teacher_model_source": source}
-            variables = problem.init(problem.model(NETWORK, 4), 0)
-            meta = {"run": {**run.identity, **own}}
-            checkpoint.save(folder / "small" / "checkpoints", 2, variables, meta)
-    return folder
 
 
 def weights_file(folder, seed=0, **architecture):

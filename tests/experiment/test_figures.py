@@ -10,19 +10,10 @@ import jax
 import numpy as np
 import pytest
 import toys
+from commands import EXPERIMENTS, KEEP, SMALL, command, results_of
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from test_experiments import (  # the fixtures are used by name
-    EXPERIMENTS,
-    KEEP,
-    SMALL,
-    command,
-    finished,  # noqa: F401
-    results_of,
-    settings_of_jax,  # noqa: F401
-    shared,  # noqa: F401
-)
 
 from kddm_jax.experiment import choose_weights
 from kddm_jax.experiment import finished as reading

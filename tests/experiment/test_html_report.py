@@ -8,18 +8,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from test_experiments import (  # the fixtures are used by name
+from commands import (
     EXPERIMENTS,
     call,
     command,
     environ,
-    finished,  # noqa: F401
     results_of,
-    settings_of_jax,  # noqa: F401
-    shared,  # noqa: F401
+    small_results,
     tiny,
 )
-from test_report import small_results
 
 from kddm_jax.experiment.report import curves, embedding
 from kddm_jax.experiment.report import page as html_report

@@ -19,7 +19,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from test_experiments import (  # the fixtures are used by name
+from commands import (
     CACHE,
     EXPERIMENTS,
     SMALL,
@@ -29,10 +29,7 @@ from test_experiments import (  # the fixtures are used by name
     command,
     environ,
     final_arrays,
-    finished,  # noqa: F401
     results_of,
-    settings_of_jax,  # noqa: F401
-    shared,  # noqa: F401
     timeless,
     tiny,
 )

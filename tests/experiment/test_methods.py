@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_experiments import KEEP, SMALL, TINY, call, results_of
+from commands import KEEP, SMALL, TINY, call, results_of
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
 from kddm_jax.experiment.report import table as report
 from kddm_jax.experiment.settings import UserError, parse
 from kddm_jax.experiment.training import methods, models, problems, runs
-
-# Importing test_experiments has put the experiments' folder on the path.
 from kddm_jax.experiment.training import outputs as layers
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -13,14 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from test_experiments import (
-    EXPERIMENTS,
-    KEEP,
-    KILL,
-    SMALL,
-    environ,
-    final_arrays,
-)
+from commands import EXPERIMENTS, KEEP, KILL, SMALL, environ, final_arrays
 
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import processes

@@ -5,14 +5,8 @@ import json
 import re
 
 import pytest
+from commands import EXPERIMENTS, command, environ, small_results, table_lines
 from rich.console import Console
-from test_experiments import (
-    EXPERIMENTS,
-    command,
-    environ,
-    settings_of_jax,  # noqa: F401  (a fixture)
-    table_lines,
-)
 
 from kddm_jax.experiment.report import curves
 from kddm_jax.experiment.report import table as report
@@ -45,63 +39,6 @@ from kddm_jax.experiment.settings import UserError
 def test_gap_closed(accuracy, student, teacher, images, expected):
     found = report.gap_closed(accuracy, student, teacher, images)
     assert found == (None if expected is None else pytest.approx(expected))
-
-
-def small_results(teacher=90.0, given=False):
-    def run(name, title, seed, accuracy, best, weight, seconds):
-        history = [
-            {"epoch": 1, "loss": 2.0, name: 4.0, "test_accuracy": best},
-            {"epoch": 2, "loss": 1.0, name: 2.0, "test_accuracy": accuracy},
-        ]
-        return {
-            "name": name,
-            "title": title,
-            "seed": seed,
-            "accuracy": accuracy,
-            "best_accuracy": best,
-            "weight": weight,
-            "history": history,
-            "timing": {"seconds": seconds},
-            "environment": environment,
-        }
-
-    environment = {
-        "device_count": 2,
-        "device": "Some GPU",
-        "jax": "1.2.3",
-        "commit": "abc1234",
-    }
-    return {
-        "settings": {
-            "dataset": "digits",
-            "recipe": "laptop",
-            "student_model": "ResNet18",
-            "width": 16,
-            "stem": "cifar",
-            "seeds": [0, 1],
-            "held_out": 0,
-        },
-        "eval_images": 100,
-        "teacher": {
-            "model": "ResNet34",
-            "width": 32,
-            "accuracy": teacher,
-            "best_accuracy": None if given else 91.5,
-            "timing": None if given else {"seconds": 61.4},
-            "environment": None if given else environment,
-        },
-        "runs": [
-            run("student", "student", 0, 80.0, 80.5, 0.0, 10.0),
-            run("student", "student", 1, 82.0, 82.5, 0.0, 13.0),
-            run("w2", "W2 (E)", 0, 84.0, 86.0, 1e-4, 20.0),
-            run("w2", "W2 (E)", 1, 85.2, 85.2, 1e-4, 20.0),
-        ],
-        "environment": {
-            **environment,
-            "commit": "of-the-last-command",
-            "command": "python experiments/cifar.py --out /home/me --seeds 0 1",
-        },
-    }
 
 
 # By hand: means 81 and 84.6, standard deviations sqrt(2) and 0.6 sqrt(2), of the best

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_experiments import (
-    settings_of_jax,  # noqa: F401  (a fixture)
-)
 
 from kddm_jax import DISTANCES, data
 from kddm_jax.experiment import settings as settings_module

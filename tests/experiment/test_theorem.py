@@ -10,16 +10,11 @@ import numpy as np
 import pytest
 import risks
 import theorem
+from commands import KEEP, SMALL
 from flax import linen as nn
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from test_experiments import (  # the fixtures are used by name
-    KEEP,
-    SMALL,
-    settings_of_jax,  # noqa: F401
-    shared,  # noqa: F401
-)
 
 import kddm_jax
 from kddm_jax.experiment.report import table as report

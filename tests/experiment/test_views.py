@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train_step as steps
-from test_experiments import KEEP, SMALL, TINY, call, results_of
+from commands import KEEP, SMALL, TINY, call, results_of
 
 from kddm_jax import augment, resnet
 from kddm_jax.experiment.settings import UserError, parse
