@@ -25,10 +25,10 @@ from kddm_jax import data, wasserstein
 from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment import finished
 from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import curves
 from kddm_jax.experiment.report.curves import PLAIN, plt
 from kddm_jax.experiment.report.embedding import SEED, tsne
-from kddm_jax.experiment.settings import UserError
 
 EMBEDDED = 300  # images
 RUNS = "results.json"  # of cifar.py

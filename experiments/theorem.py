@@ -44,13 +44,13 @@ from kddm_jax import data
 from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment import finished
 from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.report import table as report
 from kddm_jax.experiment.report.curves import PLAIN, plt, save
-from kddm_jax.experiment.settings import FEATURE_ONLY, UserError, as_json, parse
+from kddm_jax.experiment.settings import FEATURE_ONLY, as_json, parse
 from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training import train as training
 from kddm_jax.experiment.training.problems import Problem
-from kddm_jax.experiment.training.progress import RunError
 from kddm_jax.experiment.training.teacher import (
     find_teacher,
     known_digest,

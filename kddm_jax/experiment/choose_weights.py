@@ -20,11 +20,11 @@ from rich.table import Table
 
 from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment.machine import processes, records
-from kddm_jax.experiment.settings import UserError, as_json, check, parse
+from kddm_jax.experiment.machine.errors import RunError, UserError
+from kddm_jax.experiment.settings import as_json, check, parse
 from kddm_jax.experiment.training import outputs as layers
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training import train as training
-from kddm_jax.experiment.training.progress import RunError
 from kddm_jax.experiment.training.teacher import (
     Teacher,
     find_teacher,

@@ -28,12 +28,12 @@ from kddm_jax.checkpoint import CheckpointError
 from kddm_jax.convolution import prefer_eigen
 from kddm_jax.data import DataError
 from kddm_jax.experiment.machine import processes, records, signals
+from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.report import table as report
-from kddm_jax.experiment.settings import Settings, UserError, as_json, parse
+from kddm_jax.experiment.settings import Settings, as_json, parse
 from kddm_jax.experiment.training import outputs as layers
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training import train as training
-from kddm_jax.experiment.training.progress import RunError
 from kddm_jax.experiment.training.teacher import (
     find_teacher,
     known_digest,

@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import records
-from kddm_jax.experiment.settings import UserError, from_json
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import from_json
 from kddm_jax.experiment.training import outputs as layers
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training.teacher import Source, find_teacher, variables_of

@@ -13,16 +13,14 @@ from typing import get_args
 
 import tyro
 
+from kddm_jax.experiment.machine.errors import UserError
+
 FEATURE_ONLY = "feature_only"
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
     *("TeacherMLP", "StudentMLP"),
 )
-
-
-class UserError(Exception):
-    """A mistake in a command: one line names it; exit status 2."""
 
 
 @dataclass(frozen=True)

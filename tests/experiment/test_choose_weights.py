@@ -5,9 +5,9 @@ from commands import SMALL, unwanted_training
 
 from kddm_jax.experiment import choose_weights
 from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import RunError
 from kddm_jax.experiment.training import problems
 from kddm_jax.experiment.training import train as training
-from kddm_jax.experiment.training.progress import RunError
 
 
 @pytest.fixture

@@ -39,14 +39,11 @@ from rich.console import Console
 from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
 from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.report import table as report
-from kddm_jax.experiment.settings import (
-    UserError,
-    parse,
-)
+from kddm_jax.experiment.settings import parse
 from kddm_jax.experiment.training import models, pretrained, problems, runs
 from kddm_jax.experiment.training import train as training
-from kddm_jax.experiment.training.progress import RunError
 from kddm_jax.experiment.training.teacher import (
     Teacher,
     find_checkpoint,

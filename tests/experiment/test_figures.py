@@ -17,8 +17,9 @@ from scipy.spatial.distance import cdist
 
 from kddm_jax.experiment import choose_weights
 from kddm_jax.experiment import finished as reading
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import curves
-from kddm_jax.experiment.settings import Settings, UserError, as_json, from_json, parse
+from kddm_jax.experiment.settings import Settings, as_json, from_json, parse
 
 LARGEST = 120_000  # bytes of a picture
 

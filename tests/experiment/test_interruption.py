@@ -37,10 +37,11 @@ from commands import (
 from kddm_jax import checkpoint
 from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment.machine import records, signals
+from kddm_jax.experiment.machine.errors import RunError
 from kddm_jax.experiment.settings import parse
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training import train as training
-from kddm_jax.experiment.training.progress import Progress, RunError, Tally
+from kddm_jax.experiment.training.progress import Progress, Tally
 
 STEPS = 4  # in an epoch of TINY, which has two
 

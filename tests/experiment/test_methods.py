@@ -13,8 +13,9 @@ from commands import KEEP, SMALL, TINY, call, results_of
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import table as report
-from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.settings import parse
 from kddm_jax.experiment.training import methods, models, problems, runs
 from kddm_jax.experiment.training import outputs as layers
 

@@ -17,7 +17,8 @@ from commands import EXPERIMENTS, KEEP, KILL, SMALL, environ, final_arrays
 
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import processes
-from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import parse
 
 LINE = (
     *SMALL,

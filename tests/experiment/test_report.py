@@ -8,9 +8,9 @@ import pytest
 from commands import EXPERIMENTS, command, environ, small_results, table_lines
 from rich.console import Console
 
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import curves
 from kddm_jax.experiment.report import table as report
-from kddm_jax.experiment.settings import UserError
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import pytest
 
 from kddm_jax import DISTANCES, data
 from kddm_jax.experiment import settings as settings_module
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
     LAPTOP_DIGITS,
     RECIPES,
     Settings,
-    UserError,
     parse,
     weight_of,
 )

@@ -17,8 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 import kddm_jax
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import table as report
-from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.settings import parse
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training import train as training
 from kddm_jax.resnet import Outputs

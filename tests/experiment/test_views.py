@@ -12,7 +12,8 @@ import test_train_step as steps
 from commands import KEEP, SMALL, TINY, call, results_of
 
 from kddm_jax import augment, resnet
-from kddm_jax.experiment.settings import UserError, parse
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import parse
 from kddm_jax.experiment.training import problems, views
 from kddm_jax.train_step import known_outputs, scan_steps
 

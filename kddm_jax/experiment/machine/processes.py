@@ -22,7 +22,8 @@ from jax.experimental import multihost_utils
 
 from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import signals
-from kddm_jax.experiment.settings import Settings, UserError, as_json
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import Settings, as_json
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from kddm_jax.experiment.machine import processes
-from kddm_jax.experiment.settings import UserError
+from kddm_jax.experiment.machine.errors import UserError
 
 
 def _commit() -> str:

@@ -243,7 +243,7 @@ def write(results: dict[str, object], out: Path) -> None:
 
 
 def _check_alike(first, other):
-    from kddm_jax.experiment.settings import UserError
+    from kddm_jax.experiment.machine.errors import UserError
 
     alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
     for name in alike:
@@ -311,8 +311,8 @@ BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 
 
 def _rendered(paths):
+    from kddm_jax.experiment.machine.errors import UserError
     from kddm_jax.experiment.machine.records import read_json
-    from kddm_jax.experiment.settings import UserError
 
     files = [read_json(path) for path in paths]
     if all("held_out_accuracy" in results for results in files):

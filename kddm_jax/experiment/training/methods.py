@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
-from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, UserError
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
 from kddm_jax.experiment.training import models
 from kddm_jax.losses import carries_weights, get_distance
 from kddm_jax.projectors import (

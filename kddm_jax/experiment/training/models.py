@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax.experiment.settings import UserError
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.mlp import StudentMLP, TeacherMLP
 from kddm_jax.mobilenet import MobileNetV2
 from kddm_jax.resnet import ResNet9, ResNet18, ResNet34

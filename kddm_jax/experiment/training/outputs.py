@@ -17,8 +17,9 @@ from rich.console import Console
 
 from kddm_jax import data, resnet
 from kddm_jax.experiment.machine import processes, records
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import table as report
-from kddm_jax.experiment.settings import FEATURE_ONLY, UserError, weight_of
+from kddm_jax.experiment.settings import FEATURE_ONLY, weight_of
 from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.logits import class_cost_cka

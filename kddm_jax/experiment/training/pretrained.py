@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from kddm_jax import convert, resnet
-from kddm_jax.experiment.settings import UserError
+from kddm_jax.experiment.machine.errors import UserError
 
 
 @dataclass(frozen=True)

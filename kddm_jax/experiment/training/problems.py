@@ -14,7 +14,8 @@ from flax import linen as nn
 
 from kddm_jax import augment, data, resnet, stream, train_step
 from kddm_jax.experiment.machine import processes, signals
-from kddm_jax.experiment.settings import Settings, UserError
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import Settings
 from kddm_jax.experiment.training import methods, models, pretrained, views
 
 EVAL_BATCH = 500

@@ -16,10 +16,7 @@ import numpy as np
 
 from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes, signals
-
-
-class RunError(Exception):
-    """A run had to stop; one line says where and what to continue from."""
+from kddm_jax.experiment.machine.errors import RunError
 
 
 @dataclass

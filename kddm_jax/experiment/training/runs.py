@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from flax import linen as nn
 
-from kddm_jax.experiment.settings import FEATURE_ONLY, UserError, as_json, weight_of
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import FEATURE_ONLY, as_json, weight_of
 from kddm_jax.experiment.training import methods, models, pretrained
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.losses import carries_weights

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes
-from kddm_jax.experiment.settings import UserError
+from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training import train as training
 from kddm_jax.projectors import without_projectors

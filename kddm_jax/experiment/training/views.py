@@ -18,7 +18,8 @@ import numpy as np
 
 from kddm_jax import augment, resnet
 from kddm_jax.experiment.machine import processes
-from kddm_jax.experiment.settings import Settings, UserError
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import Settings
 
 BATCH = 500
 AUGMENTATION = ("padding", "flip", "degrees", "shift", "zoom")
