@@ -98,8 +98,8 @@ def tiny(out):
 # Dies as by `kill -9` as soon as the first checkpoint of a distilled student stands.
 KILL = """
 import os, signal, sys
-from kddm_jax.experiment import distill as cifar
 from kddm_jax import checkpoint
+from kddm_jax.experiment import distill
 save = checkpoint.save
 def save_and_die(folder, *arguments, **options):
     path = save(folder, *arguments, **options)
@@ -107,7 +107,7 @@ def save_and_die(folder, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return path
 checkpoint.save = save_and_die
-cifar.main(sys.argv[1:])
+distill.main(sys.argv[1:])
 """
 
 

@@ -73,7 +73,7 @@ def test_the_pages_of_results_have_tables():
 
 @pytest.mark.parametrize("page", WITH_TABLES)
 def test_tables_are_rendered_from_their_json(page, monkeypatch):
-    from kddm_jax.experiment.report import table as report
+    from kddm_jax.experiment import render
 
     text = (ROOT / page).read_text()
-    assert report.fill(ROOT / page) == text
+    assert render.fill(ROOT / page) == text

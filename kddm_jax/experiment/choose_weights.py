@@ -1,69 +1,50 @@
-"""Chooses lambda for each distance on held-out training images, never on the test set.
+"""The command ``kddm choose-weights``: lambda of each distance on held-out images.
 
-    python experiments/choose_weights.py --grid 1e-4 1e-3 1e-2 -- \
-        --dataset digits --held-out 300
+    kddm choose-weights --grid 1e-4 1e-3 1e-2 -- --dataset digits --held-out 300
 
-What follows ``--`` are settings of cifar.py.  Prints the held-out accuracy of every
-lambda (0: the loss did not stay finite) and the ``--weights`` line for cifar.py;
-writes ``weights.json``.  All lambdas of a distance share one compiled program (but
-those of distances between layers).
+Settings of ``kddm distill`` follow after ``--``. The command prints the held-out
+accuracy of every lambda (0: the loss did not stay finite) and the ``--weights`` line
+for ``kddm distill``, and writes ``weights.json``. The test set is never used. All
+lambdas of a distance share one compiled program, except for distances between layers.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-from flax import linen as nn
+from rich.console import Console
 from rich.table import Table
 
-from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment import study
 from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import RunError, UserError
-from kddm_jax.experiment.settings import as_json, check, parse
-from kddm_jax.experiment.training import outputs as layers
-from kddm_jax.experiment.training import problems, runs
-from kddm_jax.experiment.training import train as training
-from kddm_jax.experiment.training.teacher import (
-    Teacher,
-    find_teacher,
-    known_digest,
-    load_teacher,
-)
+from kddm_jax.experiment.machine.terminal import answer_errors, console
+from kddm_jax.experiment.settings import Settings, as_json, check, parse
+from kddm_jax.experiment.training import runs
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DIVERGED = "diverged.json"
 
 
-def train(
-    problem: problems.Problem,
-    run: runs.Run,
-    model: nn.Module,
-    teacher: Teacher,
-    reporter: cifar.Reporter,
-) -> float:
+def train(opened: study.Study, run: runs.Run) -> float:
     """Trains one student of the grid; if it diverges, its accuracy is 0.
 
     Divergence is recorded in ``diverged.json``.  A recorded run is not trained again,
     unless it stopped under ``--on-nonfinite stop`` and the command now says ``skip``.
 
     Args:
-      problem: data, devices, settings.
-      run: one of `runs.grid_runs`.
-      model: the network.
-      teacher: the trained teacher.
-      reporter: shows progress.
+      opened: the study.
+      run: one of its runs.
 
     Returns:
       Its accuracy on held-out images in percent, 0 if it diverged.
 
     Raises:
-      UserError, Terminated, CheckpointError: as `training.train`.
+      UserError, Terminated, CheckpointError: as `train.train`.
     """
+    problem = opened.problem
     how = problem.settings.on_nonfinite
     path = run.folder(problem.out) / DIVERGED
-    say = reporter.progress.console.print
 
     def earlier():
         runs.check_folder(run, problem.out)
@@ -75,34 +56,37 @@ def train(
     found = processes.first(earlier)
     if found is None:
         try:
-            result = training.train(problem, run, model, teacher, reporter)
+            result = opened.train(run)
         except RunError as error:  # a lambda may be far too large
             why = str(error).partition("; ")[0].partition(": ")[2]
             found = {"error": why, "on_nonfinite": how}
             processes.first(lambda: records.write_json(path, found))
         else:
-            say(f"{run.label}: {result['accuracy']:.2f} % of held-out images")
+            opened.say(f"{run.label}: {result['accuracy']:.2f} % of held-out images")
             return result["accuracy"]
     again = f"delete {path} to try it again"
-    say(f"{run.label}: {found['error']}; counts as 0 %; {again}")
+    opened.say(f"{run.label}: {found['error']}; counts as 0 %; {again}")
     return 0.0
 
 
-def choose(settings, grid, console) -> dict[str, object]:
-    """Trains a student per distance, lambda and seed; averages over seeds.
+def choose(
+    settings: Settings, grid: Sequence[float], console: Console
+) -> dict[str, object]:
+    """Trains a student for each distance, lambda and seed, and averages over seeds.
 
     A seed that diverges counts as zero.
 
     Args:
-      settings: of cifar.py, with held-out images.
-      grid: of lambdas.
-      console: to print on.
+      settings: settings of ``kddm distill``, with held-out images.
+      grid: the lambdas to try.
+      console: where lines are printed.
 
     Returns:
-      What ``weights.json`` says: settings, accuracy by distance and lambda, the best.
+      The content of ``weights.json``: settings, accuracy by distance and lambda, and
+      the best lambda of each distance.
 
     Raises:
-      UserError: there are no held-out images, or as cifar.py.
+      UserError: there are no held-out images; or as `study.open`.
     """
     if not settings.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
@@ -113,46 +97,35 @@ def choose(settings, grid, console) -> dict[str, object]:
     for weight in grid:
         check(dataclasses.replace(settings, weights=None, weight=weight))
     settings = dataclasses.replace(settings, weights=None)
-    out = settings.out or Path("runs") / f"{settings.dataset}-{settings.recipe}-weights"
-    problem = cifar.prepare(settings, out)
-    source = find_teacher(problem)
-    runs.check_distances(problem, source.model)
-    for who, weights in problem.starts.items():
-        console.print(f"{who} starts from {weights}")
-    reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
-    planned = [] if source.given else [runs.teacher_run(problem)]
-    for of_all in runs.grid_runs(problem, known_digest(source), grid).values():
-        planned += of_all
+    plan = lambda problem, digest: runs.grid_runs(problem, digest, grid)
+    accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
+    with study.open(settings, console, suffix="-weights", plan=plan) as opened:
+        for run in opened.runs:
+            row, key = accuracy[run.name], f"{run.weight:g}"
+            row[key] = row.get(key, 0.0) + train(opened, run) / len(settings.seeds)
+        chosen = _chosen(opened, accuracy)
+        path = opened.problem.out / "weights.json"
+        processes.first(lambda: records.write_json(path, chosen))
+    return chosen
 
-    with contextlib.ExitStack() as stack, reporter.progress:
-        processes.first(lambda: cifar.open_folder(out, planned, stack))
-        teacher = load_teacher(source, reporter)
-        layers.prepare(problem, teacher, reporter.progress.console)
-        model = problem.model(settings.student_model, settings.width)
-        accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
-        for name, of_all in runs.grid_runs(problem, teacher.digest, grid).items():
-            for run in of_all:
-                row, key = accuracy[name], f"{run.weight:g}"
-                reached = train(problem, run, model, teacher, reporter)
-                row[key] = row.get(key, 0.0) + reached / len(settings.seeds)
+
+def _chosen(opened, accuracy):
     best = {
         name: float(max(row, key=row.get))
         for name, row in accuracy.items()
         if max(row.values()) > 0  # else every lambda was too large
     }
-    chosen = {
-        "settings": as_json(settings),
+    return {
+        "settings": as_json(opened.problem.settings),
         "held_out_accuracy": accuracy,
-        "teacher": teacher.accuracy,
+        "teacher": opened.teacher.accuracy,
         "weights": best,
-        "environment": records.environment(problem.devices),
+        "environment": records.environment(opened.problem.devices),
     }
-    processes.first(lambda: records.write_json(out / "weights.json", chosen))
-    return chosen
 
 
 def show(chosen, grid, console) -> None:
-    """Prints the grid, and the line for cifar.py."""
+    """Prints the grid and the ``--weights`` line for ``kddm distill``."""
     view = Table("held-out accuracy, %", *(f"λ = {weight:g}" for weight in grid))
     for name, row in chosen["held_out_accuracy"].items():
         view.add_row(name, *(f"{row[f'{weight:g}']:.1f}" for weight in grid))
@@ -161,24 +134,22 @@ def show(chosen, grid, console) -> None:
     console.print(f"--weights {pairs}", soft_wrap=True)
 
 
-def main(arguments: list[str]) -> int:
-    """The command; returns its exit status."""
+def main(arguments: list[str], prog: str = "kddm choose-weights") -> int:
+    """Runs the command; returns its exit status."""
     first = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], prog="choose_weights.py"
+        description=__doc__.splitlines()[0].partition(": ")[2], prog=prog
     )
-    first.add_argument("--grid", type=float, nargs="+", default=GRID)
-    first.add_argument("settings", nargs="*", help="settings of cifar.py, after --")
+    first.add_argument(
+        "--grid", type=float, nargs="+", default=GRID, help="lambdas to try"
+    )
+    first.add_argument("settings", nargs="*", help="settings of kddm distill, after --")
     chosen = first.parse_args(arguments)
 
     def work():
         settings = parse(chosen.settings)
-        processes.start(settings)
-        console = cifar.console()
+        processes.start(settings.coordinator, settings.processes, settings.process)
         grid = tuple(dict.fromkeys(chosen.grid))
-        show(choose(settings, grid, console), grid, console)
+        terminal = console()
+        show(choose(settings, grid, terminal), grid, terminal)
 
-    return cifar.answer_errors(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return answer_errors(work)

@@ -6,44 +6,15 @@ compute, long after, what both networks make of the same images.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from flax import linen as nn
 
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import from_json
-from kddm_jax.experiment.training import outputs as layers
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training.teacher import Source, find_teacher, variables_of
-
-
-class Outputs(NamedTuple):
-    """What a network makes of images.
-
-    Attributes:
-      features: float32 ``[n, d]``.
-      logits: float32 ``[n, k]``.
-    """
-
-    features: np.ndarray
-    logits: np.ndarray
-
-
-def outputs_of(
-    problem: problems.Problem, model: nn.Module, variables, images: np.ndarray
-) -> Outputs:
-    """Computes features and logits in evaluation; one program for each network."""
-    key = ("features and logits", model)
-    if key not in problem.programs:
-        pick = lambda found: (
-            found.features.astype(np.float32),
-            found.logits.astype(np.float32),
-        )
-        problem.programs[key] = layers.program(problem, model, pick)
-    return Outputs(*layers.compute(problem.programs[key], variables, images))
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,11 @@ class Settings:
 
 
 RELEASED_WEIGHT = 1e-4
+# Settings that each of several processes may have for itself.
+OWN = (
+    *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
+    *("teacher", "pretrained_teacher", "pretrained_student"),
+)
 _SGD = {
     "momentum": 0.9,
     "schedule": "cosine",

@@ -6,8 +6,7 @@ from commands import SMALL, unwanted_training
 from kddm_jax.experiment import choose_weights
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import RunError
-from kddm_jax.experiment.training import problems
-from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training import problems, train
 
 
 @pytest.fixture
@@ -23,14 +22,14 @@ def test_a_run_that_diverges_stops_no_other(line, tmp_path, monkeypatch, capsys)
     """It counts as 0 and is not tried again, unless by skipping such steps."""
     ran = []
 
-    def train(problem, run, *_):
+    def fake_train(problem, run, *_):
         ran.append(run.weight)
         run.folder(problem.out).mkdir(parents=True, exist_ok=True)
         if run.weight in (2, 4):
             raise RunError("w2: loss not finite at step 1 (loss inf); lower --lr")
         return {"accuracy": 10 * run.weight}
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(train, "train", fake_train)
     command = ["--grid", "1", "2", "3", "4", "--", *line]
     for expected in ([1, 2, 3, 4], [1, 3]):
         ran.clear()
@@ -61,7 +60,7 @@ def test_lambdas_that_share_a_folder_are_refused(line, capsys):
 
 def test_a_grid_is_refused_before_it_begins(line, tmp_path, monkeypatch, capsys):
     """Its last folder is of another command; the first ones are not there yet."""
-    monkeypatch.setattr(training, "train", unwanted_training)
+    monkeypatch.setattr(train, "train", unwanted_training)
     command = ["--grid", "1", "5", "--", *line]
     folder = tmp_path / "weight-5" / "w2" / "seed1"
     folder.mkdir(parents=True)

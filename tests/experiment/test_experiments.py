@@ -37,20 +37,19 @@ from PIL import Image
 from rich.console import Console
 
 from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
-from kddm_jax.experiment import distill as cifar
-from kddm_jax.experiment.machine import records
+from kddm_jax.experiment import study
+from kddm_jax.experiment.machine import records, terminal
 from kddm_jax.experiment.machine.errors import RunError, UserError
-from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report import table
 from kddm_jax.experiment.settings import parse
-from kddm_jax.experiment.training import models, pretrained, problems, runs
-from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training import models, pretrained, problems, runs, train
 from kddm_jax.experiment.training.teacher import (
-    Teacher,
     find_checkpoint,
     find_teacher,
     known_digest,
     load_teacher,
 )
+from kddm_jax.experiment.training.train import Teacher
 
 once_for_all = functools.cache(models.shapes)
 
@@ -110,7 +109,7 @@ def test_results_are_written(finished):
 def test_table_and_curves_are_written(finished):
     results = results_of(finished / "out")
     text = (finished / "out" / "table.md").read_text()
-    assert text == report.markdown(results)
+    assert text == table.markdown(results)
     from matplotlib import pyplot as plt
 
     image = plt.imread(finished / "out" / "curves.png")
@@ -210,7 +209,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
     model = problem.model("small_network:Small", 4)
     teacher = Teacher(model, 4, {}, digest, 0.0, None)
     runs.check_distances(problem, model)
-    result = training.train(problem, run, model, teacher, unwanted_training)
+    result = train.train(problem, run, model, teacher, unwanted_training)
     assert timeless(result) == timeless(
         json.loads((run_folder / "result.json").read_text())
     )
@@ -286,7 +285,7 @@ def test_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "train", interrupt)
+    monkeypatch.setattr(train, "train", interrupt)
     assert call(*TINY, "--compilation-cache", "None", "--out", tmp_path / "out") == 130
     assert capsys.readouterr().err == "stopped; the same command continues\n"
 
@@ -295,7 +294,7 @@ def test_live_bar():
     """On a terminal: one bar per run, its newest numbers, no line per epoch."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=200, color_system=None)
-    reporter = cifar.Reporter(console, live=True)
+    reporter = terminal.Reporter(console, live=True)
     run = runs.Run("w2", 3, 1e-3, 2, np.arange(4), {})
     step = {
         "loss": np.array([1.5]),
@@ -653,7 +652,7 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     monkeypatch.setitem(data.RECORDS, "cifar10", (2, 2))
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
-    monkeypatch.setattr(training, "train", unwanted_training)
+    monkeypatch.setattr(train, "train", unwanted_training)
     line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
     assert call(*line, *more) == 2
     error = capsys.readouterr().err
@@ -671,12 +670,12 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", out)
 
-    def train(*arguments):
+    def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(train, "train", interrupt)
     out.mkdir()
-    with cifar.only_one(out):
+    with study.only_one(out):
         assert call(*line) == 2
     error = capsys.readouterr().err
     assert re.match(r"error: --out .*out: another command is at work", error), error
@@ -689,7 +688,7 @@ TROUBLE = """
 import os, shutil, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 what = sys.argv.pop(1)
-from kddm_jax.experiment import distill as cifar
+from kddm_jax.experiment import distill
 from kddm_jax import checkpoint
 save = checkpoint.save
 def save_then_trouble(folder, *arguments, **options):
@@ -701,7 +700,7 @@ def save_then_trouble(folder, *arguments, **options):
         shutil.disk_usage = lambda folder: full
     return path
 checkpoint.save = save_then_trouble
-sys.exit(cifar.main(sys.argv[1:]))
+sys.exit(distill.main(sys.argv[1:]))
 """
 
 
@@ -812,7 +811,7 @@ def test_mistakes_start_from_a_good_command(tmp_path, monkeypatch, trained):
     shutil.rmtree(tmp_path / "out" / "teacher")
     shutil.rmtree(tmp_path / "out" / "w2")
     shutil.rmtree(tmp_path / "out" / "w2_gaussian")
-    monkeypatch.setattr(training, "train", unwanted_training)
+    monkeypatch.setattr(train, "train", unwanted_training)
     line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", "out")
     with pytest.raises(AssertionError, match="something was trained"):
         call(*line)
@@ -930,7 +929,7 @@ def states(monkeypatch):
         found.append(variables)
         raise RunError("seen enough")
 
-    monkeypatch.setattr(training.train_step, "create_state", stop)
+    monkeypatch.setattr(train.train_step, "create_state", stop)
     return found
 
 

@@ -20,6 +20,7 @@ from kddm_jax.experiment import finished as reading
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report import curves
 from kddm_jax.experiment.settings import Settings, as_json, from_json, parse
+from kddm_jax.experiment.training.outputs import outputs_of
 
 LARGEST = 120_000  # bytes of a picture
 
@@ -273,7 +274,7 @@ def test_a_finished_student_is_read_back(finished):  # noqa: F811
     assert opened.teacher.digest == opened.results["teacher"]["digest"]
     for run in opened.results["runs"][:2]:
         model, variables = opened.student(run["name"], run["seed"])
-        found = reading.outputs_of(opened.problem, model, variables, parts.eval_images)
+        found = outputs_of(opened.problem, model, variables, parts.eval_images)
         assert found.features.shape == (100, 32)
         right = np.argmax(found.logits, axis=1) == parts.eval_labels
         assert 100 * right.mean() == pytest.approx(run["accuracy"])

@@ -18,9 +18,9 @@ from commands import (
     tiny,
 )
 
-from kddm_jax.experiment.report import curves, embedding
-from kddm_jax.experiment.report import page as html_report
-from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment import render
+from kddm_jax.experiment.report import curves, embedding, table
+from kddm_jax.experiment.report import page as page_module
 from kddm_jax.experiment.settings import Settings, as_json, defaults
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -110,9 +110,9 @@ def test_page_holds_every_run(finished):  # noqa: F811
     accuracy, runs, solver, environment, settings = Page(
         page_of(finished / "out")
     ).tables
-    assert accuracy == [list(report.COLUMNS), *map(list, report.table(results))]
+    assert accuracy == [list(table.COLUMNS), *map(list, table.table(results))]
     header, teacher, *rows = runs
-    assert header == list(html_report.RUN_COLUMNS)
+    assert header == list(page_module.RUN_COLUMNS)
     assert teacher[3] == f"{results['teacher']['accuracy']:.2f}"
     assert len(rows) == len(results["runs"])
     for row, run in zip(rows, results["runs"], strict=True):
@@ -173,7 +173,7 @@ def test_same_command_leaves_the_page(finished, tmp_path, monkeypatch, capsys): 
     assert page_of(folder / "out") == before[0]
 
     (folder / "out" / "report.html").unlink()
-    assert (html_report.main(["out"]), warned()) == (0, "")
+    assert (render.main(["out"]), warned()) == (0, "")
     assert page_of(folder / "out") == before[0]
 
     shutil.rmtree(folder / "out" / "w2" / "seed1" / "checkpoints")
@@ -194,7 +194,10 @@ def test_same_command_leaves_the_page(finished, tmp_path, monkeypatch, capsys): 
 def test_no_command_waits_for_the_report():
     """What draws the page is imported when there is a page to draw."""
     late = ("sklearn.manifold", "matplotlib", "jinja2")
-    code = f"import sys, cifar; print([n for n in {late} if n in sys.modules])"
+    code = (
+        "import sys; from kddm_jax.experiment import distill; "
+        f"print([n for n in {late} if n in sys.modules])"
+    )
     done = command(script=("-c", code), cwd=EXPERIMENTS, env=environ())
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -226,7 +229,7 @@ def test_strings_are_escaped():
             }
         ],
     }
-    page = Page(html_report.render(results, kept))
+    page = Page(page_module.render(results, kept))
     assert not {"script", "b"} & {
         tag for tag, attributes in page.elements if attributes
     }
@@ -241,7 +244,7 @@ def test_page_without_distilled_students_or_teacher_run():
     results = full_results()
     del results["runs"][2:]
     results["teacher"].update(small_results(given=True)["teacher"])
-    page = Page(html_report.render(results))
+    page = Page(page_module.render(results))
     accuracy, runs, *_ = page.tables
     assert [row[0] for row in accuracy] == ["", "student", "teacher"]
     assert [row[0] for row in runs] == ["", "student", "student"]
@@ -259,16 +262,16 @@ def test_results_of_earlier_versions_have_a_page(path, monkeypatch):
     # Rendering takes most of a second, and is the same for all.
     monkeypatch.setattr(curves, "svg", lambda figure: curves.plt.close(figure) or "")
     results = json.loads(path.read_text())
-    _, runs, *_ = Page(html_report.render(results)).tables
+    _, runs, *_ = Page(page_module.render(results)).tables
     assert len([row for row in runs[1:] if row[0] != "teacher"]) == len(results["runs"])
 
 
 def test_settings_that_are_not_the_recipe_s_are_marked():
     results = full_results()
-    page = Page(html_report.render(results))
+    page = Page(page_module.render(results))
     changed = [
         name
-        for name, _, other in html_report.settings_rows(results["settings"])
+        for name, _, other in page_module.settings_rows(results["settings"])
         if other
     ]
     assert changed == ["distances", "seeds"]
@@ -283,7 +286,7 @@ def _brightness(colour):
 
 def test_colours_are_seen_on_either_paper():
     """WCAG 2.2: contrast of text 4.5."""
-    text = html_report.render(full_results())
+    text = page_module.render(full_results())
     light, dark = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
     for scheme in (light, dark):
         colours = dict(re.findall(r"--(\w+): (#\w{6})", scheme))
@@ -343,7 +346,7 @@ def embedding_of(count, classes=3, images=6):
 @pytest.mark.parametrize("count", [1, 4, 6])
 def test_features_have_a_panel_for_each_network(count):
     kept = embedding_of(count)
-    figure = html_report.features(kept)
+    figure = page_module.features(kept)
     shown = [axes for axes in figure.axes if axes.axison]
     assert len(shown) == count
     for axes, panel in zip(shown, kept["panels"], strict=True):
@@ -361,7 +364,7 @@ def test_features_have_a_panel_for_each_network(count):
 
 
 def test_many_classes_have_no_legend():
-    figure = html_report.features(embedding_of(2, classes=21, images=42))
+    figure = page_module.features(embedding_of(2, classes=21, images=42))
     assert figure.legends == []
     curves.plt.close(figure)
 
@@ -369,7 +372,7 @@ def test_many_classes_have_no_legend():
 def test_a_page_of_nothing_is_one_line(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
     for folder in (tmp_path / "nowhere", tmp_path):
-        assert html_report.main([str(folder)]) == 2
+        assert render.main([str(folder)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: {folder / 'results.json'} is not readable")
         assert error.count("\n") == 1
@@ -382,9 +385,9 @@ def test_what_solvers_say():
             record["w2/converged"] = share
             record["w2/iterations"] = iterations
             record["w2/marginal_error"] = 2e-4 / share
-    (row,) = html_report.solvers(results)
+    (row,) = page_module.solvers(results)
     assert row == ("W2 (E)", "75 % (50 %)", "20.0 (30.0)", "0.0003 (0.0004)")
-    figure = html_report.solver_curves(results)
+    figure = page_module.solver_curves(results)
     converged, iterations, error = figure.axes
     (line,) = converged.lines
     assert line.get_label() == "W2 (E)"
@@ -392,7 +395,7 @@ def test_what_solvers_say():
     np.testing.assert_allclose(iterations.lines[0].get_ydata(), [20.0, 20.0])
     np.testing.assert_allclose(error.lines[0].get_ydata(), [4e-4, 2e-4])
     curves.plt.close(figure)
-    assert html_report.solver_curves(full_results()) is None
+    assert page_module.solver_curves(full_results()) is None
 
 
 # ---------------------------------------------------------------------------

@@ -35,12 +35,11 @@ from commands import (
 )
 
 from kddm_jax import checkpoint
-from kddm_jax.experiment import distill as cifar
 from kddm_jax.experiment.machine import records, signals
 from kddm_jax.experiment.machine.errors import RunError
+from kddm_jax.experiment.machine.terminal import Reporter
 from kddm_jax.experiment.settings import parse
-from kddm_jax.experiment.training import problems, runs
-from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training import problems, runs, train
 from kddm_jax.experiment.training.progress import Progress, Tally
 
 STEPS = 4  # in an epoch of TINY, which has two
@@ -229,7 +228,7 @@ def test_sigterm_is_left_as_it_was():
 def terminated_at(monkeypatch):
     """Sends SIGTERM as the n-th step of a run is shown, or as it is evaluated."""
     moments = []
-    show, evaluate = cifar.Reporter.__call__, problems.evaluate
+    show, evaluate = Reporter.__call__, problems.evaluate
 
     def show_and_terminate(self, run, **shown):
         if moments and moments[0] == (run.name, shown["done"]):
@@ -243,8 +242,8 @@ def terminated_at(monkeypatch):
             terminate()
         return evaluate(*arguments)
 
-    monkeypatch.setattr(training, "LOOK_SECONDS", 0)
-    monkeypatch.setattr(cifar.Reporter, "__call__", show_and_terminate)
+    monkeypatch.setattr(train, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(Reporter, "__call__", show_and_terminate)
     monkeypatch.setattr(problems, "evaluate", terminate_and_evaluate)
     return moments
 
@@ -309,7 +308,7 @@ def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminat
     assert call(*line) == signals.STATUS
     assert newest(out, "teacher/seed0")[0] == "step-00000003"
 
-    lengths, scan = set(), training.train_step.scan_steps
+    lengths, scan = set(), train.train_step.scan_steps
 
     def spy(step, **options):
         scanned = scan(step, **options)
@@ -320,8 +319,8 @@ def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminat
 
         return counted
 
-    monkeypatch.setattr(training.train_step, "scan_steps", spy)
-    monkeypatch.setattr(training, "most_steps_per_dispatch", lambda: 2)
+    monkeypatch.setattr(train.train_step, "scan_steps", spy)
+    monkeypatch.setattr(train, "most_steps_per_dispatch", lambda: 2)
     assert call(*line) == 0
     assert lengths == {1, 2}  # the teacher's, then the students'
     for name, seed in (("teacher", 0), ("student", 1), ("w2", 1)):

@@ -13,11 +13,10 @@ from commands import KEEP, SMALL, TINY, call, results_of
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
+from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.report import table as report
 from kddm_jax.experiment.settings import parse
-from kddm_jax.experiment.training import methods, models, problems, runs
-from kddm_jax.experiment.training import outputs as layers
+from kddm_jax.experiment.training import methods, models, outputs, problems, runs
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 STUDENT = {
@@ -124,8 +123,8 @@ def test_choice_of_layers_is_checked_before_there_is_a_teacher(line, parts):
 
 def test_distance_of_a_record_has_no_diagnostics_in_it():
     record = {"w2@a": 1.0, "w2@b": 2.0, "w2@a/iterations": 10.0, "w2_gaussian": 5.0}
-    assert report.distance_of(record, "w2") == 3.0
-    assert report.distance_of(record, "cw2") is None
+    assert records.distance_of(record, "w2") == 3.0
+    assert records.distance_of(record, "cw2") is None
 
 
 OWN = """
@@ -231,13 +230,13 @@ def test_student_layers(student, expected, monkeypatch, tmp_path):
 
 
 def test_wide_maps_are_max_pooled(monkeypatch):
-    monkeypatch.setattr(layers, "WIDEST", 12)
+    monkeypatch.setattr(outputs, "WIDEST", 12)
     maps = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    pooled = layers._pool(maps, maps.shape[1:])
+    pooled = outputs._pool(maps, maps.shape[1:])
     expected = maps.reshape(2, 2, 2, 2, 2, 3).max((2, 4))
     np.testing.assert_array_equal(pooled, expected)
     flat = maps.reshape(2, -1)
-    assert layers._pool(flat, flat.shape[1:]) is flat
+    assert outputs._pool(flat, flat.shape[1:]) is flat
 
 
 @pytest.mark.slow

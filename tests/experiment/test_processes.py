@@ -252,23 +252,28 @@ def initialized(monkeypatch):
     return calls
 
 
+def start(line):
+    settings = parse(line)
+    processes.start(settings.coordinator, settings.processes, settings.process)
+
+
 def test_alone_nobody_is_asked(initialized):
-    processes.start(parse([]))
+    start([])
     assert initialized == []
 
 
 def test_slurm_is_found(initialized, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    processes.start(parse(["--processes", "1"]))
+    start(["--processes", "1"])
     assert initialized == []
-    processes.start(parse([]))
+    start([])
     assert initialized == [(None, None, None)]
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    processes.start(parse([]))
+    start([])
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.delenv("SLURM_STEP_NODELIST")  # a batch script, not srun
-    processes.start(parse([]))
+    start([])
     assert len(initialized) == 1
 
 
@@ -300,17 +305,17 @@ def test_errors_are_the_same_in_all(kind):
 def test_the_coordinator_is_named(initialized, monkeypatch):
     place = f"localhost:{free_port()}"
     line = ("--coordinator", place, "--processes", "2", "--process")
-    processes.start(parse([*line, "0"]))
+    start([*line, "0"])
     assert initialized == [(place, 2, 0)]
     monkeypatch.setattr(processes, "PATIENCE", 0.0)
     with pytest.raises(UserError, match=f"{place}: .*refused; it is the host of the"):
-        processes.start(parse([*line, "1"]))
+        start([*line, "1"])
     with socket.socket() as taken:
         taken.bind(("", int(place.rpartition(":")[2])))
         taken.listen()
         with pytest.raises(UserError, match=f"{place}: .* choose another port"):
-            processes.start(parse([*line, "0"]))
-        processes.start(parse([*line, "1"]))
+            start([*line, "0"])
+        start([*line, "1"])
     assert initialized[1:] == [(place, 2, 1)]
 
 
@@ -321,7 +326,7 @@ def test_trouble_of_jax_is_one_line(monkeypatch, initialized):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setitem(processes.CLUSTERS, "Cloud TPU", lambda: True)
     with pytest.raises(UserError, match="Cloud TPU: first line; run .*--processes 1"):
-        processes.start(parse([]))
+        start([])
 
 
 def device(process, number):

@@ -5,12 +5,12 @@ import json
 import re
 
 import pytest
-from commands import EXPERIMENTS, command, environ, small_results, table_lines
+from commands import command, environ, small_results, table_lines
 from rich.console import Console
 
+from kddm_jax.experiment import render
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.report import curves
-from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report import curves, table
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ from kddm_jax.experiment.report import table as report
     ],
 )
 def test_gap_closed(accuracy, student, teacher, images, expected):
-    found = report.gap_closed(accuracy, student, teacher, images)
+    found = table.gap_closed(accuracy, student, teacher, images)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
@@ -57,7 +57,7 @@ accuracy on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, commit abc1234. 
 
 
 def test_markdown():
-    assert report.markdown(small_results()) == GOLDEN
+    assert table.markdown(small_results()) == GOLDEN
 
 
 def chosen(accuracy, **settings):
@@ -77,7 +77,7 @@ def test_grids_of_weights_are_one_table(tmp_path):
         (tmp_path / name).write_text(json.dumps(content))
     page = tmp_path / "page.md"
     page.write_text("<!-- table: a.json b.json -->\nold\n<!-- /table -->\n")
-    assert report.fill(page).splitlines()[1:-1] == [
+    assert render.fill(page).splitlines()[1:-1] == [
         "| λ | 1e-05 | 0.01 | 1 |",
         "|---|---|---|---|",
         "| W2 (E) | **81.0** | 80.0 | 60.0 |",
@@ -92,16 +92,16 @@ def test_grids_of_weights_are_one_table(tmp_path):
 def test_grids_of_other_settings_are_no_table():
     one, other = chosen({"w2": {"1": 60.0}}), chosen({"w2": {"2": 61.0}}, seeds=[0, 1])
     with pytest.raises(UserError, match="seeds"):
-        report.weights_markdown([one, other])
+        table.weights_markdown([one, other])
     saw = chosen({"w2": {"1": 60.0}}, teacher_saw_held_out=True)
-    assert "which the teacher has seen" in report.weights_markdown([saw])
+    assert "which the teacher has seen" in table.weights_markdown([saw])
 
 
 def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
     page = tmp_path / "page.md"
     old = "<!-- table: a.json b.json -->\nold\n<!-- /table -->\n"
     page.write_text(old)
-    said = lambda: (report.main([str(page)]), capsys.readouterr().err)
+    said = lambda: (render.main([str(page)]), capsys.readouterr().err)
     status, error = said()
     assert status == 2
     assert error.startswith(f"error: {tmp_path / 'a.json'} is not readable as JSON; ")
@@ -115,13 +115,13 @@ def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
 
 
 def test_no_gap_is_a_dash():
-    text = report.markdown(small_results(teacher=86.0))
+    text = table.markdown(small_results(teacher=86.0))
     assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
     assert "%" not in text.splitlines()[4]
 
 
 def test_given_teacher_has_no_time():
-    text = report.markdown(small_results(given=True))
+    text = table.markdown(small_results(given=True))
     assert "| teacher | 90.00 |  |  |  |  |" in text
 
 
@@ -130,7 +130,7 @@ def test_one_seed_has_no_spread():
     results["runs"] = results["runs"][::2]
     results["settings"]["seeds"] = [0]
     results["eval_images"] = 400  # errors of 2 and 1.5: the gap of 10 counts
-    text = report.markdown(results)
+    text = table.markdown(results)
     assert "| W2 (E) | 84.00 | 86.00 | 40 % | 0.0001 | 20 |" in text
     assert "; 1 seed; " in text
     assert "±" not in text
@@ -139,13 +139,13 @@ def test_one_seed_has_no_spread():
 def test_held_out_images_are_called_so():
     results = small_results()
     results["settings"]["held_out"] = 100
-    assert "accuracy on 100 held-out training images" in report.markdown(results)
+    assert "accuracy on 100 held-out training images" in table.markdown(results)
 
 
 @pytest.mark.slow
 def test_report_is_rendered_again_from_json(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(small_results()))
-    script = (str(EXPERIMENTS / "report.py"),)
+    script = ("-m", "kddm_jax", "report")
     env = environ(PYTHONIOENCODING="utf-8")
     done = command("results.json", script=script, cwd=tmp_path, env=env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -181,15 +181,15 @@ def test_curves_without_distilled_students(tmp_path):
 def test_weights_are_named_without_their_place():
     results = small_results()
     results["settings"]["pretrained_teacher"] = "/home/me/resnet18.safetensors"
-    text = report.markdown(results)
+    text = table.markdown(results)
     assert "--seeds 0 1 --pretrained-teacher resnet18.safetensors`" in text
 
 
 def test_terminal_table_says_what_markdown_says():
     file = io.StringIO()
-    report.show(small_results(), Console(file=file, width=120))
+    table.show(small_results(), Console(file=file, width=120))
     rows = [
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
         for line in table_lines(file.getvalue())
     ]
-    assert rows == [list(report.COLUMNS), *map(list, report.table(small_results()))]
+    assert rows == [list(table.COLUMNS), *map(list, table.table(small_results()))]

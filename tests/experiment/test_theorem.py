@@ -18,10 +18,9 @@ from scipy.spatial.distance import cdist
 
 import kddm_jax
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report import table
 from kddm_jax.experiment.settings import parse
-from kddm_jax.experiment.training import problems, runs
-from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training import problems, runs, train
 from kddm_jax.resnet import Outputs
 
 
@@ -306,7 +305,7 @@ def test_several_tables_share_a_command():
         {"columns": ("", "a"), "rows": [("x", "1")], "caption": "First."},
         {"columns": ("", "b"), "rows": [("y", "2")], "caption": "Second."},
     ]
-    text = report.markdown({"tables": tables, "command": "python it"})
+    text = table.markdown({"tables": tables, "command": "python it"})
     assert text == (
         "|  | a |\n|---|---|\n| x | 1 |\n\nFirst.\n\n"
         "|  | b |\n|---|---|\n| y | 2 |\n\nSecond. `python it`\n"
@@ -346,7 +345,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
     captured = capsys.readouterr()
     assert "36 inequalities hold" in captured.out
     record = json.loads(path.read_text())
-    assert report.markdown(record) in captured.out
+    assert table.markdown(record) in captured.out
 
     assert record["images"] == 60
     assert [(one["run"], one["epoch"]) for one in record["chain"]] == [
@@ -370,7 +369,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
 
     # Again: nothing is trained, the same is measured; a broken chain is status 1.
     before = path.read_text()
-    monkeypatch.setattr(training.train_step, "make_train_step", None)
+    monkeypatch.setattr(train.train_step, "make_train_step", None)
     distances = risks.distances
 
     def broken(*arrays):

@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import signals
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import Settings, as_json
 
 T = TypeVar("T")
 Tree = TypeVar("Tree")
@@ -100,28 +99,34 @@ def _meet(coordinator: str, process: int, seconds: float) -> None:
             return
 
 
-def start(settings: Settings) -> None:
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
     """Joins the other processes, where there are any; before JAX computes anything.
 
     By the settings, or by what Slurm and Cloud TPU say of themselves; ``--processes 1``
     does not ask them.
 
     Args:
-      settings: of the command.
+      coordinator: HOST:PORT of the first process; None asks Slurm and Cloud TPU.
+      processes: number of processes; 1 runs this one alone.
+      process: index of this process.
 
     Raises:
       UserError: the processes do not find each other.
     """
-    if jax.distributed.is_initialized() or settings.processes == 1:
+    if jax.distributed.is_initialized() or processes == 1:
         return
-    arguments = settings.coordinator, settings.processes, settings.process
-    place = f"--coordinator {settings.coordinator}"
-    if settings.coordinator is None:
+    arguments = coordinator, processes, process
+    place = f"--coordinator {coordinator}"
+    if coordinator is None:
         place = next((name for name, found in CLUSTERS.items() if found()), None)
         if place is None:
             return
     else:
-        _meet(settings.coordinator, settings.process, PATIENCE)
+        _meet(coordinator, process, PATIENCE)
     # JAX would catch SIGTERM, which the runs answer by a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -271,20 +276,16 @@ def was_told(error: BaseException) -> bool:
     return getattr(error, "told", False)
 
 
-OWN = (  # settings that a process may have for itself
-    *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
-    *("teacher", "pretrained_teacher", "pretrained_student"),
-)
 SAMPLE = 1000  # images that are compared
 
 
 def agree_on(
-    settings: Settings, dataset: data.Dataset, weights: Mapping[str, str]
+    shared: Mapping[str, object], dataset: data.Dataset, weights: Mapping[str, str]
 ) -> None:
     """Stops all processes unless they have the same settings, images and weights.
 
     Args:
-      settings: of the command.
+      shared: the settings that all processes must share.
       dataset: read by this process; some of its images stand for all.
       weights: SHA-256 of the files that networks start from.
 
@@ -293,13 +294,12 @@ def agree_on(
     """
     if count() == 1:
         return
-    shared = {k: v for k, v in as_json(settings).items() if k not in OWN}
     images = dataset.train_images
     some = np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)
     others = dataset.test_images[:SAMPLE]
     arrays = images[some], others, dataset.train_labels, dataset.test_labels
     of_images = [(a.shape, hashlib.sha256(a.tobytes()).digest()) for a in arrays]
-    _agree("settings", shared, "give all the same command")
+    _agree("settings", dict(shared), "give all the same command")
     _agree("images or labels", of_images, "give all the same data")
     _agree("weights", dict(weights), "give all the same files")
 

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax
@@ -16,11 +17,17 @@ from kddm_jax.experiment.machine.errors import UserError
 
 
 def _commit() -> str:
-    """The checkout's commit, "unknown" without git."""
+    """The commit of a checkout, or the version of an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        try:
+            return f"version {version('kddm-jax')}"
+        except PackageNotFoundError:
+            return "unknown"
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).resolve().parent,
+            cwd=root,
             capture_output=True,
             text=True,
             check=False,
@@ -30,12 +37,19 @@ def _commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
+def _command() -> str:
+    """The command line of this process, without the places of one machine."""
+    script = Path(sys.argv[0])
+    if script.suffix != ".py" or script.name == "__main__.py":
+        return shlex.join(["kddm", *sys.argv[1:]])
+    return shlex.join(["python", f"experiments/{script.name}", *sys.argv[1:]])
+
+
 def environment(devices) -> dict[str, object]:
-    """What numbers are measured with."""
+    """Describes the machine and the software that numbers are measured with."""
     cpu = f"CPU ({os.cpu_count()} cores)"
-    script = f"experiments/{Path(sys.argv[0]).name}"
     return {
-        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "device": cpu if devices[0].platform == "cpu" else devices[0].device_kind,
         "device_count": len(devices),
@@ -77,3 +91,13 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, obje
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as JSON; {cure}") from error
+
+
+def distance_of(record: dict[str, object], name: str) -> object | None:
+    """The distance of a run's record, summed over layers, unweighted; None: none."""
+    layers = [
+        value
+        for key, value in record.items()
+        if "/" not in key and key.split("@")[0] == name  # "/": diagnostics
+    ]
+    return sum(layers) if layers else None

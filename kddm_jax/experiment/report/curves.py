@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
-from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.machine.records import distance_of
 
 mpl.use("Agg")
 from cycler import cycler  # noqa: E402
@@ -124,7 +124,7 @@ def panels(
         style = {"linewidth": 1.2, **styles[key]}
         draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
         draw(axes[1], runs, lambda r: r.get("task"), **style)
-        distance = lambda r, name=runs[0]["name"]: report.distance_of(r, name)
+        distance = lambda r, name=runs[0]["name"]: distance_of(r, name)
         if relative and (first := series(runs, distance)[1][:1]).any():
             distance = lambda r, of=distance, by=float(first[0]): of(r) / by
         draw(axes[2], runs, distance, **style)

@@ -23,7 +23,7 @@ from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
 from kddm_jax.experiment.training import methods, runs
-from kddm_jax.experiment.training import outputs as layers
+from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.teacher import Teacher, variables_of
 
@@ -88,7 +88,7 @@ def _as_json(points):
 
 
 class Network(NamedTuple):
-    """What `layers.features_of` asks of a network."""
+    """What `features_of` asks of a network."""
 
     model: nn.Module
     variables: object
@@ -128,9 +128,7 @@ def _compute(problem, teacher, results):
     chosen = np.sort(data.balanced_subset(parts.eval_labels, count, seed=0))
     panels, followed = [], None
     for name, title, network in _networks(problem, teacher, results):
-        features = layers.features_of(
-            problem, network, "features", parts.eval_images, chosen
-        )
+        features = features_of(problem, network, "features", parts.eval_images, chosen)
         if name == "teacher":
             followed = features
         if min(features.shape) < 2 or len(features) < FEWEST:

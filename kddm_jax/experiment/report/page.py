@@ -1,14 +1,12 @@
 """One page per command: table, curves, features, time, settings, in a single file.
 
-    python experiments/html_report.py runs/digits-laptop
-
-`cifar.py` writes it as ``report.html``; this renders it again from a folder's
-``results.json`` and ``embedding.json``.  It opens without a network and on a phone:
-figures are Matplotlib's SVG, and the template's engine escapes every other string.
+``kddm distill`` writes it as ``report.html``, and ``kddm report FOLDER`` renders it
+again from ``results.json`` and ``embedding.json``. It opens without a network and on a
+phone: figures are Matplotlib's SVG, and Jinja2 escapes every other string.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +15,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
-from kddm_jax.experiment.machine.records import read_json
-from kddm_jax.experiment.report import curves
-from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report import curves, table
 from kddm_jax.experiment.report.curves import plt
+from kddm_jax.experiment.settings import as_json, defaults
 
 HERE = Path(__file__).resolve().parent
 STATS = {  # of a solver: the name of its axis
@@ -211,8 +208,6 @@ def _setting(value):
 
 def settings_rows(settings: Mapping[str, object]) -> list[tuple[str, str, bool]]:
     """Every setting: name, value, whether it is another than the recipe's."""
-    from kddm_jax.experiment.settings import as_json, defaults
-
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
     changed = lambda name, value: text(plain.get(name, value)) != text(value)
@@ -262,11 +257,11 @@ def render(
     seen = embedding and embedding["panels"]
     return environment.get_template("report.html.jinja").render(
         settings=results["settings"],
-        conditions=report.conditions(results),
-        command=report.command(results["settings"]),
-        columns=report.COLUMNS,
-        rows=report.table(results),
-        cards=_summary(results, report.table(results)),
+        conditions=table.conditions(results),
+        command=table.command(results["settings"]),
+        columns=table.COLUMNS,
+        rows=table.table(results),
+        cards=_summary(results, table.table(results)),
         curves=picture(curves.of_runs(results)),
         embedding=embedding,
         method=embedding and embedding["made_of"]["method"],
@@ -285,23 +280,3 @@ def write(
 ) -> None:
     """Writes ``report.html``."""
     (out / "report.html").write_text(render(results, embedding), encoding="utf-8")
-
-
-def main(folders: Sequence[str]) -> int:
-    """Renders the pages of folders of runs anew; returns the exit status."""
-    from kddm_jax.experiment.distill import answer_errors  # which imports this module
-
-    def work():
-        for folder in map(Path, folders):
-            known = (folder / "embedding.json").exists()
-            embedding = read_json(folder / "embedding.json") if known else None
-            write(read_json(folder / "results.json"), embedding, folder)
-            print(folder / "report.html")
-
-    return answer_errors(work)
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))

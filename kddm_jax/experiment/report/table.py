@@ -6,14 +6,16 @@ distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
 """
 
 import math
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from kddm_jax.distances import DISTANCES
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import as_json, defaults
 
 COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
 
@@ -168,8 +170,6 @@ FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by na
 
 def command(settings: Mapping, script: str = "cifar.py") -> str:
     """The command that gives these settings, without the places of one machine."""
-    from kddm_jax.experiment.settings import as_json, defaults
-
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
@@ -222,29 +222,7 @@ def show_quality(record: dict[str, object], console: Console) -> None:
     console.print(view)
 
 
-def distance_of(record: dict[str, object], name: str) -> object | None:
-    """The distance of a run's record, summed over layers, unweighted; None: none."""
-    layers = [
-        value
-        for key, value in record.items()
-        if "/" not in key and key.split("@")[0] == name  # "/": diagnostics
-    ]
-    return sum(layers) if layers else None
-
-
-def write(results: dict[str, object], out: Path) -> None:
-    """Writes ``results.json``, ``table.md`` and ``curves.png``."""
-    from kddm_jax.experiment.machine.records import write_json
-    from kddm_jax.experiment.report import curves
-
-    write_json(out / "results.json", results)
-    (out / "table.md").write_text(markdown(results))
-    curves.save(curves.of_runs(results), out / "curves.png")
-
-
 def _check_alike(first, other):
-    from kddm_jax.experiment.machine.errors import UserError
-
     alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
     for name in alike:
         pair = [choice["settings"].get(name) for choice in (first, other)]
@@ -302,67 +280,4 @@ def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
 
 
 def _title(name):
-    from kddm_jax import DISTANCES
-
     return DISTANCES[name].title if name in DISTANCES else name
-
-
-BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-
-
-def _rendered(paths):
-    from kddm_jax.experiment.machine.errors import UserError
-    from kddm_jax.experiment.machine.records import read_json
-
-    files = [read_json(path) for path in paths]
-    if all("held_out_accuracy" in results for results in files):
-        return weights_markdown(files)
-    if len(files) > 1:
-        raise UserError(
-            f"{' '.join(map(str, paths))}: of several files only grids of "
-            "choose_weights.py are one table"
-        )
-    return markdown(files[0])
-
-
-def fill(page: Path) -> str:
-    """Renders the tables that a Markdown page holds.
-
-    Args:
-      page: with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around each table, a
-        file relative to the page; several files of choose_weights.py make one table.
-
-    Returns:
-      The page with each table rendered from its JSON.
-    """
-
-    def render(match):
-        table = _rendered([page.parent / name for name in match[2].split()])
-        return f"{match[1]}{table}{match[3]}"
-
-    return BLOCK.sub(render, page.read_text())
-
-
-def main(names: Sequence[str]) -> int:
-    """Prints the tables of JSON files, renders those of Markdown pages in place.
-
-    Args:
-      names: of the files.
-
-    Returns:
-      The exit status; a page that cannot be rendered is left as it is.
-    """
-    from kddm_jax.experiment.distill import answer_errors  # which imports this module
-
-    def work():
-        for path in map(Path, names):
-            if path.suffix == ".md":
-                path.write_text(fill(path))
-            else:
-                print(_rendered([path]))
-
-    return answer_errors(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

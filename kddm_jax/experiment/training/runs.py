@@ -49,7 +49,7 @@ def _check_schedule(problem, name):
     if settings.weight_schedule == "constant":
         return
     if name == FEATURE_ONLY or carries_weights(
-        method_of(problem, name, weight_of(settings, name)).distance
+        method_of(problem, name, weight_of(settings, name), traced=True).distance
     ):
         raise UserError(
             f"--weight-schedule {settings.weight_schedule}: {name} compares layers, "
@@ -72,12 +72,24 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
         if name == FEATURE_ONLY and not settings.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
-        method = method_of(problem, name, weight_of(settings, name))
+        method = method_of(problem, name, weight_of(settings, name), traced=True)
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
-def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
-    """How the student of a name learns; alone, or with a teacher."""
+def method_of(
+    problem: Problem, name: str, weight: float, *, traced: bool = False
+) -> methods.Method:
+    """Makes the method by which the student of a name learns.
+
+    Args:
+      problem: the data, the devices and the settings.
+      name: "teacher", "student" or a method.
+      weight: lambda.
+      traced: whether shapes alone matter, as before there is a teacher.
+
+    Returns:
+      The method; that of the teacher and of students alone has no distance.
+    """
     settings = problem.settings
     if name in ALONE:
         return methods.Method()
@@ -85,8 +97,11 @@ def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
         settings = replace(settings, layers=problem.chosen_layers)
     options = {}
     if methods.needs_class_cost(name):
-        cost = problem.class_cost  # until there is a teacher, its shape alone matters
-        k = problem.num_classes
+        cost, k = problem.class_cost, problem.num_classes
+        if cost is None and not traced:
+            raise RuntimeError(
+                f"{name} needs the teacher's class cost; open the study by study.open"
+            )
         options["class_cost"] = np.zeros((k, k)) if cost is None else cost
     return methods.make(settings, name, weight, *problem.shapes, options)
 
@@ -208,14 +223,19 @@ def student_runs(
 
 def grid_runs(
     problem: Problem, teacher_digest: str | None, grid: Sequence[float]
-) -> dict[str, list[Run]]:
-    """By distance the students of every lambda of a grid, each with its own folder."""
-    every = {name: [] for name in problem.settings.distances}
-    for weight in grid:
-        for run in student_runs(problem, teacher_digest, weight):
-            if run.name in every:
-                every[run.name].append(replace(run, place=f"weight-{weight:g}"))
-    return every
+) -> list[Run]:
+    """Returns the students of every lambda of a grid, each in a folder of its own.
+
+    Students of one distance follow each other: they share their compiled program.
+    """
+    names = problem.settings.distances
+    every = [
+        replace(run, place=f"weight-{weight:g}")
+        for weight in grid
+        for run in student_runs(problem, teacher_digest, weight)
+        if run.name in names
+    ]
+    return sorted(every, key=lambda run: names.index(run.name))
 
 
 def check_folder(run: Run, out: Path) -> None:

@@ -12,30 +12,9 @@ from flax import linen as nn
 from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.training import problems, runs
-from kddm_jax.experiment.training import train as training
+from kddm_jax.experiment.training import problems, runs, train
+from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.projectors import without_projectors
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A trained network that students follow.
-
-    Attributes:
-      model: the network.
-      width: its width.
-      variables: on the devices.
-      digest: of its arrays: students of another teacher are other runs.
-      accuracy: on the evaluation images, in percent.
-      result: of its run, None for a given checkpoint.
-    """
-
-    model: nn.Module
-    width: int
-    variables: object
-    digest: str
-    accuracy: float
-    result: dict[str, object] | None
 
 
 def variables_of(problem: problems.Problem, path: Path, model: nn.Module):
@@ -184,7 +163,7 @@ def load_teacher(source: Source, report) -> Teacher:
         if not source.trained:
             source.forget_result()
         run = runs.teacher_run(problem)
-        result = training.train(problem, run, model, None, report)
+        result = train.train(problem, run, model, None, report)
     replicated = train_step.replicate(source.variables, problem.devices)
     accuracy = problems.evaluate(problem, model, replicated)
     return Teacher(model, source.width, replicated, source.digest, accuracy, result)

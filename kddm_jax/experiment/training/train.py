@@ -6,7 +6,7 @@
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -27,10 +27,28 @@ from kddm_jax.experiment.training.runs import (
 from kddm_jax.losses import carries_weights
 from kddm_jax.projectors import without_projectors
 
-if TYPE_CHECKING:
-    from kddm_jax.experiment.training.teacher import Teacher
-
 LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network that students follow.
+
+    Attributes:
+      model: the network.
+      width: its width.
+      variables: on the devices.
+      digest: of its arrays: students of another teacher are other runs.
+      accuracy: on the evaluation images, in percent.
+      result: of its run, None for a given checkpoint.
+    """
+
+    model: nn.Module
+    width: int
+    variables: object
+    digest: str
+    accuracy: float
+    result: dict[str, object] | None
 
 
 def most_steps_per_dispatch() -> int:
@@ -189,7 +207,7 @@ def train(
     problem: Problem,
     run: Run,
     model: nn.Module,
-    teacher: "Teacher | None",
+    teacher: Teacher | None,
     report: Callable[..., None],
     observe: Callable[[int, object], None] = lambda epoch, variables: None,
 ) -> dict[str, object]:
