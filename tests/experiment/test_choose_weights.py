@@ -10,7 +10,7 @@ from kddm_jax.experiment.training import problems, train
 
 
 @pytest.fixture
-def line(trained, tmp_path, monkeypatch):  # noqa: F811
+def line(trained, tmp_path, monkeypatch):
     """Settings of a command whose teacher is trained already."""
     monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
     line = (*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path)

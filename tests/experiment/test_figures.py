@@ -248,7 +248,7 @@ def call(*arguments):
     return figures.main([str(argument) for argument in arguments])
 
 
-def test_curves_are_the_histories(finished, tmp_path, kept, capsys):  # noqa: F811
+def test_curves_are_the_histories(finished, tmp_path, kept, capsys):
     assert call(finished / "out", "--figures", "curves", "--to", tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path}/curves.png\n"
     assert_pictures(tmp_path / "curves.png")
@@ -267,7 +267,7 @@ def test_curves_are_the_histories(finished, tmp_path, kept, capsys):  # noqa: F8
     np.testing.assert_allclose(distance.lines[0].get_ydata(), w2 / w2[0])
 
 
-def test_a_finished_student_is_read_back(finished):  # noqa: F811
+def test_a_finished_student_is_read_back(finished):
     opened = reading.load(finished / "out")
     assert len(opened.problem.devices) == 1
     parts = opened.problem.parts
@@ -282,7 +282,7 @@ def test_a_finished_student_is_read_back(finished):  # noqa: F811
 
 @pytest.mark.slow
 def test_features_of_teacher_and_student_in_one_plane(
-    finished,  # noqa: F811
+    finished,
     tmp_path,
     kept,
 ):
@@ -335,7 +335,7 @@ def test_plans_are_those_of_the_runs_that_report_them(tmp_path, kept):
 
 
 @pytest.fixture(scope="module")
-def grid(finished, tmp_path_factory):  # noqa: F811
+def grid(finished, tmp_path_factory):
     """As choose_weights.py leaves it: two lambdas, one of which did not stay finite."""
     folder = tmp_path_factory.mktemp("grid")
     result = finished / "out" / "w2" / "seed1" / "result.json"
@@ -466,7 +466,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name, finished, tmp_path, capsys):  # noqa: F811
+def test_a_mistake_is_one_line(name, finished, tmp_path, capsys):
     make, line, said = MISTAKES[name]
     folder = tmp_path / "runs"
     folder.mkdir()

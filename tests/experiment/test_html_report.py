@@ -85,7 +85,7 @@ def page_of(folder):
 # The page of a command.
 
 
-def test_page_stands_alone(finished):  # noqa: F811
+def test_page_stands_alone(finished):
     """Nothing is fetched, nothing runs; a phone and the dark are answered."""
     text = page_of(finished / "out")
     page = Page(text)
@@ -105,7 +105,7 @@ def test_page_stands_alone(finished):  # noqa: F811
     assert scrolls == page.count("table") + page.count("svg")
 
 
-def test_page_holds_every_run(finished):  # noqa: F811
+def test_page_holds_every_run(finished):
     results = results_of(finished / "out")
     accuracy, runs, solver, environment, settings = Page(
         page_of(finished / "out")
@@ -132,7 +132,7 @@ def test_page_holds_every_run(finished):  # noqa: F811
     assert ["distances", "w2, w2_gaussian"] in settings
 
 
-def test_page_shows_features(finished):  # noqa: F811
+def test_page_shows_features(finished):
     """Of the teacher, the student alone, and the first seed of each distance."""
     kept = json.loads((finished / "out" / "embedding.json").read_text())
     names = ["teacher", "student", "w2", "w2_gaussian"]
@@ -155,7 +155,7 @@ def test_page_shows_features(finished):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_same_command_leaves_the_page(finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_same_command_leaves_the_page(finished, tmp_path, monkeypatch, capsys):
     """Features are computed once; lost checkpoints cost their picture, no more."""
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)

@@ -255,8 +255,8 @@ def newest(out, run):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(
-    shared,  # noqa: F811
-    finished,  # noqa: F811
+    shared,
+    finished,
     tmp_path,
     capsys,
     terminated_at,
@@ -299,7 +299,7 @@ def test_sigterm_saves_and_the_same_command_continues(
 
 
 @pytest.mark.slow
-def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminated_at):  # noqa: F811
+def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminated_at):
     """As on accelerators: the same run, also where it continues at an odd step."""
     out = tmp_path / "out"
     line = (*tiny(out), "--devices", 1, "--distances", "w2")
@@ -393,7 +393,7 @@ def first_labels(problem, run):
 
 
 @pytest.fixture
-def beside(finished, tmp_path, monkeypatch):  # noqa: F811
+def beside(finished, tmp_path, monkeypatch):
     """A working folder of one's own, whose teacher and student are trained already."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -404,7 +404,7 @@ def beside(finished, tmp_path, monkeypatch):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("beside")
-def test_steps_that_are_not_finite(shared, tmp_path, capsys):  # noqa: F811
+def test_steps_that_are_not_finite(shared, tmp_path, capsys):
     """Stops with what is known; skips on request, and both give the same history."""
     line = (*tiny("out"), "--distances", "wrong:BROKEN", "--devices", 1)
     problem = problems.prepare(parse([*map(str, line[:-4])]), tmp_path)
@@ -449,7 +449,7 @@ def test_steps_that_are_not_finite(shared, tmp_path, capsys):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("beside")
-def test_solver_that_does_not_converge(shared, tmp_path, capsys):  # noqa: F811
+def test_solver_that_does_not_converge(shared, tmp_path, capsys):
     """Told once in an epoch, and written down."""
     (tmp_path / "wrong.py").write_text(WRONG.replace("BAD", "0"))
     line = (*tiny("out"), "--distances", "wrong:ROUGH", "--devices", 1)
@@ -473,8 +473,8 @@ def test_solver_that_does_not_converge(shared, tmp_path, capsys):  # noqa: F811
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_bits(
-    shared,  # noqa: F811
-    finished,  # noqa: F811
+    shared,
+    finished,
     tmp_path,
 ):
     """One is this one; the other never saw it."""
@@ -522,7 +522,7 @@ def last_save(out):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(shared, tmp_path):  # noqa: F811
+def test_killed_at_any_moment(shared, tmp_path):
     """At least ten times, in the teacher's run and in the students', in saves too.
 
     Every other kill comes at a moment of the whole life of a process, its start and

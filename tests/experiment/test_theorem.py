@@ -324,7 +324,7 @@ OWN = ("--images", 60, "--batches", 8, 32, 64, "--draws", 3)
 
 
 @pytest.mark.slow
-def test_the_command(shared, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_command(shared, tmp_path, capsys, monkeypatch):
     out, path = tmp_path / "out", tmp_path / "theorem.json"
     line = [*OWN, "--json", path, "--", *SMALL, "--out", out, "--no-progress"]
     line += [*KEEP, "--checkpoint-seconds", "0"]
