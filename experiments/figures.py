@@ -293,8 +293,8 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
         ]
     figure.legend(handles=dots, loc="outside right center", fontsize="small")
     figure.suptitle(
-        f"{problem.settings.dataset}: joint {title} of the features of {len(shown)} "
-        f"images, seed {seed}"
+        f"{problem.settings.data.dataset}: joint {title} of the features of "
+        f"{len(shown)} images, seed {seed}"
     )
     return [curves.save(figure, to / f"embedding-{name.replace(':', '.')}.png")]
 

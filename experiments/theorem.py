@@ -48,9 +48,10 @@ from kddm_jax import data
 from kddm_jax.experiment import study
 from kddm_jax.experiment.machine import records, terminal
 from kddm_jax.experiment.machine.errors import RunError, UserError
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.report.curves import PLAIN, plt, save
-from kddm_jax.experiment.settings import FEATURE_ONLY, as_json, parse
+from kddm_jax.experiment.settings import FEATURE_ONLY, as_json
 from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.outputs import outputs_of
 from kddm_jax.experiment.training.problems import Problem
@@ -137,16 +138,20 @@ class Epochs:
 
 
 def _check(settings):
-    if settings.layers or settings.projector or FEATURE_ONLY in settings.distances:
+    if (
+        settings.method.layers
+        or settings.method.projector
+        or FEATURE_ONLY in settings.method.distances
+    ):
         raise UserError(
             "the theorem compares features as they are; leave out --layers, "
             f"--projector and {FEATURE_ONLY}"
         )
-    if not settings.distances:
+    if not settings.method.distances:
         raise UserError("--distances is empty; name at least one, such as cw2")
-    if len(settings.seeds) > 1:
-        raise UserError(f"--seeds {settings.seeds}: one seed is measured; pass one")
-    if settings.coordinator or (settings.processes or 1) > 1:
+    if len(settings.run.seeds) > 1:
+        raise UserError(f"--seeds {settings.run.seeds}: one seed is measured; pass one")
+    if settings.run.coordinator or (settings.run.processes or 1) > 1:
         raise UserError("the theorem is measured by one process; leave --processes out")
 
 
@@ -178,7 +183,7 @@ def train(settings, images: int, console):
         chosen = data.balanced_subset(labels, min(images, len(labels)), seed=0)
         shown, labels = problem.parts.eval_images[chosen], labels[chosen]
         seen = seen_by(problem, teacher.model, teacher.variables, shown, "teacher")
-        model = problem.model(settings.student_model, settings.width)
+        model = problem.student
         epochs = {}
         for run in opened.runs:
             kept = epochs[run.name] = Epochs(run, problem.out, len(labels))
@@ -266,17 +271,17 @@ def picture(record: Mapping, path: Path) -> Path:
 
 def _captions(settings, problem, labels, teacher, shown, draws, devices):
     """What the two tables were measured on."""
-    networks = f"{settings.teacher_model} to {settings.student_model}"
+    networks = f"{settings.networks.teacher_model} to {settings.networks.student_model}"
     deviation = teacher.features - teacher.features.mean(0)
     spread = float(np.mean(np.sum(deviation**2, axis=1))) ** 0.5
     where = (
         f"{devices['device_count']} × {devices['device']}, JAX {devices['jax']}, "
         f"commit {devices['commit']}."
     )
-    part = "held-out training" if settings.held_out else "test"
+    part = "held-out training" if settings.data.held_out else "test"
     chain = (
-        f"{settings.dataset}, recipe {settings.recipe}: {networks}, seed "
-        f"{settings.seeds[0]}; n = m = {len(labels)} {part} images of "
+        f"{settings.data.dataset}, recipe {settings.run.recipe}: {networks}, seed "
+        f"{settings.run.seeds[0]}; n = m = {len(labels)} {part} images of "
         f"{len(problem.parts.eval_labels)}; unsquared exact distances, risks over the "
         f"Lipschitz constant of their loss; the teacher's spread is {spread:.3g}."
     )
@@ -307,7 +312,7 @@ def record_of(settings, options, console) -> dict[str, object]:
         for epoch, last[name] in kept.read():
             found = risks.measure(last[name], teacher, labels)
             chain.append({**about, "epoch": epoch, **found})
-    shown = settings.distances[0]
+    shown = settings.method.distances[0]
     console.print(f"{shown}: measuring batches")
     bias = estimates.of_batches(
         *(last[shown], teacher, labels), batches=options.batches, draws=options.draws

@@ -9,7 +9,6 @@ lambdas of a distance share one compiled program, except for distances between l
 """
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -19,7 +18,8 @@ from kddm_jax.experiment import study
 from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.machine.terminal import answer_errors, console
-from kddm_jax.experiment.settings import Settings, as_json, check, parse
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.settings import Settings, as_json, change, check
 from kddm_jax.experiment.training import runs
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -43,7 +43,7 @@ def train(opened: study.Study, run: runs.Run) -> float:
       UserError, Terminated, CheckpointError: as `train.train`.
     """
     problem = opened.problem
-    how = problem.settings.on_nonfinite
+    how = problem.settings.run.on_nonfinite
     path = run.folder(problem.out) / DIVERGED
 
     def earlier():
@@ -88,21 +88,21 @@ def choose(
     Raises:
       UserError: there are no held-out images; or as `study.open`.
     """
-    if not settings.held_out:
+    if not settings.data.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
     named = {f"{weight:g}": weight for weight in grid}  # so their folders
     if len(named) < len(grid):
         lost = ", ".join(str(w) for w in grid if w not in named.values())
         raise UserError(f"--grid: {lost} and another are one number to six digits")
     for weight in grid:
-        check(dataclasses.replace(settings, weights=None, weight=weight))
-    settings = dataclasses.replace(settings, weights=None)
+        check(change(settings, weights=None, weight=weight))
+    settings = change(settings, weights=None)
     plan = lambda problem, digest: runs.grid_runs(problem, digest, grid)
-    accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.distances}
+    accuracy: dict[str, dict[str, float]] = {n: {} for n in settings.method.distances}
     with study.open(settings, console, suffix="-weights", plan=plan) as opened:
         for run in opened.runs:
             row, key = accuracy[run.name], f"{run.weight:g}"
-            row[key] = row.get(key, 0.0) + train(opened, run) / len(settings.seeds)
+            row[key] = row.get(key, 0.0) + train(opened, run) / len(settings.run.seeds)
         chosen = _chosen(opened, accuracy)
         path = opened.problem.out / "weights.json"
         processes.first(lambda: records.write_json(path, chosen))
@@ -146,8 +146,9 @@ def main(arguments: list[str], prog: str = "kddm choose-weights") -> int:
     chosen = first.parse_args(arguments)
 
     def work():
-        settings = parse(chosen.settings)
-        processes.start(settings.coordinator, settings.processes, settings.process)
+        settings = parse(chosen.settings, prog)
+        run = settings.run
+        processes.start(run.coordinator, run.processes, run.process)
         grid = tuple(dict.fromkeys(chosen.grid))
         terminal = console()
         show(choose(settings, grid, terminal), grid, terminal)

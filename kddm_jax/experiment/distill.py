@@ -8,8 +8,9 @@ from rich.console import Console
 from kddm_jax.experiment import study
 from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.terminal import answer_errors, console
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
-from kddm_jax.experiment.settings import Settings, as_json, parse
+from kddm_jax.experiment.settings import Settings, as_json
 
 
 def run_all(settings: Settings, console: Console) -> dict[str, object]:
@@ -96,7 +97,8 @@ def main(arguments: list[str]) -> int:
 
     def work():
         settings = parse(arguments)
-        processes.start(settings.coordinator, settings.processes, settings.process)
+        run = settings.run
+        processes.start(run.coordinator, run.processes, run.process)
         run_all(settings, console())
 
     return answer_errors(work)

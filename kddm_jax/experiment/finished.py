@@ -4,7 +4,7 @@ A folder of cifar.py holds ``results.json``, and for each run its checkpoints: e
 compute, long after, what both networks make of the same images.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from flax import linen as nn
@@ -12,7 +12,7 @@ from flax import linen as nn
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import from_json
+from kddm_jax.experiment.settings import change, from_json
 from kddm_jax.experiment.training import problems, runs
 from kddm_jax.experiment.training.teacher import Source, find_teacher, variables_of
 
@@ -63,8 +63,7 @@ class Finished:
                     f"{path} was made with {what}={made[what]}, found here is {wanted};"
                     f" pass the {what} that it was made with"
                 )
-        settings = problem.settings
-        model = problem.model(settings.student_model, settings.width)
+        model = problem.student
         return model, variables_of(problem, path, model)
 
 
@@ -92,15 +91,15 @@ def load(
         )
     results = records.read_json(path)
     settings = from_json(results["settings"])
-    cache = settings.compilation_cache
-    given = teacher or settings.teacher or runs.folder_of(folder, "teacher", 0)
+    cache = settings.run.compilation_cache
+    given = teacher or settings.networks.teacher or runs.folder_of(folder, "teacher", 0)
     if checkpoint.find(given) is None:
         raise UserError(
             f"the teacher of {folder} has no checkpoint in {given}; pass --teacher"
         )
-    settings = replace(
+    settings = change(
         settings,
-        data_dir=data_dir or settings.data_dir,
+        data_dir=data_dir or settings.run.data_dir,
         teacher=given,
         compilation_cache=cache if cache and cache.is_dir() else None,
         devices=1,  # however many it was trained on

@@ -1,18 +1,18 @@
-"""Settings of the experiments: typed, with recipes; the command line overrides them.
+"""The settings of the command: typed, and grouped by what they are about.
 
-A recipe is a table of values, a data set adds its own, and what the command line says
-comes last: ``--help`` shows the values of the recipe and data set that it is given.
+The groups are frozen dataclasses inside `Settings`. On the command line and in JSON
+their fields are flat, since every name occurs once. `identity` says which settings
+decide the result of a run: all of them, except the group `Run`. The recipes are in
+`recipes.py`.
 """
 
-import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import tyro
-
+from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 
 FEATURE_ONLY = "feature_only"
@@ -24,304 +24,309 @@ MODELS = (
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Distils a teacher into students by matching distributions of their features.
-
-    Trains the teacher, the student alone, and one student per distance and seed, then
-    prints the table.  The same command again continues where it stopped and repeats
-    no finished run.
-    """
+class Data:
+    """The data set, and which of its images are used."""
 
     dataset: str = "digits"
-    """digits (embedded), cifar10, cifar100, svhn, mnist, fashion_mnist, folder (of
-    images), or the name of a set prepared by TFDS."""
-    data_dir: Path | None = None
-    """Folder with the data; None looks in $KDDM_DATA_DIR, or ./data and
-    ~/.cache/kddm_jax, and for TFDS sets in $TFDS_DATA_DIR and ~/tensorflow_datasets."""
+    """Name of the data set: digits (embedded), cifar10, cifar100, svhn, mnist,
+    fashion_mnist, folder (of images), or a set prepared by TFDS."""
     image_size: int | None = None
-    """Resizes the middle square of images to this many pixels a side; None: as they
-    are."""
+    """Pixels a side to which the middle square of every image is resized; None keeps
+    images as they are."""
     skip_damaged: bool = False
-    """Leaves damaged images of a folder or TFDS set out, with a warning."""
-    recipe: str = "laptop"
-    """paper, strong or laptop: the defaults of everything below."""
-    out: Path | None = None
-    """Folder of the results; None is runs/<dataset>-<recipe>."""
+    """Skip damaged images of a folder or a TFDS set, with a warning."""
+    train_images: int | None = None
+    """Number of images that the teacher sees, a stratified choice; None uses all."""
+    student_images: int | None = None
+    """Number of images that students see, chosen among the teacher's; None uses all of
+    them."""
+    test_images: int | None = None
+    """Number of test images to evaluate on, a stratified choice; None uses all."""
+    held_out: int = 0
+    """Number of training images to keep from training and to evaluate on, instead of
+    the test set; for choosing lambda."""
+    views: int | None = None
+    """Number of fixed augmented copies of each image; the teacher is run on them once
+    for all students. None draws new ones at every step."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images."""
+
+    padding: int = 4
+    """Pixels of padding of the random crop."""
+    flip: bool = True
+    """Flip images horizontally at random."""
+    degrees: float = 0.0
+    """Largest angle of the random rotation."""
+    shift: float = 0.0
+    """Largest random displacement, as a share of the image."""
+    zoom: float = 0.0
+    """Largest random change of scale, as a share of the image."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Teacher and student."""
+
+    teacher: Path | None = None
+    """Checkpoint, or run folder, of a trained teacher; None trains one."""
+    teacher_model: str = "ResNet34"
+    """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
+    module:function. The function is called with num_classes and, if it takes them,
+    stem, width, dtype and axis_name."""
+    student_model: str = "ResNet18"
+    """The same for the student."""
+    pretrained_teacher: Path | None = None
+    """Weights of a torchvision ResNet (.safetensors, .npz, .pth) from which the teacher
+    starts. They are grown if the teacher is deeper, and their head is replaced if the
+    classes differ."""
+    pretrained_student: Path | None = None
+    """The same for every student."""
+    stem: str = "cifar"
+    """First layers of ResNets: cifar (3x3) or imagenet (7x7/2 and max pooling)."""
+    width: int = 64
+    """Width of the networks; 64 is the published one. ResNets: channels of the first
+    stage; features have 8 times as many. MobileNetV2: channels are multiplied by
+    width / 64, features have at least 1280. ViT: tokens and features have 3 times as
+    many."""
+    teacher_width: int | None = None
+    """Width of the teacher; None uses the student's."""
+    dtype: str = "float32"
+    """Type of the computations, float32 or bfloat16; parameters are float32."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How students learn from the teacher."""
 
     distances: tuple[str, ...] = KD2M
-    """One distilled student for each: keys of the catalogue, a distance of your own as
-    module:NAME, or feature_only (labels reach the head alone)."""
-    seeds: tuple[int, ...] = (0,)
-    """One student alone and one per distance for each."""
+    """Distances to distil with, one student for each: keys of the catalogue, distances
+    of your own as module:NAME, or feature_only (labels train the head alone)."""
     weight: float | None = None
-    """Lambda of every distance; None takes --weights, then the catalogue's with
-    --scale teacher, else 1e-4, the released code's."""
+    """Lambda of every distance; None uses --weights, then the catalogue's with --scale
+    teacher, else 1e-4, that of the released code."""
     weights: dict[str, float] | None = None
     """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
     weight_schedule: str = "constant"
-    """Of every lambda: constant; warmup, from nothing up to it over the first half;
-    decay, from it down to nothing by half a cosine over all steps."""
+    """Schedule of every lambda: constant; warmup (rises from zero over the first half
+    of the steps); decay (falls to zero by half a cosine over all steps)."""
     scale: str | None = None
     """teacher: divide squared distances by the teacher's mean squared deviation, which
     makes lambda dimensionless; None: raw values, as in the paper."""
-
     layers: tuple[str, ...] = ()
-    """Pairs of layers that every distance compares, STUDENT:TEACHER or
-    STUDENT:TEACHER:WEIGHT, in place of the pooled features; feature_only without any
-    takes the teacher's layers of highest quality."""
+    """Pairs of layers that every distance compares instead of the pooled features:
+    STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. If there are none, feature_only uses the
+    teacher's layers of highest quality."""
     projector: str | None = None
-    """dense, conv (1x1) or conv3 (three layers): learned maps of the student's layers
-    to the teacher's width; None: none."""
+    """Learned map of the student's layers to the teacher's width: dense, conv (1x1) or
+    conv3 (three layers); None uses no map."""
     view: str = "pool"
     """Maps in distances of features: pool (their average) or positions (every position
     is a sample)."""
     quality_images: int = 5000
-    """Training images, as many of each class, on which layers are rated."""
+    """Number of training images, as many of each class, on which the quality of layers
+    is measured."""
     head: tuple[str, ...] | None = None
-    """The student's modules that alone learn from labels in feature_only; None: what
-    follows its features."""
+    """Modules of the student that labels train in feature_only; None uses those that
+    follow its features."""
+    distance_group: int | None = None
+    """Number of devices that gather features from each other; None uses all. A smaller
+    group is another loss: the mean over groups of the distance of each group's
+    images."""
 
-    teacher: Path | None = None
-    """Checkpoint (or run folder) of a trained teacher; None trains one."""
-    teacher_model: str = "ResNet34"
-    """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
-    module:function, which is called with num_classes and, where it has them, stem,
-    width, dtype, axis_name."""
-    student_model: str = "ResNet18"
-    """As --teacher-model."""
-    pretrained_teacher: Path | None = None
-    """Weights of a torchvision ResNet (.safetensors, .npz, .pth) that the teacher
-    starts from: grown if it is deeper, the head replaced if it has other classes."""
-    pretrained_student: Path | None = None
-    """The same for every student."""
-    stem: str = "cifar"
-    """cifar (3x3) or imagenet (7x7/2 and max pooling)."""
-    width: int = 64
-    """64 is the published network. ResNets: channels of the first stage; features have
-    8 times as many. MobileNetV2: channels are multiplied by width / 64, features 1280
-    at least. ViT: tokens and features have 3 times as many."""
-    teacher_width: int | None = None
-    """None: as the student's."""
-    dtype: str = "float32"
-    """float32 or bfloat16 compute; parameters stay float32."""
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How the networks are trained."""
 
     teacher_epochs: int = 15
-    """Epochs of the teacher."""
+    """Number of epochs of the teacher."""
     epochs: int = 15
-    """Epochs of each student."""
+    """Number of epochs of each student."""
+    eval_every: int = 1
+    """Number of epochs between evaluations; the last epoch is always evaluated."""
     batch_size: int = 128
-    """Global batch, over all devices."""
+    """Number of images in a batch, over all devices."""
     optimizer: str = "sgd"
-    """sgd or adamw."""
+    """Name of the optimizer: sgd or adamw."""
     lr: float = 1e-2
     """Peak learning rate."""
     lr_end: float = 1e-4
     """Learning rate at the end of the cosine."""
     schedule: str = "cosine-epoch"
-    """cosine-epoch (constant within an epoch, the released code's), cosine (per step,
-    after --warmup), onecycle (cosine up in the first 30 %, then down to nearly
-    nothing), constant (the released baseline's)."""
+    """Schedule of the learning rate: cosine-epoch (constant within an epoch, as in the
+    released code), cosine (per step, after --warmup), onecycle (rises by a cosine over
+    the first 30 %, then falls almost to zero), constant (as in the released
+    baseline)."""
     warmup: float = 0.0
-    """Share of the steps in which the rate rises from zero (cosine only)."""
+    """Share of the steps over which the rate rises from zero (cosine only)."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov momentum."""
+    """Use Nesterov momentum."""
     weight_decay: float = 0.0
-    """On all parameters: an L2 penalty, as torch.optim.SGD, or AdamW's decay."""
-    padding: int = 4
-    """Pixels of the random crop."""
-    flip: bool = True
-    """Random horizontal flip."""
-    degrees: float = 0.0
-    """Random rotation, at most this."""
-    shift: float = 0.0
-    """Random displacement, at most this share of the image."""
-    zoom: float = 0.0
-    """Random change of scale, at most this share."""
+    """Decay of all parameters: an L2 penalty with sgd, as torch.optim.SGD has it, and
+    decoupled with adamw."""
 
-    views: int | None = None
-    """Fixed augmented views of each image, on which the teacher is run once for all
-    students; None: new ones at every step."""
 
-    train_images: int | None = None
-    """Images that the teacher sees, a stratified choice; None: all."""
-    student_images: int | None = None
-    """Images that students see, among the teacher's; None: all of them."""
-    test_images: int | None = None
-    """Test images used, a stratified choice; None: all."""
-    held_out: int = 0
-    """Evaluate on this many training images, kept from training, in place of the test
-    set: for choosing lambda."""
+@dataclass(frozen=True)
+class Run:
+    """Where, how fast and how often runs are made; decides no result."""
 
+    recipe: str = "laptop"
+    """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
+    or feature_only."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; for each, one student alone and one for each distance."""
+    out: Path | None = None
+    """Folder of the results; None uses runs/<dataset>-<recipe>."""
+    data_dir: Path | None = None
+    """Folder of the data; None searches $KDDM_DATA_DIR, or ./data and
+    ~/.cache/kddm_jax, and for TFDS sets $TFDS_DATA_DIR and ~/tensorflow_datasets."""
     teacher_saw_held_out: bool = False
-    """Takes a --teacher that may have been trained on the held-out images; no student
-    is."""
-
+    """Accept a --teacher that may have been trained on the held-out images; students
+    never are."""
     devices: int | None = None
-    """Of all processes together; None: all."""
+    """Number of devices of all processes together; None uses all."""
     coordinator: str | None = None
-    """HOST:PORT of the first of several processes, one on each host; None: found on
-    Cloud TPU and in Slurm steps, else this process is alone."""
+    """HOST:PORT of the first of several processes, one on each host; None asks Cloud
+    TPU and Slurm, and otherwise runs this process alone."""
     processes: int | None = None
-    """Number of processes; 1: this one alone, wherever it runs."""
+    """Number of processes; 1 runs this one alone, wherever it is."""
     process: int | None = None
-    """Which of them this is, from 0."""
-    distance_group: int | None = None
-    """Devices that gather features from each other; None: all. A smaller group is
-    another loss, the mean over groups of the distance of each group's images."""
+    """Index of this process, from 0."""
     stream_above: float | None = None
     """Megabytes of training images above which they stay in host memory and are read
-    ahead; None: a quarter of the device's memory."""
-    eval_every: int = 1
-    """Epochs between evaluations; the last epoch always is."""
+    ahead; None uses a quarter of the device's memory."""
     checkpoint_seconds: float = 30.0
-    """Least time between checkpoints, which lie between any two dispatches; the end of
-    a run, and SIGTERM, always make one."""
+    """Least number of seconds between checkpoints. A checkpoint is always written at
+    the end of a run and on SIGTERM."""
     on_nonfinite: str = "stop"
-    """stop or skip: what follows a step whose loss or gradient is not finite.  Either
-    way it changes nothing; skip goes on, counts such steps in the history and warns."""
+    """What to do after a step whose loss or gradient is not finite: stop, or skip,
+    which counts such steps in the history and warns. Such a step changes nothing."""
     embedding: str = "pca"
-    """pca, tsne (slower) or none: the picture of features in report.html."""
+    """Picture of the features in report.html: pca, tsne (slower) or none."""
     compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
-    """Compiled programs of earlier commands."""
+    """Folder that keeps compiled programs for later commands."""
     progress: bool = True
-    """Live bar on a terminal; without it, one line per epoch."""
+    """Show a live bar on a terminal; otherwise print one line for each epoch."""
 
 
-RELEASED_WEIGHT = 1e-4
+@dataclass(frozen=True)
+class Settings:
+    """Distils a teacher into students by matching distributions of their features.
+
+    Trains the teacher, the student alone, and one student per distance and seed, then
+    prints the table. Rerun the same command to resume it; finished runs are not
+    repeated.
+    """
+
+    data: Data = field(default_factory=Data)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    networks: Networks = field(default_factory=Networks)
+    method: Method = field(default_factory=Method)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+
+
+GROUPS: Mapping[str, type] = {f.name: f.type for f in fields(Settings)}  # type: ignore
+GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}
+
+
+# ---------------------------------------------------------------------------
+# Flat names.
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Returns all settings by their name, without their groups."""
+    return {
+        f.name: getattr(getattr(settings, group), f.name)
+        for group, kind in GROUPS.items()
+        for f in fields(kind)
+    }
+
+
+def change(settings: Settings, **values: object) -> Settings:
+    """Replaces some settings, given by their name without the group."""
+    groups: dict[str, dict[str, object]] = {}
+    for name, value in values.items():
+        groups.setdefault(GROUP_OF[name], {})[name] = value
+    changed = {
+        group: replace(getattr(settings, group), **own) for group, own in groups.items()
+    }
+    return replace(settings, **changed)
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """Returns the settings as JSON values, by their name."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in flat(settings).items()
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> Settings:
+    """Reads the settings that `as_json` wrote; those that are missing get defaults."""
+    found = {}
+    for kind in GROUPS.values():
+        for of in fields(kind):
+            if of.name in values:
+                value = values[of.name]
+                if value is not None and Path in get_args(of.type):
+                    value = Path(value)
+                found[of.name] = tuple(value) if isinstance(value, list) else value
+    return change(Settings(), **found)
+
+
+# ---------------------------------------------------------------------------
+# What decides a result.
+
+# The identity of a run names these otherwise: files by their digests, and of several
+# distances, weights and seeds the run's own.
+NAMED_OTHERWISE = (
+    *("teacher", "pretrained_teacher", "pretrained_student", "teacher_width"),
+    *("distances", "weight", "weights", "distance_group"),
+)
+OF_STUDENTS = ("student_model", "student_images", "epochs", "views")
+OF_TEACHER = ("teacher_model", "teacher_epochs")
+OF_FEATURE_ONLY = ("head", "quality_images")
 # Settings that each of several processes may have for itself.
 OWN = (
     *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
     *("teacher", "pretrained_teacher", "pretrained_student"),
 )
-_SGD = {
-    "momentum": 0.9,
-    "schedule": "cosine",
-    "lr_end": 0.0,
-    "nesterov": True,
-    "scale": "teacher",
-}
-RECIPES: dict[str, dict[str, object]] = {
-    # KD2M's (arXiv 2504.01757): ImageNet weights are part of it (--pretrained-teacher,
-    # --pretrained-student), images being normalised by the data set's own statistics.
-    "paper": {
-        "stem": "imagenet",
-        "width": 64,
-        "batch_size": 128,
-        "epochs": 15,
-        "teacher_epochs": 15,
-        "lr": 1e-2,
-        "lr_end": 1e-4,
-        "schedule": "cosine-epoch",
-        "momentum": 0.9,
-    },
-    # From scratch on an accelerator.
-    "strong": {
-        **_SGD,
-        "stem": "cifar",
-        "width": 64,
-        "batch_size": 128,
-        "epochs": 100,
-        "teacher_epochs": 100,
-        "lr": 0.1,
-        "warmup": 0.05,
-        "weight_decay": 5e-4,
-    },
-    # Two cores, minutes: narrow networks, students with few labels.
-    "laptop": {
-        **_SGD,
-        "stem": "cifar",
-        "width": 16,
-        "batch_size": 64,
-        "epochs": 5,
-        "teacher_epochs": 5,
-        "lr": 0.1,
-        "warmup": 0.2,
-        "weight_decay": 5e-4,
-        "train_images": 5000,
-        "student_images": 2500,
-        "test_images": 2000,
-    },
-}
-# Features alone teach the backbone (arXiv 2511.14981): ResNet34 to ResNet9, AdamW,
-# one cycle; the student alone and KD beside it.  The paper does not augment.
-RECIPES["feature_only"] = {
-    "stem": "cifar",
-    "width": 16,
-    "student_model": "ResNet9",
-    "distances": ("kd", FEATURE_ONLY),
-    "projector": "conv",
-    "optimizer": "adamw",
-    "schedule": "onecycle",
-    "lr": 7.5e-3,
-    "weight_decay": 0.01,
-    "padding": 0,
-    "flip": False,
-    "batch_size": 128,
-    "epochs": 50,
-    "teacher_epochs": 50,
-    "scale": "teacher",
-}
-# Numerals are never mirrored; 8 x 8 pixels bear a shift of one.
-DATASET_SETTINGS: dict[str, dict[str, object]] = {
-    "digits": {"padding": 1, "flip": False},
-    "mnist": {"padding": 2, "flip": False},
-    "svhn": {"flip": False},
-    "svhn_cropped": {"flip": False},
-}
-# The released code's first benchmark, two perceptrons on MNIST.
-PAPER_MNIST = {
-    "teacher_model": "TeacherMLP",
-    "student_model": "StudentMLP",
-    "padding": 0,
-    "degrees": 10.0,
-    "shift": 0.1,
-    "zoom": 0.1,
-}
-LAPTOP_DIGITS = {
-    "train_images": None,
-    "test_images": None,
-    "teacher_epochs": 15,
-    "epochs": 30,
-    "student_images": 128,
-}
+# Settings that a table does not mention, and files that it mentions by their name.
+PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress", "embedding")
+FILES = ("pretrained_teacher", "pretrained_student")
 
 
-def defaults(dataset: str, recipe: str) -> Settings:
-    """The settings of a recipe on a data set, before the command line."""
-    if recipe not in RECIPES:
-        raise UserError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    values = {**RECIPES[recipe], **DATASET_SETTINGS.get(dataset, {})}
-    if (dataset, recipe) == ("digits", "laptop"):
-        values.update(LAPTOP_DIGITS)
-    if (dataset, recipe) == ("mnist", "paper"):
-        values.update(PAPER_MNIST)
-    return Settings(**{**values, "dataset": dataset, "recipe": recipe})
+def identity(settings: Settings, name: str) -> dict[str, Any]:
+    """Returns the settings that decide the result of a run.
+
+    They are those of all groups but `Run`, without those of other runs: the teacher's
+    run does not depend on how students learn, and a student alone has no method.
+
+    Args:
+      settings: the settings of the command.
+      name: "teacher", "student" (alone), or a distance.
+    """
+    left_out = {*NAMED_OTHERWISE, *(OF_STUDENTS if name == "teacher" else OF_TEACHER)}
+    if name != FEATURE_ONLY:
+        left_out |= {*OF_FEATURE_ONLY}
+    groups = {*GROUPS} - {"run"}
+    if name in ("teacher", "student"):
+        groups -= {"method"}
+    return {
+        key: value
+        for key, value in as_json(settings).items()
+        if GROUP_OF[key] in groups and key not in left_out
+    }
 
 
-def parse(arguments: list[str]) -> Settings:
-    """Reads a command line; the recipe and the data set choose the defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=Settings.dataset)
-    first.add_argument("--recipe", default=Settings.recipe)
-    chosen, _ = first.parse_known_args(arguments)
-    settings = tyro.cli(
-        Settings,
-        args=arguments,
-        default=defaults(chosen.dataset, chosen.recipe),
-        prog="cifar.py",
-    )
-    settings = replace(
-        settings,
-        **{
-            f.name: value.expanduser()
-            for f in fields(settings)
-            if isinstance(value := getattr(settings, f.name), Path)
-        },
-    )
-    check(settings)
-    return settings
+# ---------------------------------------------------------------------------
+# What can be wrong with settings alone.
 
 
 def _require(condition, message):
@@ -330,7 +335,7 @@ def _require(condition, message):
 
 
 def check(settings: Settings) -> None:
-    """Answers what can be wrong with settings alone."""
+    """Raises a `UserError` if the settings contradict each other or their ranges."""
     _check_distances(settings)
     _check_choices(settings)
     _check_ranges(settings)
@@ -338,9 +343,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_distances(settings):
-    from kddm_jax import DISTANCES
-
-    names = settings.distances
+    names = settings.method.distances
     for name in names:
         module, _, attribute = name.partition(":")
         own = bool(module and attribute)
@@ -350,11 +353,14 @@ def _check_distances(settings):
             f"unknown distance {name!r}; known: {known}",
         )
     _require(len(set(names)) == len(names), f"--distances names one twice: {names}")
-    given = {**(settings.weights or {}), "--weight": settings.weight or 0.0}
+    given = {
+        **(settings.method.weights or {}),
+        "--weight": settings.method.weight or 0.0,
+    }
     for name, value in given.items():
         finite = math.isfinite(value) and value >= 0
         _require(finite, f"weight of {name} must be a number >= 0, got {value}")
-    for name in settings.weights or {}:
+    for name in settings.method.weights or {}:
         _require(
             name in names,
             f"--weights names {name!r}, which is not among --distances "
@@ -363,7 +369,8 @@ def _check_distances(settings):
 
 
 def _check_choices(settings):
-    for field, known in {
+    values = flat(settings)
+    for name, known in {
         "stem": ("cifar", "imagenet"),
         "dtype": ("float32", "bfloat16"),
         "optimizer": ("sgd", "adamw"),
@@ -375,31 +382,33 @@ def _check_choices(settings):
         "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
     }.items():
-        value = getattr(settings, field)
+        value = values[name]
         names = ", ".join(str(k) for k in known)
-        _require(value in known, f"unknown {field} {value!r}; known: {names}")
+        _require(value in known, f"unknown {name} {value!r}; known: {names}")
+    teacher, pretrained = values["teacher"], values["pretrained_teacher"]
     _require(
-        settings.teacher is None or settings.pretrained_teacher is None,
-        f"--teacher {settings.teacher} is trained already; leave out either it or "
-        f"--pretrained-teacher {settings.pretrained_teacher}",
+        teacher is None or pretrained is None,
+        f"--teacher {teacher} is trained already; leave out either it or "
+        f"--pretrained-teacher {pretrained}",
     )
 
-    for field in ("teacher_model", "student_model"):
-        value = getattr(settings, field)
+    for name in ("teacher_model", "student_model"):
+        value = values[name]
         module, colon, function = value.partition(":")
         _require(
             value in MODELS or (module and function),
-            f"unknown {field} {value!r}; known: {', '.join(MODELS)}, or a function of "
+            f"unknown {name} {value!r}; known: {', '.join(MODELS)}, or a function of "
             "yours as module:function",
         )
 
 
 def _check_processes(settings):
+    values = flat(settings)
     options = ("coordinator", "processes", "process")
-    coordinator, processes, process = (getattr(settings, name) for name in options)
+    coordinator, processes, process = (values[name] for name in options)
     if (coordinator, process) == (None, None) and processes in (None, 1):
         return
-    missing = [f"--{name}" for name in options if getattr(settings, name) is None]
+    missing = [f"--{name}" for name in options if values[name] is None]
     _require(
         not missing,
         f"several processes need {', '.join(missing)}, too: --coordinator HOST:PORT, "
@@ -417,69 +426,50 @@ def _check_processes(settings):
 
 
 def _check_ranges(settings):
+    values = flat(settings)
     positive = (
         "width teacher_width epochs teacher_epochs batch_size lr devices "
         "distance_group eval_every train_images student_images "
         "test_images quality_images views image_size processes"
     )
-    for field in positive.split():
-        value = getattr(settings, field)
+    for name in positive.split():
+        value = values[name]
         _require(
             value is None or value > 0,
-            f"--{field.replace('_', '-')} must be positive, got {value}",
+            f"--{name.replace('_', '-')} must be positive, got {value}",
         )
     not_negative = (
         "held_out padding lr_end weight_decay momentum warmup stream_above "
         "degrees shift zoom"
     )
-    for field in not_negative.split():
-        value = getattr(settings, field)
+    for name in not_negative.split():
+        value = values[name]
         if value is None:
             continue
-        below = value < 1 or field not in ("momentum", "warmup", "shift", "zoom")
+        below = value < 1 or name not in ("momentum", "warmup", "shift", "zoom")
         _require(
             value >= 0 and below,
-            f"--{field.replace('_', '-')} must be >= 0"
+            f"--{name.replace('_', '-')} must be >= 0"
             f"{'' if below else ' and < 1'}, got {value}",
         )
-    seeds = settings.seeds
+    seeds = settings.run.seeds
     _require(seeds, "--seeds needs at least one seed")
     outside = [seed for seed in seeds if not 0 <= seed < 2**32]
     _require(not outside, f"--seeds must be in [0, 2**32), got {outside}")
     _require(len(set(seeds)) == len(seeds), f"--seeds names one twice: {seeds}")
 
 
+RELEASED_WEIGHT = 1e-4
+
+
 def weight_of(settings: Settings, distance: str) -> float:
     """Lambda of one distance: --weights, then --weight, then its default."""
-    from kddm_jax import DISTANCES
-
-    if distance in (settings.weights or {}):
-        return settings.weights[distance]
-    if settings.weight is not None:
-        return settings.weight
+    if distance in (settings.method.weights or {}):
+        return settings.method.weights[distance]
+    if settings.method.weight is not None:
+        return settings.method.weight
     if distance == FEATURE_ONLY:
         return 1.0
-    if not settings.scale:
+    if not settings.method.scale:
         return RELEASED_WEIGHT
     return DISTANCES[distance].weight if distance in DISTANCES else 1.0
-
-
-def as_json(settings: Settings) -> dict[str, object]:
-    """The settings as JSON values."""
-    values = asdict(settings)
-    return {
-        f.name: str(v) if isinstance(v := values[f.name], Path) else v
-        for f in fields(settings)
-    }
-
-
-def from_json(values: Mapping[str, object]) -> Settings:
-    """The settings that `as_json` wrote; what it did not write has its default."""
-    found = {}
-    for field in fields(Settings):
-        if field.name in values:
-            value = values[field.name]
-            if value is not None and Path in get_args(field.type):
-                value = Path(value)
-            found[field.name] = tuple(value) if isinstance(value, list) else value
-    return Settings(**found)

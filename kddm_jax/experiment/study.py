@@ -63,10 +63,9 @@ class Study:
         Returns:
           The run's result, as in its ``result.json``.
         """
-        settings = self.problem.settings
-        student = self.problem.model(settings.student_model, settings.width)
+        problem = self.problem
         return train.train(
-            *(self.problem, run, student, self.teacher, self.reporter), observe
+            *(problem, run, problem.student, self.teacher, self.reporter), observe
         )
 
     def say(self, line: str) -> None:
@@ -76,8 +75,8 @@ class Study:
 
 def default_out(settings: Settings, suffix: str = "") -> Path:
     """Returns the folder of the results: that of the settings, or one in ``runs``."""
-    name = f"{settings.dataset}-{settings.recipe}{suffix}"
-    return settings.out or Path("runs") / name
+    name = f"{settings.data.dataset}-{settings.run.recipe}{suffix}"
+    return settings.run.out or Path("runs") / name
 
 
 @contextlib.contextmanager
@@ -119,7 +118,7 @@ def open(
     with contextlib.ExitStack() as stack:
         processes.first(lambda: _open_folder(out, planned, stack))
         _introduce(problem, console)
-        live = settings.progress and console.is_terminal and not processes.quiet()
+        live = settings.run.progress and console.is_terminal and not processes.quiet()
         reporter = Reporter(console, live)
         stack.enter_context(reporter.progress)
         console = reporter.progress.console
@@ -144,7 +143,7 @@ def _read(settings, out):
 def _introduce(problem, console):
     settings, parts = problem.settings, problem.parts
     console.print(
-        f"{settings.dataset}: {len(parts.teacher)} images for the teacher, "
+        f"{settings.data.dataset}: {len(parts.teacher)} images for the teacher, "
         f"{len(parts.student)} for students, {len(parts.eval_labels)} to evaluate on; "
         f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
         f"{'; images are streamed from the host' if problem.streams else ''}"

@@ -11,7 +11,7 @@ import pytest
 from commands import KILL, NETWORK, TINY, command, tiny
 
 from kddm_jax import checkpoint
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.training import models, problems, runs
 
 

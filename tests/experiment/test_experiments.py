@@ -40,8 +40,9 @@ from kddm_jax import DISTANCES, checkpoint, convert, data, resnet
 from kddm_jax.experiment import study
 from kddm_jax.experiment.machine import records, terminal
 from kddm_jax.experiment.machine.errors import RunError, UserError
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.settings import change
 from kddm_jax.experiment.training import models, pretrained, problems, runs, train
 from kddm_jax.experiment.training.teacher import (
     find_checkpoint,
@@ -1022,5 +1023,5 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
     settings = parse([*map(str, line), "--held-out", "100"])
     with pytest.raises(UserError, match="may have seen these images"):
         find_teacher(problems.prepare(settings, tmp_path))
-    told = replace(settings, teacher_saw_held_out=True)
+    told = change(settings, teacher_saw_held_out=True)
     assert find_teacher(problems.prepare(told, tmp_path)).given

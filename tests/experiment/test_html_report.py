@@ -19,9 +19,10 @@ from commands import (
 )
 
 from kddm_jax.experiment import render
+from kddm_jax.experiment.recipes import defaults
 from kddm_jax.experiment.report import curves, embedding, table
 from kddm_jax.experiment.report import page as page_module
-from kddm_jax.experiment.settings import Settings, as_json, defaults
+from kddm_jax.experiment.settings import Settings, as_json, change
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -455,4 +456,4 @@ def test_tsne_tells_clusters_apart():
     ],
 )
 def test_who_is_tied_to_the_teacher_s_axes(name, changes, tied):
-    assert embedding.ties_axes(name, Settings(**changes)) is tied
+    assert embedding.ties_axes(name, change(Settings(), **changes)) is tied

@@ -38,7 +38,7 @@ from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import records, signals
 from kddm_jax.experiment.machine.errors import RunError
 from kddm_jax.experiment.machine.terminal import Reporter
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.training import problems, runs, train
 from kddm_jax.experiment.training.progress import Progress, Tally
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,8 @@ import kddm_jax
 from kddm_jax import Distance, checkpoint
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.settings import change
 from kddm_jax.experiment.training import methods, models, outputs, problems, runs
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -35,7 +35,7 @@ TEACHER = {
 
 def make(*line, name=None, weight=2.0):
     settings = parse(["--dataset", "digits", *line])
-    name = name or settings.distances[0]
+    name = name or settings.method.distances[0]
     method = methods.make(settings, name, weight, STUDENT, TEACHER, {})
     methods.check(name, method, STUDENT, TEACHER, 8)
     return method
@@ -210,7 +210,7 @@ def test_shapes_keep_the_order_of_the_layers():
 
 def problem_of(student, monkeypatch, tmp_path, *line):
     settings = parse([*TINY, "--devices", "1", "--student-model", student, *line])
-    problem = problems.prepare(replace(settings, compilation_cache=None), tmp_path)
+    problem = problems.prepare(change(settings, compilation_cache=None), tmp_path)
     runs.check_distances(problem, problem.model("ResNet18", 4))
     return problem
 

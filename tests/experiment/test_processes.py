@@ -18,7 +18,7 @@ from commands import EXPERIMENTS, KEEP, KILL, SMALL, environ, final_arrays
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.recipes import parse
 
 LINE = (
     *SMALL,
@@ -253,8 +253,8 @@ def initialized(monkeypatch):
 
 
 def start(line):
-    settings = parse(line)
-    processes.start(settings.coordinator, settings.processes, settings.process)
+    run = parse(line).run
+    processes.start(run.coordinator, run.processes, run.process)
 
 
 def test_alone_nobody_is_asked(initialized):

@@ -13,79 +13,73 @@ import pytest
 from kddm_jax import DISTANCES, data
 from kddm_jax.experiment import settings as settings_module
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import (
-    LAPTOP_DIGITS,
-    RECIPES,
-    Settings,
-    parse,
-    weight_of,
-)
+from kddm_jax.experiment.recipes import RECIPES, parse
+from kddm_jax.experiment.settings import change, flat, weight_of
 from kddm_jax.experiment.training import models, optimizers, problems, runs
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_arrives(recipe):
     found = parse(["--dataset", "cifar10", "--recipe", recipe])
-    assert found.recipe == recipe
-    for field in fields(Settings):
-        if field.name in ("dataset", "recipe"):
-            continue
-        expected = RECIPES[recipe].get(field.name, field.default)
-        if isinstance(expected, Path):
-            expected = expected.expanduser()
-        assert getattr(found, field.name) == expected, field.name
+    expected = RECIPES[recipe]("cifar10")
+    cache = expected.run.compilation_cache.expanduser()
+    assert found == change(expected, compilation_cache=cache)
+    assert (found.data.dataset, found.run.recipe) == ("cifar10", recipe)
 
 
-def test_recipes_have_only_settings():
-    names = {field.name for field in fields(Settings)}
-    tables = [*RECIPES.values(), *settings_module.DATASET_SETTINGS.values()]
-    for table in (*tables, LAPTOP_DIGITS):
-        assert set(table) <= names
+def test_names_of_settings_are_unique():
+    names = [f.name for kind in settings_module.GROUPS.values() for f in fields(kind)]
+    assert len(set(names)) == len(names)
 
 
 def test_paper_recipe_is_the_papers():
     """KD2M, arXiv 2504.01757, section 4 and its released code."""
     found = parse(["--dataset", "cifar10", "--recipe", "paper"])
-    assert (found.teacher_model, found.student_model) == ("ResNet34", "ResNet18")
-    assert (found.stem, found.width) == ("imagenet", 64)
-    assert (found.batch_size, found.epochs) == (128, 15)
-    assert (found.lr, found.lr_end, found.momentum) == (1e-2, 1e-4, 0.9)
-    assert (found.weight_decay, found.nesterov) == (0.0, False)
-    assert found.schedule == "cosine-epoch"
-    assert (found.train_images, found.student_images) == (None, None)
+    networks, optimizer = found.networks, found.optimizer
+    assert (networks.teacher_model, networks.student_model) == ("ResNet34", "ResNet18")
+    assert (networks.stem, networks.width) == ("imagenet", 64)
+    assert (optimizer.batch_size, optimizer.epochs) == (128, 15)
+    assert (optimizer.lr, optimizer.lr_end, optimizer.momentum) == (1e-2, 1e-4, 0.9)
+    assert (optimizer.weight_decay, optimizer.nesterov) == (0.0, False)
+    assert optimizer.schedule == "cosine-epoch"
+    assert (found.data.train_images, found.data.student_images) == (None, None)
 
 
 @pytest.mark.parametrize("form", ["--lr 0.5", "--lr=0.5"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_command_line_comes_last(recipe, form):
     found = parse([*form.split(), "--recipe", recipe, "--width", "8"])
-    assert (found.lr, found.width) == (0.5, 8)
-    assert found.batch_size == RECIPES[recipe]["batch_size"]
+    assert (found.optimizer.lr, found.networks.width) == (0.5, 8)
+    assert found.optimizer.batch_size == RECIPES[recipe]("digits").optimizer.batch_size
 
 
 def test_digits_on_a_laptop_is_the_default():
     found = parse([])
-    assert (found.dataset, found.recipe) == ("digits", "laptop")
-    assert found.data_dir is None
-    for name, value in LAPTOP_DIGITS.items():
-        assert getattr(found, name) == value
-    assert not found.flip  # numerals are never mirrored
-    assert found.padding == 1
-    assert found.distances == settings_module.KD2M
+    assert (found.data.dataset, found.run.recipe) == ("digits", "laptop")
+    assert found.run.data_dir is None
+    assert (found.optimizer.teacher_epochs, found.optimizer.epochs) == (15, 30)
+    assert (found.data.student_images, found.data.train_images) == (128, None)
+    assert not found.augmentation.flip  # numerals are never mirrored
+    assert found.augmentation.padding == 1
+    assert found.method.distances == settings_module.KD2M
 
 
 def test_digits_of_another_recipe_keeps_its_epochs():
     found = parse(["--recipe", "strong"])
-    assert found.epochs == RECIPES["strong"]["epochs"]
-    assert found.student_images is None
-    assert not found.flip
-    assert parse(["--dataset", "cifar10"]).flip
+    assert found.optimizer.epochs == RECIPES["strong"]("cifar10").optimizer.epochs
+    assert found.data.student_images is None
+    assert not found.augmentation.flip
+    assert parse(["--dataset", "cifar10"]).augmentation.flip
 
 
 def test_weights_come_before_weight_before_the_catalogue():
     line = ["--distances", "w2", "cw2", "jw2"]
     found = parse([*line, "--weights", "w2", "0.5", "cw2", "0", "--weight", "0.25"])
-    assert [weight_of(found, name) for name in found.distances] == [0.5, 0.0, 0.25]
+    assert [weight_of(found, name) for name in found.method.distances] == [
+        0.5,
+        0.0,
+        0.25,
+    ]
     found = parse([*line, "--weights", "w2", "0.5", "--scale", "teacher"])
     assert weight_of(found, "w2") == 0.5
     assert weight_of(found, "cw2") == DISTANCES["cw2"].weight
@@ -99,7 +93,7 @@ def test_weights_come_before_weight_before_the_catalogue():
 def test_settings_as_json():
     found = parse(["--out", "a/b", "--weights", "w2", "0.5"])
     values = json.loads(json.dumps(settings_module.as_json(found)))
-    assert set(values) == {field.name for field in fields(Settings)}
+    assert set(values) == {*settings_module.GROUP_OF}
     assert values["out"] == "a/b"
     assert values["weights"] == {"w2": 0.5}
     assert values["teacher"] is None
@@ -108,9 +102,11 @@ def test_settings_as_json():
 def described():
     """Each setting and the text below it in the source."""
     body = ast.parse(Path(settings_module.__file__).read_text()).body
-    (node,) = (n for n in body if getattr(n, "name", "") == "Settings")
+    groups = {kind.__name__ for kind in settings_module.GROUPS.values()}
     return {
         field.target.id: text.value.value
+        for node in body
+        if getattr(node, "name", "") in groups
         for field, text in zip(node.body, node.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
@@ -125,13 +121,15 @@ def test_help_explains_every_option(recipe, capsys, monkeypatch):
     plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     squeezed = re.sub(r"[\s│|]+", "", plain)
     texts = described()
-    for field in fields(Settings):
-        assert f"--{field.name.replace('_', '-')}" in plain, field.name
-        text = re.sub(r"[\s│|]+", "", texts[field.name])
-        assert text in squeezed, field.name
+    for group in settings_module.GROUPS:
+        assert re.search(rf"\W {group} options \W", plain)
+    for name in settings_module.GROUP_OF:
+        assert f"--{name.replace('_', '-')}" in plain, name
+        text = re.sub(r"[\s│|]+", "", texts[name])
+        assert text in squeezed, name
     # The recipe's own values are the defaults shown.
     for name in ("lr", "epochs"):
-        value = getattr(parse(["--recipe", recipe]), name)
+        value = flat(parse(["--recipe", recipe]))[name]
         option = squeezed[squeezed.index(f"--{name.replace('_', '-')}") :]
         assert f"(default:{value})" in option[:200], name
 
@@ -141,7 +139,7 @@ def test_schedules():
 
     def rates(*line, steps):
         settings = parse(["--lr", "0.5", "--lr-end", "0.1", *line])
-        schedule = optimizers.make_schedule(settings, 10, 4)
+        schedule = optimizers.make_schedule(settings.optimizer, 10, 4)
         return [float(schedule(step)) for step in steps]
 
     constant = rates("--schedule", "constant", steps=[0, 20, 39])
@@ -160,7 +158,7 @@ def test_schedules():
 def test_adamw_decays_apart_from_its_moments():
     line = ["--optimizer", "adamw", "--lr", "0.5", "--weight-decay", "0.1"]
     settings = parse(line)
-    tx = optimizers.make_optimizer(settings, 0.5)
+    tx = optimizers.make_optimizer(settings.optimizer, 0.5)
     params = {"w": np.float32([2.0, -1.0])}
     gradient = {"w": np.float32([3.0, 0.0])}
     updates, _ = tx.update(gradient, tx.init(params), params)
@@ -182,7 +180,7 @@ def test_epoch_order_is_of_seed_and_epoch():
 
 def test_parts_are_nested_and_disjoint():
     settings = parse(["--train-images", "800", "--student-images", "200"])
-    settings = type(settings)(**{**vars(settings), "held_out": 300})
+    settings = change(settings, held_out=300)
     digits = data.load("digits")
     parts = problems.split(digits, settings)
     assert (len(parts.teacher), len(parts.student)) == (800, 200)
@@ -217,7 +215,7 @@ def test_settings_errors_are_user_errors():
 
 def test_schedules_of_lambda_start_and_end_where_they_say():
     make = lambda name, steps=100: optimizers.make_weight_schedule(
-        parse(["--weight-schedule", name]), steps
+        parse(["--weight-schedule", name]).method, steps
     )
     assert make("constant") is None
     factors = [[float(make(name)(i)) for i in (0, 25, 50, 100)] for name in RISES]

@@ -7,7 +7,7 @@ import theorem
 from commands import SMALL
 
 from kddm_jax.experiment import distill
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.training import problems, runs, train
 
 COMMANDS = {

@@ -18,8 +18,8 @@ from scipy.spatial.distance import cdist
 
 import kddm_jax
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
-from kddm_jax.experiment.settings import parse
 from kddm_jax.experiment.training import problems, runs, train
 from kddm_jax.resnet import Outputs
 

@@ -1,6 +1,5 @@
 """Fixed views: the same images for teacher and student, the teacher computed once."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import chex
@@ -13,7 +12,8 @@ from commands import KEEP, SMALL, TINY, call, results_of
 
 from kddm_jax import augment, resnet
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import parse
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.settings import change
 from kddm_jax.experiment.training import problems, views
 from kddm_jax.train_step import known_outputs, scan_steps
 
@@ -145,7 +145,7 @@ def test_outputs_beyond_the_memory_are_refused(tmp_path):
 
 def test_views_beyond_the_memory_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(problems.Problem, "memory", 1e5)
-    settings = replace(parse([*TINY, "--views", "9"]), compilation_cache=None)
+    settings = change(parse([*TINY, "--views", "9"]), compilation_cache=None)
     with pytest.raises(UserError, match="--views 9: .* lower it"):
         problems.prepare(settings, tmp_path)
 

@@ -43,7 +43,11 @@ def ties_axes(name: str, settings: Settings) -> bool:
       False for students alone, distances of maps or predictions, those that take
       features of any width, and where other layers or projected ones are compared.
     """
-    if name in (*runs.ALONE, FEATURE_ONLY) or settings.layers or settings.projector:
+    if (
+        name in (*runs.ALONE, FEATURE_ONLY)
+        or settings.method.layers
+        or settings.method.projector
+    ):
         return False
     row = methods.find(name)
     return "features" in row.inputs and "widths" not in row.promises
@@ -106,9 +110,8 @@ def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]
 
 def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
     """Name, title and network of the teacher and of each first seed."""
-    settings = problem.settings
     yield "teacher", "teacher", teacher
-    model = problem.model(settings.student_model, settings.width)
+    model = problem.student
     for run, _ in _first_seeds(problem, teacher, results):
         try:
             path = checkpoint.find(run.folder(problem.out))
@@ -138,7 +141,7 @@ def _compute(problem, teacher, results):
             warnings.warn(f"no picture of {name}: its features overflow", stacklevel=2)
             continue
         points, behind = project(
-            settings.embedding, features, followed if tied else None
+            settings.run.embedding, features, followed if tied else None
         )
         panels.append(
             {
@@ -170,7 +173,7 @@ def find(
       ``points`` and, on the teacher's axes, its points as ``behind``; None where the
       settings ask for none.
     """
-    method = problem.settings.embedding
+    method = problem.settings.run.embedding
     if method == "none":
         return None
     digest = lambda value: hashlib.sha256(

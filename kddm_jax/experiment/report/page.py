@@ -15,9 +15,10 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from kddm_jax.experiment.recipes import defaults
 from kddm_jax.experiment.report import curves, table
 from kddm_jax.experiment.report.curves import plt
-from kddm_jax.experiment.settings import as_json, defaults
+from kddm_jax.experiment.settings import as_json
 
 HERE = Path(__file__).resolve().parent
 STATS = {  # of a solver: the name of its axis

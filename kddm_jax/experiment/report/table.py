@@ -15,7 +15,8 @@ from rich.table import Table
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import as_json, defaults
+from kddm_jax.experiment.recipes import defaults
+from kddm_jax.experiment.settings import FILES, PLACES, as_json
 
 COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
 
@@ -161,11 +162,6 @@ def conditions(results: dict[str, object]) -> str:
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
     )
-
-
-# Of these the table knows nothing.
-PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress", "embedding")
-FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by name
 
 
 def command(settings: Mapping, script: str = "cifar.py") -> str:

@@ -41,9 +41,9 @@ def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
       asks for it.
     """
     settings, quality = problem.settings, None
-    if FEATURE_ONLY in settings.distances and not settings.layers:
+    if FEATURE_ONLY in settings.method.distances and not settings.method.layers:
         quality = choose(problem, teacher, draw)
-    if any(methods.needs_class_cost(name) for name in settings.distances):
+    if any(methods.needs_class_cost(name) for name in settings.method.distances):
         problem.class_cost = processes.first(lambda: class_cost(problem, teacher))
     return quality
 
@@ -51,7 +51,7 @@ def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
 def rate(problem: Problem, teacher: Teacher) -> dict[str, KnowledgeQuality]:
     """The quality of every layer of the teacher, from the first to the last."""
     labels = problem.dataset.train_labels
-    count = min(problem.settings.quality_images, len(problem.parts.teacher))
+    count = min(problem.settings.method.quality_images, len(problem.parts.teacher))
     seen = problem.parts.teacher
     chosen = np.sort(seen[data.balanced_subset(labels[seen], count, seed=0)])
     images = problem.dataset.train_images
@@ -70,8 +70,8 @@ def _rated(problem, teacher, draw) -> dict[str, object]:
     settings, path = problem.settings, Path(problem.out) / "quality.json"
     asked = {
         "teacher": teacher.digest,
-        "images": min(settings.quality_images, len(problem.parts.teacher)),
-        "student": settings.student_model,
+        "images": min(settings.method.quality_images, len(problem.parts.teacher)),
+        "student": settings.networks.student_model,
     }
     try:
         record = json.loads(path.read_text())

@@ -7,7 +7,7 @@ A method is a key of the catalogue, one's own distance as ``module:NAME``, or
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
+from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, change
 from kddm_jax.experiment.training import models
 from kddm_jax.losses import carries_weights, get_distance
 from kddm_jax.projectors import (
@@ -110,7 +110,7 @@ def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
 def pairs(settings: Settings) -> list[tuple[str, str, float]]:
     """``--layers`` as (student's, teacher's, weight)."""
     found = []
-    for text in settings.layers:
+    for text in settings.method.layers:
         student, colon, rest = text.partition(":")
         teacher, _, weight = rest.partition(":")
         try:
@@ -152,8 +152,8 @@ def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
         of_student = _check_layer("--layers", "student", student, x)
         of_teacher = _check_layer("--layers", "teacher", teacher, y)
         terms.append(make_term(student, teacher, weight, of_teacher))
-        if settings.projector is not None:
-            kind = "dense" if len(of_student.shape) == 2 else settings.projector
+        if settings.method.projector is not None:
+            kind = "dense" if len(of_student.shape) == 2 else settings.method.projector
             projectors[student] = _projector(kind, of_student, of_teacher)
     return tuple(terms), projectors
 
@@ -197,8 +197,8 @@ def make(
     layered = {"features", "maps"} & set(row.inputs)
     if not chosen and "maps" in row.inputs:  # the last ones
         chosen = [(list(student["maps"])[-1], list(teacher["maps"])[-1], 1.0)]
-    if not layered or not (chosen or settings.projector):
-        return Method(_named(row, name), {"scale": settings.scale, **options})
+    if not layered or not (chosen or settings.method.projector):
+        return Method(_named(row, name), {"scale": settings.method.scale, **options})
 
     def term(of_student, of_teacher, share, _):
         return Term(
@@ -207,12 +207,12 @@ def make(
             layers=(of_student, of_teacher),
             options=options,
             name=name if len(chosen) < 2 else f"{name}@{of_student}",
-            view=settings.view,
+            view=settings.method.view,
         )
 
     chosen = chosen or [("features", "features", 1.0)]
     terms, projectors = _terms(settings, chosen, term, student, teacher)
-    return Method(terms, {"scale": settings.scale}, projectors)
+    return Method(terms, {"scale": settings.method.scale}, projectors)
 
 
 def _feature_only(settings, weight, student, teacher):
@@ -230,7 +230,7 @@ def _feature_only(settings, weight, student, teacher):
         )
 
     terms, projectors = _terms(settings, chosen, term, student, teacher)
-    head = settings.head or HEADS.get(settings.student_model, ("fc",))
+    head = settings.method.head or HEADS.get(settings.networks.student_model, ("fc",))
     if missing := sorted(set(head) - set(student["modules"])):
         raise UserError(
             f"--head {' '.join(missing)}: the student's modules are "
@@ -241,8 +241,8 @@ def _feature_only(settings, weight, student, teacher):
 
 def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
     """The student's layers that learn in feature_only, from the first to the last."""
-    if settings.student_model in STUDENT_LAYERS:
-        return STUDENT_LAYERS[settings.student_model]
+    if settings.networks.student_model in STUDENT_LAYERS:
+        return STUDENT_LAYERS[settings.networks.student_model]
     own = [layer for layer in student["maps"] if layer != "stem"]
     if len(own) < COUNT:
         return tuple(own)
@@ -259,12 +259,12 @@ def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes)
         )
     widths = {known[name].shape[-1] for name in known}
     widths |= {student["maps"][name].shape[-1] for name in own}
-    if settings.projector is None and len(widths) > 1:
+    if settings.method.projector is None and len(widths) > 1:
         raise UserError(
             f"feature_only: layers have widths {sorted(widths)}; pass --projector conv"
         )
     chosen = [f"{a}:{b}" for a, b in zip(own, list(known)[-len(own) :], strict=True)]
-    _feature_only(replace(settings, layers=tuple(chosen)), 1.0, student, teacher)
+    _feature_only(change(settings, layers=tuple(chosen)), 1.0, student, teacher)
 
 
 def check(

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import optax
 
-from kddm_jax.experiment.settings import Settings
+from kddm_jax.experiment.settings import Method, Optimizer
 
 
-def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
+def make_schedule(settings: Optimizer, steps_per_epoch: int, epochs: int):
     """The learning rate as a function of the step.
 
     Args:
@@ -41,7 +41,7 @@ def make_schedule(settings: Settings, steps_per_epoch: int, epochs: int):
     return per_epoch
 
 
-def make_weight_schedule(settings: Settings, steps: int):
+def make_weight_schedule(settings: Method, steps: int):
     """The factor of lambda as a function of the step.
 
     Args:
@@ -58,7 +58,7 @@ def make_weight_schedule(settings: Settings, steps: int):
     return None
 
 
-def make_optimizer(settings: Settings, schedule) -> optax.GradientTransformation:
+def make_optimizer(settings: Optimizer, schedule) -> optax.GradientTransformation:
     """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum.
 
     Args:

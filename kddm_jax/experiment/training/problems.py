@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -34,14 +34,13 @@ class Split:
 def split(dataset: data.Dataset, settings: Settings) -> Split:
     """Chooses stratified, nested parts of the training set, the same in every run."""
     labels = dataset.train_labels
-    train, held_out = np.arange(len(labels)), None
-    if settings.held_out >= len(labels):
+    train, held_out, kept = np.arange(len(labels)), None, settings.data.held_out
+    if kept >= len(labels):
         raise UserError(
-            f"--held-out {settings.held_out}: there are only {len(labels)} training "
-            "images; lower it"
+            f"--held-out {kept}: there are only {len(labels)} training images; lower it"
         )
-    if settings.held_out:
-        train, held_out = data.stratified_split(labels, settings.held_out, seed=0)
+    if kept:
+        train, held_out = data.stratified_split(labels, kept, seed=0)
 
     def choose(indices, count, option):
         if count is None:
@@ -52,14 +51,18 @@ def split(dataset: data.Dataset, settings: Settings) -> Split:
             )
         return indices[data.balanced_subset(labels[indices], count, seed=0)]
 
-    teacher = choose(train, settings.train_images, "train-images")
-    student = choose(teacher, settings.student_images, "student-images")
+    teacher = choose(train, settings.data.train_images, "train-images")
+    student = choose(teacher, settings.data.student_images, "student-images")
     if held_out is not None:
         images, eval_labels = dataset.train_images[held_out], labels[held_out]
     else:
         images, eval_labels = dataset.test_images, dataset.test_labels
-        if settings.test_images is not None and settings.test_images < len(eval_labels):
-            chosen = data.balanced_subset(eval_labels, settings.test_images, seed=0)
+        if settings.data.test_images is not None and settings.data.test_images < len(
+            eval_labels
+        ):
+            chosen = data.balanced_subset(
+                eval_labels, settings.data.test_images, seed=0
+            )
             images, eval_labels = images[chosen], eval_labels[chosen]
     return Split(teacher, student, images, eval_labels)
 
@@ -94,8 +97,8 @@ class Problem:
     @property
     def compared_images(self) -> int:
         """Images that a distance sees at once: the batch, or a group's share of it."""
-        group = self.settings.distance_group or len(self.devices)
-        return self.settings.batch_size // len(self.devices) * group
+        group = self.settings.method.distance_group or len(self.devices)
+        return self.settings.optimizer.batch_size // len(self.devices) * group
 
     @property
     def num_classes(self) -> int:
@@ -105,15 +108,15 @@ class Problem:
     @cached_property
     def streams(self) -> bool:
         """Whether the training images are too large to lie on every device."""
-        limit = self.settings.stream_above
+        limit = self.settings.run.stream_above
         limit = 1e6 * limit if limit is not None else self.memory / 4
         return processes.first(lambda: self.dataset.train_images.nbytes > limit)
 
     @cached_property
     def starts(self) -> dict[str, pretrained.Pretrained]:
         """What "teacher" and "student" start from, where a file is given."""
-        given = self.settings
-        width = given.teacher_width or given.width
+        given = self.settings.networks
+        width = self.teacher_width
         networks = {
             "teacher": (given.pretrained_teacher, given.teacher_model, width),
             "student": (given.pretrained_student, given.student_model, given.width),
@@ -135,7 +138,7 @@ class Problem:
     @cached_property
     def views(self) -> views.Views | None:
         """Fixed views of the students' images, where asked for."""
-        if self.settings.views is None:
+        if self.settings.data.views is None:
             return None
         dataset = self.dataset
         return views.Views(
@@ -177,18 +180,14 @@ class Problem:
         return augment.make_augment(
             mean=self.dataset.mean,
             std=self.dataset.std,
-            padding=self.settings.padding,
-            flip=self.settings.flip,
-            degrees=self.settings.degrees,
-            shift=self.settings.shift,
-            zoom=self.settings.zoom,
-            dtype=jnp.dtype(self.settings.dtype),
+            **asdict(self.settings.augmentation),
+            dtype=jnp.dtype(self.settings.networks.dtype),
         )
 
     @cached_property
     def data_digest(self) -> str | None:
         """Tells images apart that lie in a folder, whose name says nothing of them."""
-        if self.settings.dataset in {*data.DATASETS} - {"folder"}:
+        if self.settings.data.dataset in {*data.DATASETS} - {"folder"}:
             return None
         digest = hashlib.sha256(repr((self.dataset.mean, self.dataset.std)).encode())
         for labels in (self.dataset.train_labels, self.dataset.test_labels):
@@ -205,11 +204,23 @@ class Problem:
         return models.build(
             name,
             num_classes=self.num_classes,
-            stem=self.settings.stem,
+            stem=self.settings.networks.stem,
             width=width,
-            dtype=jnp.dtype(self.settings.dtype),
+            dtype=jnp.dtype(self.settings.networks.dtype),
             axis_name=train_step.AXIS,
         )
+
+    @property
+    def student(self) -> nn.Module:
+        """The student's network."""
+        networks = self.settings.networks
+        return self.model(networks.student_model, networks.width)
+
+    @property
+    def teacher_width(self) -> int:
+        """Width of a teacher that is trained here."""
+        networks = self.settings.networks
+        return networks.teacher_width or networks.width
 
     def init(self, model: nn.Module, seed: int):
         """Fresh variables, on the host."""
@@ -221,46 +232,55 @@ class Problem:
 
 
 def prepare(settings: Settings, out: Path) -> Problem:
-    """Loads the data and answers what can be wrong before anything runs."""
-    if settings.compilation_cache is not None:
-        cache = settings.compilation_cache
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    """Loads the data and checks the settings against it, before anything runs."""
+    run = settings.run
+    if run.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(run.compilation_cache))
     dataset = data.load(
-        settings.dataset,
-        data_dir=settings.data_dir,
-        image_size=settings.image_size,
-        skip_damaged=settings.skip_damaged,
-        progress=None if settings.progress else lambda done, total: None,
+        settings.data.dataset,
+        data_dir=run.data_dir,
+        image_size=settings.data.image_size,
+        skip_damaged=settings.data.skip_damaged,
+        progress=None if run.progress else lambda done, total: None,
     )
-    devices = processes.choose_devices(settings.devices)
-    count = len(devices)
-    if settings.batch_size % count:
+    devices = processes.choose_devices(run.devices)
+    _check_devices(settings, len(devices))
+    problem = Problem(settings, out, dataset, devices, split(dataset, settings))
+    _check_images(problem)
+    return problem
+
+
+def _check_devices(settings, count):
+    batch, group = settings.optimizer.batch_size, settings.method.distance_group
+    if batch % count:
         raise UserError(
-            f"--batch-size {settings.batch_size} does not divide among {count} "
+            f"--batch-size {batch} does not divide among {count} "
             f"devices; choose a multiple of {count}"
         )
-    if count % (settings.distance_group or count):
+    if count % (group or count):
         raise UserError(
-            f"--distance-group {settings.distance_group} does not divide the {count} "
+            f"--distance-group {group} does not divide the {count} "
             f"devices; choose a divisor of {count}"
         )
-    problem = Problem(settings, out, dataset, devices, split(dataset, settings))
+
+
+def _check_images(problem):
+    batch, views = problem.settings.optimizer.batch_size, problem.settings.data.views
     for option, part in (("train", "teacher"), ("student", "student")):
         images = len(getattr(problem.parts, part))
-        if images < settings.batch_size:
+        if images < batch:
             raise UserError(
                 f"--{option}-images {images} is less than one batch of "
-                f"{settings.batch_size}; raise it or lower --batch-size"
+                f"{batch}; raise it or lower --batch-size"
             )
-    if settings.views is not None:
-        pixels = dataset.train_images[0].nbytes * len(problem.parts.student)
-        if pixels * settings.views > problem.memory / 4:
+    if views is not None:
+        one = problem.dataset.train_images[0].nbytes
+        size = one * len(problem.parts.student) * views
+        if size > problem.memory / 4:
             raise UserError(
-                f"--views {settings.views}: {pixels * settings.views / 1e9:.1f} GB of "
-                f"images, a quarter of the memory is {problem.memory / 4e9:.1f} GB; "
-                "lower it, or leave it out"
+                f"--views {views}: {size / 1e9:.1f} GB of images, a quarter of the "
+                f"memory is {problem.memory / 4e9:.1f} GB; lower it, or leave it out"
             )
-    return problem
 
 
 def evaluate(problem: Problem, model: nn.Module, variables) -> float:

@@ -15,44 +15,31 @@ import numpy as np
 from flax import linen as nn
 
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY, as_json, weight_of
+from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
+    Settings,
+    as_json,
+    change,
+    identity,
+    weight_of,
+)
 from kddm_jax.experiment.training import methods, models, pretrained
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.losses import carries_weights
 
 ALONE = ("teacher", "student")  # runs without a teacher
-# What decides a teacher's result, and a student's beside the teacher itself.  Not
-# on_nonfinite: a run that it stops has no result, and may go on by skipping.
-SHARED_FIELDS = (
-    *("dataset", "image_size"),
-    *("train_images", "test_images", "held_out", "eval_every"),
-    *("stem", "dtype", "padding", "flip", "degrees", "shift", "zoom", "batch_size"),
-    *("lr", "lr_end", "schedule", "warmup", "momentum", "nesterov", "weight_decay"),
-    "optimizer",
-)
-TEACHER_FIELDS = (*SHARED_FIELDS, "teacher_model", "teacher_epochs")
-STUDENT_FIELDS = (
-    *SHARED_FIELDS,
-    *("student_model", "width", "epochs", "student_images", "views"),
-)
-DISTILLED_FIELDS = (
-    *STUDENT_FIELDS,
-    *("scale", "weight_schedule", "layers", "projector", "view"),
-)
-# Fields that folders of earlier versions do not have, and what these meant.
-YOUNGER = {"weight_schedule": "constant"}
-FEATURE_ONLY_FIELDS = (*DISTILLED_FIELDS, "head", "quality_images")
 
 
 def _check_schedule(problem, name):
     settings = problem.settings
-    if settings.weight_schedule == "constant":
+    schedule = settings.method.weight_schedule
+    if schedule == "constant":
         return
     if name == FEATURE_ONLY or carries_weights(
         method_of(problem, name, weight_of(settings, name), traced=True).distance
     ):
         raise UserError(
-            f"--weight-schedule {settings.weight_schedule}: {name} compares layers, "
+            f"--weight-schedule {schedule}: {name} compares layers, "
             "whose weights are fixed; leave the schedule out, or compare the pooled "
             "features without a projector"
         )
@@ -62,14 +49,17 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
     """Traces every method on the shapes to come: its errors, before any training."""
     settings = problem.settings
     image = problem.dataset.train_images.shape[1:]
-    student = problem.model(settings.student_model, settings.width)
+    student = problem.student
     problem.shapes = tuple(
         models.shapes(name, model, image, problem.compared_images)
-        for name, model in ((settings.student_model, student), ("teacher", teacher))
+        for name, model in (
+            (settings.networks.student_model, student),
+            ("teacher", teacher),
+        )
     )
-    for name in settings.distances:
+    for name in settings.method.distances:
         _check_schedule(problem, name)
-        if name == FEATURE_ONLY and not settings.layers:
+        if name == FEATURE_ONLY and not settings.method.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
         method = method_of(problem, name, weight_of(settings, name), traced=True)
@@ -93,8 +83,8 @@ def method_of(
     settings = problem.settings
     if name in ALONE:
         return methods.Method()
-    if name == FEATURE_ONLY and not settings.layers:
-        settings = replace(settings, layers=problem.chosen_layers)
+    if name == FEATURE_ONLY and not settings.method.layers:
+        settings = change(settings, layers=problem.chosen_layers)
     options = {}
     if methods.needs_class_cost(name):
         cost, k = problem.class_cost, problem.num_classes
@@ -158,28 +148,26 @@ class Run:
         return self.name if self.name in ALONE else methods.title(self.name)
 
 
-def _identity(problem, names, start, **more):
-    values = as_json(problem.settings)
-    identity = {name: values[name] for name in names}
-    identity["data"] = problem.data_digest
+def _identity(problem, name, start, **more):
+    decisive = identity(problem.settings, name)
+    decisive["data"] = problem.data_digest
     for model in ("teacher_model", "student_model"):
-        if model in identity:
-            identity[f"{model}_source"] = models.source_digest(identity[model])
-    identity["pretrained"] = start.sha256 if start else None
-    return json.loads(json.dumps({**identity, **more}))  # as it is read back
+        if model in decisive:
+            decisive[f"{model}_source"] = models.source_digest(decisive[model])
+    decisive["pretrained"] = start.sha256 if start else None
+    return json.loads(json.dumps({**decisive, **more}))  # as it is read back
 
 
 def teacher_run(problem: Problem) -> Run:
     """The teacher's run."""
     settings, start = problem.settings, problem.starts.get("teacher")
-    width = settings.teacher_width or settings.width
     return Run(
         name="teacher",
         seed=0,
         weight=0.0,
-        epochs=settings.teacher_epochs,
+        epochs=settings.optimizer.teacher_epochs,
         indices=problem.parts.teacher,
-        identity=_identity(problem, TEACHER_FIELDS, start, width=width),
+        identity=_identity(problem, "teacher", start, width=problem.teacher_width),
         start=start,
     )
 
@@ -198,25 +186,24 @@ def student_runs(
       The runs.
     """
     settings, start = problem.settings, problem.starts.get("student")
-    for name in ("student", *settings.distances):
-        fields, more = STUDENT_FIELDS, {}
+    for name in ("student", *settings.method.distances):
+        more = {}
         if name not in ALONE:
-            fields = FEATURE_ONLY_FIELDS if name == FEATURE_ONLY else DISTILLED_FIELDS
             lam = weight_of(settings, name) if weight is None else weight
             more = {"distance": name, "weight": lam}
             more["distance_source"] = methods.digest(name)
-            whole = problem.compared_images == settings.batch_size
+            whole = problem.compared_images == settings.optimizer.batch_size
             more["group_images"] = None if whole else problem.compared_images
             if teacher_digest is not None:
                 more["teacher"] = teacher_digest
-        for seed in settings.seeds:
+        for seed in settings.run.seeds:
             yield Run(
                 name=name,
                 seed=seed,
                 weight=more.get("weight", 0.0),
-                epochs=settings.epochs,
+                epochs=settings.optimizer.epochs,
                 indices=problem.parts.student,
-                identity=_identity(problem, fields, start, seed=seed, **more),
+                identity=_identity(problem, name, start, seed=seed, **more),
                 start=start,
             )
 
@@ -228,7 +215,7 @@ def grid_runs(
 
     Students of one distance follow each other: they share their compiled program.
     """
-    names = problem.settings.distances
+    names = problem.settings.method.distances
     every = [
         replace(run, place=f"weight-{weight:g}")
         for weight in grid
@@ -252,8 +239,10 @@ def check_folder(run: Run, out: Path) -> None:
             f"{path.parent} was trained on the batches of another seed by an earlier "
             "version; choose another --out, or delete that folder"
         )
+    # Folders of earlier versions lack settings that came later: they had the default.
+    plain = json.loads(json.dumps(as_json(Settings())))
     for name, wanted in run.identity.items():
-        if found.get(name, YOUNGER.get(name)) != wanted:
+        if found.get(name, plain.get(name)) != wanted:
             raise UserError(
                 f"{path.parent} was made with {name}={found.get(name)}, this command "
                 f"says {wanted}; choose another --out, or delete that folder"

@@ -77,7 +77,7 @@ class Source:
 
     def _complete(self):
         meta = checkpoint.read_meta(find_checkpoint(self._folder))
-        return len(meta["history"]) == self.problem.settings.teacher_epochs
+        return len(meta["history"]) == self.problem.settings.optimizer.teacher_epochs
 
     def forget_result(self) -> None:
         """Lets the run go on from the checkpoint that it has."""
@@ -117,30 +117,32 @@ def _check_converted(problem, path, meta):
 def find_teacher(problem: problems.Problem) -> Source:
     """Architecture and width of the teacher, and its checkpoint if one is given."""
     settings = problem.settings
-    if settings.teacher is None:
-        width = settings.teacher_width or settings.width
+    if settings.networks.teacher is None:
+        width = problem.teacher_width
         return Source(
-            problem, problem.model(settings.teacher_model, width), width, None
+            problem, problem.model(settings.networks.teacher_model, width), width, None
         )
-    path = Path(processes.first(lambda: str(find_checkpoint(settings.teacher))))
+    path = Path(
+        processes.first(lambda: str(find_checkpoint(settings.networks.teacher)))
+    )
     meta = processes.first(lambda: checkpoint.read_meta(path))
     made = meta.get("run", {})
     if "converted_from" in meta and made.get("dataset") is None:
         _check_converted(problem, path, meta)
-    elif made.get("dataset") != settings.dataset:
+    elif made.get("dataset") != settings.data.dataset:
         raise UserError(
             f"--teacher {path} was trained on {made.get('dataset')}, "
-            f"this run is on {settings.dataset}; pass a teacher of the same data"
+            f"this run is on {settings.data.dataset}; pass a teacher of the same data"
         )
-    kept = made.get("held_out") == settings.held_out
-    if settings.held_out and not kept and not settings.teacher_saw_held_out:
+    kept = made.get("held_out") == settings.data.held_out
+    if settings.data.held_out and not kept and not settings.run.teacher_saw_held_out:
         raise UserError(
-            f"--held-out {settings.held_out}: --teacher {path} was trained with "
+            f"--held-out {settings.data.held_out}: --teacher {path} was trained with "
             f"held_out={made.get('held_out')} and may have seen these images; "
             "train one with the same --held-out, or pass --teacher-saw-held-out if "
             "students alone need not have seen them"
         )
-    if made.get("stem") != settings.stem:
+    if made.get("stem") != settings.networks.stem:
         raise UserError(
             f"--teacher {path} has the {made.get('stem')} stem; pass "
             f"--stem {made.get('stem')}"

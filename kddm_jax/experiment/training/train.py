@@ -91,8 +91,10 @@ def _train_program(problem, run, method, model, teacher, tx, length):
         if distilled:
             known = train_step.known_outputs
             teacher_apply = known if of_views else resnet.linen_apply(teacher.model)
-        steps = run.epochs * (len(run.indices) // problem.settings.batch_size)
-        weight_schedule = optimizers.make_weight_schedule(problem.settings, steps)
+        steps = run.epochs * (len(run.indices) // problem.settings.optimizer.batch_size)
+        weight_schedule = optimizers.make_weight_schedule(
+            problem.settings.method, steps
+        )
         step = train_step.make_train_step(
             methods.apply_of(method, resnet.linen_apply(model)),
             teacher_apply,
@@ -101,7 +103,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             distance=method.distance,
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
-            group_size=problem.settings.distance_group,
+            group_size=problem.settings.method.distance_group,
             **method.options,
         )
         images = 0 if problem.streams and not of_views else None
@@ -123,7 +125,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
 
     def look(dispatches):
         for metrics in jax.device_get(dispatches):
-            progress.take(metrics, stop=settings.on_nonfinite == "stop")
+            progress.take(metrics, stop=settings.run.on_nonfinite == "stop")
         if dispatches:
             report(
                 run,
@@ -135,14 +137,14 @@ def _epoch(problem, run, progress, program, fixed, length, report):
             )
 
     watch = processes.Watch()
-    order = epoch_order(run, epoch, settings.batch_size)
+    order = epoch_order(run, epoch, settings.optimizer.batch_size)
     of_views = _on_views(problem, run)
     if of_views:
         order = problem.views.order(order, run.seed, epoch)
     order = order[progress.taken :]
     for inputs in problem.dispatches(order, length, of_views=of_views):
         progress.state, metrics = program(progress.state, fixed, *inputs)
-        counted += length * settings.batch_size
+        counted += length * settings.optimizer.batch_size
         waiting.append(metrics)
         if progress.first_step is None:  # compiling is no part of the speed
             jax.block_until_ready(metrics)
@@ -153,7 +155,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
             del waiting[:-1]
             looked = time.monotonic()
         asked, due = watch.agree(
-            signals.asked(), progress.due(settings.checkpoint_seconds)
+            signals.asked(), progress.due(settings.run.checkpoint_seconds)
         )
         if asked or due:
             look(waiting)  # a checkpoint's state and tally are of one step
@@ -236,9 +238,9 @@ def train(
     settings = problem.settings
 
     # --- state: fresh, or that of the last checkpoint --------------------------
-    steps = len(run.indices) // settings.batch_size
-    schedule = optimizers.make_schedule(settings, steps, run.epochs)
-    tx = optimizers.make_optimizer(settings, schedule)
+    steps = len(run.indices) // settings.optimizer.batch_size
+    schedule = optimizers.make_schedule(settings.optimizer, steps, run.epochs)
+    tx = optimizers.make_optimizer(settings.optimizer, schedule)
     method = method_of(problem, run.name, run.weight)
     folder = run.folder(problem.out) / "checkpoints"
     state = _fresh(problem, run, model, method, tx)
@@ -265,7 +267,7 @@ def train(
                 **progress.means(),
                 "skipped": progress.tally.skipped,
             }
-            if final or (epoch + 1) % settings.eval_every == 0:
+            if final or (epoch + 1) % settings.optimizer.eval_every == 0:
                 record["test_accuracy"] = problems.evaluate(problem, model, deployed)
             progress.end_epoch(record)
             report(
@@ -276,7 +278,7 @@ def train(
                 metrics=record,
                 speed=speed,
             )
-            due = final or progress.due(settings.checkpoint_seconds)
+            due = final or progress.due(settings.run.checkpoint_seconds)
             if processes.first(lambda due=due: due):
                 progress.save()
 

@@ -8,7 +8,7 @@ under the teacher's digest.
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import Settings
 
 BATCH = 500
-AUGMENTATION = ("padding", "flip", "degrees", "shift", "zoom")
 
 
 @dataclass
@@ -44,12 +43,12 @@ class Views:
     @property
     def count(self) -> int:
         """Views of each image."""
-        return self.settings.views
+        return self.settings.data.views
 
     @cached_property
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
         """The views, view v of image i at ``i V + v``, and their labels."""
-        options = {name: getattr(self.settings, name) for name in AUGMENTATION}
+        options = asdict(self.settings.augmentation)
 
         @jax.jit
         def draw(images, positions):
@@ -97,12 +96,12 @@ class Views:
 
     def _file(self, problem, teacher, layers) -> Path:
         """Named by all that decides the outputs."""
-        options = {name: getattr(self.settings, name) for name in AUGMENTATION}
+        options = asdict(self.settings.augmentation)
         made = {
             **options,
             "teacher": teacher.digest,
-            "dataset": self.settings.dataset,
-            "dtype": self.settings.dtype,
+            "dataset": self.settings.data.dataset,
+            "dtype": self.settings.networks.dtype,
             "views": self.count,
             "layers": layers,
             "images": hashlib.sha256(self.images[self.indices].tobytes()).hexdigest(),
