@@ -193,3 +193,11 @@ def test_terminal_table_says_what_markdown_says():
         for line in table_lines(file.getvalue())
     ]
     assert rows == [list(table.COLUMNS), *map(list, table.table(small_results()))]
+
+
+def test_an_installed_package_has_a_version():
+    results = small_results()
+    for run in results["runs"]:
+        run["environment"]["commit"] = "version 1.2"
+    results["teacher"]["environment"]["commit"] = "version 1.2"
+    assert ", JAX 1.2.3, version 1.2. `" in table.markdown(results)

@@ -160,7 +160,7 @@ def conditions(results: dict[str, object]) -> str:
         f"{results['eval_images']} {part} images; {seeds} seed"
         f"{'s' if seeds > 1 else ''}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
-        f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
+        f"JAX {_all(made, 'jax')}, {_sources(made)}."
     )
 
 
@@ -192,6 +192,12 @@ def command(settings: Mapping, script: str = "cifar.py") -> str:
 def _plain(value):
     """As JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _sources(environments):
+    """Names the commits, or the versions of an installed package."""
+    found = _all(environments, "commit")
+    return found if found.startswith("version ") else f"commit {found}"
 
 
 def _all(environments, name):
@@ -270,7 +276,7 @@ def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
         f"{settings['dataset']}: accuracy on {settings['held_out']} held-out training "
         f"images{seen}, {seeds} seed{'s' if seeds > 1 else ''}; "
         f"teacher {first['teacher']:.2f}; {_all(made, 'device')}, "
-        f"JAX {_all(made, 'jax')}, commit {_all(made, 'commit')}."
+        f"JAX {_all(made, 'jax')}, {_sources(made)}."
     )
     return "\n".join(lines) + "\n\n" + below + "\n"
 
