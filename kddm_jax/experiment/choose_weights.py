@@ -10,6 +10,7 @@ lambdas of a distance share one compiled program, except for distances between l
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,7 @@ from kddm_jax.experiment.training import runs
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DIVERGED = "diverged.json"
+ABOUT = "Chooses lambda for each distance on held-out training images."
 
 
 def train(opened: study.Study, run: runs.Run) -> float:
@@ -71,7 +73,7 @@ def train(opened: study.Study, run: runs.Run) -> float:
 
 def choose(
     settings: Settings, grid: Sequence[float], console: Console
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Trains a student for each distance, lambda and seed, and averages over seeds.
 
     A seed that diverges counts as zero.
@@ -136,9 +138,7 @@ def show(chosen, grid, console) -> None:
 
 def main(arguments: list[str], prog: str = "kddm choose-weights") -> int:
     """Runs the command; returns its exit status."""
-    first = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0].partition(": ")[2], prog=prog
-    )
+    first = argparse.ArgumentParser(description=ABOUT, prog=prog)
     first.add_argument(
         "--grid", type=float, nargs="+", default=GRID, help="lambdas to try"
     )

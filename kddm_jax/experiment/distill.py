@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from kddm_jax.experiment.report import table
 from kddm_jax.experiment.settings import Settings, as_json
 
 
-def run_all(settings: Settings, console: Console) -> dict[str, object]:
+def run_all(settings: Settings, console: Console) -> dict[str, Any]:
     """Trains the runs of a study and writes, prints and returns their results.
 
     Args:
@@ -62,7 +63,7 @@ def _summary(opened, results, seconds):
     }
 
 
-def write(results: dict[str, object], out: Path) -> None:
+def write(results: dict[str, Any], out: Path) -> None:
     """Writes ``results.json``, ``table.md`` and ``curves.png``."""
     # Matplotlib is imported where there is something to draw: no command waits for it.
     from kddm_jax.experiment.report import curves

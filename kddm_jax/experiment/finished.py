@@ -6,6 +6,7 @@ compute, long after, what both networks make of the same images.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flax import linen as nn
 
@@ -28,7 +29,7 @@ class Finished:
     """
 
     problem: problems.Problem
-    results: dict[str, object]
+    results: dict[str, Any]
     teacher: Source
 
     def student(self, name: str, seed: int) -> tuple[nn.Module, object]:
@@ -53,7 +54,7 @@ class Finished:
                 f"{folder} has no checkpoint; run the command of {problem.out} again, "
                 "or choose another --distance or --seed"
             )
-        made = checkpoint.read_meta(path)["run"]
+        made: Any = checkpoint.read_meta(path)["run"]
         for what, wanted in {
             "data": problem.data_digest,
             "teacher": self.teacher.digest,

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -27,7 +28,7 @@ from kddm_jax.experiment.settings import (
 )
 
 # Digits are never mirrored; images of 8 x 8 pixels allow a shift of one.
-AUGMENTATIONS: Mapping[str, Mapping[str, object]] = {
+AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
     "digits": {"padding": 1, "flip": False},
     "mnist": {"padding": 2, "flip": False},
     "svhn": {"flip": False},

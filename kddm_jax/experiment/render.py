@@ -19,6 +19,7 @@ from kddm_jax.experiment.machine.records import read_json
 from kddm_jax.experiment.machine.terminal import answer_errors
 from kddm_jax.experiment.report import table
 
+ABOUT = "Renders tables, curves and pages of finished runs again."
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -71,9 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 
     A page that cannot be rendered is left as it is.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0].partition(": ")[2], prog="kddm report"
-    )
+    parser = argparse.ArgumentParser(description=ABOUT, prog="kddm report")
     parser.add_argument(
         "paths",
         nargs="+",

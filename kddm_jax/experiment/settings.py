@@ -250,7 +250,7 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 def change(settings: Settings, **values: object) -> Settings:
     """Replaces some settings, given by their name without the group."""
-    groups: dict[str, dict[str, object]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         groups.setdefault(GROUP_OF[name], {})[name] = value
     changed = {
@@ -464,8 +464,9 @@ RELEASED_WEIGHT = 1e-4
 
 def weight_of(settings: Settings, distance: str) -> float:
     """Lambda of one distance: --weights, then --weight, then its default."""
-    if distance in (settings.method.weights or {}):
-        return settings.method.weights[distance]
+    weights = settings.method.weights or {}
+    if distance in weights:
+        return weights[distance]
     if settings.method.weight is not None:
         return settings.method.weight
     if distance == FEATURE_ONLY:

@@ -11,6 +11,7 @@ import fcntl
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -52,7 +53,7 @@ class Study:
         self,
         run: Run,
         observe: Callable[[int, object], None] = lambda epoch, variables: None,
-    ) -> dict[str, object]:
+    ) -> dict[str, Any]:
         """Trains a student to its end, or reads its result if it has ended.
 
         Args:

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -126,7 +126,7 @@ def start(
         if place is None:
             return
     else:
-        _meet(coordinator, process, PATIENCE)
+        _meet(coordinator, process or 0, PATIENCE)
     # JAX would catch SIGTERM, which the runs answer by a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -160,7 +160,7 @@ def _tell(message: bytes | None) -> bytes:
     return b"".join(parts)
 
 
-def _outcome(fn):
+def _outcome(fn: Callable[[], Any]) -> tuple[Any, Any]:
     """``(value, None)`` or ``(None, error)``."""
     try:
         return fn(), None
@@ -186,12 +186,12 @@ def _written(value, error) -> bytes:
     return serialization.msgpack_serialize({"error": [kind, str(error)]})
 
 
-def _read(message: bytes):
+def _read(message: bytes) -> tuple[Any, Any]:
     found = serialization.msgpack_restore(message)
     if "value" in found:
         return found["value"], None
     kind, text = found["error"]
-    error = ERRORS.get(kind, RuntimeError)(text)
+    error: Any = ERRORS.get(kind, RuntimeError)(text)
     error.told = True
     return None, error
 
@@ -237,8 +237,9 @@ def first_tree(fn: Callable[[], Tree], like: Tree) -> Tree:
     """
     if count() == 1:
         return fn()
-    told = first(lambda: serialization.to_state_dict(jax.device_get(fn())))
-    return serialization.from_state_dict(like, told)
+    told: Any = first(lambda: serialization.to_state_dict(jax.device_get(fn())))
+    whole: Any = serialization.from_state_dict(like, told)
+    return whole
 
 
 def together(fn: Callable[[], T]) -> T:
@@ -280,7 +281,7 @@ SAMPLE = 1000  # images that are compared
 
 
 def agree_on(
-    shared: Mapping[str, object], dataset: data.Dataset, weights: Mapping[str, str]
+    shared: Mapping[str, Any], dataset: data.Dataset, weights: Mapping[str, str]
 ) -> None:
     """Stops all processes unless they have the same settings, images and weights.
 
@@ -310,7 +311,7 @@ def _agree(what, value, cure):
     every = multihost_utils.process_allgather(digest)
     others = np.flatnonzero(np.any(every != every[0], axis=1))
     if others.size:
-        error = UserError(
+        error: Any = UserError(
             f"process {others[0]} has other {what} than process 0; {cure}"
         )
         error.told = index() > 0
@@ -353,7 +354,7 @@ class Watch:
 # Devices.
 
 
-def choose_devices(wanted: int | None) -> list[jax.Device]:
+def choose_devices(wanted: int | None) -> list[Any]:
     """The devices of a run, as many of each process, those of a process together.
 
     Args:
@@ -387,7 +388,7 @@ def choose_devices(wanted: int | None) -> list[jax.Device]:
     return [device for own in by_process for device in own[: wanted // count()]]
 
 
-def mine(devices: Sequence[jax.Device]) -> range:
+def mine(devices: Sequence[Any]) -> range:
     """Which of the devices are this process's."""
     own = [i for i, device in enumerate(devices) if device.process_index == index()]
     return range(own[0], own[-1] + 1)

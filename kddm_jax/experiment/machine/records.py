@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -45,7 +46,7 @@ def _command() -> str:
     return shlex.join(["python", f"experiments/{script.name}", *sys.argv[1:]])
 
 
-def environment(devices) -> dict[str, object]:
+def environment(devices) -> dict[str, Any]:
     """Describes the machine and the software that numbers are measured with."""
     cpu = f"CPU ({os.cpu_count()} cores)"
     return {
@@ -74,7 +75,7 @@ def write_json(path: Path, value: object) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_json(path: Path, cure: str = "run its command again") -> dict[str, object]:
+def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]:
     """Reads a JSON file that a command wrote.
 
     Args:
@@ -93,7 +94,7 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, obje
         raise UserError(f"{path} is not readable as JSON; {cure}") from error
 
 
-def distance_of(record: dict[str, object], name: str) -> object | None:
+def distance_of(record: dict[str, Any], name: str) -> object | None:
     """The distance of a run's record, summed over layers, unweighted; None: none."""
     layers = [
         value

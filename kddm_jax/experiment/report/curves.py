@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 DPI = 110
 COLOURS = 128  # of a picture's palette: a third of the bytes
 # Ten colours come once as lines and once as dots and dashes.
-CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=plt.get_cmap("tab10").colors)
+CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
 PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher taught
 
 
@@ -33,7 +33,9 @@ def save(figure, path: Path) -> Path:
     figure.savefig(buffer, dpi=DPI)
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.open(buffer).convert("RGB").quantize(COLOURS, dither=0)
+    picture = (
+        Image.open(buffer).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    )
     picture.save(path, optimize=True)
     return path
 

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -129,7 +129,8 @@ def _compute(problem, teacher, results):
     settings, parts = problem.settings, problem.parts
     count = min(IMAGES, len(parts.eval_labels))
     chosen = np.sort(data.balanced_subset(parts.eval_labels, count, seed=0))
-    panels, followed = [], None
+    panels: list[dict[str, Any]] = []
+    followed = np.zeros((0, 0))
     for name, title, network in _networks(problem, teacher, results):
         features = features_of(problem, network, "features", parts.eval_images, chosen)
         if name == "teacher":
@@ -160,7 +161,7 @@ def _compute(problem, teacher, results):
 
 def find(
     problem: Problem, teacher: Teacher, results: Sequence[Mapping]
-) -> dict[str, object] | None:
+) -> dict[str, Any] | None:
     """The features in the plane, computed unless the folder has them already.
 
     Args:

@@ -8,11 +8,12 @@ phone: figures are Matplotlib's SVG, and Jinja2 escapes every other string.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from kddm_jax.experiment.recipes import defaults
@@ -74,7 +75,7 @@ def _solved(results):
                 yield name, term, title, stat, runs
 
 
-def solvers(results: Mapping[str, object]) -> list[Solver]:
+def solvers(results: Mapping[str, Any]) -> list[Solver]:
     """Summarizes the diagnostics of the transport solvers.
 
     Args:
@@ -94,7 +95,7 @@ def solvers(results: Mapping[str, object]) -> list[Solver]:
     return [*rows.values()]
 
 
-def solver_curves(results: Mapping[str, object]):
+def solver_curves(results: Mapping[str, Any]):
     """Plots the diagnostics of the solvers by epoch; None where there are none."""
     solved = [*_solved(results)]
     if not solved:
@@ -121,7 +122,7 @@ MOST_NAMED = 20  # classes in a legend
 COLUMNS = 4  # panels side by side
 
 
-def features(embedding: Mapping[str, object]):
+def features(embedding: Mapping[str, Any]):
     """Draws the features of each network in the plane, a panel each.
 
     Args:
@@ -150,7 +151,7 @@ def features(embedding: Mapping[str, object]):
         one.set(xticks=[], yticks=[])
     if shown and len(names) <= MOST_NAMED:
         marks = [
-            plt.Line2D([], [], color=hues(i), linestyle="", marker="o", label=label)
+            Line2D([], [], color=hues(i), linestyle="", marker="o", label=label)
             for i, label in enumerate(map(curves.plain, names))
         ]
         figure.legend(handles=marks, fontsize="small", loc="outside right upper")
@@ -167,7 +168,7 @@ def _number(value, form):
     return "–" if value is None else form.format(value)
 
 
-def run_rows(results: Mapping[str, object]) -> list[tuple[str, ...]]:
+def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for the teacher, if it was trained, and for every run.
 
     Args:
@@ -207,7 +208,7 @@ def _setting(value):
     return str(value)
 
 
-def settings_rows(settings: Mapping[str, object]) -> list[tuple[str, str, bool]]:
+def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """Every setting: name, value, whether it is another than the recipe's."""
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
@@ -215,7 +216,7 @@ def settings_rows(settings: Mapping[str, object]) -> list[tuple[str, str, bool]]
     return [(name, _setting(v), changed(name, v)) for name, v in settings.items()]
 
 
-def environment_rows(results: Mapping[str, object]) -> list[tuple[str, str]]:
+def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the runs were made with; several values where they differ."""
     made = [run["environment"] for run in [*results["runs"], results["teacher"]]]
     made = [environment for environment in made if environment]
@@ -236,7 +237,7 @@ def _summary(results, rows):
 
 
 def render(
-    results: Mapping[str, object], embedding: Mapping[str, object] | None = None
+    results: Mapping[str, Any], embedding: Mapping[str, Any] | None = None
 ) -> str:
     """Renders the page.
 
@@ -255,7 +256,7 @@ def render(
         lstrip_blocks=True,
     )
     picture = lambda figure: figure and Markup(curves.svg(figure))
-    seen = embedding and embedding["panels"]
+    shown = features(embedding) if embedding and embedding["panels"] else None
     return environment.get_template("report.html.jinja").render(
         settings=results["settings"],
         conditions=table.conditions(results),
@@ -266,7 +267,7 @@ def render(
         curves=picture(curves.of_runs(results)),
         embedding=embedding,
         method=embedding and embedding["made_of"]["method"],
-        features=picture(features(embedding) if seen else None),
+        features=picture(shown),
         run_columns=RUN_COLUMNS,
         run_rows=run_rows(results),
         solver_rows=solvers(results),
@@ -277,7 +278,7 @@ def render(
 
 
 def write(
-    results: Mapping[str, object], embedding: Mapping[str, object] | None, out: Path
+    results: Mapping[str, Any], embedding: Mapping[str, Any] | None, out: Path
 ) -> None:
     """Writes ``report.html``."""
     (out / "report.html").write_text(render(results, embedding), encoding="utf-8")

@@ -8,6 +8,7 @@ distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -62,7 +63,7 @@ def _spread(values):
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
-def table(results: dict[str, object]) -> list[tuple[str, ...]]:
+def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes the table's rows.
 
     Args:
@@ -104,7 +105,7 @@ def table(results: dict[str, object]) -> list[tuple[str, ...]]:
     return [rows[0], row, *rows[1:]]
 
 
-def markdown(results: dict[str, object]) -> str:
+def markdown(results: Mapping[str, Any]) -> str:
     """Renders the table and what it was measured on as Markdown.
 
     Args:
@@ -133,12 +134,12 @@ def markdown(results: dict[str, object]) -> str:
     return "\n".join(lines) + "\n\n" + below + "\n"
 
 
-def caption(results: dict[str, object]) -> str:
+def caption(results: Mapping[str, Any]) -> str:
     """Says what the table was measured on, and by which command."""
     return f"{conditions(results)} `{command(results['settings'])}`"
 
 
-def conditions(results: dict[str, object]) -> str:
+def conditions(results: Mapping[str, Any]) -> str:
     """Says what the table was measured on."""
     settings, teacher = results["settings"], results["teacher"]
     # A repeated command keeps finished runs: their own environments count.
@@ -204,7 +205,7 @@ def _all(environments, name):
     return ", ".join(sorted({str(environment[name]) for environment in environments}))
 
 
-def show(results: dict[str, object], console: Console) -> None:
+def show(results: Mapping[str, Any], console: Console) -> None:
     """Prints the table on a terminal."""
     view = Table(*COLUMNS, title=results["settings"]["dataset"])
     for column in view.columns[1:]:
@@ -214,7 +215,7 @@ def show(results: dict[str, object], console: Console) -> None:
     console.print(view)
 
 
-def show_quality(record: dict[str, object], console: Console) -> None:
+def show_quality(record: dict[str, Any], console: Console) -> None:
     """Prints the quality of the teacher's layers; those chosen are marked."""
     view = Table("layer", "S", "I", "E", "Q", "followed by", title="knowledge quality")
     followers = {pair.split(":")[1]: pair.split(":")[0] for pair in record["pairs"]}
@@ -235,7 +236,7 @@ def _check_alike(first, other):
             )
 
 
-def weights_markdown(choices: Sequence[dict[str, object]]) -> str:
+def weights_markdown(choices: Sequence[dict[str, Any]]) -> str:
     """Renders the held-out accuracies of choose_weights.py, all grids in one table.
 
     Args:

@@ -9,6 +9,7 @@ teacher's features.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from kddm_jax.logits import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
 COST_IMAGES = 50  # of each class, for the price between classes
-Draw = Callable[[Mapping[str, object], Path], None]
+Draw = Callable[[Mapping[str, Any], Path], None]
 
 
 def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
@@ -65,7 +66,7 @@ def rate(problem: Problem, teacher: Teacher) -> dict[str, KnowledgeQuality]:
     }
 
 
-def _rated(problem, teacher, draw) -> dict[str, object]:
+def _rated(problem, teacher, draw) -> dict[str, Any]:
     """Layers and pairs, as they are written or, of another teacher, made anew."""
     settings, path = problem.settings, Path(problem.out) / "quality.json"
     asked = {
@@ -74,11 +75,11 @@ def _rated(problem, teacher, draw) -> dict[str, object]:
         "student": settings.networks.student_model,
     }
     try:
-        record = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):  # none yet, or damaged: it can be made again
-        record = None
-    known = isinstance(record, dict)
-    if not known or {name: record.get(name) for name in asked} != asked:
+        found = None
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    if {name: record.get(name) for name in asked} != asked:
         quality = rate(problem, teacher)
         own = methods.student_layers(settings, problem.shapes[0])
         maps = {layer: q for layer, q in quality.items() if layer != "features"}
@@ -94,7 +95,7 @@ def _rated(problem, teacher, draw) -> dict[str, object]:
     return record
 
 
-def choose(problem: Problem, teacher: Teacher, draw: Draw) -> dict[str, object]:
+def choose(problem: Problem, teacher: Teacher, draw: Draw) -> dict[str, Any]:
     """Rates the teacher's layers, writes and draws their quality, and sets the pairs.
 
     The record is kept for the same teacher and images: a run that continues never

@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ STUDENT_LAYERS = {
 }
 COUNT = 4
 HEADS = {"MobileNetV2": ("classifier_1",), "ViT": ("heads_head",)}
-Shapes = Mapping[str, object]  # of models.shapes
+Shapes = Mapping[str, Any]  # of models.shapes
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Method:
       head: the student's modules that alone learn from labels; None: all do.
     """
 
-    distance: object = ()
-    options: Mapping[str, object] = field(default_factory=dict)
+    distance: Any = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
     projectors: Mapping[str, nn.Module] = field(default_factory=dict)
     head: tuple[str, ...] | None = None
 
@@ -173,7 +174,7 @@ def make(
     weight: float,
     student: Shapes,
     teacher: Shapes,
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> Method:
     """Makes a method for two networks.
 
@@ -318,7 +319,7 @@ def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
     """
     if not method.projectors:
         return variables
-    own = init_projectors(key, method.projectors, layers_of(student))
+    own = init_projectors(key, method.projectors, dict[str, Any](layers_of(student)))
     return jax.device_get(add_projectors(variables, own))
 
 

@@ -1,5 +1,7 @@
 """The optimiser of a run, and what its learning rate and lambda do over time."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -41,7 +43,7 @@ def make_schedule(settings: Optimizer, steps_per_epoch: int, epochs: int):
     return per_epoch
 
 
-def make_weight_schedule(settings: Method, steps: int):
+def make_weight_schedule(settings: Method, steps: int) -> Any:
     """The factor of lambda as a function of the step.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +75,10 @@ class Problem:
     settings: Settings
     out: Path
     dataset: data.Dataset
-    devices: list[jax.Device]
+    devices: list[Any]
     parts: Split
-    programs: dict[object, Callable] = field(default_factory=dict)
-    shapes: tuple[methods.Shapes, methods.Shapes] | None = None
+    programs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    shapes: tuple[methods.Shapes, methods.Shapes] = ({}, {})
     chosen_layers: tuple[str, ...] = ()
     class_cost: np.ndarray | None = None
 
@@ -130,7 +131,7 @@ class Problem:
         }
 
     @cached_property
-    def resident(self) -> tuple[jax.Array, jax.Array]:
+    def resident(self) -> tuple[Any, Any]:
         """All training images (uint8) and labels, on every device."""
         pair = (self.dataset.train_images, self.dataset.train_labels)
         return train_step.replicate(pair, self.devices)
@@ -147,9 +148,10 @@ class Problem:
         )
 
     @cached_property
-    def resident_views(self) -> tuple[jax.Array, jax.Array]:
+    def resident_views(self) -> tuple[Any, Any]:
         """All views (uint8) and labels, on every device."""
-        return train_step.replicate(self.views.pair, self.devices)
+        pair: Any = self.views and self.views.pair
+        return train_step.replicate(pair, self.devices)
 
     def dispatches(
         self, order: np.ndarray, length: int, *, of_views: bool = False

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,10 +96,10 @@ class Progress:
 
     title: str
     folder: Path
-    about: Mapping[str, object]
+    about: Mapping[str, Any]
     steps: int
     state: train_step.TrainState
-    history: list[dict[str, object]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     earlier: float = 0.0
     first_step: float | None = None
@@ -113,7 +114,8 @@ class Progress:
         self.last = Path(last) if last else None
         self.state = processes.first_tree(self._restored, self.state)
         if self.last is not None:
-            meta = processes.first(lambda: checkpoint.read_meta(self.last))
+            last = self.last
+            meta: Any = processes.first(lambda: checkpoint.read_meta(last))
             self.earlier = meta["seconds"]
             self.history = meta["history"]
             self.tally = Tally(**meta.get("tally", {}))
@@ -173,7 +175,7 @@ class Progress:
             warnings.warn(f"{self.title}: epoch {epoch}: {complaint}", stacklevel=3)
         return self.tally.means()
 
-    def end_epoch(self, record: dict[str, object]) -> None:
+    def end_epoch(self, record: dict[str, Any]) -> None:
         """Closes the epoch's tally with its record."""
         self.history.append(record)
         self.tally = Tally()

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import linen as nn
@@ -50,12 +51,10 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
     settings = problem.settings
     image = problem.dataset.train_images.shape[1:]
     student = problem.student
-    problem.shapes = tuple(
-        models.shapes(name, model, image, problem.compared_images)
-        for name, model in (
-            (settings.networks.student_model, student),
-            ("teacher", teacher),
-        )
+    name, count = settings.networks.student_model, problem.compared_images
+    problem.shapes = (
+        models.shapes(name, student, image, count),
+        models.shapes("teacher", teacher, image, count),
     )
     for name in settings.method.distances:
         _check_schedule(problem, name)
@@ -126,7 +125,7 @@ class Run:
     weight: float
     epochs: int
     indices: np.ndarray
-    identity: dict[str, object]
+    identity: dict[str, Any]
     start: pretrained.Pretrained | None = None
     place: str = ""
 

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ class Source:
         return processes.first(self._complete)
 
     def _complete(self):
-        meta = checkpoint.read_meta(find_checkpoint(self._folder))
+        meta: Any = checkpoint.read_meta(find_checkpoint(self._folder))
         return len(meta["history"]) == self.problem.settings.optimizer.teacher_epochs
 
     def forget_result(self) -> None:
@@ -117,15 +118,14 @@ def _check_converted(problem, path, meta):
 def find_teacher(problem: problems.Problem) -> Source:
     """Architecture and width of the teacher, and its checkpoint if one is given."""
     settings = problem.settings
-    if settings.networks.teacher is None:
+    given = settings.networks.teacher
+    if given is None:
         width = problem.teacher_width
         return Source(
             problem, problem.model(settings.networks.teacher_model, width), width, None
         )
-    path = Path(
-        processes.first(lambda: str(find_checkpoint(settings.networks.teacher)))
-    )
-    meta = processes.first(lambda: checkpoint.read_meta(path))
+    path = Path(processes.first(lambda: str(find_checkpoint(given))))
+    meta: Any = processes.first(lambda: checkpoint.read_meta(path))
     made = meta.get("run", {})
     if "converted_from" in meta and made.get("dataset") is None:
         _check_converted(problem, path, meta)

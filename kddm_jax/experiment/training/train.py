@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ class Teacher:
     variables: object
     digest: str
     accuracy: float
-    result: dict[str, object] | None
+    result: dict[str, Any] | None
 
 
 def most_steps_per_dispatch() -> int:
@@ -212,7 +213,7 @@ def train(
     teacher: Teacher | None,
     report: Callable[..., None],
     observe: Callable[[int, object], None] = lambda epoch, variables: None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Trains a run to its end, from its last checkpoint if there is one.
 
     Args:
@@ -263,7 +264,7 @@ def train(
             observe(epoch + 1, deployed)  # before a checkpoint says that it is over
             record = {
                 "epoch": epoch + 1,
-                "lr": float(schedule(epoch * steps)),
+                "lr": float(np.asarray(schedule(epoch * steps))),
                 **progress.means(),
                 "skipped": progress.tally.skipped,
             }

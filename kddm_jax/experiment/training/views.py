@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Views:
     @property
     def count(self) -> int:
         """Views of each image."""
-        return self.settings.data.views
+        return self.settings.data.views or 0
 
     @cached_property
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +78,7 @@ class Views:
 
     def outputs(self, problem, teacher, layers: tuple[str, ...]):
         """The teacher's outputs on all views, read back where they are kept."""
-        found = processes.first(lambda: self._kept(problem, teacher, layers))
+        found: Any = processes.first(lambda: self._kept(problem, teacher, layers))
         logits, features = found.pop("logits"), found.pop("features")
         return resnet.Outputs(logits, features, found)
 
@@ -86,7 +87,7 @@ class Views:
         if path.exists():
             with np.load(path) as kept:
                 return {name: kept[name] for name in kept.files}
-        found = self._compute(problem, teacher, layers)
+        found: Any = self._compute(problem, teacher, layers)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
