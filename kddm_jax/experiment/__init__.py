@@ -1,1 +1,1 @@
-"""What the command runs: settings, the study, training, the report."""
+"""Runs the experiments: settings, the study, training and the report."""

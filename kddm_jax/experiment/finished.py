@@ -1,7 +1,7 @@
-"""What a finished command left behind, read back: its data, its teacher, its students.
+"""Reads the folder of a finished study: its data, its teacher and its students.
 
-A folder of cifar.py holds ``results.json``, and for each run its checkpoints: enough to
-compute, long after, what both networks make of the same images.
+A folder of ``kddm distill`` holds ``results.json`` and the checkpoints of each run:
+enough to compute the outputs of both networks for the same images later.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from kddm_jax.experiment.training.teacher import Source, find_teacher, variables
 
 @dataclass(frozen=True)
 class Finished:
-    """A folder of cifar.py, at its end.
+    """The folder of a finished study.
 
     Attributes:
       problem: its settings, on one device; its data.

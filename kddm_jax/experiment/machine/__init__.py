@@ -1,1 +1,1 @@
-"""The machine: processes, signals, errors, records, the terminal."""
+"""Deals with the machine: processes, signals, errors, records and the terminal."""

@@ -1,9 +1,10 @@
-"""Several processes: one run over the devices of several hosts.
+"""Runs one study over the devices of several hosts, with a process on each.
 
-All processes run the same command and compute their devices' share of each batch.  The
-folder of results is the first process's alone: what it reads there it tells the others,
+All processes run the same command and compute their devices' share of each batch. Only
+the first process reads and writes the folder of results; it broadcasts what it reads,
 so that all continue with the same numbers from the same step, whether or not they see
-that folder.  Data and weights are read by each.  In one process all of this is nothing.
+that folder. Every process reads the data and the weights. With a single process, the
+functions here call what they are given and communicate with nobody.
 """
 
 import hashlib
@@ -34,17 +35,17 @@ _telling = False  # whether this process is within `first`, where no other follo
 
 
 def index() -> int:
-    """Of this process; 0 is the first."""
+    """Returns the index of this process; the first is 0."""
     return jax.process_index()
 
 
 def count() -> int:
-    """Number of processes."""
+    """Returns the number of processes."""
     return jax.process_count()
 
 
 def quiet() -> bool:
-    """Whether another process prints what all could; asks nothing of the devices."""
+    """Returns whether another process does the printing; needs no device."""
     return jax.distributed.is_initialized() and index() > 0
 
 
@@ -53,14 +54,14 @@ def quiet() -> bool:
 
 
 def _on_slurm() -> bool:
-    """Whether `srun` started several tasks; a batch script itself is none of them."""
+    """Returns whether this is one of several tasks that `srun` started."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     return several and all(name in os.environ for name in needed)
 
 
 def _on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
-    """Whether there are TPU chips, and the library that drives them."""
+    """Returns whether there are TPU chips and the library that drives them."""
     allowed = os.environ.get("JAX_PLATFORMS") or "tpu"
     if "tpu" not in allowed.split(","):
         return False
@@ -72,7 +73,7 @@ CLUSTERS = {"Slurm": _on_slurm, "Cloud TPU": _on_cloud_tpu}
 
 
 def _meet(coordinator: str, process: int, seconds: float) -> None:
-    """Answers what JAX answers by aborting: no port, or nobody there."""
+    """Raises an error where JAX would abort: the port is taken, or nobody answers."""
     host, _, port = coordinator.rpartition(":")
     if process == 0:
         with socket.socket() as probe:
@@ -104,7 +105,7 @@ def start(
     processes: int | None = None,
     process: int | None = None,
 ) -> None:
-    """Joins the other processes, where there are any; before JAX computes anything.
+    """Joins the other processes, if there are any, before JAX computes anything.
 
     By the settings, or by what Slurm and Cloud TPU say of themselves; ``--processes 1``
     does not ask them.
@@ -140,11 +141,11 @@ def start(
 
 
 # ---------------------------------------------------------------------------
-# What one says to all.
+# Broadcasts of the first process.
 
 
 def _tell(message: bytes | None) -> bytes:
-    """The first process's message, in all."""
+    """Returns the first process's message in all processes."""
     # as bytes: JAX would make 32 bits of it
     size = np.frombuffer(np.int64(len(message or b"")).tobytes(), np.uint8)
     size = int(np.asarray(multihost_utils.broadcast_one_to_all(size)).view(np.int64)[0])
@@ -161,7 +162,7 @@ def _tell(message: bytes | None) -> bytes:
 
 
 def _outcome(fn: Callable[[], Any]) -> tuple[Any, Any]:
-    """``(value, None)`` or ``(None, error)``."""
+    """Returns ``(value, None)``, or ``(None, error)`` if the call failed."""
     try:
         return fn(), None
     except BaseException as error:
@@ -178,7 +179,7 @@ ERRORS = {
 
 
 def _written(value, error) -> bytes:
-    """A value or an error as bytes."""
+    """Serializes a value or an error."""
     if error is None:
         return serialization.msgpack_serialize({"value": value})
     kinds = (kind.__name__ for kind in type(error).__mro__)
@@ -197,13 +198,13 @@ def _read(message: bytes) -> tuple[Any, Any]:
 
 
 def first(fn: Callable[[], T]) -> T:
-    """What a function gives in the first process, told to all; so is its error.
+    """Calls a function in the first process and broadcasts its value or its error.
 
-    All processes must come here in the same order.
+    All processes must make these calls in the same order.
 
     Args:
-      fn: called in the first process alone; gives NumPy arrays, numbers, strings, None,
-        lists and dictionaries of them.
+      fn: called in the first process only; returns NumPy arrays, numbers, strings,
+        None, or lists and dictionaries of them.
 
     Returns:
       Its value.
@@ -226,11 +227,11 @@ def first(fn: Callable[[], T]) -> T:
 
 
 def first_tree(fn: Callable[[], Tree], like: Tree) -> Tree:
-    """The same as `first`, of a tree of arrays.
+    """Does the same as `first` for a tree of arrays.
 
     Args:
-      fn: called in the first process alone.
-      like: a tree of the same structure, in all.
+      fn: called in the first process only.
+      like: a tree of the same structure, in all processes.
 
     Returns:
       Its tree, on the host.
@@ -243,7 +244,7 @@ def first_tree(fn: Callable[[], Tree], like: Tree) -> Tree:
 
 
 def together(fn: Callable[[], T]) -> T:
-    """Calls a function in every process; where it fails in one, all stop.
+    """Calls a function in every process; if it fails in one, all stop.
 
     Args:
       fn: called in all.
@@ -266,14 +267,14 @@ def together(fn: Callable[[], T]) -> T:
 
 
 def any_of(value: bool) -> bool:
-    """Whether it is true in one of the processes, all of which must come here."""
+    """Returns whether a value is true in any process; all processes must call it."""
     if count() == 1:
         return value
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))
 
 
 def was_told(error: BaseException) -> bool:
-    """Whether another process has printed this error."""
+    """Returns whether another process has printed this error."""
     return getattr(error, "told", False)
 
 
@@ -319,11 +320,11 @@ def _agree(what, value, cure):
 
 
 class Watch:
-    """When all look up from their steps: after the same dispatches.
+    """Decides after which dispatches all processes look up from their steps.
 
-    Clocks and signals differ, but whoever stopped between other steps than the rest
-    would leave them waiting.  To agree makes the devices wait, so it is done about once
-    a second, after as many dispatches as the first process says.
+    Clocks and signals differ between processes, but a process that stopped between
+    other steps than the rest would leave them waiting. Agreeing makes the devices wait,
+    so it happens about once a second; the first process says after how many dispatches.
     """
 
     def __init__(self):
@@ -331,12 +332,12 @@ class Watch:
         self.began = time.monotonic()
 
     def looks(self, ready: bool) -> bool:
-        """Whether all look up after this dispatch; alone, if this process is ready."""
+        """Returns whether all look up now; a single process does when it is ready."""
         self.left -= 1
         return ready if count() == 1 else self.left == 0
 
     def agree(self, asked: bool, due: bool) -> tuple[bool, bool]:
-        """Whether one is asked to stop; whether a checkpoint is due to the first."""
+        """Returns whether any process must stop, and whether a checkpoint is due."""
         if count() == 1:
             return asked, due
         if self.left:
@@ -355,7 +356,7 @@ class Watch:
 
 
 def choose_devices(wanted: int | None) -> list[Any]:
-    """The devices of a run, as many of each process, those of a process together.
+    """Returns the devices of a run, equally many of each process, process by process.
 
     Args:
       wanted: number of devices of all processes; None takes all.
@@ -389,6 +390,6 @@ def choose_devices(wanted: int | None) -> list[Any]:
 
 
 def mine(devices: Sequence[Any]) -> range:
-    """Which of the devices are this process's."""
+    """Returns the range of this process's devices."""
     own = [i for i, device in enumerate(devices) if device.process_index == index()]
     return range(own[0], own[-1] + 1)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON, and what its numbers were measured with."""
+"""Reads and writes the JSON of runs, and describes what they were measured with."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from kddm_jax.experiment.machine.errors import UserError
 
 
 def _commit() -> str:
-    """The commit of a checkout, or the version of an installed package."""
+    """Returns the commit of a checkout, or the version of an installed package."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         try:
@@ -39,7 +39,7 @@ def _commit() -> str:
 
 
 def _command() -> str:
-    """The command line of this process, without the places of one machine."""
+    """Returns the command line of this process, without the folders of this machine."""
     script = Path(sys.argv[0])
     if script.suffix != ".py" or script.name == "__main__.py":
         return shlex.join(["kddm", *sys.argv[1:]])
@@ -61,7 +61,7 @@ def environment(devices) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file, completely or not at all."""
     partial = path.with_suffix(".partial")
     try:
         with partial.open("w") as file:
@@ -79,8 +79,8 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]
     """Reads a JSON file that a command wrote.
 
     Args:
-      path: of the file.
-      cure: what the error says to do.
+      path: path of the file.
+      cure: the remedy that the error names.
 
     Returns:
       Its content.
@@ -95,7 +95,7 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]
 
 
 def distance_of(record: dict[str, Any], name: str) -> object | None:
-    """The distance of a run's record, summed over layers, unweighted; None: none."""
+    """Sums the unweighted distance of an epoch over layers; None without a distance."""
     layers = [
         value
         for key, value in record.items()

@@ -13,7 +13,7 @@ STATUS = 128 + signal.SIGTERM  # what a shell calls a process that SIGTERM ended
 
 
 class Terminated(BaseException):
-    """SIGTERM came; no handler of errors sees it, as with KeyboardInterrupt."""
+    """Raised on SIGTERM; like KeyboardInterrupt, it is no Exception."""
 
 
 _asked = threading.Event()
@@ -28,7 +28,7 @@ def _on_sigterm(number, frame):
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Within, SIGTERM raises `Terminated`; only the main thread can ask for it."""
+    """Raises `Terminated` on SIGTERM within the context, in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -42,7 +42,7 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within, SIGTERM waits for `check`, or for the end."""
+    """Delays the answer to SIGTERM until `check`, or the end of the context."""
     _held.set()
     try:
         yield
@@ -52,12 +52,12 @@ def held() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether SIGTERM came."""
+    """Returns whether SIGTERM came."""
     return _asked.is_set()
 
 
 def ask() -> None:
-    """Takes another process's SIGTERM for one's own."""
+    """Treats another process's SIGTERM as this process's own."""
     _asked.set()
 
 

@@ -1,4 +1,4 @@
-"""What a command prints: progress, results, warnings and errors."""
+"""Prints progress, warnings and errors of a command."""
 
 import sys
 import warnings
@@ -17,7 +17,7 @@ from kddm_jax.experiment.machine.records import distance_of
 
 
 class Reporter:
-    """A live bar per run on a terminal, else one line per epoch."""
+    """Shows a live bar for each run on a terminal, else a line for each epoch."""
 
     def __init__(self, console: Console, live: bool):
         self.console, self.live, self.tasks = console, live, {}
@@ -109,9 +109,9 @@ def answer_errors(work: Callable[[], object]) -> int:
 
 
 def console() -> Console:
-    """Prints lines as they are: unbroken, brackets in paths being no markup.
+    """Returns a console that prints lines as they are, unbroken and without markup.
 
-    The first process prints, the others are quiet.
+    Only the first process prints.
     """
     quiet = processes.quiet()
     return Console(soft_wrap=True, markup=False, highlight=False, quiet=quiet)

@@ -1,1 +1,1 @@
-"""What a reader sees: tables, curves, the page."""
+"""Renders results: tables, curves and the page."""

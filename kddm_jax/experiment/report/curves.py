@@ -1,4 +1,4 @@
-"""Pictures of runs against the epoch, and of the teacher's layers."""
+"""Draws learning curves, and the quality of the teacher's layers."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher tau
 
 
 def plain(text: object) -> str:
-    """A string that Matplotlib draws as it is: a $ would begin a formula."""
+    """Escapes a string for Matplotlib, where a $ would begin a formula."""
     return str(text).replace("$", r"\$")
 
 
@@ -55,14 +55,14 @@ def svg(figure) -> str:
 
 
 def scatter(axes, points, labels, count: int, **style):
-    """Draws points ``[n, 2]`` in the colours of their classes; gives the colours."""
+    """Draws points ``[n, 2]`` in their classes' colours; returns the colours."""
     hues = plt.get_cmap("tab10" if count <= 10 else "turbo", count)
     axes.scatter(*points.T, c=hues(labels), linewidths=0.6, **style)
     return hues
 
 
 def series(runs: Sequence[Mapping], value: Callable):
-    """A number of the runs' histories, over seeds.
+    """Averages a number of the runs' histories over seeds.
 
     Args:
       runs: of one method, a seed each, as in ``result.json``.
@@ -138,7 +138,7 @@ def panels(
 
 
 def seeds_of(runs: Sequence[Mapping]) -> str:
-    """What a curve is made of, in words."""
+    """Describes in words what a curve is made of."""
     count = len(runs)
     return f"{count} seeds, mean and standard deviation" if count > 1 else "1 seed"
 

@@ -1,4 +1,4 @@
-"""The features of teacher and students in the plane, for `html_report`.
+"""Maps the features of teacher and students to the plane, for the page.
 
 Pooled features of at most 1,000 evaluation images, from the last checkpoint of the
 first seed of each distance.  A student whose coordinates its distance ties to the
@@ -33,7 +33,7 @@ FEWEST = 5  # images that make a picture
 
 
 def ties_axes(name: str, settings: Settings) -> bool:
-    """Whether a method compares pooled features coordinate by coordinate.
+    """Returns whether a method compares pooled features coordinate by coordinate.
 
     Args:
       name: of the run.
@@ -85,21 +85,21 @@ def project(
 
 
 def _as_json(points):
-    """Four digits of each."""
+    """Rounds points to four digits."""
     return (
         points if points is None else [[float(f"{v:.4g}") for v in p] for p in points]
     )
 
 
 class Network(NamedTuple):
-    """What `features_of` asks of a network."""
+    """A network, as `features_of` takes it."""
 
     model: nn.Module
     variables: object
 
 
 def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]]:
-    """Of each name, the first run and its result."""
+    """Yields the first run of each name, and its result."""
     seen = set()
     planned = runs.student_runs(problem, teacher.digest)
     for run, result in zip(planned, results, strict=True):
@@ -109,7 +109,7 @@ def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]
 
 
 def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
-    """Name, title and network of the teacher and of each first seed."""
+    """Yields name, title and network of the teacher and of each first seed."""
     yield "teacher", "teacher", teacher
     model = problem.student
     for run, _ in _first_seeds(problem, teacher, results):
@@ -125,7 +125,7 @@ def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
 
 
 def _compute(problem, teacher, results):
-    """The panels, and what they show."""
+    """Computes the panels and describes them."""
     settings, parts = problem.settings, problem.parts
     count = min(IMAGES, len(parts.eval_labels))
     chosen = np.sort(data.balanced_subset(parts.eval_labels, count, seed=0))
@@ -162,7 +162,7 @@ def _compute(problem, teacher, results):
 def find(
     problem: Problem, teacher: Teacher, results: Sequence[Mapping]
 ) -> dict[str, Any] | None:
-    """The features in the plane, computed unless the folder has them already.
+    """Returns the features in the plane; computes them unless the folder has them.
 
     Args:
       problem: data, devices, settings.

@@ -1,4 +1,4 @@
-"""One page per command: table, curves, features, time, settings, in a single file.
+"""Renders a study as one HTML file: table, curves, features, time and settings.
 
 ``kddm distill`` writes it as ``report.html``, and ``kddm report FOLDER`` renders it
 again from ``results.json`` and ``embedding.json``. It opens without a network and on a
@@ -34,7 +34,7 @@ STATS = {  # of a solver: the name of its axis
 
 
 def _groups(results) -> dict[str, list[Mapping]]:
-    """Runs by name, students alone first."""
+    """Groups runs by name, students alone first."""
     groups: dict[str, list[Mapping]] = {}
     for run in results["runs"]:
         groups.setdefault(run["name"], []).append(run)
@@ -65,7 +65,7 @@ FORMATS = {
 
 
 def _solved(results):
-    """``(name, term, title, statistic, runs)`` of every solver of a term."""
+    """Yields ``(name, term, title, statistic, runs)`` of every solver of a term."""
     for name, runs in _groups(results).items():
         for key in runs[0]["history"][0]:
             term, _, stat = key.rpartition("/")
@@ -169,7 +169,7 @@ def _number(value, form):
 
 
 def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for the teacher, if it was trained, and for every run.
+    """Makes a row for the teacher, if it was trained, and for every run.
 
     Args:
       results: as in ``results.json``.
@@ -209,7 +209,7 @@ def _setting(value):
 
 
 def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Every setting: name, value, whether it is another than the recipe's."""
+    """Returns each setting, its value, and whether it differs from the recipe."""
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
     changed = lambda name, value: text(plain.get(name, value)) != text(value)
@@ -217,7 +217,7 @@ def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the runs were made with; several values where they differ."""
+    """Describes what the runs were made with; lists several values if they differ."""
     made = [run["environment"] for run in [*results["runs"], results["teacher"]]]
     made = [environment for environment in made if environment]
     names = [name for name in made[0] if name != "command"]
@@ -226,7 +226,7 @@ def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _summary(results, rows):
-    """Title and accuracy: student, teacher, the best of the distilled."""
+    """Returns title and accuracy of student, teacher and the best distilled student."""
     student, teacher, *distilled = [(row[0], row[1]) for row in rows]
     cards = [("student alone", student[1]), teacher]
     if distilled:

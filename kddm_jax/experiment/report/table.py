@@ -1,4 +1,4 @@
-"""What a reader sees: the table (terminal, Markdown), the JSON, the learning curves.
+"""Renders tables of results in the terminal and in Markdown.
 
 The table is KD2M's: student, teacher, one row per distance, with mean and standard
 deviation over seeds and the share of the gap between student and teacher that a
@@ -23,7 +23,7 @@ COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
 
 
 def _standard_error(accuracies, images):
-    """Of a mean accuracy in percent: over seeds, or binomial from a single run."""
+    """Computes the error of a mean accuracy: over seeds, or binomial from one run."""
     mean = float(np.mean(accuracies))
     if len(accuracies) > 1:
         return float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
@@ -36,7 +36,7 @@ def gap_closed(
     teacher: float,
     images: int,
 ) -> float | None:
-    """Share of the gap from student to teacher, in percent.
+    """Computes the share of the gap from student to teacher, in percent.
 
     Args:
       accuracy: of the distilled student, percent.
@@ -135,12 +135,12 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def caption(results: Mapping[str, Any]) -> str:
-    """Says what the table was measured on, and by which command."""
+    """Describes what the table was measured on, and by which command."""
     return f"{conditions(results)} `{command(results['settings'])}`"
 
 
 def conditions(results: Mapping[str, Any]) -> str:
-    """Says what the table was measured on."""
+    """Describes what the table was measured on."""
     settings, teacher = results["settings"], results["teacher"]
     # A repeated command keeps finished runs: their own environments count.
     made = [run["environment"] for run in [*results["runs"], teacher]]
@@ -166,7 +166,7 @@ def conditions(results: Mapping[str, Any]) -> str:
 
 
 def command(settings: Mapping, script: str = "cifar.py") -> str:
-    """The command that gives these settings, without the places of one machine."""
+    """Returns the command that gives these settings, without folders of one machine."""
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
@@ -191,7 +191,7 @@ def command(settings: Mapping, script: str = "cifar.py") -> str:
 
 
 def _plain(value):
-    """As JSON gives it back."""
+    """Returns a value as JSON reads it back."""
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,1 +1,1 @@
-"""Trains teachers and students, and defines what decides their results."""
+"""Trains teachers and students."""

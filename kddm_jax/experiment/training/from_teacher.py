@@ -1,4 +1,4 @@
-"""What is computed from the teacher before a student trains.
+"""Computes what distances take from the teacher, before a student trains.
 
 A feature-only student follows the teacher's layers of highest quality. (The released
 code of arXiv 2511.14981 has lists of layers; here they are chosen for the teacher at
@@ -25,7 +25,7 @@ from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.logits import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
-COST_IMAGES = 50  # of each class, for the price between classes
+COST_IMAGES = 50  # of each class, for the cost between classes
 Draw = Callable[[Mapping[str, Any], Path], None]
 
 
@@ -50,7 +50,7 @@ def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
 
 
 def rate(problem: Problem, teacher: Teacher) -> dict[str, KnowledgeQuality]:
-    """The quality of every layer of the teacher, from the first to the last."""
+    """Measures the quality of every layer of the teacher, from first to last."""
     labels = problem.dataset.train_labels
     count = min(problem.settings.method.quality_images, len(problem.parts.teacher))
     seen = problem.parts.teacher
@@ -67,7 +67,7 @@ def rate(problem: Problem, teacher: Teacher) -> dict[str, KnowledgeQuality]:
 
 
 def _rated(problem, teacher, draw) -> dict[str, Any]:
-    """Layers and pairs, as they are written or, of another teacher, made anew."""
+    """Reads the record of the layers' quality, or makes one for this teacher."""
     settings, path = problem.settings, Path(problem.out) / "quality.json"
     asked = {
         "teacher": teacher.digest,
@@ -110,7 +110,7 @@ def choose(problem: Problem, teacher: Teacher, draw: Draw) -> dict[str, Any]:
 
 
 def class_cost(problem: Problem, teacher: Teacher) -> np.ndarray:
-    """The price of moving probability from class to class, ``[k, k]``.
+    """Computes the cost of moving probability between classes, ``[k, k]``.
 
     Rows are every position of the teacher's last map, as WKD's released code has it on
     CIFAR, of as many images of each class.

@@ -1,4 +1,4 @@
-"""How a student learns from its teacher: which layers, by what, through what.
+"""Turns a method's name into the loss of the train step, and into projectors.
 
 A method is a key of the catalogue, one's own distance as ``module:NAME``, or
 ``feature_only``: no label reaches the backbone (arXiv 2511.14981).
@@ -40,7 +40,7 @@ Shapes = Mapping[str, Any]  # of models.shapes
 
 @dataclass(frozen=True)
 class Method:
-    """What the train step is told.
+    """A method as the train step takes it.
 
     Attributes:
       distance: a row of the catalogue or Terms, as `distill_loss` takes it.
@@ -56,7 +56,7 @@ class Method:
 
 
 def find(name: str) -> Distance:
-    """A row of the catalogue, or one's own distance.
+    """Finds a distance in the catalogue or in a module of the user.
 
     Args:
       name: a key, or ``module:NAME``, a `Distance` or a function of ``(x, y)``.
@@ -80,7 +80,7 @@ def find(name: str) -> Distance:
 
 
 def needs_class_cost(name: str) -> bool:
-    """Whether a method asks for a price between classes, which the teacher sets."""
+    """Returns whether a method takes a cost between classes, made from the teacher."""
     if name == FEATURE_ONLY:
         return False
     row = find(name)
@@ -89,7 +89,7 @@ def needs_class_cost(name: str) -> bool:
 
 
 def digest(name: str) -> str | None:
-    """Of the file of one's own distance: edited, it is another run."""
+    """Hashes the file of a user's distance: once edited, it is another run."""
     if name in DISTANCES or name == FEATURE_ONLY:
         return None
     find(name)
@@ -97,19 +97,19 @@ def digest(name: str) -> str | None:
 
 
 def title(name: str) -> str:
-    """What a method is called in tables."""
+    """Returns the name of a method in tables."""
     if name == FEATURE_ONLY:
         return "features only"
     return find(name).title or name
 
 
 def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
-    """All layers of a network, in the order of their depth, pooled features last."""
+    """Returns all layers of a network by depth, pooled features last."""
     return {**shapes["maps"], "features": shapes["features"]}
 
 
 def pairs(settings: Settings) -> list[tuple[str, str, float]]:
-    """``--layers`` as (student's, teacher's, weight)."""
+    """Parses ``--layers`` into (student's layer, teacher's layer, weight)."""
     found = []
     for text in settings.method.layers:
         student, colon, rest = text.partition(":")
@@ -128,7 +128,7 @@ def pairs(settings: Settings) -> list[tuple[str, str, float]]:
 
 
 def _projector(kind: str, x, y) -> nn.Module:
-    """From a student's layer to a teacher's."""
+    """Builds a projector from a student's layer to a teacher's."""
     if len(x.shape) == 2:
         return PROJECTORS["dense"](y.shape[-1])
     kind = "conv" if kind == "dense" else kind  # the same linear map, of positions
@@ -147,7 +147,7 @@ def _check_layer(option: str, who: str, name: str, shapes: Shapes):
 
 
 def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
-    """A term per pair of layers, and the projectors that they need."""
+    """Makes a term for each pair of layers, and the projectors that they need."""
     terms, projectors = [], {}
     for student, teacher, weight in chosen:
         of_student = _check_layer("--layers", "student", student, x)
@@ -160,7 +160,7 @@ def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
 
 
 def _named(row, name):
-    """The row so that its value is called by the method's name."""
+    """Renames a distance, so that its value has the method's name."""
     if name in DISTANCES:
         return name
     fn = functools.wraps(row.fn)(lambda *arrays, **options: row.fn(*arrays, **options))
@@ -241,7 +241,7 @@ def _feature_only(settings, weight, student, teacher):
 
 
 def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
-    """The student's layers that learn in feature_only, from the first to the last."""
+    """Returns the student's layers that feature_only trains, from first to last."""
     if settings.networks.student_model in STUDENT_LAYERS:
         return STUDENT_LAYERS[settings.networks.student_model]
     own = [layer for layer in student["maps"] if layer != "stem"]
@@ -251,7 +251,7 @@ def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
 
 
 def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
-    """Answers what can be wrong with layers that quality is to choose."""
+    """Checks in advance the layers that quality will choose."""
     own, known = student_layers(settings, student), teacher["maps"]
     if len(known) < len(own):
         raise UserError(
@@ -271,7 +271,7 @@ def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes)
 def check(
     name: str, method: Method, student: Shapes, teacher: Shapes, batch: int
 ) -> None:
-    """Traces a method on the shapes to come: its errors, before any training.
+    """Traces a method on the shapes to come, to find errors before any training.
 
     Args:
       name: of the method.
@@ -306,7 +306,7 @@ def check(
 
 
 def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
-    """The student's variables with those of the method's projectors.
+    """Adds the variables of the method's projectors to the student's.
 
     Args:
       method: how it learns.
@@ -324,7 +324,7 @@ def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
 
 
 def teacher_layers(method: Method) -> tuple[str, ...]:
-    """The teacher's maps that a method compares, beside features and logits."""
+    """Returns the names of the teacher's maps that a method compares."""
     if not carries_weights(method.distance):
         return ()
     layers = {term.layers[1] for term in method.distance}
@@ -332,5 +332,5 @@ def teacher_layers(method: Method) -> tuple[str, ...]:
 
 
 def apply_of(method: Method, apply: Callable) -> Callable:
-    """The student's apply function, its layers projected where the method says."""
+    """Adds the method's projectors to the student's apply function."""
     return projected_apply(apply, method.projectors) if method.projectors else apply

@@ -1,4 +1,4 @@
-"""Networks by name, or anybody's as ``module:function``."""
+"""Builds networks by name, or by a user's ``module:function``."""
 
 import hashlib
 import importlib
@@ -31,14 +31,14 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 
 
 def load_module(name: str) -> ModuleType:
-    """Imports a module, also from the working folder, as `python -m` has it."""
+    """Imports a module, also from the working folder, as `python -m` does."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return importlib.import_module(name)
 
 
 def _find(name: str):
-    """The function that makes a network."""
+    """Finds the function that builds a network."""
     if name in NETWORKS:
         return NETWORKS[name]
     module, _, function = name.partition(":")
@@ -52,7 +52,7 @@ def _find(name: str):
 
 
 def source_digest(name: str) -> str | None:
-    """Of the file behind ``module:NAME``; None for a known name."""
+    """Hashes the file behind ``module:NAME``; returns None for a known name."""
     module, colon, _ = name.partition(":")
     if not colon:
         return None
@@ -63,7 +63,7 @@ def source_digest(name: str) -> str | None:
 
 
 def build(name: str, **options: object) -> nn.Module:
-    """Makes a network.
+    """Builds a network.
 
     Args:
       name: a known name, or ``module:function``.  The function is called with those
@@ -96,7 +96,7 @@ def build(name: str, **options: object) -> nn.Module:
 
 
 def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
-    """Shapes of what a network makes of a batch, without computing anything.
+    """Returns the shapes of a network's outputs for a batch, without computing them.
 
     Args:
       name: as the command has it, for errors.

@@ -1,4 +1,4 @@
-"""The optimiser of a run, and what its learning rate and lambda do over time."""
+"""Makes the optimizer of a run, and the schedules of learning rate and lambda."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from kddm_jax.experiment.settings import Method, Optimizer
 
 
 def make_schedule(settings: Optimizer, steps_per_epoch: int, epochs: int):
-    """The learning rate as a function of the step.
+    """Makes the schedule of the learning rate.
 
     Args:
-      settings: of the command.
-      steps_per_epoch: of the run.
-      epochs: of the run.
+      settings: the group of settings.
+      steps_per_epoch: number of steps in an epoch.
+      epochs: number of epochs.
 
     Returns:
       An Optax schedule.
@@ -44,11 +44,11 @@ def make_schedule(settings: Optimizer, steps_per_epoch: int, epochs: int):
 
 
 def make_weight_schedule(settings: Method, steps: int) -> Any:
-    """The factor of lambda as a function of the step.
+    """Makes the schedule of the factor of lambda.
 
     Args:
-      settings: of the command.
-      steps: of the run.
+      settings: the group of settings.
+      steps: number of steps of the run.
 
     Returns:
       An Optax schedule from 0 to 1 or from 1 to 0; None where it is constant.
@@ -61,11 +61,11 @@ def make_weight_schedule(settings: Method, steps: int) -> Any:
 
 
 def make_optimizer(settings: Optimizer, schedule) -> optax.GradientTransformation:
-    """AdamW, or SGD as torch.optim has it: decay joins the gradient before momentum.
+    """Makes AdamW, or SGD with decay before momentum, as torch.optim has it.
 
     Args:
-      settings: of the command.
-      schedule: of the learning rate.
+      settings: the group of settings.
+      schedule: schedule of the learning rate.
 
     Returns:
       The transformation of gradients.

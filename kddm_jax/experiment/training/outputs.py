@@ -1,4 +1,4 @@
-"""What a network computes for images: its features and logits, in evaluation."""
+"""Computes features and logits of any number of images, in evaluation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ BATCH = 250
 
 
 def _pool(maps, shape):
-    """Halves the sides until a sample has no more than the widest features."""
+    """Halves the sides of maps until a sample has at most `WIDEST` features."""
     while len(shape) == 3 and np.prod(shape) > WIDEST and min(shape[:2]) > 1:
         maps = -jax.lax.reduce_window(
             -maps, np.inf, jax.lax.min, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
@@ -26,7 +26,7 @@ def _pool(maps, shape):
 
 
 def program(problem: Problem, model: nn.Module, pick: Callable) -> Callable:
-    """Compiles what ``pick`` takes of a network's outputs, in evaluation."""
+    """Compiles a network in evaluation, and a function ``pick`` of its outputs."""
     apply = resnet.linen_apply(model)
 
     def one(variables, images):
@@ -37,7 +37,7 @@ def program(problem: Problem, model: nn.Module, pick: Callable) -> Callable:
 
 
 def compute(program: Callable, variables, images: np.ndarray):
-    """What a program gives for any number of images, batch by batch; on the host."""
+    """Runs a program on any number of images, batch by batch; returns host arrays."""
     variables, parts = jax.device_get(variables), []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
@@ -49,7 +49,7 @@ def compute(program: Callable, variables, images: np.ndarray):
 
 
 def features_of(problem: Problem, network, layer: str, images, chosen):
-    """A layer's features of the chosen images (uint8), ``[n, d]``, on the host."""
+    """Computes a layer's features of the chosen images, ``[n, d]``, on the host."""
 
     def pick(outputs):
         found = {"features": outputs.features, **outputs.maps}[layer]
@@ -63,7 +63,7 @@ def features_of(problem: Problem, network, layer: str, images, chosen):
 
 
 class Outputs(NamedTuple):
-    """What a network makes of images.
+    """Outputs of a network for some images.
 
     Attributes:
       features: float32 ``[n, d]``.

@@ -1,4 +1,4 @@
-"""Weights that a network starts from: a file of torchvision's, made to fit."""
+"""Reads the weights of a torchvision file and fits them to a network."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from kddm_jax.experiment.machine.errors import UserError
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Variables of a file, and the network that is to start from them.
+    """The variables of a file, and the network that starts from them.
 
     Attributes:
       path: of the file.
@@ -30,7 +30,7 @@ class Pretrained:
     changes: tuple[str, ...]
 
     def variables_of(self, seed: int) -> convert.Variables:
-        """Variables of the network; what the file lacks is drawn from the seed."""
+        """Returns the network's variables; those missing in the file are random."""
         blocks, head = jax.random.split(jax.random.key(seed))
         variables = convert.grow(blocks, self.variables, self.model.blocks)
         if convert.architecture(variables).num_classes == self.model.num_classes:
@@ -38,13 +38,13 @@ class Pretrained:
         return convert.replace_head(head, variables, self.model.num_classes)
 
     def __str__(self) -> str:
-        """What a run says aloud."""
+        """Describes the weights in one line."""
         changes = "".join(f"; {change}" for change in self.changes)
         return f"{self.path.name} (sha256 {self.sha256[:8]}){changes}"
 
 
 def _refuse(option, path, found, model, channels):
-    """One line for each way in which a file cannot be made to fit."""
+    """Raises an error if the file cannot be fitted to the network."""
     who = option.removeprefix("--pretrained-")
     if found.stem != model.stem:
         raise UserError(
@@ -69,13 +69,13 @@ def _refuse(option, path, found, model, channels):
 
 
 def load(option: str, path: Path, model: nn.Module, channels: int) -> Pretrained:
-    """Reads a file for a network and answers what cannot be made to fit.
+    """Reads a file for a network, and refuses one that does not fit.
 
     Args:
-      option: that named the file, for messages.
-      path: of the file.
+      option: name of the option, for messages.
+      path: path of the file.
       model: the network that starts from it.
-      channels: of the images.
+      channels: number of channels of the images.
 
     Returns:
       The weights.

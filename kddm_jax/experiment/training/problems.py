@@ -1,4 +1,4 @@
-"""What the runs of one command share: images on the devices, networks, programs."""
+"""Prepares what the runs of a study share: images on the devices and programs."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ EVAL_BATCH = 500
 
 @dataclass(frozen=True)
 class Split:
-    """Which images teacher and students see, and on which accuracy is measured."""
+    """The images that teacher and students are trained and evaluated on."""
 
     teacher: np.ndarray
     student: np.ndarray
@@ -33,7 +33,7 @@ class Split:
 
 
 def split(dataset: data.Dataset, settings: Settings) -> Split:
-    """Chooses stratified, nested parts of the training set, the same in every run."""
+    """Chooses stratified, nested parts of the training set, equal in all runs."""
     labels = dataset.train_labels
     train, held_out, kept = np.arange(len(labels)), None, settings.data.held_out
     if kept >= len(labels):
@@ -70,7 +70,7 @@ def split(dataset: data.Dataset, settings: Settings) -> Split:
 
 @dataclass
 class Problem:
-    """Everything that the runs of one command share."""
+    """The data, the devices, the settings and the programs of a study."""
 
     settings: Settings
     out: Path
@@ -84,12 +84,12 @@ class Problem:
 
     @property
     def channels(self) -> int:
-        """Channels of the images."""
+        """Returns the number of channels of the images."""
         return self.dataset.train_images.shape[-1]
 
     @property
     def memory(self) -> int:
-        """Bytes of a device's memory; a CPU's is the machine's."""
+        """Returns the bytes of a device's memory; for a CPU, the machine's."""
         stats = jax.local_devices()[0].memory_stats() or {}
         if "bytes_limit" in stats:
             return stats["bytes_limit"]
@@ -97,25 +97,25 @@ class Problem:
 
     @property
     def compared_images(self) -> int:
-        """Images that a distance sees at once: the batch, or a group's share of it."""
+        """Returns how many images a distance compares: a batch, or a group's share."""
         group = self.settings.method.distance_group or len(self.devices)
         return self.settings.optimizer.batch_size // len(self.devices) * group
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the data set."""
+        """Returns the number of classes of the data set."""
         return len(self.dataset.class_names)
 
     @cached_property
     def streams(self) -> bool:
-        """Whether the training images are too large to lie on every device."""
+        """Returns whether the training images are too large for the devices."""
         limit = self.settings.run.stream_above
         limit = 1e6 * limit if limit is not None else self.memory / 4
         return processes.first(lambda: self.dataset.train_images.nbytes > limit)
 
     @cached_property
     def starts(self) -> dict[str, pretrained.Pretrained]:
-        """What "teacher" and "student" start from, where a file is given."""
+        """Reads the weights that teacher and student start from, if any are given."""
         given = self.settings.networks
         width = self.teacher_width
         networks = {
@@ -132,13 +132,13 @@ class Problem:
 
     @cached_property
     def resident(self) -> tuple[Any, Any]:
-        """All training images (uint8) and labels, on every device."""
+        """Copies all training images (uint8) and labels to every device."""
         pair = (self.dataset.train_images, self.dataset.train_labels)
         return train_step.replicate(pair, self.devices)
 
     @cached_property
     def views(self) -> views.Views | None:
-        """Fixed views of the students' images, where asked for."""
+        """Returns fixed views of the students' images, if there are any."""
         if self.settings.data.views is None:
             return None
         dataset = self.dataset
@@ -149,14 +149,14 @@ class Problem:
 
     @cached_property
     def resident_views(self) -> tuple[Any, Any]:
-        """All views (uint8) and labels, on every device."""
+        """Copies all views (uint8) and labels to every device."""
         pair: Any = self.views and self.views.pair
         return train_step.replicate(pair, self.devices)
 
     def dispatches(
         self, order: np.ndarray, length: int, *, of_views: bool = False
     ) -> Iterator[tuple]:
-        """Images, labels and indices of an epoch's dispatches, ``length`` steps each.
+        """Yields images, labels and indices of dispatches of ``length`` steps.
 
         Streamed or resident, one program reads both: ``scan_steps`` looks its images
         up among those it is given, all or only its own.
@@ -178,7 +178,7 @@ class Problem:
 
     @cached_property
     def augment(self) -> Callable:
-        """The recipe's augmentation of one image."""
+        """Returns the augmentation of one image."""
         return augment.make_augment(
             mean=self.dataset.mean,
             std=self.dataset.std,
@@ -188,7 +188,7 @@ class Problem:
 
     @cached_property
     def data_digest(self) -> str | None:
-        """Tells images apart that lie in a folder, whose name says nothing of them."""
+        """Hashes the data of a folder or TFDS set; its name does not identify it."""
         if self.settings.data.dataset in {*data.DATASETS} - {"folder"}:
             return None
         digest = hashlib.sha256(repr((self.dataset.mean, self.dataset.std)).encode())
@@ -197,12 +197,12 @@ class Problem:
         return digest.hexdigest()[:16]
 
     def normalize(self, key: None, image: jax.Array) -> jax.Array:
-        """Of one image, nothing else."""
+        """Normalizes one image, without augmentation."""
         del key
         return self.augment(None, image, train=False)
 
     def model(self, name: str, width: int) -> nn.Module:
-        """A network whose BatchNorm sees the global batch."""
+        """Builds a network whose BatchNorm sees the global batch."""
         return models.build(
             name,
             num_classes=self.num_classes,
@@ -214,18 +214,18 @@ class Problem:
 
     @property
     def student(self) -> nn.Module:
-        """The student's network."""
+        """Builds the student's network."""
         networks = self.settings.networks
         return self.model(networks.student_model, networks.width)
 
     @property
     def teacher_width(self) -> int:
-        """Width of a teacher that is trained here."""
+        """Returns the width of a teacher that is trained here."""
         networks = self.settings.networks
         return networks.teacher_width or networks.width
 
     def init(self, model: nn.Module, seed: int):
-        """Fresh variables, on the host."""
+        """Initializes a network's variables, on the host."""
         key = ("init", model)
         if key not in self.programs:  # tracing and compiling it takes seconds
             self.programs[key] = jax.jit(model.init)
@@ -286,7 +286,7 @@ def _check_images(problem):
 
 
 def evaluate(problem: Problem, model: nn.Module, variables) -> float:
-    """Accuracy on the evaluation images, in percent."""
+    """Measures the accuracy on the evaluation images, in percent."""
     if model not in problem.programs:
         step = train_step.make_eval_step(
             resnet.linen_apply(model),

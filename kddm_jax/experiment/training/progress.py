@@ -1,4 +1,4 @@
-"""How far runs have come: what their checkpoints hold.
+"""Counts the steps of a run, and saves and restores its checkpoints.
 
 A checkpoint may lie between any two dispatches.  It then holds what the epoch's steps
 add up to so far, in float64 and in their order, so that a run that is cut anywhere and
@@ -22,7 +22,7 @@ from kddm_jax.experiment.machine.errors import RunError
 
 @dataclass
 class Tally:
-    """What the steps of an epoch add up to.
+    """Sums over the steps of an epoch.
 
     Attributes:
       steps: taken.
@@ -35,7 +35,7 @@ class Tally:
     sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: Mapping) -> None:
-        """Adds the steps of a dispatch, on the host."""
+        """Adds the metrics of a dispatch, on the host."""
         columns = {k: np.atleast_1d(v).astype(np.float64) for k, v in metrics.items()}
         finite = columns.pop("finite") > 0
         for name, column in columns.items():
@@ -45,12 +45,12 @@ class Tally:
         self.skipped += int(np.sum(~finite))
 
     def means(self) -> dict[str, float]:
-        """Of each metric, over the steps that were not skipped."""
+        """Returns the mean of each metric over the steps that were kept."""
         kept = self.steps - self.skipped
         return {name: total / kept for name, total in self.sums.items()}
 
     def complaints(self) -> Iterator[str]:
-        """What a reader should know of these steps, a line each."""
+        """Yields a line for each thing that went wrong in these steps."""
         if self.skipped:
             yield (
                 f"{self.skipped} of {self.steps} steps skipped: loss or gradient not "
@@ -66,7 +66,7 @@ class Tally:
 
 
 def _first_not_finite(metrics):
-    """Place and terms of a dispatch's first step without finite loss and gradient."""
+    """Finds a dispatch's first step whose loss or gradient is not finite."""
     bad = np.flatnonzero(~np.atleast_1d(metrics["finite"]).astype(bool))
     if not bad.size:
         return None
@@ -77,7 +77,7 @@ def _first_not_finite(metrics):
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
       title: name of the run, for messages.
@@ -108,7 +108,7 @@ class Progress:
     saved: float = field(init=False)
 
     def __post_init__(self):
-        """Goes on from the newest checkpoint that is whole."""
+        """Restores the newest checkpoint that is not damaged."""
         self.began = self.saved = time.monotonic()
         last = processes.first(lambda: str(checkpoint.latest(self.folder) or ""))
         self.last = Path(last) if last else None
@@ -127,26 +127,26 @@ class Progress:
 
     @property
     def epoch(self) -> int:
-        """Number of epochs that have ended."""
+        """Returns the number of finished epochs."""
         return len(self.history)
 
     @property
     def taken(self) -> int:
-        """Number of steps of the epoch that has not."""
+        """Returns the number of steps taken in the unfinished epoch."""
         return self.tally.steps
 
     @property
     def step(self) -> int:
-        """Number of steps taken."""
+        """Returns the number of steps taken."""
         return self.epoch * self.steps + self.taken
 
     @property
     def seconds(self) -> float:
-        """Time spent, by earlier commands too."""
+        """Returns the seconds spent, including those of earlier commands."""
         return self.earlier + time.monotonic() - self.began
 
     def take(self, metrics: Mapping, *, stop: bool) -> None:
-        """Counts the steps of a dispatch; ``stop``: not past one that is not finite."""
+        """Counts the steps of a dispatch; ``stop`` raises where one is not finite."""
         bad = _first_not_finite(metrics) if stop else None
         if bad is not None:
             raise RunError(self._not_finite(*bad))
@@ -163,7 +163,7 @@ class Progress:
         )
 
     def means(self) -> dict[str, float]:
-        """Means over the epoch's steps; warns of what went wrong in them."""
+        """Returns means over the epoch's steps, and warns of what went wrong."""
         epoch = self.epoch + 1
         if self.tally.skipped == self.tally.steps:
             raise RunError(
@@ -181,7 +181,7 @@ class Progress:
         self.tally = Tally()
 
     def due(self, seconds: float) -> bool:
-        """Whether the last checkpoint is as old as that."""
+        """Returns whether the last checkpoint is that many seconds old."""
         return time.monotonic() - self.saved >= seconds
 
     def save(self) -> None:
@@ -198,7 +198,7 @@ class Progress:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The time that counts; SIGTERM is answered by a save, at `signals.check`."""
+        """Measures the time of a run; saves on SIGTERM at the next `signals.check`."""
         self.began = self.saved = time.monotonic()
         with signals.held():
             try:

@@ -1,4 +1,4 @@
-"""Runs: a teacher, students alone, distilled students; what decides their results.
+"""Defines the runs of a study, and the settings that decide their results.
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its result),
 ``checkpoints/`` and, once finished, ``result.json``; one of a grid of lambdas lies in
@@ -47,7 +47,7 @@ def _check_schedule(problem, name):
 
 
 def check_distances(problem: Problem, teacher: nn.Module) -> None:
-    """Traces every method on the shapes to come: its errors, before any training."""
+    """Traces every method on the shapes to come, to find errors before any training."""
     settings = problem.settings
     image = problem.dataset.train_images.shape[1:]
     student = problem.student
@@ -100,24 +100,23 @@ def method_of(
 
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
-    """Where a run lives."""
+    """Returns the folder of a run."""
     return out / name.replace(":", ".") / f"seed{seed}"
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A network to train and how.
+    """A network to train, and how.
 
     Attributes:
       name: "teacher", "student" or a method.
-      seed: of initialisation, order and augmentation.
+      seed: seed of initialisation, order and augmentation.
       weight: lambda.
-      epochs: to train.
-      indices: of the training images it sees.
-      identity: what decides its result, as JSON values.
-      start: weights of a file that it starts from, None for fresh ones.
-      place: folder beneath that of the results; of a grid's runs, which say their
-        lambda there.
+      epochs: number of epochs.
+      indices: indices of the training images that it sees.
+      identity: the settings that decide its result, as JSON values.
+      start: weights of a file that it starts from; None starts from fresh ones.
+      place: folder below that of the results; it names the lambda of a grid's run.
     """
 
     name: str
@@ -130,12 +129,12 @@ class Run:
     place: str = ""
 
     def folder(self, out: Path) -> Path:
-        """Where it lives."""
+        """Returns its folder."""
         return folder_of(out / self.place, self.name, self.seed)
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """Returns its name in messages."""
         if self.name == "teacher":
             return self.name
         lam = f" λ = {self.weight:g}" if self.place else ""
@@ -143,7 +142,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Its name in tables."""
+        """Returns its name in tables."""
         return self.name if self.name in ALONE else methods.title(self.name)
 
 
@@ -158,7 +157,7 @@ def _identity(problem, name, start, **more):
 
 
 def teacher_run(problem: Problem) -> Run:
-    """The teacher's run."""
+    """Returns the teacher's run."""
     settings, start = problem.settings, problem.starts.get("teacher")
     return Run(
         name="teacher",
@@ -174,12 +173,12 @@ def teacher_run(problem: Problem) -> Run:
 def student_runs(
     problem: Problem, teacher_digest: str | None, weight: float | None = None
 ) -> Iterator[Run]:
-    """Students alone, then distilled ones; those of one distance follow each other.
+    """Yields the students alone, then the distilled ones, distance by distance.
 
     Args:
-      problem: data, devices, settings.
-      teacher_digest: of the teacher; None where it is not trained yet.
-      weight: lambda of all distances; None: the settings'.
+      problem: the data, the devices and the settings.
+      teacher_digest: digest of the teacher; None if it is not trained yet.
+      weight: lambda of all distances; None uses the settings.
 
     Yields:
       The runs.
@@ -249,7 +248,7 @@ def check_folder(run: Run, out: Path) -> None:
 
 
 def epoch_order(run: Run, epoch: int, batch_size: int) -> np.ndarray:
-    """Indices of an epoch's full batches, ``[steps, batch]``, from seed and epoch."""
+    """Draws the indices of an epoch's full batches, ``[steps, batch]``."""
     rng = np.random.default_rng((run.seed, epoch))
     order = rng.permutation(run.indices)
     steps = len(order) // batch_size

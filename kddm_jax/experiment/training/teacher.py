@@ -1,4 +1,4 @@
-"""The teacher: trained by this command, or given as a checkpoint."""
+"""Finds the teacher, a checkpoint that is given or a run of this command."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from kddm_jax.projectors import without_projectors
 
 
 def variables_of(problem: problems.Problem, path: Path, model: nn.Module):
-    """Parameters and statistics of a run's checkpoint, whatever its optimiser."""
+    """Reads parameters and statistics of a run's checkpoint, without its optimizer."""
     arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)
     found = {k: arrays.get(k, {}) for k in ("params", "batch_stats")}
@@ -34,7 +34,7 @@ def _digest(variables):
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint, from its own folder, a run's, or one of checkpoints."""
+    """Finds a checkpoint in its own folder, a run's, or one of checkpoints."""
     found = checkpoint.find(path)
     if found is None:
         raise UserError(
@@ -46,10 +46,10 @@ def find_checkpoint(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the teacher comes from; its arrays are read and hashed once.
+    """The origin of the teacher; its arrays are read and hashed once.
 
     Attributes:
-      problem: data, devices, settings.
+      problem: the data, the devices and the settings.
       model: the network.
       width: its width.
       given: the checkpoint of ``--teacher``; None: a run of this command.
@@ -66,12 +66,12 @@ class Source:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has a result."""
+        """Returns whether the run has a result."""
         return processes.first((self._folder / "result.json").exists)
 
     @property
     def trained(self) -> bool:
-        """Whether there is something to read: not if the last checkpoint is damaged."""
+        """Returns whether the teacher can be read from a whole checkpoint."""
         if self.given is not None or not self.finished:
             return self.given is not None
         return processes.first(self._complete)
@@ -81,13 +81,13 @@ class Source:
         return len(meta["history"]) == self.problem.settings.optimizer.teacher_epochs
 
     def forget_result(self) -> None:
-        """Lets the run go on from the checkpoint that it has."""
+        """Deletes the result, so that the run continues from its checkpoint."""
         result = self._folder / "result.json"
         processes.first(lambda: result.unlink(missing_ok=True))
 
     @cached_property
     def variables(self):
-        """Those of the given checkpoint, or of the finished run; on the host."""
+        """Reads the variables of the given checkpoint or the finished run."""
 
         def read():
             path = self.given or find_checkpoint(self._folder)
@@ -97,12 +97,12 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """Of the variables: students of another teacher are other runs."""
+        """Hashes the variables: students of another teacher are other runs."""
         return _digest(self.variables)
 
 
 def _check_converted(problem, path, meta):
-    """Of converted weights only the shapes are known, not what they were trained on."""
+    """Checks converted weights, of which only the shapes are known, not the data."""
     for what, wanted in {
         "num_classes": problem.num_classes,
         "channels": problem.channels,
@@ -116,7 +116,7 @@ def _check_converted(problem, path, meta):
 
 
 def find_teacher(problem: problems.Problem) -> Source:
-    """Architecture and width of the teacher, and its checkpoint if one is given."""
+    """Finds the teacher's architecture, width and, if given, its checkpoint."""
     settings = problem.settings
     given = settings.networks.teacher
     if given is None:
@@ -152,14 +152,14 @@ def find_teacher(problem: problems.Problem) -> Source:
 
 
 def known_digest(source: Source) -> str | None:
-    """Digest of the teacher to come; None where only its end is to be made again."""
+    """Returns the teacher's digest; None if the end of its run must be repeated."""
     if source.trained:
         return source.digest
     return None if source.finished else "not trained yet"
 
 
 def load_teacher(source: Source, report) -> Teacher:
-    """Trains the teacher, or takes the checkpoint that was given."""
+    """Trains the teacher, or reads the given checkpoint."""
     problem, model, result = source.problem, source.model, None
     if source.given is None:
         if not source.trained:

@@ -53,23 +53,23 @@ class Teacher:
 
 
 def most_steps_per_dispatch() -> int:
-    """One on a CPU, whose loops are slow (`train_step.scan_steps`)."""
+    """Returns 1 on a CPU, whose loops are slow (`train_step.scan_steps`), else 50."""
     return 1 if jax.default_backend() == "cpu" else 50
 
 
 def _steps_per_dispatch(steps):
-    """The largest divisor of an epoch's steps that is allowed: one program serves."""
+    """Returns the largest allowed divisor of an epoch's steps, for one program."""
     most = most_steps_per_dispatch()
     return max(k for k in range(1, most + 1) if steps % k == 0)
 
 
 def _on_views(problem, run):
-    """Whether a run sees fixed views; the teacher itself never does."""
+    """Returns whether a run sees fixed views; the teacher never does."""
     return problem.views is not None and run.name != "teacher"
 
 
 def _what_teaches(problem, run, method, teacher):
-    """What the steps take of the teacher: nothing, its variables, or its outputs."""
+    """Returns what the steps take from the teacher: nothing, variables, or outputs."""
     if run.name in ALONE:
         return None
     if not _on_views(problem, run):
@@ -83,7 +83,7 @@ def _what_teaches(problem, run, method, teacher):
 
 
 def _train_program(problem, run, method, model, teacher, tx, length):
-    """The compiled steps; runs that differ in seed, or lambda alone, share it."""
+    """Compiles the steps; runs that differ in seed or lambda only share the program."""
     own_weights = run.weight if carries_weights(method.distance) else None
     key = (run.name, run.epochs, length, own_weights)
     if key not in problem.programs:
@@ -118,7 +118,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
 
 
 def _epoch(problem, run, progress, program, fixed, length, report):
-    """Takes the steps that are left of an epoch; gives images per second."""
+    """Takes the remaining steps of an epoch; returns images per second."""
     settings, epoch = problem.settings, progress.epoch
     began = looked = time.monotonic()
     counted, waiting = 0, []
@@ -171,7 +171,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
 
 
 def _begin(problem, run):
-    """The result of a run that has ended; else None, and it has its folder."""
+    """Returns the result of a finished run, or makes the folder and returns None."""
 
     def begin():
         check_folder(run, problem.out)
@@ -187,7 +187,7 @@ def _begin(problem, run):
 
 
 def _fresh(problem, run, model, method, tx):
-    """The state in which a run begins."""
+    """Makes the state in which a run begins."""
     variables = (
         run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
     )
@@ -198,7 +198,7 @@ def _fresh(problem, run, model, method, tx):
 
 
 def _about(problem, run):
-    """What a checkpoint says of its run."""
+    """Returns what a checkpoint says about its run."""
     return {
         "run": run.identity,
         "num_classes": problem.num_classes,
@@ -217,10 +217,10 @@ def train(
     """Trains a run to its end, from its last checkpoint if there is one.
 
     Args:
-      problem: data, devices, settings.
-      run: what to train.
+      problem: the data, the devices and the settings.
+      run: the run.
       model: the network.
-      teacher: None for cross-entropy alone.
+      teacher: the teacher; None trains by cross-entropy alone.
       report: called as ``report(run, epoch=, done=, total=, metrics=, speed=)``.
       observe: called with the number of epochs done, 0 before the first step, and the
         network's variables; not for a run that has ended before.
@@ -292,7 +292,7 @@ def train(
 
 
 def _result(problem, run, history, timing):
-    """Writes and returns the result of a run that has ended."""
+    """Writes and returns the result of a finished run."""
     evaluated = [r for r in history if "test_accuracy" in r]
     best = max(evaluated, key=lambda r: r["test_accuracy"])
     result = {

@@ -1,4 +1,4 @@
-"""Fixed views: the teacher is paid once for all students, seeds, weights, distances.
+"""Draws fixed views, so that the teacher runs once for all students.
 
 Every training image gets V augmented copies, drawn once; teacher and student see the
 same copy, and the teacher's outputs on them are computed once and kept beside the runs
@@ -30,7 +30,7 @@ class Views:
     """Fixed views of some training images.
 
     Attributes:
-      settings: of the command.
+      settings: the settings of the command.
       images: all training images.
       labels: theirs.
       indices: those that students see.
@@ -43,12 +43,12 @@ class Views:
 
     @property
     def count(self) -> int:
-        """Views of each image."""
+        """Returns the number of views of each image."""
         return self.settings.data.views or 0
 
     @cached_property
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """The views, view v of image i at ``i V + v``, and their labels."""
+        """Draws the views, view v of image i at ``i V + v``, and their labels."""
         options = asdict(self.settings.augmentation)
 
         @jax.jit
@@ -68,7 +68,7 @@ class Views:
         return views, self.labels[repeated]
 
     def order(self, order: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Places of an epoch's images among the views, a view of each by chance."""
+        """Draws a view of each image of an epoch; returns indices among the views."""
         position = np.zeros(len(self.images), np.int64)
         position[self.indices] = np.arange(len(self.indices))
         view = np.random.default_rng((seed, epoch, 1)).integers(
@@ -77,7 +77,7 @@ class Views:
         return (position[order] * self.count + view).astype(np.int32)
 
     def outputs(self, problem, teacher, layers: tuple[str, ...]):
-        """The teacher's outputs on all views, read back where they are kept."""
+        """Computes the teacher's outputs on all views, or reads saved ones."""
         found: Any = processes.first(lambda: self._kept(problem, teacher, layers))
         logits, features = found.pop("logits"), found.pop("features")
         return resnet.Outputs(logits, features, found)
@@ -96,7 +96,7 @@ class Views:
         return found
 
     def _file(self, problem, teacher, layers) -> Path:
-        """Named by all that decides the outputs."""
+        """Returns the file of the outputs, named by a hash of all that decides them."""
         options = asdict(self.settings.augmentation)
         made = {
             **options,
