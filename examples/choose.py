@@ -53,7 +53,7 @@ def measure(name: str, digits: data.Dataset, grid) -> dict[str, object]:
 
 
 def table(found) -> dict[str, object]:
-    """Columns and rows, as experiments/report.py renders them."""
+    """Columns and rows, as `kddm report` renders them."""
     grid = sorted({weight for one in found for weight in one["held_out"]}, key=float)
     columns = ["", *(f"λ = {w}" for w in grid), "teacher", "alone", "distilled"]
     rows = []

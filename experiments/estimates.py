@@ -158,7 +158,7 @@ def relative(record: Mapping, size: str) -> tuple[float | None, float | None]:
 
 
 def table(bias: Mapping, about: str) -> dict[str, object]:
-    """Batches relative to all images as a table of `report.markdown`."""
+    """Batches relative to all images as a table of `table.markdown`."""
     sizes = list(next(iter(bias.values()))["batches"])
     rows = []
     for name, record in bias.items():

@@ -10,6 +10,11 @@ cross-entropy and distance against the epoch, a curve for each lambda.  From not
 clouds of two dimensions on which the distances differ.
 """
 
+import os
+
+# Before the first import of NumPy or JAX: see cifar.py.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
 import importlib
 import importlib.util
@@ -17,18 +22,19 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import cifar  # sets the environment before JAX is imported
-import curves
-import finished
 import jax.numpy as jnp
 import numpy as np
-import records
 import toys
-from curves import PLAIN, plt
-from embedding import SEED, tsne
-from settings import UserError
 
 from kddm_jax import data, wasserstein
+from kddm_jax.experiment import finished
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.machine.terminal import answer_errors
+from kddm_jax.experiment.report import curves
+from kddm_jax.experiment.report.curves import PLAIN, plt
+from kddm_jax.experiment.report.embedding import SEED, tsne
+from kddm_jax.experiment.training.outputs import outputs_of
 
 EMBEDDED = 300  # images
 RUNS = "results.json"  # of cifar.py
@@ -249,7 +255,7 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
     shown = data.balanced_subset(labels, min(options.images, len(labels)), seed=0)
     images, labels = problem.parts.eval_images[shown], labels[shown]
     features = lambda model, variables: (
-        finished.outputs_of(problem, model, variables, images).features
+        outputs_of(problem, model, variables, images).features
     )
     y = features(opened.teacher.model, opened.teacher.variables)
 
@@ -287,8 +293,8 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
         ]
     figure.legend(handles=dots, loc="outside right center", fontsize="small")
     figure.suptitle(
-        f"{problem.settings.dataset}: joint {title} of the features of {len(shown)} "
-        f"images, seed {seed}"
+        f"{problem.settings.data.dataset}: joint {title} of the features of "
+        f"{len(shown)} images, seed {seed}"
     )
     return [curves.save(figure, to / f"embedding-{name.replace(':', '.')}.png")]
 
@@ -486,7 +492,7 @@ def main(arguments: list[str]) -> int:
         for path in draw(options):
             print(path)
 
-    return cifar.answer_errors(work)
+    return answer_errors(work)
 
 
 if __name__ == "__main__":

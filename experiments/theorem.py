@@ -28,35 +28,38 @@ teacher sees others, as samples of two distributions are drawn.  Status 1 where 
 inequality fails by more than the tolerance.
 """
 
-import argparse
 import os
+
+# Before the first import of NumPy or JAX: see cifar.py.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import cifar  # sets the environment before JAX is imported
 import estimates
-import finished
 import jax
-import methods
 import numpy as np
-import records
-import report
 import risks
-import runs
-import training
-from curves import PLAIN, plt, save
-from problems import Problem
-from progress import RunError
 from risks import TOLERANCE, Seen
-from settings import FEATURE_ONLY, UserError, as_json, parse
-from teacher import find_teacher, known_digest, load_teacher
 
 from kddm_jax import data
+from kddm_jax.experiment import study
+from kddm_jax.experiment.machine import records, terminal
+from kddm_jax.experiment.machine.errors import RunError, UserError
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.report import table
+from kddm_jax.experiment.report.curves import PLAIN, plt, save
+from kddm_jax.experiment.settings import FEATURE_ONLY, as_json
+from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training.outputs import outputs_of
+from kddm_jax.experiment.training.problems import Problem
 
 IMAGES = 2000  # the assignment of so many takes seconds
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 50
+SUFFIX = "-theorem"  # of the folder of the runs
 DEFAULTS = {"images": IMAGES, "batches": BATCHES, "draws": DRAWS}
 
 
@@ -80,7 +83,7 @@ def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
     Raises:
       UserError: the network's logits are no linear map of its features.
     """
-    outputs = finished.outputs_of(problem, model, variables, images)
+    outputs = outputs_of(problem, model, variables, images)
     known = methods.HEADS.get(type(model).__name__, ("fc",))
     head = jax.device_get(variables["params"].get(known[-1], {}))
     if {"kernel", "bias"} <= set(head):
@@ -135,69 +138,62 @@ class Epochs:
 
 
 def _check(settings):
-    if settings.layers or settings.projector or FEATURE_ONLY in settings.distances:
+    if (
+        settings.method.layers
+        or settings.method.projector
+        or FEATURE_ONLY in settings.method.distances
+    ):
         raise UserError(
             "the theorem compares features as they are; leave out --layers, "
             f"--projector and {FEATURE_ONLY}"
         )
-    if not settings.distances:
+    if not settings.method.distances:
         raise UserError("--distances is empty; name at least one, such as cw2")
-    if len(settings.seeds) > 1:
-        raise UserError(f"--seeds {settings.seeds}: one seed is measured; pass one")
-    if settings.coordinator or (settings.processes or 1) > 1:
+    if len(settings.run.seeds) > 1:
+        raise UserError(f"--seeds {settings.run.seeds}: one seed is measured; pass one")
+    if settings.run.coordinator or (settings.run.processes or 1) > 1:
         raise UserError("the theorem is measured by one process; leave --processes out")
 
 
-def default_out(settings) -> Path:
-    """Folder of the runs."""
-    return Path("runs") / f"{settings.dataset}-{settings.recipe}-theorem"
-
-
-def train(settings, images: int, console):
-    """Trains teacher and students, or reads what is there.
-
-    Args:
-      settings: of the command.
-      images: number of evaluation images to measure on, at most.
-      console: to print on.
-
-    Returns:
-      ``(problem, teacher, labels, epochs)``: the teacher as `Seen`, `Epochs` by the
-      name of the student's run.
-    """
-    out = settings.out or default_out(settings)
-    problem = cifar.prepare(settings, out)
-    source = find_teacher(problem)
-    runs.check_distances(problem, source.model)
+def _check_widths(problem):
     widths = [of["features"].shape[-1] for of in problem.shapes]
     if widths[0] != widths[1]:
         raise UserError(
             f"the student's features have width {widths[0]}, the teacher's "
             f"{widths[1]}; the theorem needs one: --width, --teacher-width"
         )
-    planned = list(runs.student_runs(problem, known_digest(source)))
-    for run in planned:
-        runs.check_folder(run, out)
-    labels = problem.parts.eval_labels
-    chosen = data.balanced_subset(labels, min(images, len(labels)), seed=0)
-    shown, labels = problem.parts.eval_images[chosen], labels[chosen]
-    reporter = cifar.Reporter(console, settings.progress and console.is_terminal)
-    out.mkdir(parents=True, exist_ok=True)
-    with cifar.only_one(out), reporter.progress:
-        teacher = load_teacher(source, reporter)
-        reporter.progress.console.print(f"teacher: {teacher.accuracy:.2f} %")
+
+
+def train(settings, images: int, console):
+    """Trains teacher and students, or reads what is there.
+
+    Args:
+      settings: settings of the command.
+      images: number of evaluation images to measure on, at most.
+      console: where lines are printed.
+
+    Returns:
+      ``(problem, teacher, labels, epochs)``: the teacher as `Seen`, `Epochs` by the
+      name of the student's run.
+    """
+    options = {"suffix": SUFFIX, "check": _check_widths}
+    with study.open(settings, console, **options) as opened:
+        problem, teacher = opened.problem, opened.teacher
+        labels = problem.parts.eval_labels
+        chosen = data.balanced_subset(labels, min(images, len(labels)), seed=0)
+        shown, labels = problem.parts.eval_images[chosen], labels[chosen]
         seen = seen_by(problem, teacher.model, teacher.variables, shown, "teacher")
-        model = problem.model(settings.student_model, settings.width)
+        model = problem.student
         epochs = {}
-        for run in runs.student_runs(problem, teacher.digest):
-            kept = epochs[run.name] = Epochs(run, out, len(labels))
+        for run in opened.runs:
+            kept = epochs[run.name] = Epochs(run, problem.out, len(labels))
 
             def observe(epoch, variables, kept=kept):
                 kept.write(epoch, seen_by(problem, model, variables, shown, "student"))
 
-            result = training.train(problem, run, model, teacher, reporter, observe)
+            result = opened.train(run, observe)
             kept.check()
-            reporter.progress.console.print(f"{run.label}: {result['accuracy']:.2f} %")
+            opened.say(f"{run.label}: {result['accuracy']:.2f} %")
     return problem, seen, labels, epochs
 
 
@@ -218,7 +214,7 @@ def told_epochs(count: int) -> list[int]:
 
 
 def chain_table(records: Sequence[Mapping], about: str) -> dict[str, object]:
-    """The chain as a table of `report.markdown`."""
+    """The chain as a table of `table.markdown`."""
     rows = []
     for record in records:
         if record["epoch"] not in told_epochs(record["epochs"]):
@@ -275,17 +271,17 @@ def picture(record: Mapping, path: Path) -> Path:
 
 def _captions(settings, problem, labels, teacher, shown, draws, devices):
     """What the two tables were measured on."""
-    networks = f"{settings.teacher_model} to {settings.student_model}"
+    networks = f"{settings.networks.teacher_model} to {settings.networks.student_model}"
     deviation = teacher.features - teacher.features.mean(0)
     spread = float(np.mean(np.sum(deviation**2, axis=1))) ** 0.5
     where = (
         f"{devices['device_count']} × {devices['device']}, JAX {devices['jax']}, "
         f"commit {devices['commit']}."
     )
-    part = "held-out training" if settings.held_out else "test"
+    part = "held-out training" if settings.data.held_out else "test"
     chain = (
-        f"{settings.dataset}, recipe {settings.recipe}: {networks}, seed "
-        f"{settings.seeds[0]}; n = m = {len(labels)} {part} images of "
+        f"{settings.data.dataset}, recipe {settings.run.recipe}: {networks}, seed "
+        f"{settings.run.seeds[0]}; n = m = {len(labels)} {part} images of "
         f"{len(problem.parts.eval_labels)}; unsquared exact distances, risks over the "
         f"Lipschitz constant of their loss; the teacher's spread is {spread:.3g}."
     )
@@ -316,7 +312,7 @@ def record_of(settings, options, console) -> dict[str, object]:
         for epoch, last[name] in kept.read():
             found = risks.measure(last[name], teacher, labels)
             chain.append({**about, "epoch": epoch, **found})
-    shown = settings.distances[0]
+    shown = settings.method.distances[0]
     console.print(f"{shown}: measuring batches")
     bias = estimates.of_batches(
         *(last[shown], teacher, labels), batches=options.batches, draws=options.draws
@@ -343,7 +339,7 @@ def record_of(settings, options, console) -> dict[str, object]:
         "chain": chain,
         "bias": bias,
         "tables": tables,
-        "command": report.command(
+        "command": table.command(
             as_json(settings), " ".join(["theorem.py", *own, "--"])
         ),
         "environment": environment,
@@ -408,14 +404,14 @@ def main(arguments: list[str]) -> int:
         _check_options(options)
         settings = parse(["--distances", "cw2", *options.settings])
         _check(settings)
-        console = cifar.console()
+        console = terminal.console()
         record = record_of(settings, options, console)
-        out = settings.out or default_out(settings)
+        out = study.default_out(settings, SUFFIX)
         path = options.json or out / "theorem.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         records.write_json(path, record)
         picture(record, path.with_suffix(".png"))
-        print(report.markdown(record))
+        print(table.markdown(record))
         console.print(f"{path}, {path.with_suffix('.png')}")
         if failed := risks.violations(record["chain"]):
             more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
@@ -426,7 +422,7 @@ def main(arguments: list[str]) -> int:
         count = sum(1 for one in record["chain"] for _ in risks.links(one))
         console.print(f"{count} inequalities hold, tolerance {TOLERANCE:g}")
 
-    return cifar.answer_errors(work)
+    return terminal.answer_errors(work)
 
 
 if __name__ == "__main__":

@@ -106,10 +106,10 @@ def test_a_sharded_loss_is_of_all_devices():
 
 @pytest.mark.bench
 def test_choose(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
     import choose
     import plain_jax
-    import report
+
+    from kddm_jax.experiment.report import table as report
 
     monkeypatch.setattr(plain_jax, "STEPS", 30)
     line = ["--examples", "plain_jax", "--grid", "0.5", "2"]

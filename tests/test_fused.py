@@ -1,18 +1,12 @@
 """The distances of experiments/fused.py: what their prices do to the plan."""
 
-import sys
-from pathlib import Path
-
+import fused
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import kddm_jax
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
-
-import fused  # noqa: E402
 
 pytestmark = pytest.mark.slow  # they compile a program each
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import language
 import numpy as np
 import pytest
 
@@ -15,9 +16,7 @@ import kddm_jax
 from kddm_jax import distill_loss, procrustes
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
 
-import language  # noqa: E402
 
 TINY = language.parse(["--fast"])
 TEXT = np.frombuffer(b"def f(x):\n    return x + 1\n\n" * 20, np.uint8)
@@ -333,7 +332,7 @@ def run(folder, *options):
 
 @pytest.mark.bench
 def test_language(tmp_path, monkeypatch):
-    import report
+    from kddm_jax.experiment.report import table as report
 
     line = ("--seeds", "0", "1", "--weights", "cka=0.25")
     results, page, printed = run(tmp_path, *line)

@@ -73,8 +73,7 @@ def test_the_pages_of_results_have_tables():
 
 @pytest.mark.parametrize("page", WITH_TABLES)
 def test_tables_are_rendered_from_their_json(page, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    import report
+    from kddm_jax.experiment import render
 
     text = (ROOT / page).read_text()
-    assert report.fill(ROOT / page) == text
+    assert render.fill(ROOT / page) == text

@@ -1,0 +1,1 @@
+"""Runs the experiments: settings, the study, training and the report."""

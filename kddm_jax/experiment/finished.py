@@ -1,0 +1,110 @@
+"""Reads the folder of a finished study: its data, its teacher and its students.
+
+A folder of ``kddm distill`` holds ``results.json`` and the checkpoints of each run:
+enough to compute the outputs of both networks for the same images later.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import linen as nn
+
+from kddm_jax import checkpoint
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import change, from_json
+from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training.teacher import Source, find_teacher, variables_of
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The folder of a finished study.
+
+    Attributes:
+      problem: its settings, on one device; its data.
+      results: of ``results.json``.
+      teacher: its network, variables and digest.
+    """
+
+    problem: problems.Problem
+    results: dict[str, Any]
+    teacher: Source
+
+    def student(self, name: str, seed: int) -> tuple[nn.Module, object]:
+        """Loads a student.
+
+        Args:
+          name: "student" for the one that learnt alone, or a method.
+          seed: of its run.
+
+        Returns:
+          ``(network, variables)``, the variables on the host, without projectors.
+
+        Raises:
+          UserError: there is no checkpoint, or it is of other data or another teacher.
+          CheckpointError: the checkpoint is damaged, or of another network.
+        """
+        problem = self.problem
+        folder = runs.folder_of(problem.out, name, seed)
+        path = checkpoint.find(folder)
+        if path is None:
+            raise UserError(
+                f"{folder} has no checkpoint; run the command of {problem.out} again, "
+                "or choose another --distance or --seed"
+            )
+        made: Any = checkpoint.read_meta(path)["run"]
+        for what, wanted in {
+            "data": problem.data_digest,
+            "teacher": self.teacher.digest,
+        }.items():
+            if made.get(what, wanted) != wanted:
+                raise UserError(
+                    f"{path} was made with {what}={made[what]}, found here is {wanted};"
+                    f" pass the {what} that it was made with"
+                )
+        model = problem.student
+        return model, variables_of(problem, path, model)
+
+
+def load(
+    folder: Path, *, data_dir: Path | None = None, teacher: Path | None = None
+) -> Finished:
+    """Opens the folder of a finished command.
+
+    Args:
+      folder: ``--out`` of cifar.py.
+      data_dir: of the data; None: where the command had them.
+      teacher: its checkpoint, where one was given and lies elsewhere now.
+
+    Returns:
+      Its data and teacher; students are read one by one.
+
+    Raises:
+      UserError: not finished, or the teacher has no checkpoint.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} has no results.json: it is not finished; run its command "
+            "(experiments/cifar.py) to the end"
+        )
+    results = records.read_json(path)
+    settings = from_json(results["settings"])
+    cache = settings.run.compilation_cache
+    given = teacher or settings.networks.teacher or runs.folder_of(folder, "teacher", 0)
+    if checkpoint.find(given) is None:
+        raise UserError(
+            f"the teacher of {folder} has no checkpoint in {given}; pass --teacher"
+        )
+    settings = change(
+        settings,
+        data_dir=data_dir or settings.run.data_dir,
+        teacher=given,
+        compilation_cache=cache if cache and cache.is_dir() else None,
+        devices=1,  # however many it was trained on
+        **dict.fromkeys(("distance_group", "coordinator", "processes", "process")),
+    )
+    problem = problems.prepare(settings, folder)
+    return Finished(problem, results, find_teacher(problem))

@@ -1,0 +1,104 @@
+"""Reads and writes the JSON of runs, and describes what they were measured with."""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.machine.errors import UserError
+
+
+def _commit() -> str:
+    """Returns the commit of a checkout, or the version of an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        try:
+            return f"version {version('kddm-jax')}"
+        except PackageNotFoundError:
+            return "unknown"
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def _command() -> str:
+    """Returns the command line of this process, without the folders of this machine."""
+    script = Path(sys.argv[0])
+    if script.suffix != ".py" or script.name == "__main__.py":
+        return shlex.join(["kddm", *sys.argv[1:]])
+    return shlex.join(["python", f"experiments/{script.name}", *sys.argv[1:]])
+
+
+def environment(devices) -> dict[str, Any]:
+    """Describes the machine and the software that numbers are measured with."""
+    cpu = f"CPU ({os.cpu_count()} cores)"
+    return {
+        "command": _command(),
+        "commit": _commit(),
+        "device": cpu if devices[0].platform == "cpu" else devices[0].device_kind,
+        "device_count": len(devices),
+        "process_count": processes.count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a JSON file, completely or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:  # a full disk names no file
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]:
+    """Reads a JSON file that a command wrote.
+
+    Args:
+      path: path of the file.
+      cure: the remedy that the error names.
+
+    Returns:
+      Its content.
+
+    Raises:
+      UserError: it is not readable.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as JSON; {cure}") from error
+
+
+def distance_of(record: dict[str, Any], name: str) -> object | None:
+    """Sums the unweighted distance of an epoch over layers; None without a distance."""
+    layers = [
+        value
+        for key, value in record.items()
+        if "/" not in key and key.split("@")[0] == name  # "/": diagnostics
+    ]
+    return sum(layers) if layers else None

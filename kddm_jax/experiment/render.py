@@ -1,0 +1,94 @@
+"""The command ``kddm report``: renders results again from their JSON.
+
+    kddm report runs/digits-laptop
+    kddm report experiments/results/digits.json
+    kddm report experiments/README.md
+
+For a folder of ``kddm distill`` it writes table, curves and page again. For a JSON file
+it prints the table. In a Markdown page it replaces the tables between their marks.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from kddm_jax.experiment import distill
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.machine.records import read_json
+from kddm_jax.experiment.machine.terminal import answer_errors
+from kddm_jax.experiment.report import table
+
+ABOUT = "Renders tables, curves and pages of finished runs again."
+BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def _rendered(paths):
+    files = [read_json(path) for path in paths]
+    if all("held_out_accuracy" in results for results in files):
+        return table.weights_markdown(files)
+    if len(files) > 1:
+        raise UserError(
+            f"{' '.join(map(str, paths))}: of several files only grids of "
+            "choose_weights.py are one table"
+        )
+    return table.markdown(files[0])
+
+
+def fill(page: Path) -> str:
+    """Renders the tables of a Markdown page.
+
+    Args:
+      page: a page with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around each
+        table, files relative to the page; several files of choose_weights.py make one
+        table.
+
+    Returns:
+      The text of the page, each table rendered from its JSON.
+    """
+
+    def render(match):
+        rendered = _rendered([page.parent / name for name in match[2].split()])
+        return f"{match[1]}{rendered}{match[3]}"
+
+    return BLOCK.sub(render, page.read_text())
+
+
+def folder(path: Path) -> None:
+    """Writes the table, the curves and the page of a folder of results again."""
+    # Jinja2 and Matplotlib are imported where there is something to draw.
+    from kddm_jax.experiment.report import page
+
+    results = read_json(path / "results.json")
+    known = (path / "embedding.json").exists()
+    embedding = read_json(path / "embedding.json") if known else None
+    distill.write(results, path)
+    page.write(results, embedding, path)
+    print(path / "report.html")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns its exit status.
+
+    A page that cannot be rendered is left as it is.
+    """
+    parser = argparse.ArgumentParser(description=ABOUT, prog="kddm report")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="folder of results, JSON file, or Markdown page",
+    )
+    given = parser.parse_args(arguments)
+
+    def work():
+        for path in given.paths:
+            if path.suffix == ".md":
+                path.write_text(fill(path))
+            elif path.suffix == ".json":
+                print(_rendered([path]))
+            else:
+                folder(path)
+
+    return answer_errors(work)

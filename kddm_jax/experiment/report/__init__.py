@@ -1,0 +1,1 @@
+"""Renders results: tables, curves and the page."""

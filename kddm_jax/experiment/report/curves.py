@@ -1,0 +1,198 @@
+"""Draws learning curves, and the quality of the teacher's layers."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+
+from kddm_jax.experiment.machine.records import distance_of
+
+mpl.use("Agg")
+from cycler import cycler  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+DPI = 110
+COLOURS = 128  # of a picture's palette: a third of the bytes
+# Ten colours come once as lines and once as dots and dashes.
+CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
+PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher taught
+
+
+def plain(text: object) -> str:
+    """Escapes a string for Matplotlib, where a $ would begin a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def save(figure, path: Path) -> Path:
+    """Writes a figure as a small PNG and closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI)
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = (
+        Image.open(buffer).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    )
+    picture.save(path, optimize=True)
+    return path
+
+
+def svg(figure) -> str:
+    """Renders a figure as an SVG element and closes it.
+
+    Text stays text, and equal figures give equal strings.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "kddm_jax", "svg.fonttype": "none"}):
+        keys = ("Creator", "Date", "Format", "Type")
+        figure.savefig(buffer, format="svg", dpi=200, metadata=dict.fromkeys(keys))
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def scatter(axes, points, labels, count: int, **style):
+    """Draws points ``[n, 2]`` in their classes' colours; returns the colours."""
+    hues = plt.get_cmap("tab10" if count <= 10 else "turbo", count)
+    axes.scatter(*points.T, c=hues(labels), linewidths=0.6, **style)
+    return hues
+
+
+def series(runs: Sequence[Mapping], value: Callable):
+    """Averages a number of the runs' histories over seeds.
+
+    Args:
+      runs: of one method, a seed each, as in ``result.json``.
+      value: of an epoch's record; None where it was not measured.
+
+    Returns:
+      ``(epochs, mean, spread)``, the spread being the standard deviation over seeds,
+      zero for one seed.
+    """
+    epochs = [r["epoch"] for r in runs[0]["history"] if value(r) is not None]
+    rows = np.array(
+        [[value(r) for r in run["history"] if value(r) is not None] for run in runs]
+    )
+    spread = rows.std(0, ddof=1) if len(runs) > 1 else np.zeros(rows.shape[1])
+    return epochs, rows.mean(0), spread
+
+
+def draw(axes, runs: Sequence[Mapping], value: Callable, **style) -> None:
+    """Draws `series` as a line and, of several seeds, a band; nothing if not measured.
+
+    Args:
+      axes: of Matplotlib.
+      runs: as of `series`.
+      value: likewise.
+      **style: of the line.
+    """
+    epochs, mean, spread = series(runs, value)
+    if not epochs:
+        return
+    (line,) = axes.plot(epochs, mean, **style)
+    if len(runs) > 1:
+        band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(epochs, mean - spread, mean + spread, **band)
+
+
+def panels(
+    groups: Mapping[str, Sequence[Mapping]],
+    styles: Mapping[str, Mapping],
+    part: str,
+    *,
+    relative: bool = False,
+):
+    """Draws accuracy, cross-entropy and distance, a curve for each group of runs.
+
+    Args:
+      groups: of runs, by any key.
+      styles: of the lines, by the same key; their label among it.
+      part: of the images, in the axis's name.
+      relative: whether distances are drawn as shares of their first epoch's, as those
+        of several kinds must be.
+
+    Returns:
+      The figure and its three axes.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for one in axes:
+        one.set_prop_cycle(CYCLE)
+        one.set_xlabel("epoch")
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for key, runs in groups.items():
+        style = {"linewidth": 1.2, **styles[key]}
+        draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
+        draw(axes[1], runs, lambda r: r.get("task"), **style)
+        distance = lambda r, name=runs[0]["name"]: distance_of(r, name)
+        if relative and (first := series(runs, distance)[1][:1]).any():
+            distance = lambda r, of=distance, by=float(first[0]): of(r) / by
+        draw(axes[2], runs, distance, **style)
+    axes[0].set(ylabel=f"accuracy on {part} images, %")
+    axes[1].set(ylabel="cross-entropy of training", yscale="log")
+    share = " / its first epoch's" if relative else ""
+    axes[2].set(ylabel=f"distance in training{share}", yscale="log")
+    return figure, axes
+
+
+def seeds_of(runs: Sequence[Mapping]) -> str:
+    """Describes in words what a curve is made of."""
+    count = len(runs)
+    return f"{count} seeds, mean and standard deviation" if count > 1 else "1 seed"
+
+
+def of_runs(results: Mapping):
+    """Draws the learning curves of all runs: mean and spread over seeds.
+
+    Args:
+      results: as in ``results.json``.
+
+    Returns:
+      The figure.
+    """
+    groups: dict[str, list] = {}
+    for run in results["runs"]:
+        groups.setdefault(run["name"], []).append(run)
+    part = "held-out" if results["settings"]["held_out"] else "test"
+    styles = {
+        name: {"label": plain(runs[0]["title"]), **(PLAIN if name == "student" else {})}
+        for name, runs in groups.items()
+    }
+    figure, axes = panels(groups, styles, part, relative=True)
+    line = {"color": "grey", "linewidth": 1, "linestyle": ":"}
+    axes[0].axhline(results["teacher"]["accuracy"], label="teacher", **line)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, fontsize="small", loc="outside right upper")
+    if not axes[2].lines:  # students alone
+        axes[2].set_axis_off()
+    figure.suptitle(
+        f"{plain(results['settings']['dataset'])}: "
+        f"{seeds_of(next(iter(groups.values())))}"
+    )
+    return figure
+
+
+def of_layers(record: Mapping, path: Path) -> Path:
+    """Draws quality and its parts against the teacher's layer.
+
+    Args:
+      record: as in ``quality.json``.
+      path: of the picture.
+
+    Returns:
+      The path.
+    """
+    layers = list(record["layers"])
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for letter, style in (("Q", "-o"), ("S", ":"), ("I", "--"), ("E", "-.")):
+        values = [record["layers"][layer][letter] for layer in layers]
+        axes.plot(values, style, label=letter, markersize=3)
+    chosen = [layers.index(pair.split(":")[1]) for pair in record["pairs"]]
+    best = [record["layers"][layers[i]]["Q"] for i in chosen]
+    axes.plot(chosen, best, "kx", markersize=9, label="chosen")
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize="small")
+    axes.set(ylabel="quality", title="the teacher's layers, from the first to the last")
+    axes.legend(fontsize="small")
+    return save(figure, path)

@@ -1,0 +1,198 @@
+"""Maps the features of teacher and students to the plane, for the page.
+
+Pooled features of at most 1,000 evaluation images, from the last checkpoint of the
+first seed of each distance.  A student whose coordinates its distance ties to the
+teacher's lies on the teacher's axes, with the teacher behind it; any other may be
+turned against it and has axes of its own.  A repeated command finds all in
+``embedding.json``.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import linen as nn
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from kddm_jax import checkpoint, data
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
+from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training.outputs import features_of
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.experiment.training.teacher import Teacher, variables_of
+
+IMAGES = 1000  # at most
+SEED = 42  # the released code's
+FEWEST = 5  # images that make a picture
+
+
+def ties_axes(name: str, settings: Settings) -> bool:
+    """Returns whether a method compares pooled features coordinate by coordinate.
+
+    Args:
+      name: of the run.
+      settings: of the command.
+
+    Returns:
+      False for students alone, distances of maps or predictions, those that take
+      features of any width, and where other layers or projected ones are compared.
+    """
+    if (
+        name in (*runs.ALONE, FEATURE_ONLY)
+        or settings.method.layers
+        or settings.method.projector
+    ):
+        return False
+    row = methods.find(name)
+    return "features" in row.inputs and "widths" not in row.promises
+
+
+def tsne(points: np.ndarray) -> np.ndarray:
+    """Maps points ``[n, d]`` to the plane by t-SNE, always to the same places."""
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    made = TSNE(2, perplexity=perplexity, init="pca", random_state=SEED)
+    return made.fit_transform(points)
+
+
+def project(
+    method: str, features: np.ndarray, teacher: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Maps features to the plane.
+
+    Args:
+      method: "pca" or "tsne".
+      features: ``[n, d]``.
+      teacher: None, or ``[m, d]``, to be seen on the same axes: PCA's are the
+        teacher's then, t-SNE maps both together.
+
+    Returns:
+      Of the features ``[n, 2]``, of the teacher ``[m, 2]`` or None.
+    """
+    both = features if teacher is None else np.concatenate([features, teacher])
+    if method == "pca":
+        axes = PCA(2, svd_solver="full").fit(features if teacher is None else teacher)
+        points = axes.transform(both)
+    else:
+        points = tsne(both)
+    n = len(features)
+    return points[:n], None if teacher is None else points[n:]
+
+
+def _as_json(points):
+    """Rounds points to four digits."""
+    return (
+        points if points is None else [[float(f"{v:.4g}") for v in p] for p in points]
+    )
+
+
+class Network(NamedTuple):
+    """A network, as `features_of` takes it."""
+
+    model: nn.Module
+    variables: object
+
+
+def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]]:
+    """Yields the first run of each name, and its result."""
+    seen = set()
+    planned = runs.student_runs(problem, teacher.digest)
+    for run, result in zip(planned, results, strict=True):
+        if run.name not in seen:
+            seen.add(run.name)
+            yield run, result
+
+
+def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
+    """Yields name, title and network of the teacher and of each first seed."""
+    yield "teacher", "teacher", teacher
+    model = problem.student
+    for run, _ in _first_seeds(problem, teacher, results):
+        try:
+            path = checkpoint.find(run.folder(problem.out))
+            if path is None:
+                raise checkpoint.CheckpointError("its checkpoints are gone")
+            network = Network(model, variables_of(problem, path, model))
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"no picture of {run.name}: {error}", stacklevel=2)
+            continue
+        yield run.name, run.title, network
+
+
+def _compute(problem, teacher, results):
+    """Computes the panels and describes them."""
+    settings, parts = problem.settings, problem.parts
+    count = min(IMAGES, len(parts.eval_labels))
+    chosen = np.sort(data.balanced_subset(parts.eval_labels, count, seed=0))
+    panels: list[dict[str, Any]] = []
+    followed = np.zeros((0, 0))
+    for name, title, network in _networks(problem, teacher, results):
+        features = features_of(problem, network, "features", parts.eval_images, chosen)
+        if name == "teacher":
+            followed = features
+        if min(features.shape) < 2 or len(features) < FEWEST:
+            continue
+        tied = ties_axes(name, settings) and features.shape == followed.shape
+        if not np.isfinite(features).all():
+            warnings.warn(f"no picture of {name}: its features overflow", stacklevel=2)
+            continue
+        points, behind = project(
+            settings.run.embedding, features, followed if tied else None
+        )
+        panels.append(
+            {
+                "name": name,
+                "title": title,
+                "points": _as_json(points),
+                "behind": _as_json(behind),
+            }
+        )
+    return {
+        "classes": list(problem.dataset.class_names),
+        "labels": parts.eval_labels[chosen].tolist(),
+        "panels": panels,
+    }
+
+
+def find(
+    problem: Problem, teacher: Teacher, results: Sequence[Mapping]
+) -> dict[str, Any] | None:
+    """Returns the features in the plane; computes them unless the folder has them.
+
+    Args:
+      problem: data, devices, settings.
+      teacher: whom the students follow.
+      results: of the students, in the order of `runs.student_runs`.
+
+    Returns:
+      ``classes`` and ``labels`` of the images, and ``panels``: ``name``, ``title``,
+      ``points`` and, on the teacher's axes, its points as ``behind``; None where the
+      settings ask for none.
+    """
+    method = problem.settings.run.embedding
+    if method == "none":
+        return None
+    digest = lambda value: hashlib.sha256(
+        json.dumps(value, sort_keys=True).encode()
+    ).hexdigest()[:16]
+    firsts = _first_seeds(problem, teacher, results)
+    made_of = {
+        "seed": SEED,
+        "method": method,
+        "teacher": teacher.digest,
+        "runs": {run.name: digest(result) for run, result in firsts},
+    }
+    path = Path(problem.out) / "embedding.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: it can be made again
+        found = None
+    if not isinstance(found, dict) or found.get("made_of") != made_of:
+        found = {"made_of": made_of, **_compute(problem, teacher, results)}
+        records.write_json(path, found)
+    return found

@@ -1,0 +1,284 @@
+"""Renders a study as one HTML file: table, curves, features, time and settings.
+
+``kddm distill`` writes it as ``report.html``, and ``kddm report FOLDER`` renders it
+again from ``results.json`` and ``embedding.json``. It opens without a network and on a
+phone: figures are Matplotlib's SVG, and Jinja2 escapes every other string.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from kddm_jax.experiment.recipes import defaults
+from kddm_jax.experiment.report import curves, table
+from kddm_jax.experiment.report.curves import plt
+from kddm_jax.experiment.settings import as_json
+
+HERE = Path(__file__).resolve().parent
+STATS = {  # of a solver: the name of its axis
+    "converged": "share of steps that converged",
+    "iterations": "iterations",
+    "marginal_error": "marginal error",
+}
+
+
+# ---------------------------------------------------------------------------
+# What the page shows.
+
+
+def _groups(results) -> dict[str, list[Mapping]]:
+    """Groups runs by name, students alone first."""
+    groups: dict[str, list[Mapping]] = {}
+    for run in results["runs"]:
+        groups.setdefault(run["name"], []).append(run)
+    return groups
+
+
+class Solver(NamedTuple):
+    """Diagnostics of the solver of a term.
+
+    Attributes:
+      title: of the run and, where they differ, the term.
+      converged: mean share of steps, and of the worst epoch.
+      iterations: mean, and of the worst epoch.
+      marginal_error: mean, and of the worst epoch.
+    """
+
+    title: str
+    converged: str = ""
+    iterations: str = ""
+    marginal_error: str = ""
+
+
+FORMATS = {
+    "converged": lambda v: (f"{100 * v.mean():.4g} %", f"{100 * v.min():.4g} %"),
+    "iterations": lambda v: (f"{v.mean():.1f}", f"{v.max():.1f}"),
+    "marginal_error": lambda v: (f"{v.mean():.2g}", f"{v.max():.2g}"),
+}
+
+
+def _solved(results):
+    """Yields ``(name, term, title, statistic, runs)`` of every solver of a term."""
+    for name, runs in _groups(results).items():
+        for key in runs[0]["history"][0]:
+            term, _, stat = key.rpartition("/")
+            if term and stat in STATS:
+                title = runs[0]["title"]
+                title = title if term == name else f"{title}, {term}"
+                yield name, term, title, stat, runs
+
+
+def solvers(results: Mapping[str, Any]) -> list[Solver]:
+    """Summarizes the diagnostics of the transport solvers.
+
+    Args:
+      results: as in ``results.json``.
+
+    Returns:
+      A row for each term that has a solver.
+    """
+    rows = {}
+    for name, term, title, stat, runs in _solved(results):
+        records = [record for run in runs for record in run["history"]]
+        values = [r[f"{term}/{stat}"] for r in records if f"{term}/{stat}" in r]
+        mean, worst = FORMATS[stat](np.array(values))
+        text = mean if mean == worst else f"{mean} ({worst})"
+        row = rows.get((name, term), Solver(title))
+        rows[name, term] = row._replace(**{stat: text})
+    return [*rows.values()]
+
+
+def solver_curves(results: Mapping[str, Any]):
+    """Plots the diagnostics of the solvers by epoch; None where there are none."""
+    solved = [*_solved(results)]
+    if not solved:
+        return None
+    figure, axes = plt.subplots(1, len(STATS), figsize=(12, 3.6), layout="constrained")
+    for one, (stat, name) in zip(axes, STATS.items(), strict=True):
+        one.set_prop_cycle(curves.CYCLE)
+        for _, term, title, which, runs in solved:
+            if which == stat:
+                value = lambda record, key=f"{term}/{stat}": record.get(key)
+                style = {"label": curves.plain(title), "linewidth": 1.2}
+                curves.draw(one, runs, value, **style)
+        one.set(xlabel="epoch", ylabel=name)
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
+    converged, _, error = axes
+    converged.set_ylim(-0.02, 1.02)
+    error.set_yscale("log")
+    lines = converged.get_legend_handles_labels()
+    figure.legend(*lines, fontsize="small", loc="outside right upper")
+    return figure
+
+
+MOST_NAMED = 20  # classes in a legend
+COLUMNS = 4  # panels side by side
+
+
+def features(embedding: Mapping[str, Any]):
+    """Draws the features of each network in the plane, a panel each.
+
+    Args:
+      embedding: as in ``embedding.json``.
+
+    Returns:
+      The figure.
+    """
+    labels, shown = np.asarray(embedding["labels"]), embedding["panels"]
+    names, rows = embedding["classes"], -(-len(shown) // COLUMNS)
+    figure, axes = plt.subplots(
+        *(rows, COLUMNS), figsize=(12, 3.2 * rows), layout="constrained", squeeze=False
+    )
+    for one in axes.flat:
+        one.set_axis_off()
+    dots = {"s": 7, "rasterized": True}  # one picture, not an element for each
+    for one, panel in zip(axes.flat, shown, strict=False):
+        one.set_axis_on()
+        behind = np.asarray(panel["behind"] or np.zeros((0, 2)))
+        one.scatter(*behind.T, color="lightgrey", **dots)
+        points = np.asarray(panel["points"])
+        hues = curves.scatter(one, points, labels, len(names), **dots)
+        whose = "the teacher's axes" if len(behind) else "its own axes"
+        title = curves.plain(panel["title"])
+        one.set_title(f"{title}, {whose}", fontsize="small")
+        one.set(xticks=[], yticks=[])
+    if shown and len(names) <= MOST_NAMED:
+        marks = [
+            Line2D([], [], color=hues(i), linestyle="", marker="o", label=label)
+            for i, label in enumerate(map(curves.plain, names))
+        ]
+        figure.legend(handles=marks, fontsize="small", loc="outside right upper")
+    return figure
+
+
+RUN_COLUMNS = (
+    *("", "seed", "λ", "last %", "best %", "best epoch", "seconds"),
+    *("to first step, s", "images/s", "steps skipped"),
+)
+
+
+def _number(value, form):
+    return "–" if value is None else form.format(value)
+
+
+def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Makes a row for the teacher, if it was trained, and for every run.
+
+    Args:
+      results: as in ``results.json``.
+
+    Returns:
+      Strings, in the order of `RUN_COLUMNS`.
+    """
+    teacher = results["teacher"]
+    made = [{**teacher, "title": "teacher", "seed": 0, "weight": 0, "name": "teacher"}]
+    rows = []
+    for run in [*(made if teacher["timing"] else []), *results["runs"]]:
+        timing, history = run["timing"], run.get("history") or []
+        alone = run["name"] in ("teacher", "student")
+        rows.append(
+            (
+                run["title"],
+                str(run["seed"]),
+                "" if alone else f"{run['weight']:g}",
+                f"{run['accuracy']:.2f}",
+                f"{run['best_accuracy']:.2f}",
+                _number(run.get("best_epoch"), "{}"),
+                f"{timing['seconds']:.1f}",
+                _number(timing.get("seconds_to_first_step"), "{:.1f}"),
+                _number(timing.get("images_per_second"), "{:.0f}"),
+                str(sum(record.get("skipped", 0) for record in history)),
+            )
+        )
+    return rows
+
+
+def _setting(value):
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """Returns each setting, its value, and whether it differs from the recipe."""
+    plain = as_json(defaults(settings["dataset"], settings["recipe"]))
+    text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
+    changed = lambda name, value: text(plain.get(name, value)) != text(value)
+    return [(name, _setting(v), changed(name, v)) for name, v in settings.items()]
+
+
+def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Describes what the runs were made with; lists several values if they differ."""
+    made = [run["environment"] for run in [*results["runs"], results["teacher"]]]
+    made = [environment for environment in made if environment]
+    names = [name for name in made[0] if name != "command"]
+    values = lambda name: sorted({str(e[name]) for e in made if name in e})
+    return [(name.replace("_", " "), ", ".join(values(name))) for name in names]
+
+
+def _summary(results, rows):
+    """Returns title and accuracy of student, teacher and the best distilled student."""
+    student, teacher, *distilled = [(row[0], row[1]) for row in rows]
+    cards = [("student alone", student[1]), teacher]
+    if distilled:
+        best = max(distilled, key=lambda row: float(row[1].split()[0]))
+        some = f", highest of {len(distilled)}" if len(distilled) > 1 else ""
+        cards.append((f"{best[0]}{some}", best[1]))
+    return cards
+
+
+def render(
+    results: Mapping[str, Any], embedding: Mapping[str, Any] | None = None
+) -> str:
+    """Renders the page.
+
+    Args:
+      results: as in ``results.json``.
+      embedding: as in ``embedding.json``; None: no picture of features.
+
+    Returns:
+      HTML, one file that needs no other.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    picture = lambda figure: figure and Markup(curves.svg(figure))
+    shown = features(embedding) if embedding and embedding["panels"] else None
+    return environment.get_template("report.html.jinja").render(
+        settings=results["settings"],
+        conditions=table.conditions(results),
+        command=table.command(results["settings"]),
+        columns=table.COLUMNS,
+        rows=table.table(results),
+        cards=_summary(results, table.table(results)),
+        curves=picture(curves.of_runs(results)),
+        embedding=embedding,
+        method=embedding and embedding["made_of"]["method"],
+        features=picture(shown),
+        run_columns=RUN_COLUMNS,
+        run_rows=run_rows(results),
+        solver_rows=solvers(results),
+        solver_curves=picture(solver_curves(results)),
+        environment=environment_rows(results),
+        settings_rows=settings_rows(results["settings"]),
+    )
+
+
+def write(
+    results: Mapping[str, Any], embedding: Mapping[str, Any] | None, out: Path
+) -> None:
+    """Writes ``report.html``."""
+    (out / "report.html").write_text(render(results, embedding), encoding="utf-8")

@@ -1,0 +1,286 @@
+"""Renders tables of results in the terminal and in Markdown.
+
+The table is KD2M's: student, teacher, one row per distance, with mean and standard
+deviation over seeds and the share of the gap between student and teacher that a
+distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from kddm_jax.distances import DISTANCES
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.recipes import defaults
+from kddm_jax.experiment.settings import FILES, PLACES, as_json
+
+COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
+
+
+def _standard_error(accuracies, images):
+    """Computes the error of a mean accuracy: over seeds, or binomial from one run."""
+    mean = float(np.mean(accuracies))
+    if len(accuracies) > 1:
+        return float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
+    return math.sqrt(max(mean * (100 - mean), 0.0) / images)
+
+
+def gap_closed(
+    accuracy: float,
+    student: Sequence[float],
+    teacher: float,
+    images: int,
+) -> float | None:
+    """Computes the share of the gap from student to teacher, in percent.
+
+    Args:
+      accuracy: of the distilled student, percent.
+      student: accuracies of the student alone, one per seed.
+      teacher: accuracy of the teacher.
+      images: number of images that they were measured on.
+
+    Returns:
+      ``100 (accuracy - student) / (teacher - student)``, or None where the gap is
+      under two standard errors: a share of nothing.
+    """
+    gap = teacher - float(np.mean(student))
+    error = math.hypot(
+        _standard_error(student, images), _standard_error([teacher], images)
+    )
+    if gap <= 2 * error:
+        return None
+    return 100 * (accuracy - float(np.mean(student))) / gap
+
+
+def _spread(values):
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Makes the table's rows.
+
+    Args:
+      results: as in ``results.json``.
+
+    Returns:
+      Rows of strings, in the order of `COLUMNS`.
+    """
+    teacher, images = results["teacher"], results["eval_images"]
+    runs: dict[str, list[dict]] = {}
+    for run in results["runs"]:
+        runs.setdefault(run["name"], []).append(run)
+    alone = [run["accuracy"] for run in runs["student"]]
+    spent = teacher["timing"] and teacher["timing"]["seconds"]
+    trained = teacher["best_accuracy"] is not None
+    rows = []
+    for name, group in runs.items():
+        last = [run["accuracy"] for run in group]
+        closed = gap_closed(float(np.mean(last)), alone, teacher["accuracy"], images)
+        distilled = name != "student"
+        rows.append(
+            (
+                group[0]["title"],
+                _spread(last),
+                _spread([run["best_accuracy"] for run in group]),
+                f"{closed:.0f} %" if distilled and closed is not None else "–",
+                f"{group[0]['weight']:g}" if distilled else "",
+                f"{np.mean([run['timing']['seconds'] for run in group]):.0f}",
+            )
+        )
+    row = (
+        "teacher",
+        f"{teacher['accuracy']:.2f}",
+        f"{teacher['best_accuracy']:.2f}" if trained else "",
+        "",
+        "",
+        f"{spent:.0f}" if spent is not None else "",
+    )
+    return [rows[0], row, *rows[1:]]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Renders the table and what it was measured on as Markdown.
+
+    Args:
+      results: as in ``results.json``; or of another command, which brings its own
+        ``columns``, ``rows``, ``caption`` and ``command``, or several ``tables`` of
+        these, the command being that of them all.
+
+    Returns:
+      The table, an empty line, the caption; of several tables one after the other.
+    """
+    if "tables" in results:
+        *first, last = results["tables"]
+        last = {**last, "command": results["command"]}
+        return "\n".join(markdown(one) for one in (*first, last))
+    if "rows" in results:
+        columns, rows = results["columns"], results["rows"]
+        made_by = f" `{results['command']}`" if "command" in results else ""
+        below = results["caption"] + made_by
+    else:
+        columns, rows, below = COLUMNS, table(results), caption(results)
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n\n" + below + "\n"
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    """Describes what the table was measured on, and by which command."""
+    return f"{conditions(results)} `{command(results['settings'])}`"
+
+
+def conditions(results: Mapping[str, Any]) -> str:
+    """Describes what the table was measured on."""
+    settings, teacher = results["settings"], results["teacher"]
+    # A repeated command keeps finished runs: their own environments count.
+    made = [run["environment"] for run in [*results["runs"], teacher]]
+    made = [environment for environment in made if environment]
+    part = "held-out training" if settings["held_out"] else "test"
+    seeds = len(settings["seeds"])
+    names = (teacher["model"], settings["student_model"])
+    widths = (teacher["width"], settings["width"])
+    residual = [name.startswith("ResNet") for name in names]
+    pair = [
+        f"{name} (width {width})" if of_width else name
+        for name, width, of_width in zip(names, widths, residual, strict=True)
+    ]
+    stem = f", {settings['stem']} stem" if any(residual) else ""
+    return (
+        f"{settings['dataset']}, recipe {settings['recipe']}: "
+        f"{pair[0]} to {pair[1]}{stem}; accuracy on "
+        f"{results['eval_images']} {part} images; {seeds} seed"
+        f"{'s' if seeds > 1 else ''}; "
+        f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
+        f"JAX {_all(made, 'jax')}, {_sources(made)}."
+    )
+
+
+def command(settings: Mapping, script: str = "cifar.py") -> str:
+    """Returns the command that gives these settings, without folders of one machine."""
+    plain = as_json(defaults(settings["dataset"], settings["recipe"]))
+    words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
+    if settings["recipe"] != "laptop":
+        words += ["--recipe", settings["recipe"]]
+    for name, value in settings.items():
+        known = name in plain  # not a setting of an earlier version
+        if not known or name in PLACES or _plain(value) == _plain(plain[name]):
+            continue
+        option = name.replace("_", "-")
+        words.append(f"--no-{option}" if value is False else f"--{option}")
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, dict):
+            words += [str(part) for pair in value.items() for part in pair]
+        elif isinstance(value, list | tuple):
+            words += [str(part) for part in value]
+        elif name in FILES:
+            words.append(Path(value).name)
+        else:
+            words.append(str(value))
+    return " ".join(words)
+
+
+def _plain(value):
+    """Returns a value as JSON reads it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sources(environments):
+    """Names the commits, or the versions of an installed package."""
+    found = _all(environments, "commit")
+    return found if found.startswith("version ") else f"commit {found}"
+
+
+def _all(environments, name):
+    return ", ".join(sorted({str(environment[name]) for environment in environments}))
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    """Prints the table on a terminal."""
+    view = Table(*COLUMNS, title=results["settings"]["dataset"])
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for row in table(results):
+        view.add_row(*row)
+    console.print(view)
+
+
+def show_quality(record: dict[str, Any], console: Console) -> None:
+    """Prints the quality of the teacher's layers; those chosen are marked."""
+    view = Table("layer", "S", "I", "E", "Q", "followed by", title="knowledge quality")
+    followers = {pair.split(":")[1]: pair.split(":")[0] for pair in record["pairs"]}
+    for layer, quality in record["layers"].items():
+        numbers = [f"{quality[letter]:.3f}" for letter in "SIEQ"]
+        view.add_row(layer, *numbers, followers.get(layer, ""))
+    console.print(view)
+
+
+def _check_alike(first, other):
+    alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
+    for name in alike:
+        pair = [choice["settings"].get(name) for choice in (first, other)]
+        if pair[0] != pair[1]:
+            raise UserError(
+                f"grids with {name}={pair[0]} and {name}={pair[1]} make no table; "
+                "render each alone"
+            )
+
+
+def weights_markdown(choices: Sequence[dict[str, Any]]) -> str:
+    """Renders the held-out accuracies of choose_weights.py, all grids in one table.
+
+    Args:
+      choices: as in ``weights.json``, of one setting; a distance that several of them
+        tried has one row.
+
+    Returns:
+      A row for each distance, a column for each lambda; the best in bold; "diverged"
+      where the loss did not stay finite.
+    """
+    first = choices[0]
+    for choice in choices:
+        _check_alike(first, choice)
+    accuracy: dict[str, dict[str, float]] = {}
+    for choice in choices:
+        for name, row in choice["held_out_accuracy"].items():
+            accuracy.setdefault(name, {}).update(row)
+    tried = sorted({weight for row in accuracy.values() for weight in row}, key=float)
+    lines = [
+        "| λ | " + " | ".join(tried) + " |",
+        "|---" * (len(tried) + 1) + "|",
+    ]
+    for name, row in accuracy.items():
+        cells = []
+        for weight in tried:
+            value = row.get(weight)
+            cell = "" if value is None else f"{value:.1f}" if value else "diverged"
+            best = value and value == max(row.values())
+            cells.append(f"**{cell}**" if best else cell)
+        lines.append("| " + " | ".join([_title(name), *cells]) + " |")
+    settings = first["settings"]
+    seeds = len(settings["seeds"])
+    seen = (
+        ", which the teacher has seen" if settings.get("teacher_saw_held_out") else ""
+    )
+    made = [choice["environment"] for choice in choices]
+    below = (
+        f"{settings['dataset']}: accuracy on {settings['held_out']} held-out training "
+        f"images{seen}, {seeds} seed{'s' if seeds > 1 else ''}; "
+        f"teacher {first['teacher']:.2f}; {_all(made, 'device')}, "
+        f"JAX {_all(made, 'jax')}, {_sources(made)}."
+    )
+    return "\n".join(lines) + "\n\n" + below + "\n"
+
+
+def _title(name):
+    return DISTANCES[name].title if name in DISTANCES else name

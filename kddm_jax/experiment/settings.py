@@ -1,0 +1,476 @@
+"""The settings of the command: typed, and grouped by what they are about.
+
+The groups are frozen dataclasses inside `Settings`. On the command line and in JSON
+their fields are flat, since every name occurs once. `identity` says which settings
+decide the result of a run: all of them, except the group `Run`. The recipes are in
+`recipes.py`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from kddm_jax.distances import DISTANCES
+from kddm_jax.experiment.machine.errors import UserError
+
+FEATURE_ONLY = "feature_only"
+KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
+MODELS = (
+    *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
+    *("TeacherMLP", "StudentMLP"),
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set, and which of its images are used."""
+
+    dataset: str = "digits"
+    """Name of the data set: digits (embedded), cifar10, cifar100, svhn, mnist,
+    fashion_mnist, folder (of images), or a set prepared by TFDS."""
+    image_size: int | None = None
+    """Pixels a side to which the middle square of every image is resized; None keeps
+    images as they are."""
+    skip_damaged: bool = False
+    """Skip damaged images of a folder or a TFDS set, with a warning."""
+    train_images: int | None = None
+    """Number of images that the teacher sees, a stratified choice; None uses all."""
+    student_images: int | None = None
+    """Number of images that students see, chosen among the teacher's; None uses all of
+    them."""
+    test_images: int | None = None
+    """Number of test images to evaluate on, a stratified choice; None uses all."""
+    held_out: int = 0
+    """Number of training images to keep from training and to evaluate on, instead of
+    the test set; for choosing lambda."""
+    views: int | None = None
+    """Number of fixed augmented copies of each image; the teacher is run on them once
+    for all students. None draws new ones at every step."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images."""
+
+    padding: int = 4
+    """Pixels of padding of the random crop."""
+    flip: bool = True
+    """Flip images horizontally at random."""
+    degrees: float = 0.0
+    """Largest angle of the random rotation."""
+    shift: float = 0.0
+    """Largest random displacement, as a share of the image."""
+    zoom: float = 0.0
+    """Largest random change of scale, as a share of the image."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Teacher and student."""
+
+    teacher: Path | None = None
+    """Checkpoint, or run folder, of a trained teacher; None trains one."""
+    teacher_model: str = "ResNet34"
+    """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
+    module:function. The function is called with num_classes and, if it takes them,
+    stem, width, dtype and axis_name."""
+    student_model: str = "ResNet18"
+    """The same for the student."""
+    pretrained_teacher: Path | None = None
+    """Weights of a torchvision ResNet (.safetensors, .npz, .pth) from which the teacher
+    starts. They are grown if the teacher is deeper, and their head is replaced if the
+    classes differ."""
+    pretrained_student: Path | None = None
+    """The same for every student."""
+    stem: str = "cifar"
+    """First layers of ResNets: cifar (3x3) or imagenet (7x7/2 and max pooling)."""
+    width: int = 64
+    """Width of the networks; 64 is the published one. ResNets: channels of the first
+    stage; features have 8 times as many. MobileNetV2: channels are multiplied by
+    width / 64, features have at least 1280. ViT: tokens and features have 3 times as
+    many."""
+    teacher_width: int | None = None
+    """Width of the teacher; None uses the student's."""
+    dtype: str = "float32"
+    """Type of the computations, float32 or bfloat16; parameters are float32."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How students learn from the teacher."""
+
+    distances: tuple[str, ...] = KD2M
+    """Distances to distil with, one student for each: keys of the catalogue, distances
+    of your own as module:NAME, or feature_only (labels train the head alone)."""
+    weight: float | None = None
+    """Lambda of every distance; None uses --weights, then the catalogue's with --scale
+    teacher, else 1e-4, that of the released code."""
+    weights: dict[str, float] | None = None
+    """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
+    weight_schedule: str = "constant"
+    """Schedule of every lambda: constant; warmup (rises from zero over the first half
+    of the steps); decay (falls to zero by half a cosine over all steps)."""
+    scale: str | None = None
+    """teacher: divide squared distances by the teacher's mean squared deviation, which
+    makes lambda dimensionless; None: raw values, as in the paper."""
+    layers: tuple[str, ...] = ()
+    """Pairs of layers that every distance compares instead of the pooled features:
+    STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. If there are none, feature_only uses the
+    teacher's layers of highest quality."""
+    projector: str | None = None
+    """Learned map of the student's layers to the teacher's width: dense, conv (1x1) or
+    conv3 (three layers); None uses no map."""
+    view: str = "pool"
+    """Maps in distances of features: pool (their average) or positions (every position
+    is a sample)."""
+    quality_images: int = 5000
+    """Number of training images, as many of each class, on which the quality of layers
+    is measured."""
+    head: tuple[str, ...] | None = None
+    """Modules of the student that labels train in feature_only; None uses those that
+    follow its features."""
+    distance_group: int | None = None
+    """Number of devices that gather features from each other; None uses all. A smaller
+    group is another loss: the mean over groups of the distance of each group's
+    images."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How the networks are trained."""
+
+    teacher_epochs: int = 15
+    """Number of epochs of the teacher."""
+    epochs: int = 15
+    """Number of epochs of each student."""
+    eval_every: int = 1
+    """Number of epochs between evaluations; the last epoch is always evaluated."""
+    batch_size: int = 128
+    """Number of images in a batch, over all devices."""
+    optimizer: str = "sgd"
+    """Name of the optimizer: sgd or adamw."""
+    lr: float = 1e-2
+    """Peak learning rate."""
+    lr_end: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    schedule: str = "cosine-epoch"
+    """Schedule of the learning rate: cosine-epoch (constant within an epoch, as in the
+    released code), cosine (per step, after --warmup), onecycle (rises by a cosine over
+    the first 30 %, then falls almost to zero), constant (as in the released
+    baseline)."""
+    warmup: float = 0.0
+    """Share of the steps over which the rate rises from zero (cosine only)."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Use Nesterov momentum."""
+    weight_decay: float = 0.0
+    """Decay of all parameters: an L2 penalty with sgd, as torch.optim.SGD has it, and
+    decoupled with adamw."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where, how fast and how often runs are made; decides no result."""
+
+    recipe: str = "laptop"
+    """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
+    or feature_only."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; for each, one student alone and one for each distance."""
+    out: Path | None = None
+    """Folder of the results; None uses runs/<dataset>-<recipe>."""
+    data_dir: Path | None = None
+    """Folder of the data; None searches $KDDM_DATA_DIR, or ./data and
+    ~/.cache/kddm_jax, and for TFDS sets $TFDS_DATA_DIR and ~/tensorflow_datasets."""
+    teacher_saw_held_out: bool = False
+    """Accept a --teacher that may have been trained on the held-out images; students
+    never are."""
+    devices: int | None = None
+    """Number of devices of all processes together; None uses all."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, one on each host; None asks Cloud
+    TPU and Slurm, and otherwise runs this process alone."""
+    processes: int | None = None
+    """Number of processes; 1 runs this one alone, wherever it is."""
+    process: int | None = None
+    """Index of this process, from 0."""
+    stream_above: float | None = None
+    """Megabytes of training images above which they stay in host memory and are read
+    ahead; None uses a quarter of the device's memory."""
+    checkpoint_seconds: float = 30.0
+    """Least number of seconds between checkpoints. A checkpoint is always written at
+    the end of a run and on SIGTERM."""
+    on_nonfinite: str = "stop"
+    """What to do after a step whose loss or gradient is not finite: stop, or skip,
+    which counts such steps in the history and warns. Such a step changes nothing."""
+    embedding: str = "pca"
+    """Picture of the features in report.html: pca, tsne (slower) or none."""
+    compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
+    """Folder that keeps compiled programs for later commands."""
+    progress: bool = True
+    """Show a live bar on a terminal; otherwise print one line for each epoch."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Distils a teacher into students by matching distributions of their features.
+
+    Trains the teacher, the student alone, and one student per distance and seed, then
+    prints the table. Rerun the same command to resume it; finished runs are not
+    repeated.
+    """
+
+    data: Data = field(default_factory=Data)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    networks: Networks = field(default_factory=Networks)
+    method: Method = field(default_factory=Method)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    run: Run = field(default_factory=Run)
+
+
+GROUPS: Mapping[str, type] = {f.name: f.type for f in fields(Settings)}  # type: ignore
+GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}
+
+
+# ---------------------------------------------------------------------------
+# Flat names.
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Returns all settings by their name, without their groups."""
+    return {
+        f.name: getattr(getattr(settings, group), f.name)
+        for group, kind in GROUPS.items()
+        for f in fields(kind)
+    }
+
+
+def change(settings: Settings, **values: object) -> Settings:
+    """Replaces some settings, given by their name without the group."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        groups.setdefault(GROUP_OF[name], {})[name] = value
+    changed = {
+        group: replace(getattr(settings, group), **own) for group, own in groups.items()
+    }
+    return replace(settings, **changed)
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """Returns the settings as JSON values, by their name."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in flat(settings).items()
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> Settings:
+    """Reads the settings that `as_json` wrote; those that are missing get defaults."""
+    found = {}
+    for kind in GROUPS.values():
+        for of in fields(kind):
+            if of.name in values:
+                value = values[of.name]
+                if value is not None and Path in get_args(of.type):
+                    value = Path(value)
+                found[of.name] = tuple(value) if isinstance(value, list) else value
+    return change(Settings(), **found)
+
+
+# ---------------------------------------------------------------------------
+# What decides a result.
+
+# The identity of a run names these otherwise: files by their digests, and of several
+# distances, weights and seeds the run's own.
+NAMED_OTHERWISE = (
+    *("teacher", "pretrained_teacher", "pretrained_student", "teacher_width"),
+    *("distances", "weight", "weights", "distance_group"),
+)
+OF_STUDENTS = ("student_model", "student_images", "epochs", "views")
+OF_TEACHER = ("teacher_model", "teacher_epochs")
+OF_FEATURE_ONLY = ("head", "quality_images")
+# Settings that each of several processes may have for itself.
+OWN = (
+    *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
+    *("teacher", "pretrained_teacher", "pretrained_student"),
+)
+# Settings that a table does not mention, and files that it mentions by their name.
+PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress", "embedding")
+FILES = ("pretrained_teacher", "pretrained_student")
+
+
+def identity(settings: Settings, name: str) -> dict[str, Any]:
+    """Returns the settings that decide the result of a run.
+
+    They are those of all groups but `Run`, without those of other runs: the teacher's
+    run does not depend on how students learn, and a student alone has no method.
+
+    Args:
+      settings: the settings of the command.
+      name: "teacher", "student" (alone), or a distance.
+    """
+    left_out = {*NAMED_OTHERWISE, *(OF_STUDENTS if name == "teacher" else OF_TEACHER)}
+    if name != FEATURE_ONLY:
+        left_out |= {*OF_FEATURE_ONLY}
+    groups = {*GROUPS} - {"run"}
+    if name in ("teacher", "student"):
+        groups -= {"method"}
+    return {
+        key: value
+        for key, value in as_json(settings).items()
+        if GROUP_OF[key] in groups and key not in left_out
+    }
+
+
+# ---------------------------------------------------------------------------
+# What can be wrong with settings alone.
+
+
+def _require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+def check(settings: Settings) -> None:
+    """Raises a `UserError` if the settings contradict each other or their ranges."""
+    _check_distances(settings)
+    _check_choices(settings)
+    _check_ranges(settings)
+    _check_processes(settings)
+
+
+def _check_distances(settings):
+    names = settings.method.distances
+    for name in names:
+        module, _, attribute = name.partition(":")
+        own = bool(module and attribute)
+        known = ", ".join((*DISTANCES, FEATURE_ONLY, "one of yours as module:NAME"))
+        _require(
+            name in DISTANCES or name == FEATURE_ONLY or own,
+            f"unknown distance {name!r}; known: {known}",
+        )
+    _require(len(set(names)) == len(names), f"--distances names one twice: {names}")
+    given = {
+        **(settings.method.weights or {}),
+        "--weight": settings.method.weight or 0.0,
+    }
+    for name, value in given.items():
+        finite = math.isfinite(value) and value >= 0
+        _require(finite, f"weight of {name} must be a number >= 0, got {value}")
+    for name in settings.method.weights or {}:
+        _require(
+            name in names,
+            f"--weights names {name!r}, which is not among --distances "
+            f"({', '.join(names)})",
+        )
+
+
+def _check_choices(settings):
+    values = flat(settings)
+    for name, known in {
+        "stem": ("cifar", "imagenet"),
+        "dtype": ("float32", "bfloat16"),
+        "optimizer": ("sgd", "adamw"),
+        "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
+        "scale": (None, "teacher"),
+        "weight_schedule": ("constant", "warmup", "decay"),
+        "projector": (None, "dense", "conv", "conv3"),
+        "view": ("pool", "positions"),
+        "embedding": ("pca", "tsne", "none"),
+        "on_nonfinite": ("stop", "skip"),
+    }.items():
+        value = values[name]
+        names = ", ".join(str(k) for k in known)
+        _require(value in known, f"unknown {name} {value!r}; known: {names}")
+    teacher, pretrained = values["teacher"], values["pretrained_teacher"]
+    _require(
+        teacher is None or pretrained is None,
+        f"--teacher {teacher} is trained already; leave out either it or "
+        f"--pretrained-teacher {pretrained}",
+    )
+
+    for name in ("teacher_model", "student_model"):
+        value = values[name]
+        module, colon, function = value.partition(":")
+        _require(
+            value in MODELS or (module and function),
+            f"unknown {name} {value!r}; known: {', '.join(MODELS)}, or a function of "
+            "yours as module:function",
+        )
+
+
+def _check_processes(settings):
+    values = flat(settings)
+    options = ("coordinator", "processes", "process")
+    coordinator, processes, process = (values[name] for name in options)
+    if (coordinator, process) == (None, None) and processes in (None, 1):
+        return
+    missing = [f"--{name}" for name in options if values[name] is None]
+    _require(
+        not missing,
+        f"several processes need {', '.join(missing)}, too: --coordinator HOST:PORT, "
+        "--processes N, --process I",
+    )
+    host, _, port = coordinator.rpartition(":")
+    _require(
+        host and port.isdecimal(),
+        f"--coordinator must be HOST:PORT of the first process, got {coordinator!r}",
+    )
+    _require(
+        0 <= process < processes,
+        f"--process must be in [0, {processes}), got {process}",
+    )
+
+
+def _check_ranges(settings):
+    values = flat(settings)
+    positive = (
+        "width teacher_width epochs teacher_epochs batch_size lr devices "
+        "distance_group eval_every train_images student_images "
+        "test_images quality_images views image_size processes"
+    )
+    for name in positive.split():
+        value = values[name]
+        _require(
+            value is None or value > 0,
+            f"--{name.replace('_', '-')} must be positive, got {value}",
+        )
+    not_negative = (
+        "held_out padding lr_end weight_decay momentum warmup stream_above "
+        "degrees shift zoom"
+    )
+    for name in not_negative.split():
+        value = values[name]
+        if value is None:
+            continue
+        below = value < 1 or name not in ("momentum", "warmup", "shift", "zoom")
+        _require(
+            value >= 0 and below,
+            f"--{name.replace('_', '-')} must be >= 0"
+            f"{'' if below else ' and < 1'}, got {value}",
+        )
+    seeds = settings.run.seeds
+    _require(seeds, "--seeds needs at least one seed")
+    outside = [seed for seed in seeds if not 0 <= seed < 2**32]
+    _require(not outside, f"--seeds must be in [0, 2**32), got {outside}")
+    _require(len(set(seeds)) == len(seeds), f"--seeds names one twice: {seeds}")
+
+
+RELEASED_WEIGHT = 1e-4
+
+
+def weight_of(settings: Settings, distance: str) -> float:
+    """Lambda of one distance: --weights, then --weight, then its default."""
+    weights = settings.method.weights or {}
+    if distance in weights:
+        return weights[distance]
+    if settings.method.weight is not None:
+        return settings.method.weight
+    if distance == FEATURE_ONLY:
+        return 1.0
+    if not settings.method.scale:
+        return RELEASED_WEIGHT
+    return DISTANCES[distance].weight if distance in DISTANCES else 1.0

@@ -1,0 +1,336 @@
+"""Turns a method's name into the loss of the train step, and into projectors.
+
+A method is a key of the catalogue, one's own distance as ``module:NAME``, or
+``feature_only``: no label reaches the backbone (arXiv 2511.14981).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kddm_jax import DISTANCES, Distance, Term, distill_loss
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, change
+from kddm_jax.experiment.training import models
+from kddm_jax.losses import carries_weights, get_distance
+from kddm_jax.networks.projectors import (
+    PROJECTORS,
+    add_projectors,
+    init_projectors,
+    projected_apply,
+)
+
+# The modules behind the features, where they are not "fc".
+# The students' layers in the paper; of another network, four at equal distances.
+STUDENT_LAYERS = {
+    "ResNet9": tuple(f"stage{stage}_block1" for stage in (1, 2, 3, 4)),
+    "MobileNetV2": ("block3", "block6", "block13", "block17"),
+    "ViT": ("block2", "block4", "block6", "block8"),
+}
+COUNT = 4
+HEADS = {"MobileNetV2": ("classifier_1",), "ViT": ("heads_head",)}
+Shapes = Mapping[str, Any]  # of models.shapes
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as the train step takes it.
+
+    Attributes:
+      distance: a row of the catalogue or Terms, as `distill_loss` takes it.
+      options: of `distill_loss`.
+      projectors: a module for each student layer that is projected.
+      head: the student's modules that alone learn from labels; None: all do.
+    """
+
+    distance: Any = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    projectors: Mapping[str, nn.Module] = field(default_factory=dict)
+    head: tuple[str, ...] | None = None
+
+
+def find(name: str) -> Distance:
+    """Finds a distance in the catalogue or in a module of the user.
+
+    Args:
+      name: a key, or ``module:NAME``, a `Distance` or a function of ``(x, y)``.
+
+    Returns:
+      The row.
+
+    Raises:
+      UserError: there is no such distance.
+    """
+    if name in DISTANCES:
+        return DISTANCES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        return get_distance(getattr(models.load_module(module), attribute))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"distance {name!r}: {error}; the module is looked for in the working "
+            "folder and among the installed packages"
+        ) from error
+
+
+def needs_class_cost(name: str) -> bool:
+    """Returns whether a method takes a cost between classes, made from the teacher."""
+    if name == FEATURE_ONLY:
+        return False
+    row = find(name)
+    known = inspect.signature(row.fn).parameters
+    return "class_cost" in known and "class_cost" not in row.options
+
+
+def digest(name: str) -> str | None:
+    """Hashes the file of a user's distance: once edited, it is another run."""
+    if name in DISTANCES or name == FEATURE_ONLY:
+        return None
+    find(name)
+    return models.source_digest(name)
+
+
+def title(name: str) -> str:
+    """Returns the name of a method in tables."""
+    if name == FEATURE_ONLY:
+        return "features only"
+    return find(name).title or name
+
+
+def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns all layers of a network by depth, pooled features last."""
+    return {**shapes["maps"], "features": shapes["features"]}
+
+
+def pairs(settings: Settings) -> list[tuple[str, str, float]]:
+    """Parses ``--layers`` into (student's layer, teacher's layer, weight)."""
+    found = []
+    for text in settings.method.layers:
+        student, colon, rest = text.partition(":")
+        teacher, _, weight = rest.partition(":")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            number = -1.0
+        if not (student and colon and teacher) or not number >= 0:
+            raise UserError(
+                f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
+                "such as stage4_block2:stage4_block3:0.5"
+            )
+        found.append((student, teacher, number))
+    return found
+
+
+def _projector(kind: str, x, y) -> nn.Module:
+    """Builds a projector from a student's layer to a teacher's."""
+    if len(x.shape) == 2:
+        return PROJECTORS["dense"](y.shape[-1])
+    kind = "conv" if kind == "dense" else kind  # the same linear map, of positions
+    grid = tuple(y.shape[1:3]) if len(y.shape) == 4 else (1, 1)
+    options = {"axis_name": "batch"} if kind == "conv3" else {}
+    return PROJECTORS[kind](y.shape[-1], grid=grid, **options)
+
+
+def _check_layer(option: str, who: str, name: str, shapes: Shapes):
+    layers = layers_of(shapes)
+    if name not in layers:
+        raise UserError(
+            f"{option}: the {who} has no layer {name!r}; it has {', '.join(layers)}"
+        )
+    return layers[name]
+
+
+def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
+    """Makes a term for each pair of layers, and the projectors that they need."""
+    terms, projectors = [], {}
+    for student, teacher, weight in chosen:
+        of_student = _check_layer("--layers", "student", student, x)
+        of_teacher = _check_layer("--layers", "teacher", teacher, y)
+        terms.append(make_term(student, teacher, weight, of_teacher))
+        if settings.method.projector is not None:
+            kind = "dense" if len(of_student.shape) == 2 else settings.method.projector
+            projectors[student] = _projector(kind, of_student, of_teacher)
+    return tuple(terms), projectors
+
+
+def _named(row, name):
+    """Renames a distance, so that its value has the method's name."""
+    if name in DISTANCES:
+        return name
+    fn = functools.wraps(row.fn)(lambda *arrays, **options: row.fn(*arrays, **options))
+    fn.__name__ = name
+    return row._replace(fn=fn)
+
+
+def make(
+    settings: Settings,
+    name: str,
+    weight: float,
+    student: Shapes,
+    teacher: Shapes,
+    options: Mapping[str, Any],
+) -> Method:
+    """Makes a method for two networks.
+
+    Args:
+      settings: of the command.
+      name: of the method.
+      weight: lambda.
+      student: shapes of the student's layers.
+      teacher: shapes of the teacher's layers.
+      options: of the distance, beyond the catalogue's.
+
+    Returns:
+      The method.
+
+    Raises:
+      UserError: a layer that a network does not have.
+    """
+    if name == FEATURE_ONLY:
+        return _feature_only(settings, weight, student, teacher)
+    row, chosen = find(name), pairs(settings)
+    layered = {"features", "maps"} & set(row.inputs)
+    if not chosen and "maps" in row.inputs:  # the last ones
+        chosen = [(list(student["maps"])[-1], list(teacher["maps"])[-1], 1.0)]
+    if not layered or not (chosen or settings.method.projector):
+        return Method(_named(row, name), {"scale": settings.method.scale, **options})
+
+    def term(of_student, of_teacher, share, _):
+        return Term(
+            row,
+            weight * share,
+            layers=(of_student, of_teacher),
+            options=options,
+            name=name if len(chosen) < 2 else f"{name}@{of_student}",
+            view=settings.method.view,
+        )
+
+    chosen = chosen or [("features", "features", 1.0)]
+    terms, projectors = _terms(settings, chosen, term, student, teacher)
+    return Method(terms, {"scale": settings.method.scale}, projectors)
+
+
+def _feature_only(settings, weight, student, teacher):
+    """(lambda / K) sum_k mean (projected student - teacher)^2; labels for the head."""
+    chosen = pairs(settings)
+
+    def term(of_student, of_teacher, share, layer):
+        # l2 sums over channels, the method averages over every element.
+        return Term(
+            "l2",
+            weight * share / len(chosen) / layer.shape[-1],
+            layers=(of_student, of_teacher),
+            name=f"{FEATURE_ONLY}@{of_student}",
+            view="positions",
+        )
+
+    terms, projectors = _terms(settings, chosen, term, student, teacher)
+    head = settings.method.head or HEADS.get(settings.networks.student_model, ("fc",))
+    if missing := sorted(set(head) - set(student["modules"])):
+        raise UserError(
+            f"--head {' '.join(missing)}: the student's modules are "
+            f"{', '.join(student['modules'])}"
+        )
+    return Method(terms, {}, projectors, head=tuple(head))
+
+
+def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
+    """Returns the student's layers that feature_only trains, from first to last."""
+    if settings.networks.student_model in STUDENT_LAYERS:
+        return STUDENT_LAYERS[settings.networks.student_model]
+    own = [layer for layer in student["maps"] if layer != "stem"]
+    if len(own) < COUNT:
+        return tuple(own)
+    return tuple(own[(i + 1) * len(own) // COUNT - 1] for i in range(COUNT))
+
+
+def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
+    """Checks in advance the layers that quality will choose."""
+    own, known = student_layers(settings, student), teacher["maps"]
+    if len(known) < len(own):
+        raise UserError(
+            f"feature_only: the teacher has {len(known)} layers, the student follows "
+            f"{len(own)}; name the pairs by --layers"
+        )
+    widths = {known[name].shape[-1] for name in known}
+    widths |= {student["maps"][name].shape[-1] for name in own}
+    if settings.method.projector is None and len(widths) > 1:
+        raise UserError(
+            f"feature_only: layers have widths {sorted(widths)}; pass --projector conv"
+        )
+    chosen = [f"{a}:{b}" for a, b in zip(own, list(known)[-len(own) :], strict=True)]
+    _feature_only(change(settings, layers=tuple(chosen)), 1.0, student, teacher)
+
+
+def check(
+    name: str, method: Method, student: Shapes, teacher: Shapes, batch: int
+) -> None:
+    """Traces a method on the shapes to come, to find errors before any training.
+
+    Args:
+      name: of the method.
+      method: to check.
+      student: shapes of the student's layers.
+      teacher: shapes of the teacher's layers.
+      batch: size of a batch.
+
+    Raises:
+      UserError: it does not take such layers.
+    """
+
+    def loss(x, y, s, t, labels):
+        return distill_loss(
+            x, y, labels, s, t,
+            distance=method.distance, key=jax.random.key(0), **method.options,
+        )  # fmt: skip
+
+    x, y = layers_of(student), layers_of(teacher)
+    try:
+        for layer, projector in method.projectors.items():
+            x[layer] = jax.eval_shape(
+                lambda a, p=projector: p.init_with_output(jax.random.key(0), a)[0],
+                x[layer],
+            )
+        labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        jax.eval_shape(loss, x, y, student["logits"], teacher["logits"], labels)
+    except (ValueError, TypeError) as error:
+        text = str(error).splitlines()[0]
+        cure = ", that is --projector" if "projectors" in text else ""
+        raise UserError(f"distance {name}: {text}{cure}") from error
+
+
+def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
+    """Adds the variables of the method's projectors to the student's.
+
+    Args:
+      method: how it learns.
+      variables: of the student.
+      key: of the projectors' draw.
+      student: shapes of its layers.
+
+    Returns:
+      The tree that `apply_of` takes; unchanged without projectors.
+    """
+    if not method.projectors:
+        return variables
+    own = init_projectors(key, method.projectors, dict[str, Any](layers_of(student)))
+    return jax.device_get(add_projectors(variables, own))
+
+
+def teacher_layers(method: Method) -> tuple[str, ...]:
+    """Returns the names of the teacher's maps that a method compares."""
+    if not carries_weights(method.distance):
+        return ()
+    layers = {term.layers[1] for term in method.distance}
+    return tuple(sorted(layers - {"features"}))
+
+
+def apply_of(method: Method, apply: Callable) -> Callable:
+    """Adds the method's projectors to the student's apply function."""
+    return projected_apply(apply, method.projectors) if method.projectors else apply

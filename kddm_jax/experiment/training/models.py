@@ -1,0 +1,136 @@
+"""Builds networks by name, or by a user's ``module:function``."""
+
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.networks.mlp import StudentMLP, TeacherMLP
+from kddm_jax.networks.mobilenet import MobileNetV2
+from kddm_jax.networks.vit import ViT
+from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
+
+# The names that `settings.MODELS` lists.
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
+    "ResNet9": ResNet9,
+    "ResNet18": ResNet18,
+    "ResNet34": ResNet34,
+    "MobileNetV2": MobileNetV2,
+    "ViT": ViT,
+    "TeacherMLP": TeacherMLP,
+    "StudentMLP": StudentMLP,
+}
+
+
+def load_module(name: str) -> ModuleType:
+    """Imports a module, also from the working folder, as `python -m` does."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _find(name: str):
+    """Finds the function that builds a network."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    module, _, function = name.partition(":")
+    try:
+        return getattr(load_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"model {name!r}: {error}; the module is looked for in the working folder "
+            "and among the installed packages"
+        ) from error
+
+
+def source_digest(name: str) -> str | None:
+    """Hashes the file behind ``module:NAME``; returns None for a known name."""
+    module, colon, _ = name.partition(":")
+    if not colon:
+        return None
+    file = getattr(load_module(module), "__file__", None)
+    if file is None:
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+def build(name: str, **options: object) -> nn.Module:
+    """Builds a network.
+
+    Args:
+      name: a known name, or ``module:function``.  The function is called with those
+        of the options that it has: ``num_classes``, which it must have, ``stem``,
+        ``width``, ``dtype``, ``axis_name``.
+      **options: their values.
+
+    Returns:
+      A Linen module whose ``__call__(images, train=...)`` gives something with
+      ``logits``, ``features`` and ``maps``.
+
+    Raises:
+      UserError: there is no such function, it does not take ``num_classes``, refuses
+        an option, or gives something else.
+    """
+    make = _find(name)
+    known = inspect.signature(make).parameters
+    if "num_classes" not in known:
+        raise UserError(f"model {name!r} does not take num_classes; add the argument")
+    try:
+        model = make(**{k: v for k, v in options.items() if k in known})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model {name!r} gives {type(model).__name__}, not a flax.linen.Module; "
+            "wrap yours in one"
+        )
+    return model
+
+
+def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
+    """Returns the shapes of a network's outputs for a batch, without computing them.
+
+    Args:
+      name: as the command has it, for errors.
+      model: the network.
+      image: ``(h, w, c)``.
+      batch: number of images.
+
+    Returns:
+      Its outputs, of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      UserError: it does not take such images or gives no logits, features and maps.
+    """
+    images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
+    names, modules = [], []  # in their order: what comes out of a trace is sorted
+
+    def trace(key, images):
+        outputs, variables = model.init_with_output(key, images)
+        names.extend(outputs.maps)
+        modules.extend(variables["params"])
+        return outputs.features, outputs.logits, dict(outputs.maps)
+
+    try:
+        features, logits, maps = jax.eval_shape(trace, jax.random.key(0), images)
+        maps = {name: maps[name] for name in names}
+        return {
+            "features": features,
+            "logits": logits,
+            "maps": maps,
+            "modules": tuple(modules),
+        }
+    except (TypeError, ValueError, AttributeError) as error:
+        text = str(error).splitlines()[0]
+        raise UserError(
+            f"model {name!r} on images {list(image)}: {text}; it must take (images, "
+            "train=...) and give logits, features and maps"
+        ) from error

@@ -1,0 +1,317 @@
+"""Prepares what the runs of a study share: images on the devices and programs."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from kddm_jax import adapters, data, train_step
+from kddm_jax.data import augment, stream
+from kddm_jax.experiment.machine import processes, signals
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import Settings
+from kddm_jax.experiment.training import methods, models, pretrained, views
+
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images that teacher and students are trained and evaluated on."""
+
+    teacher: np.ndarray
+    student: np.ndarray
+    eval_images: np.ndarray
+    eval_labels: np.ndarray
+
+
+def split(dataset: data.Dataset, settings: Settings) -> Split:
+    """Chooses stratified, nested parts of the training set, equal in all runs."""
+    labels = dataset.train_labels
+    train, held_out, kept = np.arange(len(labels)), None, settings.data.held_out
+    if kept >= len(labels):
+        raise UserError(
+            f"--held-out {kept}: there are only {len(labels)} training images; lower it"
+        )
+    if kept:
+        train, held_out = data.stratified_split(labels, kept, seed=0)
+
+    def choose(indices, count, option):
+        if count is None:
+            return indices
+        if count > len(indices):
+            raise UserError(
+                f"--{option} {count}: there are only {len(indices)} images; lower it"
+            )
+        return indices[data.balanced_subset(labels[indices], count, seed=0)]
+
+    teacher = choose(train, settings.data.train_images, "train-images")
+    student = choose(teacher, settings.data.student_images, "student-images")
+    if held_out is not None:
+        images, eval_labels = dataset.train_images[held_out], labels[held_out]
+    else:
+        images, eval_labels = dataset.test_images, dataset.test_labels
+        if settings.data.test_images is not None and settings.data.test_images < len(
+            eval_labels
+        ):
+            chosen = data.balanced_subset(
+                eval_labels, settings.data.test_images, seed=0
+            )
+            images, eval_labels = images[chosen], eval_labels[chosen]
+    return Split(teacher, student, images, eval_labels)
+
+
+@dataclass
+class Problem:
+    """The data, the devices, the settings and the programs of a study."""
+
+    settings: Settings
+    out: Path
+    dataset: data.Dataset
+    devices: list[Any]
+    parts: Split
+    programs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    shapes: tuple[methods.Shapes, methods.Shapes] = ({}, {})
+    chosen_layers: tuple[str, ...] = ()
+    class_cost: np.ndarray | None = None
+
+    @property
+    def channels(self) -> int:
+        """Returns the number of channels of the images."""
+        return self.dataset.train_images.shape[-1]
+
+    @property
+    def memory(self) -> int:
+        """Returns the bytes of a device's memory; for a CPU, the machine's."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @property
+    def compared_images(self) -> int:
+        """Returns how many images a distance compares: a batch, or a group's share."""
+        group = self.settings.method.distance_group or len(self.devices)
+        return self.settings.optimizer.batch_size // len(self.devices) * group
+
+    @property
+    def num_classes(self) -> int:
+        """Returns the number of classes of the data set."""
+        return len(self.dataset.class_names)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Returns whether the training images are too large for the devices."""
+        limit = self.settings.run.stream_above
+        limit = 1e6 * limit if limit is not None else self.memory / 4
+        return processes.first(lambda: self.dataset.train_images.nbytes > limit)
+
+    @cached_property
+    def starts(self) -> dict[str, pretrained.Pretrained]:
+        """Reads the weights that teacher and student start from, if any are given."""
+        given = self.settings.networks
+        width = self.teacher_width
+        networks = {
+            "teacher": (given.pretrained_teacher, given.teacher_model, width),
+            "student": (given.pretrained_student, given.student_model, given.width),
+        }
+        return {
+            who: pretrained.load(
+                f"--pretrained-{who}", path, self.model(name, width), self.channels
+            )
+            for who, (path, name, width) in networks.items()
+            if path is not None
+        }
+
+    @cached_property
+    def resident(self) -> tuple[Any, Any]:
+        """Copies all training images (uint8) and labels to every device."""
+        pair = (self.dataset.train_images, self.dataset.train_labels)
+        return train_step.replicate(pair, self.devices)
+
+    @cached_property
+    def views(self) -> views.Views | None:
+        """Returns fixed views of the students' images, if there are any."""
+        if self.settings.data.views is None:
+            return None
+        dataset = self.dataset
+        return views.Views(
+            *(self.settings, dataset.train_images, dataset.train_labels),
+            indices=self.parts.student,
+        )
+
+    @cached_property
+    def resident_views(self) -> tuple[Any, Any]:
+        """Copies all views (uint8) and labels to every device."""
+        pair: Any = self.views and self.views.pair
+        return train_step.replicate(pair, self.devices)
+
+    def dispatches(
+        self, order: np.ndarray, length: int, *, of_views: bool = False
+    ) -> Iterator[tuple]:
+        """Yields images, labels and indices of dispatches of ``length`` steps.
+
+        Streamed or resident, one program reads both: ``scan_steps`` looks its images
+        up among those it is given, all or only its own.
+        """
+        if not len(order):
+            return
+        shares = processes.mine(self.devices)
+        rows = stream.reads(order, length=length, shares=shares, of=len(self.devices))
+        if of_views or not self.streams:
+            resident = self.resident_views if of_views else self.resident
+            for shares in rows:
+                yield *resident, shares
+            return
+        own = np.arange(rows[0, 0].size, dtype=np.int32).reshape(rows[0, 0].shape)
+        own = np.broadcast_to(own, rows[0].shape)  # [devices, length, b]
+        dataset = self.dataset
+        for pair in stream.stream(dataset.train_images, dataset.train_labels, rows):
+            yield *pair, own
+
+    @cached_property
+    def augment(self) -> Callable:
+        """Returns the augmentation of one image."""
+        return augment.make_augment(
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            **asdict(self.settings.augmentation),
+            dtype=jnp.dtype(self.settings.networks.dtype),
+        )
+
+    @cached_property
+    def data_digest(self) -> str | None:
+        """Hashes the data of a folder or TFDS set; its name does not identify it."""
+        if self.settings.data.dataset in {*data.DATASETS} - {"folder"}:
+            return None
+        digest = hashlib.sha256(repr((self.dataset.mean, self.dataset.std)).encode())
+        for labels in (self.dataset.train_labels, self.dataset.test_labels):
+            digest.update(labels.tobytes())
+        return digest.hexdigest()[:16]
+
+    def normalize(self, key: None, image: jax.Array) -> jax.Array:
+        """Normalizes one image, without augmentation."""
+        del key
+        return self.augment(None, image, train=False)
+
+    def model(self, name: str, width: int) -> nn.Module:
+        """Builds a network whose BatchNorm sees the global batch."""
+        return models.build(
+            name,
+            num_classes=self.num_classes,
+            stem=self.settings.networks.stem,
+            width=width,
+            dtype=jnp.dtype(self.settings.networks.dtype),
+            axis_name=train_step.AXIS,
+        )
+
+    @property
+    def student(self) -> nn.Module:
+        """Builds the student's network."""
+        networks = self.settings.networks
+        return self.model(networks.student_model, networks.width)
+
+    @property
+    def teacher_width(self) -> int:
+        """Returns the width of a teacher that is trained here."""
+        networks = self.settings.networks
+        return networks.teacher_width or networks.width
+
+    def init(self, model: nn.Module, seed: int):
+        """Initializes a network's variables, on the host."""
+        key = ("init", model)
+        if key not in self.programs:  # tracing and compiling it takes seconds
+            self.programs[key] = jax.jit(model.init)
+        image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
+        return jax.device_get(self.programs[key](jax.random.key(seed), image))
+
+
+def prepare(settings: Settings, out: Path) -> Problem:
+    """Loads the data and checks the settings against it, before anything runs."""
+    run = settings.run
+    if run.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(run.compilation_cache))
+    dataset = data.load(
+        settings.data.dataset,
+        data_dir=run.data_dir,
+        image_size=settings.data.image_size,
+        skip_damaged=settings.data.skip_damaged,
+        progress=None if run.progress else lambda done, total: None,
+    )
+    devices = processes.choose_devices(run.devices)
+    _check_devices(settings, len(devices))
+    problem = Problem(settings, out, dataset, devices, split(dataset, settings))
+    _check_images(problem)
+    return problem
+
+
+def _check_devices(settings, count):
+    batch, group = settings.optimizer.batch_size, settings.method.distance_group
+    if batch % count:
+        raise UserError(
+            f"--batch-size {batch} does not divide among {count} "
+            f"devices; choose a multiple of {count}"
+        )
+    if count % (group or count):
+        raise UserError(
+            f"--distance-group {group} does not divide the {count} "
+            f"devices; choose a divisor of {count}"
+        )
+
+
+def _check_images(problem):
+    batch, views = problem.settings.optimizer.batch_size, problem.settings.data.views
+    for option, part in (("train", "teacher"), ("student", "student")):
+        images = len(getattr(problem.parts, part))
+        if images < batch:
+            raise UserError(
+                f"--{option}-images {images} is less than one batch of "
+                f"{batch}; raise it or lower --batch-size"
+            )
+    if views is not None:
+        one = problem.dataset.train_images[0].nbytes
+        size = one * len(problem.parts.student) * views
+        if size > problem.memory / 4:
+            raise UserError(
+                f"--views {views}: {size / 1e9:.1f} GB of images, a quarter of the "
+                f"memory is {problem.memory / 4e9:.1f} GB; lower it, or leave it out"
+            )
+
+
+def evaluate(problem: Problem, model: nn.Module, variables) -> float:
+    """Measures the accuracy on the evaluation images, in percent."""
+    if model not in problem.programs:
+        step = train_step.make_eval_step(
+            adapters.linen_apply(model),
+            normalize=lambda image: problem.normalize(None, image),
+        )
+        problem.programs[model] = train_step.parallel(
+            step,
+            in_axes=(None, 0, 0),
+            devices=problem.devices,
+        )
+    images, labels = problem.parts.eval_images, problem.parts.eval_labels
+    devices, mine = len(problem.devices), processes.mine(problem.devices)
+    size = -(-min(EVAL_BATCH, len(labels)) // devices) * devices
+    correct = 0
+    for start in range(0, len(labels), size):
+        if processes.count() == 1:  # several stop together, within an epoch
+            signals.check()
+        x, y = images[start : start + size], labels[start : start + size]
+        short = size - len(y)
+        x = np.pad(x, ((0, short), (0, 0), (0, 0), (0, 0)))
+        y = np.pad(y, (0, short), constant_values=-1)
+        shares = (
+            part[mine.start : mine.stop] for part in train_step.shard((x, y), devices)
+        )
+        counts = problem.programs[model](variables, *shares)
+        correct += int(counts["correct"])
+    return 100 * correct / len(labels)

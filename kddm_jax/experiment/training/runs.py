@@ -1,0 +1,255 @@
+"""Defines the runs of a study, and the settings that decide their results.
+
+A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its result),
+``checkpoints/`` and, once finished, ``result.json``; one of a grid of lambdas lies in
+``<out>/weight-<lambda>``.  A command that would give another result in an existing
+folder is refused before anything starts.  ``training.py`` trains them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
+    Settings,
+    as_json,
+    change,
+    identity,
+    weight_of,
+)
+from kddm_jax.experiment.training import methods, models, pretrained
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.losses import carries_weights
+
+ALONE = ("teacher", "student")  # runs without a teacher
+
+
+def _check_schedule(problem, name):
+    settings = problem.settings
+    schedule = settings.method.weight_schedule
+    if schedule == "constant":
+        return
+    if name == FEATURE_ONLY or carries_weights(
+        method_of(problem, name, weight_of(settings, name), traced=True).distance
+    ):
+        raise UserError(
+            f"--weight-schedule {schedule}: {name} compares layers, "
+            "whose weights are fixed; leave the schedule out, or compare the pooled "
+            "features without a projector"
+        )
+
+
+def check_distances(problem: Problem, teacher: nn.Module) -> None:
+    """Traces every method on the shapes to come, to find errors before any training."""
+    settings = problem.settings
+    image = problem.dataset.train_images.shape[1:]
+    student = problem.student
+    name, count = settings.networks.student_model, problem.compared_images
+    problem.shapes = (
+        models.shapes(name, student, image, count),
+        models.shapes("teacher", teacher, image, count),
+    )
+    for name in settings.method.distances:
+        _check_schedule(problem, name)
+        if name == FEATURE_ONLY and not settings.method.layers:
+            methods.check_choice_of_layers(settings, *problem.shapes)
+            continue  # its layers are chosen once there is a teacher
+        method = method_of(problem, name, weight_of(settings, name), traced=True)
+        methods.check(name, method, *problem.shapes, problem.compared_images)
+
+
+def method_of(
+    problem: Problem, name: str, weight: float, *, traced: bool = False
+) -> methods.Method:
+    """Makes the method by which the student of a name learns.
+
+    Args:
+      problem: the data, the devices and the settings.
+      name: "teacher", "student" or a method.
+      weight: lambda.
+      traced: whether shapes alone matter, as before there is a teacher.
+
+    Returns:
+      The method; that of the teacher and of students alone has no distance.
+    """
+    settings = problem.settings
+    if name in ALONE:
+        return methods.Method()
+    if name == FEATURE_ONLY and not settings.method.layers:
+        settings = change(settings, layers=problem.chosen_layers)
+    options = {}
+    if methods.needs_class_cost(name):
+        cost, k = problem.class_cost, problem.num_classes
+        if cost is None and not traced:
+            raise RuntimeError(
+                f"{name} needs the teacher's class cost; open the study by study.open"
+            )
+        options["class_cost"] = np.zeros((k, k)) if cost is None else cost
+    return methods.make(settings, name, weight, *problem.shapes, options)
+
+
+# ---------------------------------------------------------------------------
+# One run.
+
+
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Returns the folder of a run."""
+    return out / name.replace(":", ".") / f"seed{seed}"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A network to train, and how.
+
+    Attributes:
+      name: "teacher", "student" or a method.
+      seed: seed of initialisation, order and augmentation.
+      weight: lambda.
+      epochs: number of epochs.
+      indices: indices of the training images that it sees.
+      identity: the settings that decide its result, as JSON values.
+      start: weights of a file that it starts from; None starts from fresh ones.
+      place: folder below that of the results; it names the lambda of a grid's run.
+    """
+
+    name: str
+    seed: int
+    weight: float
+    epochs: int
+    indices: np.ndarray
+    identity: dict[str, Any]
+    start: pretrained.Pretrained | None = None
+    place: str = ""
+
+    def folder(self, out: Path) -> Path:
+        """Returns its folder."""
+        return folder_of(out / self.place, self.name, self.seed)
+
+    @property
+    def label(self) -> str:
+        """Returns its name in messages."""
+        if self.name == "teacher":
+            return self.name
+        lam = f" λ = {self.weight:g}" if self.place else ""
+        return f"{self.name}{lam} seed {self.seed}"
+
+    @property
+    def title(self) -> str:
+        """Returns its name in tables."""
+        return self.name if self.name in ALONE else methods.title(self.name)
+
+
+def _identity(problem, name, start, **more):
+    decisive = identity(problem.settings, name)
+    decisive["data"] = problem.data_digest
+    for model in ("teacher_model", "student_model"):
+        if model in decisive:
+            decisive[f"{model}_source"] = models.source_digest(decisive[model])
+    decisive["pretrained"] = start.sha256 if start else None
+    return json.loads(json.dumps({**decisive, **more}))  # as it is read back
+
+
+def teacher_run(problem: Problem) -> Run:
+    """Returns the teacher's run."""
+    settings, start = problem.settings, problem.starts.get("teacher")
+    return Run(
+        name="teacher",
+        seed=0,
+        weight=0.0,
+        epochs=settings.optimizer.teacher_epochs,
+        indices=problem.parts.teacher,
+        identity=_identity(problem, "teacher", start, width=problem.teacher_width),
+        start=start,
+    )
+
+
+def student_runs(
+    problem: Problem, teacher_digest: str | None, weight: float | None = None
+) -> Iterator[Run]:
+    """Yields the students alone, then the distilled ones, distance by distance.
+
+    Args:
+      problem: the data, the devices and the settings.
+      teacher_digest: digest of the teacher; None if it is not trained yet.
+      weight: lambda of all distances; None uses the settings.
+
+    Yields:
+      The runs.
+    """
+    settings, start = problem.settings, problem.starts.get("student")
+    for name in ("student", *settings.method.distances):
+        more = {}
+        if name not in ALONE:
+            lam = weight_of(settings, name) if weight is None else weight
+            more = {"distance": name, "weight": lam}
+            more["distance_source"] = methods.digest(name)
+            whole = problem.compared_images == settings.optimizer.batch_size
+            more["group_images"] = None if whole else problem.compared_images
+            if teacher_digest is not None:
+                more["teacher"] = teacher_digest
+        for seed in settings.run.seeds:
+            yield Run(
+                name=name,
+                seed=seed,
+                weight=more.get("weight", 0.0),
+                epochs=settings.optimizer.epochs,
+                indices=problem.parts.student,
+                identity=_identity(problem, name, start, seed=seed, **more),
+                start=start,
+            )
+
+
+def grid_runs(
+    problem: Problem, teacher_digest: str | None, grid: Sequence[float]
+) -> list[Run]:
+    """Returns the students of every lambda of a grid, each in a folder of its own.
+
+    Students of one distance follow each other: they share their compiled program.
+    """
+    names = problem.settings.method.distances
+    every = [
+        replace(run, place=f"weight-{weight:g}")
+        for weight in grid
+        for run in student_runs(problem, teacher_digest, weight)
+        if run.name in names
+    ]
+    return sorted(every, key=lambda run: names.index(run.name))
+
+
+def check_folder(run: Run, out: Path) -> None:
+    """Refuses a folder whose run was made by other settings."""
+    path = run.folder(out) / "run.json"
+    if not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable; choose another --out") from error
+    if found.get("batches") is not None:
+        raise UserError(
+            f"{path.parent} was trained on the batches of another seed by an earlier "
+            "version; choose another --out, or delete that folder"
+        )
+    # Folders of earlier versions lack settings that came later: they had the default.
+    plain = json.loads(json.dumps(as_json(Settings())))
+    for name, wanted in run.identity.items():
+        if found.get(name, plain.get(name)) != wanted:
+            raise UserError(
+                f"{path.parent} was made with {name}={found.get(name)}, this command "
+                f"says {wanted}; choose another --out, or delete that folder"
+            )
+
+
+def epoch_order(run: Run, epoch: int, batch_size: int) -> np.ndarray:
+    """Draws the indices of an epoch's full batches, ``[steps, batch]``."""
+    rng = np.random.default_rng((run.seed, epoch))
+    order = rng.permutation(run.indices)
+    steps = len(order) // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)

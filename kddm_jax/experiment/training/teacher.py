@@ -1,0 +1,171 @@
+"""Finds the teacher, a checkpoint that is given or a run of this command."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from kddm_jax import checkpoint, train_step
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.training import problems, runs, train
+from kddm_jax.experiment.training.train import Teacher
+from kddm_jax.networks.projectors import without_projectors
+
+
+def variables_of(problem: problems.Problem, path: Path, model: nn.Module):
+    """Reads parameters and statistics of a run's checkpoint, without its optimizer."""
+    arrays, _ = checkpoint.restore_arrays(path)
+    like = problem.init(model, 0)
+    found = {k: arrays.get(k, {}) for k in ("params", "batch_stats")}
+    return checkpoint.match(path, without_projectors(found), like)
+
+
+def _digest(variables):
+    digest = hashlib.sha256()
+    for key, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(key).encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Finds a checkpoint in its own folder, a run's, or one of checkpoints."""
+    found = checkpoint.find(path)
+    if found is None:
+        raise UserError(
+            f"no checkpoint in {path}; pass a run's folder (such as "
+            "runs/digits-laptop/teacher/seed0), or leave --teacher out to train one"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """The origin of the teacher; its arrays are read and hashed once.
+
+    Attributes:
+      problem: the data, the devices and the settings.
+      model: the network.
+      width: its width.
+      given: the checkpoint of ``--teacher``; None: a run of this command.
+    """
+
+    problem: problems.Problem
+    model: nn.Module
+    width: int
+    given: Path | None
+
+    @property
+    def _folder(self) -> Path:
+        return runs.teacher_run(self.problem).folder(self.problem.out)
+
+    @property
+    def finished(self) -> bool:
+        """Returns whether the run has a result."""
+        return processes.first((self._folder / "result.json").exists)
+
+    @property
+    def trained(self) -> bool:
+        """Returns whether the teacher can be read from a whole checkpoint."""
+        if self.given is not None or not self.finished:
+            return self.given is not None
+        return processes.first(self._complete)
+
+    def _complete(self):
+        meta: Any = checkpoint.read_meta(find_checkpoint(self._folder))
+        return len(meta["history"]) == self.problem.settings.optimizer.teacher_epochs
+
+    def forget_result(self) -> None:
+        """Deletes the result, so that the run continues from its checkpoint."""
+        result = self._folder / "result.json"
+        processes.first(lambda: result.unlink(missing_ok=True))
+
+    @cached_property
+    def variables(self):
+        """Reads the variables of the given checkpoint or the finished run."""
+
+        def read():
+            path = self.given or find_checkpoint(self._folder)
+            return variables_of(self.problem, path, self.model)
+
+        return processes.first(read)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hashes the variables: students of another teacher are other runs."""
+        return _digest(self.variables)
+
+
+def _check_converted(problem, path, meta):
+    """Checks converted weights, of which only the shapes are known, not the data."""
+    for what, wanted in {
+        "num_classes": problem.num_classes,
+        "channels": problem.channels,
+    }.items():
+        if meta[what] != wanted:
+            raise UserError(
+                f"--teacher {path} has {what}={meta[what]}, this data has {wanted}; "
+                "fine-tune these weights instead: --pretrained-teacher "
+                f"{meta['converted_from']}"
+            )
+
+
+def find_teacher(problem: problems.Problem) -> Source:
+    """Finds the teacher's architecture, width and, if given, its checkpoint."""
+    settings = problem.settings
+    given = settings.networks.teacher
+    if given is None:
+        width = problem.teacher_width
+        return Source(
+            problem, problem.model(settings.networks.teacher_model, width), width, None
+        )
+    path = Path(processes.first(lambda: str(find_checkpoint(given))))
+    meta: Any = processes.first(lambda: checkpoint.read_meta(path))
+    made = meta.get("run", {})
+    if "converted_from" in meta and made.get("dataset") is None:
+        _check_converted(problem, path, meta)
+    elif made.get("dataset") != settings.data.dataset:
+        raise UserError(
+            f"--teacher {path} was trained on {made.get('dataset')}, "
+            f"this run is on {settings.data.dataset}; pass a teacher of the same data"
+        )
+    kept = made.get("held_out") == settings.data.held_out
+    if settings.data.held_out and not kept and not settings.run.teacher_saw_held_out:
+        raise UserError(
+            f"--held-out {settings.data.held_out}: --teacher {path} was trained with "
+            f"held_out={made.get('held_out')} and may have seen these images; "
+            "train one with the same --held-out, or pass --teacher-saw-held-out if "
+            "students alone need not have seen them"
+        )
+    if made.get("stem") != settings.networks.stem:
+        raise UserError(
+            f"--teacher {path} has the {made.get('stem')} stem; pass "
+            f"--stem {made.get('stem')}"
+        )
+    name = made.get("teacher_model") or made.get("student_model")
+    return Source(problem, problem.model(name, made["width"]), made["width"], path)
+
+
+def known_digest(source: Source) -> str | None:
+    """Returns the teacher's digest; None if the end of its run must be repeated."""
+    if source.trained:
+        return source.digest
+    return None if source.finished else "not trained yet"
+
+
+def load_teacher(source: Source, report) -> Teacher:
+    """Trains the teacher, or reads the given checkpoint."""
+    problem, model, result = source.problem, source.model, None
+    if source.given is None:
+        if not source.trained:
+            source.forget_result()
+        run = runs.teacher_run(problem)
+        result = train.train(problem, run, model, None, report)
+    replicated = train_step.replicate(source.variables, problem.devices)
+    accuracy = problems.evaluate(problem, model, replicated)
+    return Teacher(model, source.width, replicated, source.digest, accuracy, result)

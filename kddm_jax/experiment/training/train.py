@@ -1,0 +1,313 @@
+"""Trains a run, from its newest checkpoint if there is one.
+
+``runs.py`` defines a run, ``progress.py`` the contents of a checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from kddm_jax import adapters, train_step
+from kddm_jax.experiment.machine import processes, records, signals
+from kddm_jax.experiment.training import methods, optimizers, problems
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.experiment.training.progress import Progress
+from kddm_jax.experiment.training.runs import (
+    ALONE,
+    Run,
+    check_folder,
+    epoch_order,
+    method_of,
+)
+from kddm_jax.losses import carries_weights
+from kddm_jax.networks.projectors import without_projectors
+
+LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network that students follow.
+
+    Attributes:
+      model: the network.
+      width: its width.
+      variables: on the devices.
+      digest: of its arrays: students of another teacher are other runs.
+      accuracy: on the evaluation images, in percent.
+      result: of its run, None for a given checkpoint.
+    """
+
+    model: nn.Module
+    width: int
+    variables: object
+    digest: str
+    accuracy: float
+    result: dict[str, Any] | None
+
+
+def most_steps_per_dispatch() -> int:
+    """Returns 1 on a CPU, whose loops are slow (`train_step.scan_steps`), else 50."""
+    return 1 if jax.default_backend() == "cpu" else 50
+
+
+def _steps_per_dispatch(steps):
+    """Returns the largest allowed divisor of an epoch's steps, for one program."""
+    most = most_steps_per_dispatch()
+    return max(k for k in range(1, most + 1) if steps % k == 0)
+
+
+def _on_views(problem, run):
+    """Returns whether a run sees fixed views; the teacher never does."""
+    return problem.views is not None and run.name != "teacher"
+
+
+def _what_teaches(problem, run, method, teacher):
+    """Returns what the steps take from the teacher: nothing, variables, or outputs."""
+    if run.name in ALONE:
+        return None
+    if not _on_views(problem, run):
+        return teacher.variables
+    named = methods.teacher_layers(method)
+    key = ("outputs", named)
+    if key not in problem.programs:
+        outputs = problem.views.outputs(problem, teacher, named)
+        problem.programs[key] = train_step.replicate(outputs, problem.devices)
+    return problem.programs[key]
+
+
+def _train_program(problem, run, method, model, teacher, tx, length):
+    """Compiles the steps; runs that differ in seed or lambda only share the program."""
+    own_weights = run.weight if carries_weights(method.distance) else None
+    key = (run.name, run.epochs, length, own_weights)
+    if key not in problem.programs:
+        distilled, of_views = run.name not in ALONE, _on_views(problem, run)
+        teacher_apply = None
+        if distilled:
+            known = train_step.known_outputs
+            teacher_apply = known if of_views else adapters.linen_apply(teacher.model)
+        steps = run.epochs * (len(run.indices) // problem.settings.optimizer.batch_size)
+        weight_schedule = optimizers.make_weight_schedule(
+            problem.settings.method, steps
+        )
+        step = train_step.make_train_step(
+            methods.apply_of(method, adapters.linen_apply(model)),
+            teacher_apply,
+            tx,
+            augment=problem.normalize if of_views else problem.augment,
+            distance=method.distance,
+            head=method.head,
+            weight_schedule=weight_schedule if distilled else None,
+            group_size=problem.settings.method.distance_group,
+            **method.options,
+        )
+        images = 0 if problem.streams and not of_views else None
+        problem.programs[key] = train_step.parallel(
+            train_step.scan_steps(step, known=distilled and of_views),
+            in_axes=(None, None, images, images, 0),
+            donate=(0,),
+            devices=problem.devices,
+        )
+    return problem.programs[key]
+
+
+def _epoch(problem, run, progress, program, fixed, length, report):
+    """Takes the remaining steps of an epoch; returns images per second."""
+    settings, epoch = problem.settings, progress.epoch
+    began = looked = time.monotonic()
+    counted, waiting = 0, []
+    speed = lambda: counted / max(time.monotonic() - began, 1e-6)
+
+    def look(dispatches):
+        for metrics in jax.device_get(dispatches):
+            progress.take(metrics, stop=settings.run.on_nonfinite == "stop")
+        if dispatches:
+            report(
+                run,
+                epoch=epoch,
+                done=progress.step,
+                total=run.epochs * progress.steps,
+                metrics=metrics,
+                speed=speed(),
+            )
+
+    watch = processes.Watch()
+    order = epoch_order(run, epoch, settings.optimizer.batch_size)
+    of_views = _on_views(problem, run)
+    if of_views:
+        order = problem.views.order(order, run.seed, epoch)
+    order = order[progress.taken :]
+    for inputs in problem.dispatches(order, length, of_views=of_views):
+        progress.state, metrics = program(progress.state, fixed, *inputs)
+        counted += length * settings.optimizer.batch_size
+        waiting.append(metrics)
+        if progress.first_step is None:  # compiling is no part of the speed
+            jax.block_until_ready(metrics)
+            progress.first_step = time.monotonic() - progress.began
+            began, counted = time.monotonic(), 0
+        if watch.looks(time.monotonic() - looked >= LOOK_SECONDS):
+            look(waiting[:-1])  # not at the newest: the device never waits
+            del waiting[:-1]
+            looked = time.monotonic()
+        asked, due = watch.agree(
+            signals.asked(), progress.due(settings.run.checkpoint_seconds)
+        )
+        if asked or due:
+            look(waiting)  # a checkpoint's state and tally are of one step
+            waiting.clear()
+            if asked:  # of another process, maybe
+                signals.ask()
+            signals.check()
+            if progress.taken < progress.steps:
+                progress.save()
+    look(waiting)
+    return speed()
+
+
+def _begin(problem, run):
+    """Returns the result of a finished run, or makes the folder and returns None."""
+
+    def begin():
+        check_folder(run, problem.out)
+        folder = run.folder(problem.out)
+        if (folder / "result.json").exists():
+            cure = f"delete it, and {folder} is finished again"
+            return records.read_json(folder / "result.json", cure)
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write_json(folder / "run.json", run.identity)
+        return None
+
+    return processes.first(begin)
+
+
+def _fresh(problem, run, model, method, tx):
+    """Makes the state in which a run begins."""
+    variables = (
+        run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
+    )
+    if method.projectors:
+        key = jax.random.fold_in(jax.random.key(run.seed), 1)
+        variables = methods.with_projectors(method, variables, key, problem.shapes[0])
+    return train_step.create_state(variables, tx, seed=run.seed, weight=run.weight)
+
+
+def _about(problem, run):
+    """Returns what a checkpoint says about its run."""
+    return {
+        "run": run.identity,
+        "num_classes": problem.num_classes,
+        "channels": problem.channels,
+    }
+
+
+def train(
+    problem: Problem,
+    run: Run,
+    model: nn.Module,
+    teacher: Teacher | None,
+    report: Callable[..., None],
+    observe: Callable[[int, object], None] = lambda epoch, variables: None,
+) -> dict[str, Any]:
+    """Trains a run to its end, from its last checkpoint if there is one.
+
+    Args:
+      problem: the data, the devices and the settings.
+      run: the run.
+      model: the network.
+      teacher: the teacher; None trains by cross-entropy alone.
+      report: called as ``report(run, epoch=, done=, total=, metrics=, speed=)``.
+      observe: called with the number of epochs done, 0 before the first step, and the
+        network's variables; not for a run that has ended before.
+
+    Returns:
+      The run's result, as in its ``result.json``.
+
+    Raises:
+      RunError: loss or gradient were not finite.
+      Terminated: SIGTERM came; there is a checkpoint of the newest step.
+      UserError: the folder's run was made by other settings.
+      CheckpointError: checkpoints cannot be written, or all are damaged.
+    """
+    if finished := _begin(problem, run):
+        return finished
+    settings = problem.settings
+
+    # --- state: fresh, or that of the last checkpoint --------------------------
+    steps = len(run.indices) // settings.optimizer.batch_size
+    schedule = optimizers.make_schedule(settings.optimizer, steps, run.epochs)
+    tx = optimizers.make_optimizer(settings.optimizer, schedule)
+    method = method_of(problem, run.name, run.weight)
+    folder = run.folder(problem.out) / "checkpoints"
+    state = _fresh(problem, run, model, method, tx)
+    progress = Progress(run.label, folder, _about(problem, run), steps, state)
+    progress.state = train_step.replicate(progress.state, problem.devices)
+
+    # --- epochs ------------------------------------------------------------------
+    # From a checkpoint within an epoch on, dispatches must end with it, too.
+    length = _steps_per_dispatch(math.gcd(steps, progress.taken))
+    program = _train_program(problem, run, method, model, teacher, tx, length)
+    fixed, speeds = _what_teaches(problem, run, method, teacher), []
+    with progress.running():
+        if progress.step == 0:
+            observe(0, without_projectors(progress.state.variables))
+        for epoch in range(progress.epoch, run.epochs):
+            speed = _epoch(problem, run, progress, program, fixed, length, report)
+            speeds += [speed] if speed else []  # none of the step that compiles
+            final = epoch + 1 == run.epochs
+            deployed = without_projectors(progress.state.variables)
+            observe(epoch + 1, deployed)  # before a checkpoint says that it is over
+            record = {
+                "epoch": epoch + 1,
+                "lr": float(np.asarray(schedule(epoch * steps))),
+                **progress.means(),
+                "skipped": progress.tally.skipped,
+            }
+            if final or (epoch + 1) % settings.optimizer.eval_every == 0:
+                record["test_accuracy"] = problems.evaluate(problem, model, deployed)
+            progress.end_epoch(record)
+            report(
+                run,
+                epoch=epoch,
+                done=progress.step,
+                total=run.epochs * steps,
+                metrics=record,
+                speed=speed,
+            )
+            due = final or progress.due(settings.run.checkpoint_seconds)
+            if processes.first(lambda due=due: due):
+                progress.save()
+
+    timing = {
+        "seconds": progress.seconds,
+        "seconds_to_first_step": progress.first_step,
+        "images_per_second": float(np.median(speeds)) if speeds else None,
+    }
+    return _result(problem, run, progress.history, timing)
+
+
+def _result(problem, run, history, timing):
+    """Writes and returns the result of a finished run."""
+    evaluated = [r for r in history if "test_accuracy" in r]
+    best = max(evaluated, key=lambda r: r["test_accuracy"])
+    result = {
+        "name": run.name,
+        "title": run.title,
+        "seed": run.seed,
+        "weight": run.weight,
+        "accuracy": evaluated[-1]["test_accuracy"],
+        "best_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "settings": run.identity,
+        "history": history,
+        "timing": timing,
+        "environment": records.environment(problem.devices),
+    }
+    path = run.folder(problem.out) / "result.json"
+    processes.first(lambda: records.write_json(path, result))
+    return result

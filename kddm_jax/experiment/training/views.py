@@ -1,0 +1,146 @@
+"""Draws fixed views, so that the teacher runs once for all students.
+
+Every training image gets V augmented copies, drawn once; teacher and student see the
+same copy, and the teacher's outputs on them are computed once and kept beside the runs
+under the teacher's digest.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kddm_jax import adapters
+from kddm_jax.data import augment
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import Settings
+
+BATCH = 500
+
+
+@dataclass
+class Views:
+    """Fixed views of some training images.
+
+    Attributes:
+      settings: the settings of the command.
+      images: all training images.
+      labels: theirs.
+      indices: those that students see.
+    """
+
+    settings: Settings
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Returns the number of views of each image."""
+        return self.settings.data.views or 0
+
+    @cached_property
+    def pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """Draws the views, view v of image i at ``i V + v``, and their labels."""
+        options = asdict(self.settings.augmentation)
+
+        @jax.jit
+        def draw(images, positions):
+            def one(image, position):
+                key = jax.random.fold_in(jax.random.key(0), position)
+                return augment.distort(key, image, **options)
+
+            return jax.vmap(one)(images, positions)
+
+        repeated = np.repeat(self.indices, self.count)
+        views = np.empty((len(repeated), *self.images.shape[1:]), np.uint8)
+        for start in range(0, len(repeated), BATCH):
+            part = repeated[start : start + BATCH]
+            positions = np.arange(start, start + len(part))
+            views[start : start + BATCH] = draw(self.images[part], positions)
+        return views, self.labels[repeated]
+
+    def order(self, order: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Draws a view of each image of an epoch; returns indices among the views."""
+        position = np.zeros(len(self.images), np.int64)
+        position[self.indices] = np.arange(len(self.indices))
+        view = np.random.default_rng((seed, epoch, 1)).integers(
+            self.count, size=order.shape
+        )
+        return (position[order] * self.count + view).astype(np.int32)
+
+    def outputs(self, problem, teacher, layers: tuple[str, ...]):
+        """Computes the teacher's outputs on all views, or reads saved ones."""
+        found: Any = processes.first(lambda: self._kept(problem, teacher, layers))
+        logits, features = found.pop("logits"), found.pop("features")
+        return adapters.Outputs(logits, features, found)
+
+    def _kept(self, problem, teacher, layers):
+        path = self._file(problem, teacher, layers)
+        if path.exists():
+            with np.load(path) as kept:
+                return {name: kept[name] for name in kept.files}
+        found: Any = self._compute(problem, teacher, layers)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, **found)
+        os.replace(partial, path)
+        return found
+
+    def _file(self, problem, teacher, layers) -> Path:
+        """Returns the file of the outputs, named by a hash of all that decides them."""
+        options = asdict(self.settings.augmentation)
+        made = {
+            **options,
+            "teacher": teacher.digest,
+            "dataset": self.settings.data.dataset,
+            "dtype": self.settings.networks.dtype,
+            "views": self.count,
+            "layers": layers,
+            "images": hashlib.sha256(self.images[self.indices].tobytes()).hexdigest(),
+        }
+        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+        return Path(problem.out) / "teacher-outputs" / f"{digest}.npz"
+
+    def _compute(self, problem, teacher, layers):
+        apply = adapters.linen_apply(teacher.model)
+
+        @jax.jit
+        def outputs_of(variables, images):
+            normal = lambda image: problem.normalize(None, image)
+            outputs, _ = apply(variables, jax.vmap(normal)(images), train=False)
+            maps = {name: outputs.maps[name] for name in layers}
+            found = {"logits": outputs.logits, "features": outputs.features, **maps}
+            # NumPy's files do not know bfloat16.
+            return jax.tree.map(lambda a: a.astype(jnp.float32), found)
+
+        variables, (images, _) = jax.device_get(teacher.variables), self.pair
+        size = min(BATCH, len(images))
+        shapes = jax.eval_shape(outputs_of, variables, images[:size])
+        needed = sum(s.size * s.dtype.itemsize for s in shapes.values()) / size
+        limit = problem.memory / 4
+        if needed * len(images) > limit:
+            raise UserError(
+                f"--views {self.count}: the teacher's outputs take "
+                f"{needed * len(images) / 1e9:.1f} GB, a quarter of the memory is "
+                f"{limit / 1e9:.1f} GB; lower --views, or compare pooled features"
+            )
+        parts = []
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            short = size - len(batch)
+            padded = np.pad(batch, ((0, short), (0, 0), (0, 0), (0, 0)))
+            found = jax.device_get(outputs_of(variables, padded))
+            parts.append({k: v[: size - short] for k, v in found.items()})
+        return {
+            name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+        }

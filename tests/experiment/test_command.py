@@ -1,0 +1,100 @@
+"""The command ``kddm``: its subcommands, its help, what it says without the extra."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+from commands import environ
+
+from kddm_jax import __main__ as kddm
+from kddm_jax.experiment.machine import records
+
+
+def python(code):
+    """Output of a program, in an environment that names no number of threads."""
+    env = environ()
+    env.pop("OPENBLAS_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=env,
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", [[], ["-h"], ["--help"]])
+def test_help_names_every_command(line, capsys):
+    assert kddm.main(line) == 0
+    out = capsys.readouterr().out
+    for name in kddm.COMMANDS:
+        assert f"\n  {name} " in out
+
+
+def test_help_is_fast():
+    code = (
+        "import sys; from kddm_jax.__main__ import main; main(['--help']);"
+        "print([name for name in ('jax', 'numpy') if name in sys.modules])"
+    )
+    assert python(code).endswith("\n[]\n")
+
+
+@pytest.mark.parametrize("name", kddm.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        kddm.main([name, "--help"])
+    assert stop.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_unknown_command(capsys):
+    assert kddm.main(["distil", "--dataset", "digits"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown command 'distil'; known: distill, ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", [[], ["distill", "--dataset", "digits"]])
+def test_without_the_extra(line, capsys, monkeypatch):
+    missing = ("tyro", "grain")
+    find = lambda name: None if name in missing else SimpleNamespace()
+    monkeypatch.setattr(kddm.importlib.util, "find_spec", find)
+    assert kddm.main(line) == 2
+    assert capsys.readouterr().err == (
+        'error: kddm needs grain, tyro; install the extra: pip install "kddm-jax'
+        '[experiments]"\n'
+    )
+
+
+def test_solvers_have_one_thread():
+    """OpenBLAS reads its environment when NumPy or SciPy is imported."""
+    code = (
+        "import kddm_jax.__main__, numpy, scipy.linalg; "
+        "from threadpoolctl import threadpool_info as info; "
+        "print(*{i['num_threads'] for i in info() if i['user_api'] == 'blas'})"
+    )
+    assert python(code) == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/venv/bin/kddm", "distill", "--lr", "1"], "kddm distill --lr 1"),
+        (["/x/kddm_jax/__main__.py", "distill"], "kddm distill"),
+        (["experiments/cifar.py", "--lr", "1"], "python experiments/cifar.py --lr 1"),
+    ],
+)
+def test_the_command_is_recorded(argv, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert records._command() == command
+
+
+def test_an_installed_package_records_its_version(monkeypatch, tmp_path):
+    """Also where the environment lies inside a checkout of something else."""
+    place = tmp_path / "kddm_jax" / "experiment" / "machine" / "records.py"
+    monkeypatch.setattr(records, "__file__", str(place))
+    assert records._commit() == f"version {version('kddm-jax')}"

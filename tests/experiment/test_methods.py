@@ -1,0 +1,278 @@
+"""How students learn: layer pairs, projectors, one's own distance, features alone."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import KEEP, SMALL, TINY, call, results_of
+
+import kddm_jax
+from kddm_jax import Distance, checkpoint
+from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.settings import change
+from kddm_jax.experiment.training import methods, models, outputs, problems, runs
+
+of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+STUDENT = {
+    "features": of(8, 6),
+    "logits": of(8, 10),
+    "maps": {"a": of(8, 4, 4, 3), "b": of(8, 2, 2, 6)},
+    "modules": ("body", "top", "fc"),
+}
+TEACHER = {
+    "features": of(8, 12),
+    "logits": of(8, 10),
+    "maps": {"p": of(8, 4, 4, 5), "q": of(8, 1, 1, 12)},
+    "modules": ("body", "fc"),
+}
+
+
+def make(*line, name=None, weight=2.0):
+    settings = parse(["--dataset", "digits", *line])
+    name = name or settings.method.distances[0]
+    method = methods.make(settings, name, weight, STUDENT, TEACHER, {})
+    methods.check(name, method, STUDENT, TEACHER, 8)
+    return method
+
+
+def test_without_layers_the_catalogue_s_row_with_a_traced_weight():
+    wide = {**TEACHER, "features": of(8, 6)}
+    settings = parse(["--distances", "w2"])
+    method = methods.make(settings, "w2", 2.0, STUDENT, wide, {})
+    assert method.distance == "w2"
+    assert method.options == {"scale": "teacher"}
+    assert (method.projectors, method.head) == ({}, None)
+
+
+def test_layers_are_terms_with_their_shares():
+    line = ("--layers", "a:p", "b:q:0.5", "--projector", "conv", "--view", "positions")
+    method = make(*line, "--distances", "l2")
+    first, second = method.distance
+    assert (first.name, first.weight, first.layers) == ("l2@a", 2.0, ("a", "p"))
+    assert (second.name, second.weight, second.layers) == ("l2@b", 1.0, ("b", "q"))
+    assert {first.view, second.view} == {"positions"}
+    assert method.projectors["a"].features == 5
+    assert method.projectors["b"].grid == (1, 1)
+
+
+def test_projector_alone_maps_the_pooled_features():
+    method = make("--projector", "dense", "--distances", "w2")
+    (term,) = method.distance
+    assert term.name == "w2"
+    assert term.layers == ("features", "features")
+    assert method.projectors["features"].features == 12
+
+
+def test_features_alone():
+    line = ("--layers", "a:p", "b:q", "--projector", "conv3", "--head", "top", "fc")
+    method = make(*line, name="feature_only")
+    assert [t.weight for t in method.distance] == [2.0 / 2 / 5, 2.0 / 2 / 12]
+    assert {t.view for t in method.distance} == {"positions"}
+    assert method.head == ("top", "fc")
+    # The loss is lambda times the mean over layers of the mean squared error.
+    rng = np.random.default_rng(0)
+    x = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
+    y = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
+    terms = [t._replace(layers=(t.layers[1],) * 2) for t in method.distance]
+    labels, logits = np.zeros(8, np.int32), np.zeros((8, 10), np.float32)
+    loss, values = kddm_jax.distill_loss(x, y, labels, logits, distance=terms)
+    expected = np.mean([np.mean((x[k] - y[k]) ** 2) for k in x])
+    np.testing.assert_allclose(loss - values["task"], 2.0 * expected, rtol=1e-5)
+
+
+def test_dense_projector_of_maps_is_that_of_every_position():
+    line = ("--layers", "a:p", "features:features", "--projector", "dense")
+    method = make(*line, "--distances", "l2")
+    assert type(method.projectors["a"]).__name__ == "ConvProjector"
+    assert type(method.projectors["features"]).__name__ == "DenseProjector"
+
+
+def test_head_is_a_module_of_the_student():
+    line = ("--layers", "a:p", "--projector", "conv")
+    with pytest.raises(UserError, match="--head nothing: .* body, top, fc"):
+        make(*line, "--head", "nothing", name="feature_only")
+    for student, head in {"ViT": "heads_head", "MobileNetV2": "classifier_1"}.items():
+        with pytest.raises(UserError, match=f"--head {head}: "):  # not in these shapes
+            make("--student-model", student, *line, name="feature_only")
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ((), ["widths [3, 5, 6, 12]", "--projector conv"]),
+        (("--projector", "conv", "--head", "x"), ["--head x"]),
+    ],
+)
+def test_choice_of_layers_is_checked_before_there_is_a_teacher(line, parts):
+    settings = parse(["--distances", "feature_only", *line])
+    with pytest.raises(UserError) as caught:
+        methods.check_choice_of_layers(settings, STUDENT, TEACHER)
+    for part in parts:
+        assert part in str(caught.value)
+    few = {**TEACHER, "maps": {"p": of(8, 4, 4, 5)}}
+    settings = parse(["--distances", "feature_only", "--projector", "conv"])
+    with pytest.raises(UserError, match="the teacher has 1 layers"):
+        methods.check_choice_of_layers(settings, STUDENT, few)
+
+
+def test_distance_of_a_record_has_no_diagnostics_in_it():
+    record = {"w2@a": 1.0, "w2@b": 2.0, "w2@a/iterations": 10.0, "w2_gaussian": 5.0}
+    assert records.distance_of(record, "w2") == 3.0
+    assert records.distance_of(record, "cw2") is None
+
+
+OWN = """
+import jax.numpy as jnp
+from kddm_jax import Distance
+
+def huber(x, y):
+    r = jnp.abs(x - y)
+    return jnp.mean(jnp.where(r < 1, r * r / 2, r - 0.5))
+
+ROW = Distance(huber, title="Huber")
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_distances.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("own_distances", None)
+
+
+def test_edited_distance_is_another_run(own, tmp_path):
+    before = methods.digest("own_distances:ROW")
+    (tmp_path / "own_distances.py").write_text(OWN + "# edited\n")
+    assert methods.digest("own_distances:ROW") != before
+    assert methods.digest("w2") is methods.digest("feature_only") is None
+
+
+def test_own_distance_is_found_by_module_and_name(own):
+    assert isinstance(methods.find("own_distances:huber"), Distance)
+    assert methods.title("own_distances:huber") == "huber"
+    assert methods.title("own_distances:ROW") == "Huber"
+    for name, text in {
+        "own_distances:absent": "absent",
+        "no_such_module:f": "no_such_module",
+        "own_distances:NUMBER": "int",
+    }.items():
+        with pytest.raises(UserError, match=text):
+            methods.find(name)
+
+
+@pytest.mark.slow
+def test_own_distance_trains(own, tmp_path):
+    line = (*SMALL, "--compilation-cache", "None", "--devices", 1, "--out", "out")
+    assert call(*line, "--distances", "own_distances:ROW") == 0
+    run = results_of(tmp_path / "out")["runs"][1]
+    assert run["name"] == "own_distances:ROW"
+    assert run["title"] == "Huber"
+    values = [record["own_distances:ROW"] for record in run["history"]]
+    assert values[-1] < values[0]
+    assert (tmp_path / "out" / "own_distances.ROW" / "seed1" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (("--layers", "a"), ["--layers 'a'", "STUDENT:TEACHER"]),
+        (("--layers", "a:p:-1"), ["--layers 'a:p:-1'"]),
+        (("--layers", "a:p:x"), ["--layers 'a:p:x'"]),
+        (("--layers", "z:p"), ["student has no layer 'z'", "a, b, features"]),
+        (("--layers", "a:z"), ["teacher has no layer 'z'", "p, q, features"]),
+        (("--layers", "a:p"), ["3 and 5", "--projector"]),
+        ((), ["6 and 12", "--projector"]),
+    ],
+)
+def test_layers_that_do_not_fit_are_one_line(line, parts):
+    with pytest.raises(UserError) as caught:
+        make(*line, "--distances", "l2")
+    text = str(caught.value)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_shapes_keep_the_order_of_the_layers():
+    model = models.build("ResNet9", num_classes=10, stem="cifar", width=4)
+    maps = models.shapes("ResNet9", model, (8, 8, 1), 2)["maps"]
+    assert list(maps) == ["stem", *(f"stage{i}_block1" for i in (1, 2, 3, 4))]
+
+
+def problem_of(student, monkeypatch, tmp_path, *line):
+    settings = parse([*TINY, "--devices", "1", "--student-model", student, *line])
+    problem = problems.prepare(change(settings, compilation_cache=None), tmp_path)
+    runs.check_distances(problem, problem.model("ResNet18", 4))
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        ("ResNet9", [f"stage{i}_block1" for i in (1, 2, 3, 4)]),
+        ("ResNet18", [f"stage{i}_block2" for i in (1, 2, 3, 4)]),
+        ("StudentMLP", ["hidden1", "hidden2", "hidden3"]),
+    ],
+)
+def test_student_layers(student, expected, monkeypatch, tmp_path):
+    line = ("--distances", "feature_only", "--projector", "conv")
+    problem = problem_of(student, monkeypatch, tmp_path, *line)
+    assert list(methods.student_layers(problem.settings, problem.shapes[0])) == expected
+
+
+def test_wide_maps_are_max_pooled(monkeypatch):
+    monkeypatch.setattr(outputs, "WIDEST", 12)
+    maps = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    pooled = outputs._pool(maps, maps.shape[1:])
+    expected = maps.reshape(2, 2, 2, 2, 2, 3).max((2, 4))
+    np.testing.assert_array_equal(pooled, expected)
+    flat = maps.reshape(2, -1)
+    assert outputs._pool(flat, flat.shape[1:]) is flat
+
+
+@pytest.mark.slow
+def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """Quality chooses the layers; the table has all; the same command is content."""
+    line = (
+        *TINY,
+        *(*KEEP, "--devices", 1),
+        *("--out", tmp_path / "out", "--teacher-model", "ResNet18"),
+        *("--projector", "conv", "--distances", "feature_only"),
+    )
+    assert call(*line) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "quality.json").read_text())
+    names = ["stem", *(f"stage{i}_block{j}" for i in (1, 2, 3, 4) for j in (1, 2))]
+    assert list(record["layers"]) == [*names, "features"]
+    chosen = [pair.split(":")[1] for pair in record["pairs"]]
+    best = sorted(names, key=lambda name: -record["layers"][name]["Q"])[:4]
+    assert chosen == [name for name in names if name in best]
+    assert "knowledge quality" in printed
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 10_000
+    run = results_of(tmp_path / "out")["runs"][1]
+    assert run["name"] == "feature_only"
+    last = run["history"][-1]
+    assert {f"feature_only@stage{i}_block1" for i in (1, 2, 3, 4)} <= set(last)
+
+    # What is deployed has no projectors, what is resumed has them.
+    folder = tmp_path / "out" / "feature_only" / "seed1"
+    path = checkpoint.latest(folder / "checkpoints")
+    arrays, _ = checkpoint.restore_arrays(path)
+    assert set(arrays["params"]["projectors"]) == {
+        f"stage{i}_block1" for i in (1, 2, 3, 4)
+    }
+    (folder / "result.json").unlink()
+    kept = run["history"]
+    shutil.rmtree(tmp_path / "out" / "student")
+    assert call(*line) == 0
+    again = results_of(tmp_path / "out")["runs"][1]
+    assert again["history"] == kept

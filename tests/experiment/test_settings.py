@@ -1,0 +1,226 @@
+"""Settings: recipes, the command line, schedules and optimisers, parts of the data."""
+
+import ast
+import inspect
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kddm_jax import DISTANCES, data
+from kddm_jax.experiment import settings as settings_module
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.recipes import RECIPES, parse
+from kddm_jax.experiment.settings import change, flat, weight_of
+from kddm_jax.experiment.training import models, optimizers, problems, runs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_arrives(recipe):
+    found = parse(["--dataset", "cifar10", "--recipe", recipe])
+    expected = RECIPES[recipe]("cifar10")
+    cache = expected.run.compilation_cache.expanduser()
+    assert found == change(expected, compilation_cache=cache)
+    assert (found.data.dataset, found.run.recipe) == ("cifar10", recipe)
+
+
+def test_names_of_settings_are_unique():
+    names = [f.name for kind in settings_module.GROUPS.values() for f in fields(kind)]
+    assert len(set(names)) == len(names)
+
+
+def test_paper_recipe_is_the_papers():
+    """KD2M, arXiv 2504.01757, section 4 and its released code."""
+    found = parse(["--dataset", "cifar10", "--recipe", "paper"])
+    networks, optimizer = found.networks, found.optimizer
+    assert (networks.teacher_model, networks.student_model) == ("ResNet34", "ResNet18")
+    assert (networks.stem, networks.width) == ("imagenet", 64)
+    assert (optimizer.batch_size, optimizer.epochs) == (128, 15)
+    assert (optimizer.lr, optimizer.lr_end, optimizer.momentum) == (1e-2, 1e-4, 0.9)
+    assert (optimizer.weight_decay, optimizer.nesterov) == (0.0, False)
+    assert optimizer.schedule == "cosine-epoch"
+    assert (found.data.train_images, found.data.student_images) == (None, None)
+
+
+@pytest.mark.parametrize("form", ["--lr 0.5", "--lr=0.5"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_command_line_comes_last(recipe, form):
+    found = parse([*form.split(), "--recipe", recipe, "--width", "8"])
+    assert (found.optimizer.lr, found.networks.width) == (0.5, 8)
+    assert found.optimizer.batch_size == RECIPES[recipe]("digits").optimizer.batch_size
+
+
+def test_digits_on_a_laptop_is_the_default():
+    found = parse([])
+    assert (found.data.dataset, found.run.recipe) == ("digits", "laptop")
+    assert found.run.data_dir is None
+    assert (found.optimizer.teacher_epochs, found.optimizer.epochs) == (15, 30)
+    assert (found.data.student_images, found.data.train_images) == (128, None)
+    assert not found.augmentation.flip  # numerals are never mirrored
+    assert found.augmentation.padding == 1
+    assert found.method.distances == settings_module.KD2M
+
+
+def test_digits_of_another_recipe_keeps_its_epochs():
+    found = parse(["--recipe", "strong"])
+    assert found.optimizer.epochs == RECIPES["strong"]("cifar10").optimizer.epochs
+    assert found.data.student_images is None
+    assert not found.augmentation.flip
+    assert parse(["--dataset", "cifar10"]).augmentation.flip
+
+
+def test_weights_come_before_weight_before_the_catalogue():
+    line = ["--distances", "w2", "cw2", "jw2"]
+    found = parse([*line, "--weights", "w2", "0.5", "cw2", "0", "--weight", "0.25"])
+    assert [weight_of(found, name) for name in found.method.distances] == [
+        0.5,
+        0.0,
+        0.25,
+    ]
+    found = parse([*line, "--weights", "w2", "0.5", "--scale", "teacher"])
+    assert weight_of(found, "w2") == 0.5
+    assert weight_of(found, "cw2") == DISTANCES["cw2"].weight
+    found = parse([*line, "--weight", "0"])
+    assert weight_of(found, "w2") == 0.0
+    # The catalogue's are for scaled distances; raw ones have the released code's.
+    found = parse([*line, "--scale", "None"])
+    assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
+
+
+def test_settings_as_json():
+    found = parse(["--out", "a/b", "--weights", "w2", "0.5"])
+    values = json.loads(json.dumps(settings_module.as_json(found)))
+    assert set(values) == {*settings_module.GROUP_OF}
+    assert values["out"] == "a/b"
+    assert values["weights"] == {"w2": 0.5}
+    assert values["teacher"] is None
+
+
+def described():
+    """Each setting and the text below it in the source."""
+    body = ast.parse(Path(settings_module.__file__).read_text()).body
+    groups = {kind.__name__ for kind in settings_module.GROUPS.values()}
+    return {
+        field.target.id: text.value.value
+        for node in body
+        if getattr(node, "name", "") in groups
+        for field, text in zip(node.body, node.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_explains_every_option(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        parse(["--recipe", recipe, "--help"])
+    assert stop.value.code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    squeezed = re.sub(r"[\s│|]+", "", plain)
+    texts = described()
+    for group in settings_module.GROUPS:
+        assert re.search(rf"\W {group} options \W", plain)
+    for name in settings_module.GROUP_OF:
+        assert f"--{name.replace('_', '-')}" in plain, name
+        text = re.sub(r"[\s│|]+", "", texts[name])
+        assert text in squeezed, name
+    # The recipe's own values are the defaults shown.
+    for name in ("lr", "epochs"):
+        value = flat(parse(["--recipe", recipe]))[name]
+        option = squeezed[squeezed.index(f"--{name.replace('_', '-')}") :]
+        assert f"(default:{value})" in option[:200], name
+
+
+def test_schedules():
+    """Values at the ends, in the middle, and within an epoch; ten steps per epoch."""
+
+    def rates(*line, steps):
+        settings = parse(["--lr", "0.5", "--lr-end", "0.1", *line])
+        schedule = optimizers.make_schedule(settings.optimizer, 10, 4)
+        return [float(schedule(step)) for step in steps]
+
+    constant = rates("--schedule", "constant", steps=[0, 20, 39])
+    assert constant == pytest.approx([0.5, 0.5, 0.5])
+    cosine = ("--schedule", "cosine", "--warmup")
+    found = rates(*cosine, "0", steps=[0, 20, 40])
+    assert found == pytest.approx([0.5, 0.3, 0.1])
+    found = rates(*cosine, "0.25", steps=[0, 5, 10, 25, 40])
+    assert found == pytest.approx([0.0, 0.25, 0.5, 0.3, 0.1])
+    found = rates("--schedule", "cosine-epoch", steps=[0, 9, 20, 29])
+    assert found == pytest.approx([0.5, 0.5, 0.3, 0.3])
+    found = rates("--schedule", "onecycle", steps=[0, 6, 12, 26, 40])
+    assert found == pytest.approx([0.02, 0.26, 0.5, 0.25, 2e-6], rel=1e-4)
+
+
+def test_adamw_decays_apart_from_its_moments():
+    line = ["--optimizer", "adamw", "--lr", "0.5", "--weight-decay", "0.1"]
+    settings = parse(line)
+    tx = optimizers.make_optimizer(settings.optimizer, 0.5)
+    params = {"w": np.float32([2.0, -1.0])}
+    gradient = {"w": np.float32([3.0, 0.0])}
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    # A first step of Adam is of size lr; the decay is lr * 0.1 * w.
+    np.testing.assert_allclose(updates["w"], [-0.5 - 0.1, 0.05], rtol=1e-4)
+
+
+def test_epoch_order_is_of_seed_and_epoch():
+    run = lambda seed: runs.Run("student", seed, 0.0, 2, np.arange(100, 170), {})
+    first = runs.epoch_order(run(0), 0, 32)
+    assert first.shape == (2, 32)  # the last 6 wait for another epoch
+    assert first.dtype == np.int32
+    assert len(np.unique(first)) == 64
+    assert set(first.ravel()) <= set(range(100, 170))
+    np.testing.assert_array_equal(first, runs.epoch_order(run(0), 0, 32))
+    assert (first != runs.epoch_order(run(0), 1, 32)).any()
+    assert (first != runs.epoch_order(run(1), 0, 32)).any()
+
+
+def test_parts_are_nested_and_disjoint():
+    settings = parse(["--train-images", "800", "--student-images", "200"])
+    settings = change(settings, held_out=300)
+    digits = data.load("digits")
+    parts = problems.split(digits, settings)
+    assert (len(parts.teacher), len(parts.student)) == (800, 200)
+    assert set(parts.student) <= set(parts.teacher)
+    assert len(parts.eval_labels) == 300
+    # What is evaluated on is in nobody's training set.
+    training = {digits.train_images[i].tobytes() for i in parts.teacher}
+    held_out = {image.tobytes() for image in parts.eval_images}
+    assert not training & held_out
+    np.testing.assert_array_equal(np.bincount(digits.train_labels[parts.student]), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_networks_by_name(name):
+    assert tuple(models.NETWORKS) == settings_module.MODELS
+    model = models.build(
+        name, num_classes=7, stem="cifar", width=4, dtype=np.float32, axis_name="batch"
+    )
+    found = models.shapes(name, model, (8, 8, 1), 2)
+    assert found["logits"].shape == (2, 7)
+    assert found["features"].ndim == 2
+    assert found["maps"]
+    text = inspect.cleandoc(described()["teacher_model"])
+    assert name in re.findall(r"\w+", text)
+
+
+def test_settings_errors_are_user_errors():
+    with pytest.raises(UserError, match="unknown stem"):
+        parse(["--stem", "other"])
+
+
+def test_schedules_of_lambda_start_and_end_where_they_say():
+    make = lambda name, steps=100: optimizers.make_weight_schedule(
+        parse(["--weight-schedule", name]).method, steps
+    )
+    assert make("constant") is None
+    factors = [[float(make(name)(i)) for i in (0, 25, 50, 100)] for name in RISES]
+    np.testing.assert_allclose(factors, list(RISES.values()), atol=1e-6)
+    assert make("warmup", 1)(1) == 1  # one step only: never nothing throughout
+
+
+RISES = {"warmup": [0, 0.5, 1, 1], "decay": [1, (1 + 0.5**0.5) / 2, 0.5, 0]}

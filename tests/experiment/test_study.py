@@ -1,0 +1,46 @@
+"""Every command opens its study in the same way: what is computed from the teacher."""
+
+import choose_weights
+import numpy as np
+import pytest
+import theorem
+from commands import SMALL
+
+from kddm_jax.experiment import distill
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.training import problems, runs, train
+
+COMMANDS = {
+    "distill": (distill.main, []),
+    "choose-weights": (choose_weights.main, ["--grid", "1", "--"]),
+    "theorem": (theorem.main, ["--images", "60", "--"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_knows_the_class_cost(name, trained, tmp_path, monkeypatch):
+    """A distance that the teacher parametrizes is never trained without its array."""
+    seen = []
+
+    def train_none(problem, run, *_):
+        seen.append(problem.class_cost)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", train_none)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
+    main, first = COMMANDS[name]
+    line = [*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path]
+    line += ["--distances", "wkd_logits", "--compilation-cache", "None"]
+    line += ["--held-out", 100, "--teacher-saw-held-out"]
+    assert main([*first, *map(str, line)]) == 130
+    (cost,) = seen
+    assert cost.shape == (10, 10)
+    assert np.all(cost[~np.eye(10, dtype=bool)] > 0)
+
+
+def test_no_run_is_trained_without_its_class_cost(tmp_path):
+    line = [*SMALL, "--distances", "wkd_logits", "--compilation-cache", "None"]
+    problem = problems.prepare(parse([*line, "--devices", "1"]), tmp_path)
+    runs.check_distances(problem, problem.model("ResNet9", 4))  # shapes alone
+    with pytest.raises(RuntimeError, match="class cost"):
+        runs.method_of(problem, "wkd_logits", 1.0)
