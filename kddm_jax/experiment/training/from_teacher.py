@@ -22,7 +22,7 @@ from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.train import Teacher
-from kddm_jax.logits import class_cost_cka
+from kddm_jax.families.wkd import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
 COST_IMAGES = 50  # of each class, for the cost between classes
