@@ -20,7 +20,7 @@ import runs
 from flax import linen as nn
 from problems import Problem
 from rich.console import Console
-from settings import FEATURE_ONLY, UserError, weight_of
+from settings import FEATURE_ONLY, UserError
 
 from kddm_jax import data, resnet
 from kddm_jax.logits import class_cost_cka
@@ -132,11 +132,10 @@ def choose(problem: Problem, teacher, console: Console) -> None:
     What is written holds for the same teacher and images: a run that continues never
     follows other layers.
     """
-    settings = problem.settings
     record = processes.first(lambda: _rated(problem, teacher))
     problem.chosen_layers = tuple(record["pairs"])
     report.show_quality(record, console)
-    method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))
+    method = runs.method_of(problem, FEATURE_ONLY)
     methods.check(FEATURE_ONLY, method, *problem.shapes, problem.compared_images)
 
 

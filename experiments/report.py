@@ -168,8 +168,9 @@ FILES = ("pretrained_teacher", "pretrained_student")  # decide the result: by na
 
 def command(settings: Mapping, script: str = "cifar.py") -> str:
     """The command that gives these settings, without the places of one machine."""
-    from settings import as_json, defaults
+    from settings import as_json, defaults, renamed
 
+    settings = renamed(settings)
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
@@ -243,11 +244,12 @@ def write(results: dict[str, object], out: Path) -> None:
 
 
 def _check_alike(first, other):
-    from settings import UserError
+    from settings import UserError, renamed
 
-    alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
-    for name in alike:
-        pair = [choice["settings"].get(name) for choice in (first, other)]
+    first, other = (renamed(choice["settings"]) for choice in (first, other))
+    same = ("dataset", "held_out", "seeds", "epochs", "student_images", "normalization")
+    for name in same:
+        pair = [settings.get(name) for settings in (first, other)]
         if pair[0] != pair[1]:
             raise UserError(
                 f"grids with {name}={pair[0]} and {name}={pair[1]} make no table; "

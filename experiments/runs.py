@@ -19,8 +19,6 @@ from flax import linen as nn
 from problems import Problem
 from settings import FEATURE_ONLY, UserError, as_json, weight_of
 
-from kddm_jax.losses import carries_weights
-
 ALONE = ("teacher", "student")  # runs without a teacher
 # What decides a teacher's result, and a student's beside the teacher itself.  Not
 # on_nonfinite: a run that it stops has no result, and may go on by skipping.
@@ -38,25 +36,11 @@ STUDENT_FIELDS = (
 )
 DISTILLED_FIELDS = (
     *STUDENT_FIELDS,
-    *("scale", "weight_schedule", "layers", "projector", "view"),
+    *("normalization", "weight_schedule", "layers", "projector", "positions"),
 )
 # Fields that folders of earlier versions do not have, and what these meant.
 YOUNGER = {"weight_schedule": "constant"}
 FEATURE_ONLY_FIELDS = (*DISTILLED_FIELDS, "head", "quality_images")
-
-
-def _check_schedule(problem, name):
-    settings = problem.settings
-    if settings.weight_schedule == "constant":
-        return
-    if name == FEATURE_ONLY or carries_weights(
-        method_of(problem, name, weight_of(settings, name)).distance
-    ):
-        raise UserError(
-            f"--weight-schedule {settings.weight_schedule}: {name} compares layers, "
-            "whose weights are fixed; leave the schedule out, or compare the pooled "
-            "features without a projector"
-        )
 
 
 def check_distances(problem: Problem, teacher: nn.Module) -> None:
@@ -69,27 +53,21 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
         for name, model in ((settings.student_model, student), ("teacher", teacher))
     )
     for name in settings.distances:
-        _check_schedule(problem, name)
         if name == FEATURE_ONLY and not settings.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
-        method = method_of(problem, name, weight_of(settings, name))
+        method = method_of(problem, name)
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
-def method_of(problem: Problem, name: str, weight: float) -> methods.Method:
+def method_of(problem: Problem, name: str) -> methods.Method:
     """How the student of a name learns; alone, or with a teacher."""
     settings = problem.settings
     if name in ALONE:
         return methods.Method()
     if name == FEATURE_ONLY and not settings.layers:
         settings = replace(settings, layers=problem.chosen_layers)
-    options = {}
-    if methods.needs_class_cost(name):
-        cost = problem.class_cost  # until there is a teacher, its shape alone matters
-        k = problem.num_classes
-        options["class_cost"] = np.zeros((k, k)) if cost is None else cost
-    return methods.make(settings, name, weight, *problem.shapes, options)
+    return methods.make(settings, name, *problem.shapes)
 
 
 # ---------------------------------------------------------------------------

@@ -57,15 +57,16 @@ class Settings:
     """One student alone and one per distance for each."""
     weight: float | None = None
     """Lambda of every distance; None takes --weights, then the catalogue's with
-    --scale teacher, else 1e-4, the released code's."""
+    --normalization teacher, else 1e-4, the released code's."""
     weights: dict[str, float] | None = None
     """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
     weight_schedule: str = "constant"
     """Of every lambda: constant; warmup, from nothing up to it over the first half;
     decay, from it down to nothing by half a cosine over all steps."""
-    scale: str | None = None
-    """teacher: divide squared distances by the teacher's mean squared deviation, which
-    makes lambda dimensionless; None: raw values, as in the paper."""
+    normalization: str | None = None
+    """teacher: divide the features of both networks by the teacher's root mean squared
+    deviation before they are compared, so that lambda has no unit; None: features as
+    they are, as in the paper."""
 
     layers: tuple[str, ...] = ()
     """Pairs of layers that every distance compares, STUDENT:TEACHER or
@@ -74,9 +75,9 @@ class Settings:
     projector: str | None = None
     """dense, conv (1x1) or conv3 (three layers): learned maps of the student's layers
     to the teacher's width; None: none."""
-    view: str = "pool"
-    """Maps in distances of features: pool (their average) or positions (every position
-    is a sample)."""
+    positions: str = "pool"
+    """Maps in distances of features: pool (their average) or each (every position is a
+    sample)."""
     quality_images: int = 5000
     """Training images, as many of each class, on which layers are rated."""
     head: tuple[str, ...] | None = None
@@ -197,7 +198,7 @@ _SGD = {
     "schedule": "cosine",
     "lr_end": 0.0,
     "nesterov": True,
-    "scale": "teacher",
+    "normalization": "teacher",
 }
 RECIPES: dict[str, dict[str, object]] = {
     # KD2M's (arXiv 2504.01757): ImageNet weights are part of it (--pretrained-teacher,
@@ -258,7 +259,7 @@ RECIPES["feature_only"] = {
     "batch_size": 128,
     "epochs": 50,
     "teacher_epochs": 50,
-    "scale": "teacher",
+    "normalization": "teacher",
 }
 # Numerals are never mirrored; 8 x 8 pixels bear a shift of one.
 DATASET_SETTINGS: dict[str, dict[str, object]] = {
@@ -365,10 +366,10 @@ def _check_choices(settings):
         "dtype": ("float32", "bfloat16"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
-        "scale": (None, "teacher"),
+        "normalization": (None, "teacher"),
         "weight_schedule": ("constant", "warmup", "decay"),
         "projector": (None, "dense", "conv", "conv3"),
-        "view": ("pool", "positions"),
+        "positions": ("pool", "each"),
         "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
     }.items():
@@ -456,9 +457,17 @@ def weight_of(settings: Settings, distance: str) -> float:
         return settings.weight
     if distance == FEATURE_ONLY:
         return 1.0
-    if not settings.scale:
+    if settings.normalization is None:
         return RELEASED_WEIGHT
-    return DISTANCES[distance].weight if distance in DISTANCES else 1.0
+    if distance not in DISTANCES:
+        return 1.0
+    defaults = DISTANCES[distance].weights
+    if settings.normalization not in defaults:
+        raise UserError(
+            f"{distance} has no default weight with --normalization "
+            f"{settings.normalization}; pass --weights {distance} NUMBER"
+        )
+    return defaults[settings.normalization]
 
 
 def as_json(settings: Settings) -> dict[str, object]:
@@ -470,9 +479,19 @@ def as_json(settings: Settings) -> dict[str, object]:
     }
 
 
+def renamed(values: Mapping[str, object]) -> dict[str, object]:
+    """Gives settings that were recorded before version 0.2.0 their present names."""
+    values = dict(values)
+    if "scale" in values:
+        values["normalization"] = values.pop("scale")
+    if "view" in values:
+        values["positions"] = "pool" if values.pop("view") == "pool" else "each"
+    return values
+
+
 def from_json(values: Mapping[str, object]) -> Settings:
     """The settings that `as_json` wrote; what it did not write has its default."""
-    found = {}
+    found, values = {}, renamed(values)
     for field in fields(Settings):
         if field.name in values:
             value = values[field.name]

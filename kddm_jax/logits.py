@@ -303,8 +303,8 @@ def wkd_logits_stats(
     logits_x: jax.Array,
     logits_y: jax.Array,
     labels: jax.Array,
-    *,
     class_cost: jax.Array,
+    *,
     temperature: float | jax.Array,
     gamma: float | jax.Array = 1.0,
     epsilon: float | jax.Array = 0.05,
@@ -340,8 +340,8 @@ def wkd_logits(
     logits_x: jax.Array,
     logits_y: jax.Array,
     labels: jax.Array,
-    *,
     class_cost: jax.Array,
+    *,
     temperature: float | jax.Array,
     gamma: float | jax.Array = 1.0,
     epsilon: float | jax.Array = 0.05,
@@ -388,15 +388,15 @@ def wkd_logits(
     Examples:
       >>> cost = jnp.abs(jnp.arange(3.0)[:, None] - jnp.arange(3.0)[None, :])
       >>> s, t = jnp.array([[-90.0, 9.0, 0.0]]), jnp.array([[9.0, -90.0, 0.0]])
-      >>> options = {"class_cost": cost, "temperature": 1.0, "epsilon": 0.05}
-      >>> wkd_logits(s, t, jnp.array([2]), **options)  # all from class 1 to class 0
+      >>> labels, options = jnp.array([2]), {"temperature": 1.0, "epsilon": 0.05}
+      >>> wkd_logits(s, t, labels, cost, **options)  # all from class 1 to class 0
       Array(1.001, dtype=float32)
     """
     return wkd_logits_stats(
         logits_x,
         logits_y,
         labels,
-        class_cost=class_cost,
+        class_cost,
         temperature=temperature,
         gamma=gamma,
         epsilon=epsilon,

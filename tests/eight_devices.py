@@ -85,6 +85,9 @@ class Problem(NamedTuple):
         return make_augment(mean=(0.5,), std=(0.25,), padding=1, dtype=self.dtype)
 
 
+WHOLE = ("key", "class_cost")  # the same for all groups
+
+
 def within(row, groups):
     """The row as the mean over groups of neighbouring samples, on one device."""
 
@@ -92,19 +95,19 @@ def within(row, groups):
         kinds = [kind for kind in row.inputs for _ in helpers.FIELDS[kind]]
         split = lambda a: a.reshape(groups, -1, *a.shape[1:])
         parts = [
-            a if kind == "key" else split(a)
+            a if kind in WHOLE else split(a)
             for kind, a in zip(kinds, arrays, strict=True)
         ]
         values = [
             row.fn(
-                *(p if k == "key" else p[g] for k, p in zip(kinds, parts, strict=True)),
+                *(p if k in WHOLE else p[g] for k, p in zip(kinds, parts, strict=True)),
                 **options,
             )
             for g in range(groups)
         ]
         return jnp.mean(jnp.stack(values))
 
-    return Distance(fn, row.inputs)
+    return Distance(fn, inputs=row.inputs)
 
 
 def term_of(name, problem, *, groups=None):
@@ -113,7 +116,7 @@ def term_of(name, problem, *, groups=None):
     layers = (problem.layer,) * 2 if "maps" in row.inputs else None
     options = helpers.options_of(row, K)
     distance = row if groups is None else within(row, groups)
-    return Term(distance, 0.05, layers=layers, options=options, name="distance")
+    return Term(distance, layers=layers, options=options, name="distance")
 
 
 def step_of_any(names, problem, **options):
@@ -129,7 +132,7 @@ def step_of_any(names, problem, **options):
             distance=[term_of(name, problem, groups=groups)],
             **options,
         )
-        state, metrics = step(*operands)
+        state, metrics = step(*operands, {"class_cost": helpers.class_cost(K)})
         return state, {key: metrics[key] for key in (*COMMON, "distance")}
 
     def step(i, *operands):
