@@ -1,4 +1,4 @@
-"""What a loss needs of a mapped axis: the batch of all devices, or of a group of them.
+"""Brings the arrays and numbers of all devices of a mapped axis together.
 
 A distance between distributions is not an average over images, so it cannot be computed
 per device and averaged: arrays are gathered first.  Only means over images are computed
@@ -87,3 +87,19 @@ def worst(stats: Mapping[str, jax.Array], axis_name: Any) -> dict[str, jax.Array
     extreme = lambda name: jax.lax.pmin if name == "converged" else jax.lax.pmax
     stats = jax.lax.stop_gradient(stats)
     return {name: extreme(name)(stat, axis_name) for name, stat in stats.items()}
+
+
+def average_state(state: Tree, axis_name: Any) -> Tree:
+    """Averages floating arrays over devices; counters are alike on all."""
+    floating = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
+    mean = lambda a: jax.lax.pmean(a, axis_name) if floating(a) else a
+    return jax.tree.map(mean, state)
+
+
+def accuracy_of(logits: jax.Array, labels: jax.Array, axis_name: Any) -> jax.Array:
+    """Computes the share of all devices' labelled images with a right prediction."""
+    hits = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & (labels >= 0))
+    counts = jnp.stack([hits, jnp.sum(labels >= 0)]).astype(jnp.float32)
+    if axis_name is not None:
+        counts = jax.lax.psum(counts, axis_name)
+    return counts[0] / jnp.maximum(counts[1], 1)

@@ -27,7 +27,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.checks import check_choice
+from kddm_jax.devices import accuracy_of, average_state
 from kddm_jax.distances import Distance
+from kddm_jax.gradients import all_finite, gradients
 from kddm_jax.losses import NOTHING, Term, distill_loss
 
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
@@ -121,13 +123,6 @@ def _augment_batch(augment, key, images, axis_name):
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
-def _average_state(state, axis_name):
-    """The mean over devices of what is floating; counters are alike on all."""
-    floating = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
-    mean = lambda a: jax.lax.pmean(a, axis_name) if floating(a) else a
-    return jax.tree.map(mean, state)
-
-
 def _rngs_for(apply, key, axis_name):
     """The keyword argument ``rngs`` where an apply function takes it; else none.
 
@@ -142,57 +137,6 @@ def _rngs_for(apply, key, axis_name):
     return {"rngs": {"dropout": key}}
 
 
-def _accuracy(logits, labels, axis_name):
-    """The share of labelled images whose prediction is right, on all devices."""
-    hits = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & (labels >= 0))
-    counts = jnp.stack([hits, jnp.sum(labels >= 0)]).astype(jnp.float32)
-    if axis_name is not None:
-        counts = jax.lax.psum(counts, axis_name)
-    return counts[0] / jnp.maximum(counts[1], 1)
-
-
-def _gradients(forward, objective, params, head):
-    """``(loss, terms), batch_stats, logits`` and the gradient of the loss.
-
-    ``forward(params) -> ((logits, layers), batch_stats)`` and ``objective((logits,
-    layers)) -> (loss, terms)``.
-    """
-    if head is None:
-
-        def loss_fn(params):
-            outputs, batch_stats = forward(params)
-            loss, terms = objective(outputs)
-            return loss, (terms, batch_stats, outputs[0])
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (terms, batch_stats, logits)), grads = grad_fn(params)
-        return loss, terms, batch_stats, logits, grads
-
-    if missing := [name for name in head if name not in params]:
-        raise ValueError(
-            f"head names {', '.join(missing)}; the student's modules are "
-            f"{', '.join(params)}"
-        )
-    # One forward pass, two ways back: from the logits to the head, of which XLA
-    # computes nothing else, and from the layers to the rest.
-    outputs, pull_back, batch_stats = jax.vjp(forward, params, has_aux=True)
-    grad_fn = jax.value_and_grad(objective, has_aux=True)
-    (loss, terms), (by_logits, by_layers) = grad_fn(outputs)
-    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-    (of_logits,) = pull_back((by_logits, zero(by_layers)))
-    (of_layers,) = pull_back((zero(by_logits), by_layers))
-    grads = {
-        name: jax.tree.map(jnp.add, tree, of_logits[name]) if name in head else tree
-        for name, tree in of_layers.items()
-    }
-    return loss, terms, batch_stats, outputs[0], grads
-
-
-def _all_finite(tree):
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite))
-
-
 def _update(tx, state, batch_stats, loss, grads):
     """The next state, or the old one where loss or gradient is not finite."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
@@ -202,8 +146,32 @@ def _update(tx, state, batch_stats, loss, grads):
         opt_state=opt_state,
         step=state.step + 1,
     )
-    finite = _all_finite((loss, grads))
+    finite = all_finite((loss, grads))
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), finite
+
+
+def _check_teacher(teacher_apply, distance):
+    """Answers what can be wrong with a teacher before anything is traced."""
+    if isinstance(teacher_apply, Mapping) or isinstance(distance, Mapping):
+        raise ValueError(
+            "several teachers are not available yet; pass one apply function as "
+            "teacher_apply, and Terms as distance"
+        )
+    alone = isinstance(distance, Sequence) and len(distance) == 0
+    if teacher_apply is None and not alone:
+        raise ValueError(
+            f"teacher_apply is None, but distance is {distance!r}; "
+            "pass the teacher's apply function, or distance=()"
+        )
+
+
+def _taught(teacher_apply, variables, inputs, axis_name):
+    """The teacher's layers and logits; nothing without a teacher."""
+    if teacher_apply is None:
+        return {}, None
+    rngs = _rngs_for(teacher_apply, None, axis_name)
+    outputs, _ = teacher_apply(variables, inputs, train=False, **rngs)
+    return _layers_of(outputs), outputs.logits
 
 
 def make_train_step(
@@ -252,31 +220,14 @@ def make_train_step(
       ValueError: a distance without a teacher; several teachers; an unknown module in
         ``head``, when the step is traced.
     """
-    if isinstance(teacher_apply, Mapping) or isinstance(distance, Mapping):
-        raise ValueError(
-            "several teachers are not available yet; pass one apply function as "
-            "teacher_apply, and Terms as distance"
-        )
+    _check_teacher(teacher_apply, distance)
     options = dict[str, Any](loss_options)
-    alone = isinstance(distance, Sequence) and len(distance) == 0
-    if teacher_apply is None and not alone:
-        raise ValueError(
-            f"teacher_apply is None, but distance is {distance!r}; "
-            "pass the teacher's apply function, or distance=()"
-        )
     tx = optax.with_extra_args_support(tx)
-
-    def taught(variables, inputs):
-        if teacher_apply is None:
-            return {}, None
-        rngs = _rngs_for(teacher_apply, None, axis_name)
-        outputs, _ = teacher_apply(variables, inputs, train=False, **rngs)
-        return _layers_of(outputs), outputs.logits
 
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
-        teacher_features, teacher_logits = taught(teacher_variables, inputs)
+        guide = _taught(teacher_apply, teacher_variables, inputs, axis_name)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
             lam = lam * weight_schedule(state.step)
@@ -290,11 +241,7 @@ def make_train_step(
         def objective(outputs):
             logits, layers = outputs
             return distill_loss(
-                layers,
-                teacher_features,
-                labels,
-                logits,
-                teacher_logits,
+                *(layers, guide[0], labels, logits, guide[1]),
                 distance=distance,
                 weight=lam,
                 teacher_data=teacher_data,
@@ -303,15 +250,15 @@ def make_train_step(
                 **options,
             )
 
-        loss, terms, batch_stats, logits, grads = _gradients(
+        loss, terms, batch_stats, logits, grads = gradients(
             forward, objective, state.params, head
         )
         if axis_name is not None:
             # Every device differentiates the same global loss: average, never sum.
             grads = jax.lax.pmean(grads, axis_name)
-            batch_stats = _average_state(batch_stats, axis_name)
+            batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
-        accuracy = _accuracy(logits, labels, axis_name)
+        accuracy = accuracy_of(logits, labels, axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         return new, metrics
 
@@ -358,9 +305,7 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
       leading axis of steps.
     """
 
-    def scanned(
-        state, teacher_variables, images, labels, indices, teacher_data=NOTHING
-    ):
+    def scanned(state, teacher_variables, images, labels, indices, *teacher_data):
         def body(state, index):
             # Without the barrier XLA:CPU repeats the lookup in every consumer.
             batch = images[index], labels[index]
@@ -370,7 +315,7 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
                 batch, teacher = jax.lax.optimization_barrier((batch, teacher))
             else:
                 batch = jax.lax.optimization_barrier(batch)
-            return step(state, teacher, *batch, teacher_data)
+            return step(state, teacher, *batch, *teacher_data)
 
         if indices.shape[0] > 1:
             return jax.lax.scan(body, state, indices)
