@@ -481,12 +481,11 @@ def as_json(settings: Settings) -> dict[str, object]:
 
 def renamed(values: Mapping[str, object]) -> dict[str, object]:
     """Gives settings that were recorded before version 0.2.0 their present names."""
-    values = dict(values)
-    if "scale" in values:
-        values["normalization"] = values.pop("scale")
-    if "view" in values:
-        values["positions"] = "pool" if values.pop("view") == "pool" else "each"
-    return values
+    names = {"scale": "normalization", "view": "positions"}
+    found = {names.get(name, name): value for name, value in values.items()}
+    if values.get("view") == "positions":
+        found["positions"] = "each"
+    return found
 
 
 def from_json(values: Mapping[str, object]) -> Settings:
