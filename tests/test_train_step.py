@@ -531,7 +531,7 @@ def test_teacher_data_are_an_argument_of_the_program(scanned, compilations):
 
 def test_dropout_has_keys_of_its_own():
     """Of each step and device, and none of the images'."""
-    seen = []
+    seen, fold = [], jax.vmap(jax.random.fold_in, (None, 0))
 
     def student(variables, images, *, train, rngs):
         outputs, _ = linen_apply(Net())(variables, images, train=True)
@@ -548,8 +548,9 @@ def test_dropout_has_keys_of_its_own():
         new, _ = step(on_all(now, 2), on_all({}, 2))
         seen += [tuple(key) for key in np.asarray(new.batch_stats["key"]).tolist()]
         key = jax.random.fold_in(jax.random.key(seed), at)
-        images = jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(jnp.arange(N))
-        data = jax.random.key_data(jnp.append(images, key)).astype(jnp.int32)
+        images = jnp.append(fold(key, jnp.arange(N)), key)
+        inner = jax.vmap(lambda key: fold(key, jnp.arange(4)))(images)  # and split's
+        data = jax.random.key_data(jnp.append(images, inner.ravel())).astype(jnp.int32)
         assert not {tuple(one) for one in data.tolist()} & set(seen)
     assert len(set(seen)) == 6
 
