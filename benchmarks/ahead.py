@@ -32,14 +32,15 @@ import argparse
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
-import distances
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+from distances import class_cost
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_step import TX, make_step, networks, none
@@ -118,14 +119,12 @@ SHORT = {"bf16": "bfloat16", "f32": "float32"}
 def term_of(name: str, *models: resnet.ResNet) -> Term:
     """The row with all that it needs to be compared between student and teacher."""
     if name == "none":
-        return Term(none, 0.0, name=name)
+        return Term(none, weight=0.0, name=name)
     row = DISTANCES[name]
     last = tuple(f"stage{len(m.blocks)}_block{m.blocks[-1]}" for m in models)
     return Term(
         row,
-        row.weight,
         layers=last if "maps" in row.inputs else None,
-        options=distances.required_options(row.fn, CLASSES),
         name=name,
     )
 
@@ -138,7 +137,7 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
     step = make_step(setting, student, teacher, distance=[term])
     program = train_step.parallel(
         train_step.scan_steps(step),
-        in_axes=(None, None, None, None, 0),
+        in_axes=(None, None, None, None, 0, None),
         donate=(0,),
         devices=devices,
         how="shard_map",
@@ -163,6 +162,7 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
         abstract(jax.ShapeDtypeStruct((IMAGES, 32, 32, 3), jnp.uint8)),
         abstract(jax.ShapeDtypeStruct((IMAGES,), jnp.int32)),
         abstract(jax.ShapeDtypeStruct(own, jnp.int32), train_step.AXIS),
+        {"class_cost": abstract(jax.eval_shape(partial(class_cost, CLASSES)))},
     )
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     return lowered, size

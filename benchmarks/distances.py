@@ -32,7 +32,7 @@ import argparse
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import harness
@@ -98,16 +98,16 @@ def make_batch(n: int, d: int, student: str, classes: int) -> dict[str, list]:
         "logits": [jnp.asarray(z, jnp.float32) for z in logits],
         "labels": [jnp.asarray(labels, jnp.int32)],
         "key": [jax.random.key(0)],
+        "class_cost": [class_cost(classes)],
     }
 
 
-def required_options(fn: Callable, classes: int) -> dict[str, object]:
-    """Options without a default, which a row cannot do without."""
+def class_cost(classes: int) -> jax.Array:
+    """A price between classes as a teacher sets it."""
     # 1 - CKA of the released teacher's classes lies between .48 and .88 on CIFAR-100.
     distance = np.random.default_rng(1).uniform(0.48, 0.88, (classes, classes))
     distance = (distance + distance.T) / 2 * (1 - np.eye(classes))
-    made = {"class_cost": 1 - np.exp(-distance).astype(np.float32)}
-    return {k: v for k, v in made.items() if k in inspect.signature(fn).parameters}
+    return 1 - jnp.exp(-jnp.asarray(distance, jnp.float32))
 
 
 # ---------------------------------------------------------------------------
@@ -139,12 +139,12 @@ class Programs:
         """The row's arguments."""
         return [array for kind in self.row.inputs for array in batch[kind]]
 
-    def make(self, batch: Mapping[str, list], classes: int) -> dict[str, object]:
+    def make(self, batch: Mapping[str, list]) -> dict[str, object]:
         """Of the batch's shapes: both programs, memory, largest array, iterations."""
         arrays = self.arrays(batch)
         shapes = tuple(array.shape for array in arrays)
         if shapes not in self._made:
-            self._made[shapes] = self.compile(arrays, classes)
+            self._made[shapes] = self.compile(arrays)
         made = self._made[shapes]
         value, gradient = made["gradient"](*arrays)
         assert np.isfinite(value), f"{self.name} is not finite"
@@ -152,10 +152,9 @@ class Programs:
         stats = made["stats"](*arrays)
         return {**made, "iterations": stats and int(stats["iterations"])}
 
-    def compile(self, arrays: list[jax.Array], classes: int) -> dict[str, object]:
+    def compile(self, arrays: list[jax.Array]) -> dict[str, object]:
         """Both programs of such arguments, their memory and largest array."""
-        needed = required_options(self.row.fn, classes)
-        options = {**needed, **self.row.options, **self.options}
+        options = {**dict(self.row.options), **self.options}
         fn = lambda *a: self.row.fn(*a, **options)
         both = jax.value_and_grad(fn)
         gradient = jax.jit(both).lower(*arrays).compile()
@@ -206,7 +205,7 @@ def measure(
         for student in STUDENTS:
             batch = make_batch(n, d, student, classes or args.classes[0])
             try:
-                found = made[name].make(batch, classes or args.classes[0])
+                found = made[name].make(batch)
             except ImportError as error:
                 notes[name] = harness.missing_package(error)
                 continue

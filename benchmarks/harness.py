@@ -51,6 +51,11 @@ def parse_distance(name: str) -> tuple[Distance, dict[str, object]]:
     return DISTANCES[key], ({CHOICES[choice]: choice} if choice else {})
 
 
+def weight_of(row: Distance) -> float:
+    """A default of its lambda, whatever the normalization: it decides no time."""
+    return next(iter(row.weights.values()), 1.0)
+
+
 def missing_package(error: ImportError) -> str:
     """What to write in the row of a distance whose package is not installed."""
     package = (error.name or str(error)).partition(".")[0]

@@ -85,11 +85,11 @@ class JaxStep:
         (student, student_variables), (teacher, teacher_variables) = models
         loss = {"distance": none, "weight": 0.0}
         if isinstance(distance, Distance):
-            loss = {"distance": distance, "weight": distance.weight}
+            loss = {"distance": distance, "weight": harness.weight_of(distance)}
         elif distance != "none":
             row, options = harness.parse_distance(distance)
             key = distance.partition("/")[0]
-            loss = {"distance": key, "weight": row.weight, **options}
+            loss = {"distance": key, "weight": harness.weight_of(row), **options}
         self.step = make_step(setting, student, teacher, axis_name=None, **loss)
         state = train_step.create_state(student_variables, TX)
         # A copy: the state is donated, the student's variables serve all programs.

@@ -88,7 +88,7 @@ def make_programs(setting, data, wanted, torch, deadline):
             else:
                 weight = 0.0
                 if distance != "none":
-                    weight = harness.parse_distance(distance)[0].weight
+                    weight = harness.weight_of(harness.parse_distance(distance)[0])
                 program = TorchProgram(
                     torch,
                     setting,

@@ -49,7 +49,7 @@ class Catalogue(Directive):
     @staticmethod
     def cells(key, row):
         """One row of the table, reStructuredText."""
-        options = ", ".join(f"{name}={value!r}" for name, value in row.options.items())
+        options = ", ".join(f"{name}={value!r}" for name, value in row.options)
         function = f":py:func:`~kddm_jax.{row.fn.__name__}`"
         promises = sorted(row.promises) + (["per sample"] if row.per_sample else [])
         return (
@@ -59,7 +59,7 @@ class Catalogue(Directive):
             ", ".join(row.inputs),
             ", ".join(promises) or "–",
             row.complexity,
-            f"{row.weight:g}",
+            f"{next(iter(row.weights.values())):g}",
         )
 
     def run(self):

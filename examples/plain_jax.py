@@ -39,11 +39,12 @@ def apply(params, x):
 def loss_fn(params, x, labels, teacher, weight):
     """With a teacher: distillation; without: cross-entropy alone."""
     layers, logits = apply(params, x)
-    terms = (Term("cka", weight, layers=("layer0", "layer0")), Term("kd", weight))
+    terms = Term("cka", layers=("layer0", "layer0")), Term("kd")
     if teacher is None:
         return distill_loss(layers, layers, labels, logits, distance=())[0]
     guide = apply(teacher, x)
-    return distill_loss(layers, guide[0], labels, logits, guide[1], distance=terms)[0]
+    options = {"distance": terms, "weight": weight}
+    return distill_loss(layers, guide[0], labels, logits, guide[1], **options)[0]
 
 
 @jax.jit

@@ -43,11 +43,11 @@ def apply(params, x):
 @jax.shard_map(mesh=mesh, **specs, check_vma=False)  # as distill_loss asks
 def fit(params, x, labels, teacher, weight):
     """Trains a network, full batches; x and labels are this device's share."""
-    terms = [Term("gram", weight)] if teacher else []
+    terms = [Term("gram")] if teacher else []
 
     def loss_fn(params):
         (features, logits), (guide, _) = apply(params, x), apply(teacher or params, x)
-        options = {"distance": terms, "axis_name": "batch"}
+        options = {"distance": terms, "weight": weight, "axis_name": "batch"}
         return distill_loss(features, guide, labels, logits, **options)[0]
 
     def step(_, state):

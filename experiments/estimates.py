@@ -45,7 +45,7 @@ def estimator(name: str, student: Seen, teacher: Seen, labels: np.ndarray) -> Ca
     """
     key_of, options = ESTIMATES[name]
     row = DISTANCES[key_of]
-    options = {**row.options, **options}
+    options = {**dict(row.options), **options}
     if key_of == "jw2":
         # beta = "max" is of the batch: fixed, so that all estimate one number.
         apart = cdist(student.features, teacher.features, "sqeuclidean")

@@ -19,7 +19,7 @@ from kddm_jax.numerics.transport import Costs, transport_plan
 
 
 def _deviation(y):
-    """The teacher's mean squared deviation, as ``scale="teacher"`` takes it."""
+    """The teacher's mean squared deviation, the unit of squared distances."""
     return jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
 
 

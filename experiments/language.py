@@ -210,13 +210,13 @@ class Method(NamedTuple):
     weight: float
     distance: Callable[..., jax.Array] | None = None
 
-    def terms(self, weight, pairs, positions) -> tuple[Term, ...]:
-        """What joins the cross-entropy: lambda times the mean distance of pairs."""
+    def terms(self, pairs, positions) -> tuple[Term, ...]:
+        """What joins the cross-entropy: the mean distance of pairs."""
         if self.distance is None:
             row = Distance(kd, inputs=("logits",))
-            return (Term(row, weight, options={"temperature": 2.0}),)
+            return (Term(row, options={"temperature": 2.0}),)
         row = at_random(self.distance, positions)
-        return tuple(Term(row, weight / len(pairs), layers=pair) for pair in pairs)
+        return tuple(Term(row, weight=1 / len(pairs), layers=pair) for pair in pairs)
 
 
 METHODS: Mapping[str, Method] = {
@@ -275,7 +275,8 @@ def make_step(model, teacher, method, *, positions, steps, lr):
             labels,
             student.logits,
             guide.logits,
-            distance=method.terms(weight, pairs, positions) if method else (),
+            distance=method.terms(pairs, positions) if method else (),
+            weight=weight,
             key=key,
         )
 

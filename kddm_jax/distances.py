@@ -13,10 +13,11 @@ References:
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from kddm_jax.families.alignment import (
     cka,
@@ -72,37 +73,76 @@ __all__ = [
     "wkd_logits",
 ]
 
+Options = Mapping[str, object] | tuple[tuple[str, object], ...]
 
-class Distance(NamedTuple):
-    """A row of `DISTANCES`; one's own distance is passed as one.
+
+def hashable_options(options: Options) -> tuple[tuple[str, object], ...]:
+    """Sorts options into pairs, which can be hashed.
+
+    Args:
+      options: a mapping from names to values, or its pairs.
+
+    Returns:
+      The pairs, sorted by name.
+
+    Raises:
+      ValueError: a value is an array.
+
+    Examples:
+      >>> hashable_options({"solver": "exact", "pairing": 1.0})
+      (('pairing', 1.0), ('solver', 'exact'))
+    """
+    pairs = tuple(sorted(dict(options).items()))
+    for name, value in pairs:
+        if isinstance(value, np.ndarray | jax.Array):
+            raise ValueError(
+                f"option {name} is an array of shape {list(value.shape)}, but options "
+                "are constants of the program; pass a Python number, or pass an array "
+                f"that is computed from the teacher as teacher_data={{{name!r}: ...}}"
+            )
+    return pairs
+
+
+@dataclass(frozen=True)
+class Distance:
+    """An entry of `DISTANCES`; a distance of your own is passed as one, too.
+
+    It is hashable.
 
     Attributes:
       fn: ``fn(*arrays, **options) -> scalar``, the arrays named by ``inputs``.
-      inputs: of ``"features"``, ``"maps"``, ``"logits"`` (each a pair: student,
-        teacher), ``"labels"``, ``"key"``.
-      options: fixed keyword arguments of the row.
+      inputs: names of the arrays: ``"features"``, ``"maps"``, ``"logits"`` (each a
+        pair: student, teacher), ``"labels"``, ``"key"``; every other name is looked up
+        in the loss's ``teacher_data``.
+      options: fixed keyword arguments of the entry, as a mapping; stored as sorted
+        pairs.
       title: name in tables.
       complexity: cost of value and gradient.
-      promises: properties that the tests hold it to: "zero" for identical clouds,
+      promises: properties that the tests check: "zero" for identical clouds,
         "symmetric", invariant to a common "translation" or "rotation", "squared":
         ``D(a x, a y) = a^2 D(x, y)``, different "widths".
       per_sample: a mean over images, so that devices need not gather.
       diagnose: same arguments as ``fn``, gives ``(value, {name: scalar})``; of several
         devices the least "converged" and the largest of all else is shown.
-      weight: a default of lambda.  Of rows that promise "squared", for
-        ``scale="teacher"`` in `distill_loss` (squared distances in units of the
-        teacher's mean squared deviation); of all others, for the distance as it is.
+      weights: default of lambda for each ``normalization`` of `distill_loss`; without
+        an entry the caller has to pass a number.
     """
 
     fn: Callable[..., jax.Array]
+    _: KW_ONLY
     inputs: tuple[str, ...] = ("features",)
-    options: Mapping[str, object] = MappingProxyType({})
+    options: Options = ()
     title: str = ""
     complexity: str = ""
     promises: frozenset[str] = frozenset()
     per_sample: bool = False
     diagnose: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
-    weight: float = 1e-3
+    weights: Mapping[str | None, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        """Makes it immutable throughout."""
+        object.__setattr__(self, "options", hashable_options(self.options))
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
 
 
 _LABELLED = ("features", "labels")
@@ -110,17 +150,25 @@ _RIGID = frozenset({"zero", "symmetric", "translation", "rotation"})
 _METRIC = _RIGID | {"squared"}
 _GEOMETRY = _RIGID | {"widths"}
 
-# Default weights down to "l2": held-out digits, 3 seeds
-# (experiments/results/digits-weights*.json).  Between 1e-2 and 1 most rows are flat
+
+def _either(weight):
+    """The same default, since a common factor of both sides changes nothing."""
+    return {None: weight, "teacher": weight}
+
+
+# Squared distances have a default of lambda for normalization="teacher" only, whose
+# unit they share.  The others do not change with it, but for "linear_projection", whose
+# default is for features as they are.  Those down to "l2": held-out digits, 3 seeds
+# (experiments/results/digits-weights*.json).  Between 1e-2 and 1 most entries are flat
 # within a standard error of one point; the smaller is taken where more is known to hurt
-# ("w2" pairs across classes, the Kullback-Leibler rows and "jw2" diverge).  Behind "l2"
-# they are those of the works named beside them, not measured here.
+# ("w2" pairs across classes, the Kullback-Leibler divergences and "jw2" diverge).
+# After "l2" they are those of the works named above them, not measured here.
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
         "w2": Distance(
             wasserstein,
             title="W2 (E)",
-            weight=1e-2,
+            weights={"teacher": 1e-2},
             complexity="n² d + iterations n²",
             promises=_METRIC,
             diagnose=wasserstein.diagnose,
@@ -129,7 +177,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             class_wasserstein,
             inputs=_LABELLED,
             title="CW2 (E)",
-            weight=1.0,
+            weights={"teacher": 1.0},
             complexity="n² d + iterations n²",
             promises=_METRIC,
             diagnose=class_wasserstein.diagnose,
@@ -138,7 +186,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             joint_wasserstein,
             inputs=("features", "logits"),
             title="JW2 (E)",
-            weight=1e-2,
+            weights={"teacher": 1e-2},
             complexity="n² (d + k) + iterations n²",
             promises=_METRIC,
             diagnose=joint_wasserstein.diagnose,
@@ -146,7 +194,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "w2_gaussian": Distance(
             gaussian_wasserstein,
             title="W2 (G)",
-            weight=0.1,
+            weights={"teacher": 0.1},
             complexity="n² d + n³",
             promises=_METRIC,
         ),
@@ -154,14 +202,14 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             class_gaussian_wasserstein,
             inputs=_LABELLED,
             title="CW2 (G)",
-            weight=1.0,
+            weights={"teacher": 1.0},
             complexity="n² d + n³",
             promises=_METRIC,
         ),
         "kl_gaussian": Distance(
             gaussian_kl,
             title="KL (G)",
-            weight=1e-2,
+            weights=_either(1e-2),
             complexity="n d",
             promises=frozenset({"zero", "translation"}),
         ),
@@ -169,22 +217,22 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             class_gaussian_kl,
             inputs=_LABELLED,
             title="CKL (G)",
-            weight=1e-5,
+            weights=_either(1e-5),
             complexity="n² d",
             promises=frozenset({"zero", "translation"}),
         ),
         "mmd_linear": Distance(
             mmd,
-            options=MappingProxyType({"kernel": "linear"}),
+            options={"kernel": "linear"},
             title="MMD linear",
-            weight=1e-2,
+            weights={"teacher": 1e-2},
             complexity="n d",
             promises=_METRIC,
         ),
         "mmd_rbf": Distance(
             mmd,
             title="MMD rbf",
-            weight=0.1,
+            weights=_either(0.1),
             complexity="n² d",
             promises=_RIGID,
         ),
@@ -192,7 +240,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             class_mmd,
             inputs=_LABELLED,
             title="CMMD rbf",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="n² d",
             promises=_RIGID,
         ),
@@ -202,7 +250,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             sliced_wasserstein,
             inputs=("features", "key"),
             title="sliced W2",
-            weight=1.0,
+            weights={"teacher": 1.0},
             complexity="p n (d + log n)",
             promises=frozenset({"zero", "symmetric", "translation", "squared"}),
         ),
@@ -210,7 +258,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "gromov_w2": Distance(
             gromov_wasserstein,
             title="Gromov W2",
-            weight=1e-2,
+            weights={"teacher": 1e-2},
             complexity="n² d + iterations n³",
             promises=_METRIC | {"widths"},
             diagnose=gromov_wasserstein.diagnose,
@@ -218,7 +266,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "l2": Distance(
             paired_l2,
             title="paired L2",
-            weight=0.1,
+            weights={"teacher": 0.1},
             complexity="n d",
             promises=_METRIC,
             per_sample=True,
@@ -228,21 +276,21 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "procrustes": Distance(
             procrustes,
             title="Procrustes",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="n d² + d³",
             promises=_GEOMETRY,
         ),
         "gram": Distance(
             feature_gram,
             title="feature Gram",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="n² d",
             promises=_GEOMETRY,
         ),
         "cka": Distance(
             cka,
             title="CKA",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="n² d",
             promises=_GEOMETRY,
         ),
@@ -250,7 +298,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "linear_projection": Distance(
             linear_projection,
             title="linear projection",
-            weight=100.0,
+            weights={None: 100.0},
             complexity="n d²",
             promises=frozenset({"zero", "rotation", "widths"}),
         ),
@@ -258,7 +306,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "similarity": Distance(
             similarity_preserving,
             title="SP",
-            weight=3000.0,
+            weights=_either(3000.0),
             complexity="n² d",
             promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
         ),
@@ -267,7 +315,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             nst,
             inputs=("maps",),
             title="NST",
-            weight=50.0,
+            weights=_either(50.0),
             complexity="n h w c min(h w, c)",
             promises=frozenset({"zero", "symmetric", "widths"}),
             per_sample=True,
@@ -278,7 +326,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             kd,
             inputs=("logits",),
             title="KD",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="n k",
             promises=frozenset({"zero"}),
             per_sample=True,
@@ -286,21 +334,20 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "kd_standardized": Distance(
             kd,
             inputs=("logits",),
-            options=MappingProxyType({"standardize": True}),
+            options={"standardize": True},
             title="KD, standardised",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="n k",
             promises=frozenset({"zero"}),
             per_sample=True,
         ),
-        # The released settings for ResNet34 to ResNet18.  Its class_cost is the
-        # teacher's: the row cannot have one.
+        # The released settings for ResNet34 to ResNet18.
         "wkd_logits": Distance(
             wkd_logits,
-            inputs=("logits", "labels"),
-            options=MappingProxyType({"temperature": 2.0, "gamma": 30.0}),
+            inputs=("logits", "labels", "class_cost"),
+            options={"temperature": 2.0, "gamma": 30.0},
             title="WKD-L",
-            weight=1.0,
+            weights=_either(1.0),
             complexity="iterations n k²",
             per_sample=True,
             diagnose=wkd_logits.diagnose,
@@ -310,7 +357,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             wkd_features,
             inputs=("maps",),
             title="WKD-F",
-            weight=0.02,
+            weights=_either(0.02),
             complexity="n h w c",
             promises=frozenset({"zero", "symmetric", "translation"}),
             per_sample=True,

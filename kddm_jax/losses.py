@@ -1,56 +1,99 @@
 """The distillation loss: cross-entropy plus weighted distances.
 
-``loss = task_weight * cross_entropy + sum_t weight_t * D_t(student, teacher)``.
+``loss = task_weight * task + lambda * sum_t weight_t * D_t(student, teacher)``, where
+the task is the cross-entropy and lambda the argument ``weight`` of `distill_loss`.
 Arrays in, scalars out: no framework, so it composes with Flax, Equinox and plain
 functions, under jit, grad, vmap, pmap and shard_map.  The teacher gets no gradient.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
-from kddm_jax.distances import DISTANCES, Distance
-from kddm_jax.numerics.checks import as_float, check_choice, check_labels, check_number
-from kddm_jax.numerics.pooling import average_pool
+from kddm_jax.distances import DISTANCES, Distance, Options, hashable_options
+from kddm_jax.numerics.checks import check_choice, check_labels, check_number
+from kddm_jax.numerics.devices import (
+    check_axis,
+    gather,
+    groups_of,
+    mean_over_images,
+    worst,
+)
+from kddm_jax.numerics.linalg import constant
+from kddm_jax.numerics.normalization import check_normalization, normalize
+from kddm_jax.numerics.positions import POSITIONS, as_matrices
 
-DEFAULT_WEIGHT = 1e-3
 Features = jax.Array | Mapping[str, jax.Array]
+NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
 
 
-class Term(NamedTuple):
-    """One weighted distance of a loss.
+@dataclass(frozen=True)
+class Term:
+    """One distance of a loss, between one pair of layers.
+
+    It is hashable.
 
     Attributes:
       distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
-      weight: lambda, ``>= 0``; an array (traced) or a float.
+      weight: number ``>= 0``, relative to lambda, which weighs all terms.
       layers: student and teacher key, where features are mappings layer -> array;
-        None is ``"features"``.  A distance of predictions has no need of any.
-      options: keyword arguments of the distance.
+        None is ``"features"``.  A distance of predictions needs none.
+      options: keyword arguments of the distance, as a mapping; stored as sorted pairs.
       name: in the loss's terms; None takes the key or the function's name.
-      view: how a distance of features reads maps ``[n, h, w, c]`` or tokens ``[n, t,
-        c]``: ``"pool"`` averages them over positions, ``"positions"`` takes every
+      positions: how a distance of features reads maps ``[n, h, w, c]`` or tokens ``[n,
+        t, c]``: ``"pool"`` averages them over positions, ``"each"`` takes every
         position as a sample (of its image's label), the larger map averaged down to
         the smaller one's grid.
+      normalization: as in `distill_loss`, of this term; None takes the loss's.
+
+    Raises:
+      ValueError: a weight that is no number ``>= 0``, an array among the options, an
+        unknown choice, a normalization without features.
+
+    Examples:
+      >>> Term("w2", weight=0.5, options={"solver": "exact"}).options
+      (('solver', 'exact'),)
     """
 
     distance: str | Distance | Callable[..., jax.Array]
-    weight: float | jax.Array = DEFAULT_WEIGHT
+    _: KW_ONLY
+    weight: float = 1.0
     layers: tuple[str, str] | None = None
-    options: Mapping[str, object] = MappingProxyType({})
+    options: Options = ()
     name: str | None = None
-    view: str = "pool"
+    positions: str = "pool"
+    normalization: str | None = None
 
-
-VIEWS = ("pool", "positions")
+    def __post_init__(self):
+        """Checks what can be checked without arrays."""
+        object.__setattr__(self, "options", hashable_options(self.options))
+        name = _term_name(self)
+        if isinstance(self.weight, Tracer):
+            raise ValueError(
+                f"weight of {name} is traced, but a Term is a constant of the program; "
+                "pass a number, and trace lambda: distill_loss(..., weight=...)"
+            )
+        check_number(f"weight of {name}", self.weight, positive=False)
+        object.__setattr__(self, "weight", float(self.weight))
+        check_choice("positions", self.positions, POSITIONS)
+        check_normalization(self.normalization)
+        row = get_distance(self.distance)
+        if self.normalization is not None and "features" not in row.inputs:
+            raise ValueError(
+                f"normalization={self.normalization!r} is for distances of features, "
+                f"but {name} compares {row.inputs[0]}; leave it out"
+            )
 
 
 def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
-    """Looks a distance up, or makes a row of a callable.
+    """Looks a distance up, or makes a `Distance` of a callable.
 
     Args:
       distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
@@ -96,38 +139,25 @@ def _term_name(term):
     return name if term.layers is None else f"{name}@{term.layers[0]}"
 
 
-def carries_weights(distance: object) -> bool:
-    """Tells whether ``distance`` is a Term or a sequence of Terms.
-
-    Args:
-      distance: as in `distill_loss`.
-
-    Returns:
-      Whether it has weights and options of its own.
-    """
-    single = isinstance(distance, str | Distance) or callable(distance)
-    return isinstance(distance, Sequence) and not single
+def _is_one(distance):
+    """Whether it is one distance, whose weight and options are the loss's."""
+    return isinstance(distance, str | Distance) or callable(distance)
 
 
-def _as_terms(distance, weight, options):
-    if carries_weights(distance):
-        if isinstance(distance, Term):
-            distance = (distance,)
-        if weight is not None or options:
-            raise ValueError(
-                "a sequence of Terms carries its own weights and options; got also "
-                + ", ".join([*(["weight"] if weight is not None else []), *options])
-            )
-        for term in distance:
-            if not isinstance(term, Term):
-                raise ValueError(
-                    "a sequence of distances must hold Terms, got "
-                    f"{type(term).__name__}; write Term({term!r}, weight=...)"
-                )
+def _as_terms(distance):
+    """One distance, one Term or a sequence of Terms, as a tuple of Terms."""
+    if isinstance(distance, Term):
+        terms = (distance,)
+    elif isinstance(distance, Sequence) and not isinstance(distance, str):
         terms = tuple(distance)
     else:
-        weight = DEFAULT_WEIGHT if weight is None else weight
-        terms = (Term(distance, weight, options=options),)
+        terms = (Term(distance),)
+    for term in terms:
+        if not isinstance(term, Term):
+            raise ValueError(
+                "a sequence of distances must hold Terms, got "
+                f"{type(term).__name__}; write Term({term!r}, weight=...)"
+            )
     names = [_term_name(term) for term in terms]
     if len(set(names)) < len(names):
         raise ValueError(f"terms must have different names, got {', '.join(names)}")
@@ -137,10 +167,36 @@ def _as_terms(distance, weight, options):
                 f'a term cannot be named {name!r}: "task" is the cross-entropy and '
                 '"/" marks diagnostics; give it another name'
             )
-    for name, term in zip(names, terms, strict=True):
-        check_number(f"weight of {name}", term.weight, positive=False)
-        check_choice("view", term.view, VIEWS)
     return terms
+
+
+def _lambda(weight, distance, normalization):
+    """The weight of all terms: 1 of Terms, of one distance the catalogue's default."""
+    if weight is not None:
+        check_number("weight", weight, positive=False)
+        return weight
+    if not _is_one(distance):
+        return 1.0
+    row = get_distance(distance)
+    if normalization not in row.weights:
+        known = [f"normalization={name!r}" for name in row.weights]
+        raise ValueError(
+            f"weight is None, but {row.title or _callable_name(row.fn)} has no default "
+            f"weight with normalization={normalization!r}"
+            + (f", only with {', '.join(known)}" if known else "")
+            + "; pass a number, weight=..."
+        )
+    return row.weights[normalization]
+
+
+def _check_options(distance, options):
+    """Refuses options beside Terms, and arrays: a scalar may be traced."""
+    if options and not _is_one(distance):
+        raise ValueError(
+            f"got the option {', '.join(options)}, but Terms have options of their "
+            "own; write Term(..., options={...})"
+        )
+    hashable_options({name: o for name, o in options.items() if np.ndim(o)})
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -206,79 +262,45 @@ def _pair(term, batch):
     return [batch["student"].get(student), batch["teacher"].get(teacher)]
 
 
-def _grids_alike(pair):
-    """Maps of one grid, the smaller one along each side; tokens must match."""
-    if all(array.ndim == 4 for array in pair):
-        grid = tuple(
-            min(sides) for sides in zip(*(a.shape[1:3] for a in pair), strict=True)
-        )
-        pair = [average_pool(as_float("maps", array), grid) for array in pair]
-    if pair[0].shape[1:-1] != pair[1].shape[1:-1]:
-        raise ValueError(
-            "positions of student and teacher must correspond, got "
-            f"{list(pair[0].shape)} and {list(pair[1].shape)}; give both as "
-            '[n, h, w, c], or use view="pool"'
-        )
-    return pair
+def _features(term, batch, whole, normalization):
+    """Normalized features of both sides and their labels.
 
-
-def _matrices(pair, labels, view):
-    """Features ``[n, d]`` of both sides and their labels, whatever the layer's rank."""
-    if all(array.ndim <= 2 for array in pair):
-        return pair, labels
-    if view == "pool":
-        average = lambda a: jnp.mean(a, axis=tuple(range(1, a.ndim - 1)))
-        return [
-            a if a.ndim == 2 else average(as_float("maps", a)) for a in pair
-        ], labels
-    pair = _grids_alike(pair)
-    flat = [array.reshape(-1, array.shape[-1]) for array in pair]
-    return flat, jnp.repeat(labels, len(flat[0]) // len(labels))
-
-
-def _arguments(row, term, batch, key):
-    """The arrays that the row's function takes, in its order."""
-    pair = _pair(term, batch)
-    features, labels = pair, batch["labels"]
-    if "features" in row.inputs:
-        features, labels = _matrices(pair, labels, term.view)
-    known = {
-        "features": features,
-        "maps": pair,
-        "logits": [batch["student_logits"], batch["teacher_logits"]],
-        "labels": [labels],
-        "key": [key],
-    }
-    for kind in row.inputs:
-        if kind not in known:
-            raise ValueError(
-                f"inputs of a Distance are {', '.join(known)}; got {kind!r}"
-            )
-        if any(array is None for array in known[kind]):
-            cure = "teacher_logits" if kind == "logits" else "key=jax.random.key(...)"
-            raise ValueError(f"distance {_term_name(term)!r} needs {cure}, got None")
-    return [array for kind in row.inputs for array in known[kind]]
-
-
-def _per_deviation(value, y, labels):
-    """Divides by mean_i ||y_i - mean||^2 of the labelled samples, a constant.
-
-    A teacher that is constant over the batch has no scale: then the term is zero.
+    ``whole`` is the batch that statistics run over: of all devices.
     """
-    y = as_float("teacher_features", y)
-    valid = (labels >= 0).astype(y.dtype)[:, None]
-    count = jnp.maximum(jnp.sum(valid), 1)
-    mean = jnp.sum(valid * y, axis=0, keepdims=True) / count
-    deviation = jnp.sum(valid * (y - mean) ** 2) / count
-    rounding = jnp.finfo(y.dtype).eps * jnp.sum(valid * y * y) / count
-    deviation = jax.lax.stop_gradient(deviation)
-    known = deviation > rounding + jnp.finfo(y.dtype).tiny ** 0.5
-    return jnp.where(known, value / jnp.where(known, deviation, 1), 0)
+    pair, labels = as_matrices(_pair(term, batch), batch["labels"], term.positions)
+    same = pair
+    if whole is not batch:
+        same, _ = as_matrices(_pair(term, whole), whole["labels"], term.positions)
+    return normalize(pair, same, term.normalization or normalization), labels
 
 
-def _options(row, term, num_classes):
-    """Keyword arguments of the row's function; those it cannot do without must be."""
-    options = {**row.options, **term.options}
+def _arguments(row, term, batch, whole, normalization):
+    """The arrays that the entry's function takes, in its order."""
+    pair, labels = _pair(term, batch), batch["labels"]
+    known = {"maps": pair}
+    if "features" in row.inputs:
+        known["features"], labels = _features(term, batch, whole, normalization)
+    known["logits"] = [batch["student_logits"], batch["teacher_logits"]]
+    known["labels"], known["key"] = [labels], [batch["key"]]
+    arguments = []
+    for kind in row.inputs:
+        arrays = known.get(kind, [batch["teacher_data"].get(kind)])
+        if any(array is None for array in arrays):
+            missing = {"logits": "teacher_logits", "key": "key=jax.random.key(...)"}
+            missing = missing.get(kind, f"teacher_data={{{kind!r}: ...}}")
+            raise ValueError(f"distance {_term_name(term)!r} needs {missing}, got None")
+        arguments += arrays
+    return arguments
+
+
+def _options(row, term, given, num_classes):
+    """Keyword arguments of the entry's function; those without a default must be."""
+    options = {**dict(row.options), **dict(term.options), **given}
+    if wrong := [name for name in options if name in row.inputs]:
+        raise ValueError(
+            f"{wrong[0]} of distance {_term_name(term)!r} is an array, not an option; "
+            f"pass it as teacher_data={{{wrong[0]!r}: ...}}"
+        )
     known = inspect.signature(row.fn).parameters
     if num_classes is not None and "num_classes" in known:
         options.setdefault("num_classes", num_classes)
@@ -293,32 +315,13 @@ def _options(row, term, num_classes):
     return options
 
 
-def _over_images(value, row, labels, axis_name, groups):
-    """The mean of a group's images, padding left out."""
-    count = jnp.ones((), value.dtype)
-    if "labels" in row.inputs:
-        count = jnp.sum(labels >= 0).astype(value.dtype)
-    total, images = jax.lax.pmean(
-        (count * value, count), axis_name, axis_index_groups=groups
-    )
-    return total / jnp.maximum(images, 1e-6)
-
-
-def _worst(stats, axis_name):
-    """The worst that a device says."""
-    # neither has a derivative by axis, which diagnostics have no need of
-    worst = lambda name: jax.lax.pmin if name == "converged" else jax.lax.pmax
-    stats = jax.lax.stop_gradient(stats)
-    return {name: worst(name)(stat, axis_name) for name, stat in stats.items()}
-
-
-def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name, groups):
+def _evaluate(term, local, gathered, options, *, normalization, axis_name, groups):
     """Value and diagnostics of a term: of the global batch if there is an axis."""
     row = get_distance(term.distance)
     # A mean over images needs no gathering: the mean of the devices' means is it.
     local_only = axis_name is not None and row.per_sample
-    arrays = _arguments(row, term, local if local_only else gathered, key)
-    options = _options(row, term, num_classes)
+    batch = local if local_only else gathered
+    arrays = _arguments(row, term, batch, gathered, normalization)
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
@@ -329,71 +332,32 @@ def _evaluate(term, local, gathered, *, key, num_classes, scale, axis_name, grou
             f"got shape {list(jnp.shape(value))}"
         )
     if local_only:
-        value = _over_images(value, row, local["labels"], axis_name, groups)
-    if scale == "teacher" and "squared" in row.promises and _takes_layers(term):
-        pair = _pair(term, gathered)
-        (_, y), labels = _matrices(pair, gathered["labels"], term.view)
-        value = _per_deviation(value, y, labels)
+        labelled = "labels" in row.inputs
+        count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
+        value = mean_over_images(value, count, axis_name, groups)
     if groups is not None:
         # Every device holds its group's value; averaged over devices they have the
         # mean over groups, and so have the gradients that the caller averages.
         value = jax.lax.pmean(value, axis_name)
     if local_only or groups is not None:
-        stats = _worst(stats, axis_name)
+        stats = worst(stats, axis_name)
     return value, stats
 
 
-def _check_axis(axis_name):
-    """Refuses ``jax.shard_map(check_vma=True)``, whose gradients would be wrong.
-
-    It replaces the transpose of a replicated argument by a sum over devices, so that
-    gradients come out N times too large.  There, and only there, the index of the
-    device has a type that varies over the axis.
-    """
-    if axis_name is None:
-        return
-    index = jax.typeof(jax.lax.axis_index(axis_name))
-    if index.manual_axis_type.varying:
+def _check_arrays(student_logits, labels, mask, num_classes):
+    """Checks what all terms share; gives the number of samples."""
+    if mask is not None:
         raise ValueError(
-            f"axis_name={axis_name!r} belongs to a jax.shard_map with check_vma=True "
-            "(its default), under which gradients of this loss would be wrong; pass "
-            "check_vma=False to jax.shard_map and average the gradients with "
-            "jax.lax.pmean"
+            "mask is not available yet; leave it out, and give samples without a label "
+            "the label -1"
         )
-
-
-def _groups_of(axis_name, group_size):
-    """Devices that gather from each other, ``axis_index_groups``; None: all."""
-    if group_size is None:
-        return None
-    if axis_name is None:
+    if student_logits.ndim != 2:
         raise ValueError(
-            f"group_size={group_size} groups the devices of an axis, but axis_name is "
-            "None; pass axis_name, or leave group_size out"
+            f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
-    devices = jax.lax.axis_size(axis_name)
-    if group_size < 1 or devices % group_size:
-        raise ValueError(
-            f"group_size={group_size} does not divide the {devices} devices of axis "
-            f"{axis_name!r}; choose a divisor of {devices}"
-        )
-    if group_size == devices:
-        return None
-    return [
-        list(range(start, start + group_size))
-        for start in range(0, devices, group_size)
-    ]
-
-
-def _gather(tree, axis_name, groups=None):
-    if axis_name is None:
-        return tree
-    return jax.tree.map(
-        lambda a: jax.lax.all_gather(
-            a, axis_name, axis=0, tiled=True, axis_index_groups=groups
-        ),
-        tree,
-    )
+    n, k = student_logits.shape
+    check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
+    return n
 
 
 def distill_loss(
@@ -403,10 +367,13 @@ def distill_loss(
     student_logits: jax.Array,
     teacher_logits: jax.Array | None = None,
     *,
-    distance: str | Distance | Callable[..., jax.Array] | Sequence[Term] = "w2",
+    distance: str | Distance | Callable[..., jax.Array] | Term | Sequence[Term],
     weight: float | jax.Array | None = None,
+    normalization: str | None = None,
     task_weight: float | jax.Array = 1.0,
-    scale: str | None = None,
+    task: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    mask: jax.Array | None = None,
+    teacher_data: Mapping[str, jax.Array] = NOTHING,
     key: jax.Array | None = None,
     num_classes: int | None = None,
     axis_name: str | None = None,
@@ -415,7 +382,7 @@ def distill_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     r"""Computes the distillation loss and its terms.
 
-    .. math:: L = w\, CE(s, y) + \sum_t \lambda_t\, D_t(x, \mathrm{stop}(x_T))
+    .. math:: L = w\, CE(s, y) + \lambda \sum_t w_t\, D_t(x, \mathrm{stop}(x_T))
 
     No gradient reaches the teacher.  Under ``axis_name`` (pmap, or shard_map with
     ``check_vma=False``) arrays are gathered first, so that every device computes the
@@ -423,44 +390,55 @@ def distill_loss(
 
     With ``group_size`` features are gathered within groups of that many devices only,
     which is another loss: the mean over groups of the distance within each.  The
-    cross-entropy remains that of the global batch.
+    task remains that of the global batch.
 
     Cost: n k and that of each distance, of the global batch under ``axis_name``.
     Gradient: that of the loss by the student; second derivatives do not pass
     transport.  Not for: raw features of unknown scale at a weight from a table: take
-    ``scale="teacher"``, by which weights there are chosen.
+    ``normalization="teacher"``, by which weights there are chosen.
 
     Args:
       student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
         without layers compares ``"features"``; see `Term` for maps and tokens.
       teacher_features: the same of the teacher, of the same images.
-      labels: int, ``[n]``; negative ones are padding to the cross-entropy and to
-        distances that take labels; other distances count every row.
+      labels: int, ``[n]``; samples with a negative label have no part in the
+        cross-entropy and in distances that take labels; other distances use them.
       student_logits: ``[n, k]``.
       teacher_logits: ``[n, k]``; needed by distances of predictions only.
-      distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, or a
-        sequence of `Term`.
-      weight: lambda, ``>= 0``; None is 1e-3.  Not with Terms.
-      task_weight: of the cross-entropy.
-      scale: ``"teacher"`` divides squared distances (rows that promise "squared") by
-        the teacher's mean squared deviation, which makes the weight dimensionless;
-        distances that have no scale stay as they are.  None leaves all.  A fixed
-        ``beta`` or ``epsilon`` is not scaled along.
+      distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
+        or a sequence of them.
+      weight: lambda, ``>= 0``, the weight of all terms together.  None is 1 with Terms
+        and with one distance the catalogue's default for the normalization.
+      normalization: how the features of both sides are transformed before a distance
+        of features sees them.  ``"teacher"`` divides both by the teacher's root mean
+        squared deviation over the batch, a constant, so that lambda has no unit; a
+        teacher without deviation gives zeros.  None leaves them as they are.  Options
+        with a unit, such as ``beta`` or ``epsilon``, are in that of the normalized
+        features.
+      task_weight: weight of the task, ``>= 0``.
+      task: ``task(student_logits, labels) -> scalar``, a mean over samples, that takes
+        the place of the cross-entropy; it gets the arrays of all devices, and has to
+        leave negative labels out.
+      mask: not available yet.
+      teacher_data: arrays that are computed from the teacher, by name, for distances
+        that take them: ``{"class_cost": ...}`` for ``"wkd_logits"``.  They are equal on
+        all devices and get no gradient.
       key: for random distances.
       num_classes: checks concrete labels.
       axis_name: of the mapped axis that holds the devices' shares of the batch.
       group_size: devices of a group, neighbours along the axis; None: all, the
         distance of the global batch.
-      **options: of the distance (``solver``, ``covariance``, ...).  Not with Terms.
+      **options: of the one distance (``solver``, ``covariance``, ...).  Terms have
+        their own.
 
     Returns:
       ``(loss, terms)``: scalars; ``terms`` holds ``"task"``, each distance by name,
       unweighted, and its diagnostics as ``"name/converged"`` and so on.
 
     Raises:
-      ValueError: shapes, unknown names, a negative weight, a missing key or logits, a
-        ``group_size`` that does not divide the devices, an axis of a ``shard_map``
-        with ``check_vma=True``.
+      ValueError: shapes, unknown names, a negative weight or none, a missing key,
+        logits or teacher_data, a ``group_size`` that does not divide the devices, an
+        axis of a ``shard_map`` with ``check_vma=True``.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.
@@ -472,18 +450,14 @@ def distill_loss(
       (Array(2.0986, dtype=float32), Array(1.0986, dtype=float32),
        Array(2., dtype=float32))
     """
-    _check_axis(axis_name)
-    terms = _as_terms(distance, weight, options)
+    check_axis(axis_name)
+    terms = _as_terms(distance)
+    _check_options(distance, options)
+    check_normalization(normalization)
+    lam = _lambda(weight, distance, normalization)
     check_number("task_weight", task_weight, positive=False)
-    if scale not in (None, "teacher"):
-        raise ValueError(f'scale must be None or "teacher", got {scale!r}')
     student_logits = jnp.asarray(student_logits)
-    if student_logits.ndim != 2:
-        raise ValueError(
-            f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
-        )
-    n, k = student_logits.shape
-    check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
+    n = _check_arrays(student_logits, labels, mask, num_classes)
 
     local = {
         "student": _compared(student_features, terms, "student", n),
@@ -493,29 +467,31 @@ def distill_loss(
         "teacher_logits": teacher_logits,
     }
     for name in ("teacher", "teacher_logits"):
-        local[name] = jax.lax.stop_gradient(local[name])
-    groups = _groups_of(axis_name, group_size)
-    gathered = _gather(local, axis_name, groups)
-    whole = gathered
+        local[name] = jax.tree.map(constant, local[name])
+    groups = groups_of(axis_name, group_size)
+    gathered = whole = gather(local, axis_name, groups)
     if groups is not None:
         names = ("student_logits", "labels")
-        whole = _gather({name: local[name] for name in names}, axis_name)
+        whole = gather({name: local[name] for name in names}, axis_name)
+    alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
 
-    task = cross_entropy(whole["student_logits"], whole["labels"])
-    loss, results = task_weight * task, {"task": task}
+    loss_of_task = cross_entropy if task is None else task
+    value = loss_of_task(whole["student_logits"], whole["labels"])
+    loss, results, weighted = task_weight * value, {"task": value}, []
     for term in terms:
+        row, name = get_distance(term.distance), _term_name(term)
         value, stats = _evaluate(
             term,
-            local,
-            gathered,
-            key=key,
-            num_classes=num_classes,
-            scale=scale,
+            {**local, **alike},
+            {**gathered, **alike},
+            _options(row, term, options, num_classes),
+            normalization=normalization,
             axis_name=axis_name,
             groups=groups,
         )
-        name = _term_name(term)
-        loss = loss + term.weight * value
+        weighted.append(term.weight * value)
         results[name] = value
         results.update({f"{name}/{stat}": number for stat, number in stats.items()})
+    if weighted:
+        loss = loss + lam * sum(weighted[1:], weighted[0])
     return loss, results

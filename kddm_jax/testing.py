@@ -48,7 +48,7 @@ def assert_distance_gradients(
       >>> assert_distance_gradients("w2", x, x[::-1] + 1.0, solver="exact")
     """
     row = get_distance(distance)
-    options = {**row.options, **options}
+    options = {**dict(row.options), **options}
     with jax.enable_x64(True):
         doubled = [_as_double(a) for a in arrays]
 
@@ -114,7 +114,7 @@ def assert_finite_gradients(
       >>> assert_finite_gradients("w2_gaussian", jnp.ones((4, 9)), jnp.ones((4, 9)))
     """
     row = get_distance(distance)
-    options = {**row.options, **options}
+    options = {**dict(row.options), **options}
     value, gradients = jax.value_and_grad(
         lambda *a: row.fn(*a, **options), argnums=tuple(argnums)
     )(*arrays)

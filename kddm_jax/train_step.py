@@ -1,15 +1,19 @@
 """The train step: student and teacher forward, distance, update; then one mapping.
 
-A step is a pure function of ``(state, teacher_variables, images, labels)`` on one
-device's share of the batch.  `parallel` maps it over devices, by pmap or shard_map; no
-other line of the package says which.  Nothing that varies between runs is a constant of
-the program: seed and lambda are in the state and the teacher's variables are an
-argument, so that a second run of the same shape never retraces.
+A step is a pure function of ``(state, teacher_variables, images, labels)`` and what
+distances need that is computed from the teacher, on one device's share of the batch.
+`parallel` maps it over devices, by pmap or shard_map; no other line of the package says
+which.  Nothing that varies between runs is a constant of the program: seed and lambda
+are in the state, and all that comes from the teacher is an argument, so that a second
+run of the same shape never retraces.
 
-A model enters as ``apply(variables, images, *, train) -> (outputs, batch_stats)``,
-``outputs`` having ``logits``, ``features`` and ``maps``.
+A model enters as ``apply(variables, images, *, train, rngs) -> (outputs, state)``:
+``outputs`` has ``logits``, ``features`` and ``maps``; ``rngs``, where the signature has
+it, is a mapping with the key of ``"dropout"``; ``state`` is the new
+``variables["batch_stats"]``, whose floating arrays are averaged over devices.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -23,14 +27,18 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.distances import Distance
-from kddm_jax.losses import Term, carries_weights, distill_loss
+from kddm_jax.losses import NOTHING, Term, distill_loss
 from kddm_jax.numerics.checks import check_choice
+from kddm_jax.numerics.devices import accuracy_of, average_state
+from kddm_jax.numerics.gradients import all_finite, gradients
 
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
 Metrics = dict[str, jax.Array]
 Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
 Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm] # a class
 AXIS = "batch"
+# Folded into a step's key; positions of images, which are folded in, too, are smaller.
+DROPOUT = np.uint32(2**32 - 1)
 
 
 class Outputs(Protocol):
@@ -54,7 +62,7 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: of the optimiser.
       step: number of updates made, int32.
       seed: of the run, uint32; keys are folded from seed and step.
-      weight: lambda of the distance, for steps made with ``weight=None``.
+      weight: lambda, for steps made with ``weight=None``.
     """
 
     params: Variables
@@ -75,7 +83,7 @@ def create_state(
     tx: optax.GradientTransformation,
     *,
     seed: int = 0,
-    weight: float = 0.0,
+    weight: float = 1.0,
 ) -> TrainState:
     """Makes the state before the first step.
 
@@ -115,46 +123,55 @@ def _augment_batch(augment, key, images, axis_name):
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
-def _gradients(forward, objective, params, head):
-    """``(loss, terms), batch_stats, logits`` and the gradient of the loss.
+def _rngs_for(apply, key, axis_name):
+    """The keyword argument ``rngs`` where an apply function takes it; else none.
 
-    ``forward(params) -> ((logits, layers), batch_stats)`` and ``objective((logits,
-    layers)) -> (loss, terms)``.
+    Without a key it is empty.  Every device has keys of its own.
     """
-    if head is None:
+    if "rngs" not in inspect.signature(apply).parameters:
+        return {}
+    if key is None:
+        return {"rngs": {}}
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), device)
+    return {"rngs": {"dropout": key}}
 
-        def loss_fn(params):
-            outputs, batch_stats = forward(params)
-            loss, terms = objective(outputs)
-            return loss, (terms, batch_stats, outputs[0])
 
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (terms, batch_stats, logits)), grads = grad_fn(params)
-        return loss, terms, batch_stats, logits, grads
+def _update(tx, state, batch_stats, loss, grads):
+    """The next state, or the old one where loss or gradient is not finite."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+    new = state.replace(
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        step=state.step + 1,
+    )
+    finite = all_finite((loss, grads))
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), finite
 
-    if missing := [name for name in head if name not in params]:
+
+def _check_teacher(teacher_apply, distance):
+    """Answers what can be wrong with a teacher before anything is traced."""
+    if isinstance(teacher_apply, Mapping) or isinstance(distance, Mapping):
         raise ValueError(
-            f"head names {', '.join(missing)}; the student's modules are "
-            f"{', '.join(params)}"
+            "several teachers are not available yet; pass one apply function as "
+            "teacher_apply, and Terms as distance"
         )
-    # One forward pass, two ways back: from the logits to the head, of which XLA
-    # computes nothing else, and from the layers to the rest.
-    outputs, pull_back, batch_stats = jax.vjp(forward, params, has_aux=True)
-    grad_fn = jax.value_and_grad(objective, has_aux=True)
-    (loss, terms), (by_logits, by_layers) = grad_fn(outputs)
-    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-    (of_logits,) = pull_back((by_logits, zero(by_layers)))
-    (of_layers,) = pull_back((zero(by_logits), by_layers))
-    grads = {
-        name: jax.tree.map(jnp.add, tree, of_logits[name]) if name in head else tree
-        for name, tree in of_layers.items()
-    }
-    return loss, terms, batch_stats, outputs[0], grads
+    alone = isinstance(distance, Sequence) and len(distance) == 0
+    if teacher_apply is None and not alone:
+        raise ValueError(
+            f"teacher_apply is None, but distance is {distance!r}; "
+            "pass the teacher's apply function, or distance=()"
+        )
 
 
-def _all_finite(tree):
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite))
+def _taught(teacher_apply, variables, inputs, axis_name):
+    """The teacher's layers and logits; nothing without a teacher."""
+    if teacher_apply is None:
+        return {}, None
+    rngs = _rngs_for(teacher_apply, None, axis_name)
+    outputs, _ = teacher_apply(variables, inputs, train=False, **rngs)
+    return _layers_of(outputs), outputs.logits
 
 
 def make_train_step(
@@ -163,7 +180,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     augment: Augment,
-    distance: str | Distance | Callable[..., jax.Array] | Sequence[Term] = (),
+    distance: str | Distance | Callable[..., jax.Array] | Term | Sequence[Term] = (),
     weight: float | jax.Array | None = None,
     weight_schedule: Callable[[jax.Array], jax.Array] | None = None,
     head: Sequence[str] | None = None,
@@ -188,82 +205,60 @@ def make_train_step(
         of features only, as in feature-only distillation (arXiv 2511.14981).  None:
         everything learns from everything.
       axis_name: of the mapped axis; None for a single device without pmap.
-      **loss_options: of `distill_loss`: ``task_weight``, ``scale``, ``group_size``,
-        ``solver``, ...
+      **loss_options: of `distill_loss`: ``task_weight``, ``normalization``,
+        ``group_size``, ``solver``, ...
 
     Returns:
-      ``step(state, teacher_variables, images, labels) -> (state, metrics)``.  Images
-      are uint8 ``[b, h, w, c]``, labels int ``[b]``, this device's share.  Metrics
-      are scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the
-      global batch before the update, ``finite``.  Where loss or gradient is not
-      finite, the old state comes back and ``finite`` is False.
+      ``step(state, teacher_variables, images, labels, teacher_data={}) -> (state,
+      metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this device's
+      share, ``teacher_data`` as in `distill_loss`.  Metrics are scalars, equal on all
+      devices: ``loss``, each term, ``accuracy`` of the global batch's labelled images
+      before the update, ``finite``.  Where loss or gradient is not finite, the old
+      state comes back and ``finite`` is False.
 
     Raises:
-      ValueError: a distance without a teacher; a schedule of weights that `Term` fixes;
-        an unknown module in ``head``, when the step is traced.
+      ValueError: a distance without a teacher; several teachers; an unknown module in
+        ``head``, when the step is traced.
     """
-    own_weights, options = carries_weights(distance), dict[str, Any](loss_options)
-    if teacher_apply is None and not (own_weights and not distance):
-        raise ValueError(
-            f"teacher_apply is None, but distance is {distance!r}; "
-            "pass the teacher's apply function, or distance=()"
-        )
+    _check_teacher(teacher_apply, distance)
+    options = dict[str, Any](loss_options)
+    tx = optax.with_extra_args_support(tx)
 
-    if weight_schedule is not None and own_weights:
-        raise ValueError(
-            "weight_schedule has no weight to change: terms carry their own; leave it "
-            "out, or pass one distance"
-        )
-
-    def step(state, teacher_variables, images, labels):
+    def step(state, teacher_variables, images, labels, teacher_data=NOTHING):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
-        teacher_features, teacher_logits = {}, None
-        if teacher_apply is not None:
-            teacher, _ = teacher_apply(teacher_variables, inputs, train=False)
-            teacher_features, teacher_logits = _layers_of(teacher), teacher.logits
+        guide = _taught(teacher_apply, teacher_variables, inputs, axis_name)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
             lam = lam * weight_schedule(state.step)
 
         def forward(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
-            outputs, batch_stats = student_apply(variables, inputs, train=True)
-            return (outputs.logits, _layers_of(outputs)), batch_stats
+            rngs = _rngs_for(student_apply, key, axis_name)
+            outputs, new = student_apply(variables, inputs, train=True, **rngs)
+            return (outputs.logits, _layers_of(outputs)), new
 
         def objective(outputs):
             logits, layers = outputs
             return distill_loss(
-                layers,
-                teacher_features,
-                labels,
-                logits,
-                teacher_logits,
+                *(layers, guide[0], labels, logits, guide[1]),
                 distance=distance,
-                weight=None if own_weights else lam,
+                weight=lam,
+                teacher_data=teacher_data,
                 key=key,
                 axis_name=axis_name,
                 **options,
             )
 
-        loss, terms, batch_stats, logits, grads = _gradients(
+        loss, terms, batch_stats, logits, grads = gradients(
             forward, objective, state.params, head
         )
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         if axis_name is not None:
             # Every device differentiates the same global loss: average, never sum.
-            grads, batch_stats, accuracy = jax.lax.pmean(
-                (grads, batch_stats, accuracy), axis_name
-            )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new = state.replace(
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            step=state.step + 1,
-        )
-        finite = _all_finite((loss, grads))
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+            grads = jax.lax.pmean(grads, axis_name)
+            batch_stats = average_state(batch_stats, axis_name)
+        new, finite = _update(tx, state, batch_stats, loss, grads)
+        accuracy = accuracy_of(logits, labels, axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         return new, metrics
 
@@ -304,13 +299,13 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
         teacher's outputs on all images in place of its variables.
 
     Returns:
-      ``f(state, teacher_variables, images, labels, indices) -> (state, metrics)``:
-      images uint8 ``[n, h, w, c]`` and labels ``[n]`` whole, ``indices``
-      ``[steps, b]`` this device's share of each batch; metrics have a leading axis
-      of steps.
+      ``f(state, teacher_variables, images, labels, indices, teacher_data={}) ->
+      (state, metrics)``: images uint8 ``[n, h, w, c]`` and labels ``[n]`` whole,
+      ``indices`` ``[steps, b]`` this device's share of each batch; metrics have a
+      leading axis of steps.
     """
 
-    def scanned(state, teacher_variables, images, labels, indices):
+    def scanned(state, teacher_variables, images, labels, indices, *teacher_data):
         def body(state, index):
             # Without the barrier XLA:CPU repeats the lookup in every consumer.
             batch = images[index], labels[index]
@@ -320,7 +315,7 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
                 batch, teacher = jax.lax.optimization_barrier((batch, teacher))
             else:
                 batch = jax.lax.optimization_barrier(batch)
-            return step(state, teacher, *batch)
+            return step(state, teacher, *batch, *teacher_data)
 
         if indices.shape[0] > 1:
             return jax.lax.scan(body, state, indices)

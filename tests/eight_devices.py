@@ -85,6 +85,9 @@ class Problem(NamedTuple):
         return make_augment(mean=(0.5,), std=(0.25,), padding=1, dtype=self.dtype)
 
 
+WHOLE = ("key", "class_cost")  # the same for all groups
+
+
 def within(row, groups):
     """The row as the mean over groups of neighbouring samples, on one device."""
 
@@ -98,7 +101,7 @@ def within(row, groups):
         )
         return jnp.mean(jax.vmap(one, axes)(*parts))
 
-    return Distance(fn, row.inputs)
+    return Distance(fn, inputs=row.inputs)
 
 
 def term_of(name, problem, *, groups=None):
@@ -107,7 +110,7 @@ def term_of(name, problem, *, groups=None):
     layers = (problem.layer,) * 2 if "maps" in row.inputs else None
     options = helpers.options_of(row, K)
     distance = row if groups is None else within(row, groups)
-    return Term(distance, 0.05, layers=layers, options=options, name="distance")
+    return Term(distance, layers=layers, options=options, name="distance")
 
 
 def step_of_any(names, problem, **options):
@@ -123,7 +126,7 @@ def step_of_any(names, problem, **options):
             distance=[term_of(name, problem, groups=groups)],
             **options,
         )
-        state, metrics = step(*operands)
+        state, metrics = step(*operands, {"class_cost": helpers.class_cost(K)})
         return state, {key: metrics[key] for key in (*COMMON, "distance")}
 
     def step(i, *operands):

@@ -19,13 +19,11 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "logits": ("logits_x", "logits_y"),
     "labels": ("labels",),
     "key": ("key",),
+    "class_cost": ("class_cost",),
 }
 
 # Options that a row cannot do without, for k classes.
-REQUIRED: Mapping[str, Callable[[int], object]] = {
-    "class_cost": lambda k: np.abs(np.subtract.outer(np.arange(k), np.arange(k))) / k,
-    "temperature": lambda k: 2.0,
-}
+REQUIRED: Mapping[str, Callable[[int], object]] = {"temperature": lambda k: 2.0}
 
 # Numbers that a distance derives from its inputs and holds constant, and the
 # accuracy of its iterations: given explicitly, its value is smooth in the inputs.
@@ -56,10 +54,20 @@ class Batch(NamedTuple):
     maps_y: np.ndarray
     key: int = 0
 
+    @property
+    def class_cost(self):
+        """Its price between classes, which a teacher would set."""
+        return class_cost(self.logits_y.shape[-1])
+
     def map(self, fn, *names):
         """The batch with ``fn`` applied to the named arrays, all floats by default."""
         names = names or FLOATS
         return self._replace(**{name: fn(getattr(self, name)) for name in names})
+
+
+def class_cost(k):
+    """A price between k classes, ``[k, k]``."""
+    return np.abs(np.subtract.outer(np.arange(k), np.arange(k))).astype(np.float32) / k
 
 
 FLOATS = ("x", "y", "logits_x", "logits_y", "maps_x", "maps_y")
@@ -141,7 +149,7 @@ def options_of(row: Distance, k=NUM_CLASSES, **wanted) -> dict[str, object]:
     needed = {name: make(k) for name, make in REQUIRED.items() if name in known}
     needed = {n: v for n, v in needed.items() if known[n].default is inspect._empty}
     wanted = {name: value for name, value in wanted.items() if name in known}
-    return {**needed, **row.options, **wanted}
+    return {**needed, **dict(row.options), **wanted}
 
 
 def bound(row: Distance, **wanted) -> Callable[..., jax.Array]:

@@ -58,7 +58,7 @@ def test_step(tmp_path):
     assert all(float(speed.replace(",", "")) > 0 for speed in speeds[:2])
     # What needs more than this step has says so, and the others are measured.
     assert "maps_x must have shape" in speeds[2]
-    assert "needs the option class_cost" in speeds[3]
+    assert "needs teacher_data={'class_cost'" in speeds[3]
     assert [row["finite"] for row in report["rows"][:2]] == [True, True]
     assert all(row["tflops"] > 0 for row in report["rows"][:2])
     assert all(row["gap_ms"] >= 0 for row in report["rows"][:2])

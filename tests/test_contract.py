@@ -5,6 +5,7 @@
 may differ in width).
 """
 
+from dataclasses import replace
 from functools import cache
 
 import chex
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import (
     DEGENERATE,
+    FIELDS,
     FLOATS,
     TRACES,
     Batch,
@@ -33,6 +35,7 @@ from helpers import (
 
 import kddm_jax
 from kddm_jax import DISTANCES
+from kddm_jax.numerics.normalization import NORMALIZATIONS
 
 
 def parametrize(rows):
@@ -153,7 +156,7 @@ LABELLED = [name for name, row in DISTANCES.items() if "labels" in row.inputs]
 
 @parametrize(LABELLED)
 def test_names_of_the_classes_are_irrelevant(name, x64):
-    if "class_cost" in parameters(DISTANCES[name]):
+    if "class_cost" in DISTANCES[name].inputs:
         pytest.skip("there a class is a place in the logits")
     batch = make_batch()
     renamed = batch._replace(labels=np.array([7, 2, 0, 30], np.int32)[batch.labels])
@@ -269,7 +272,7 @@ WITH_NUMBERS = [
     (name, option)
     for name, row in DISTANCES.items()
     for option in NUMBERS
-    if option in parameters(row) and row.options.get("kernel") != "linear"
+    if option in parameters(row) and dict(row.options).get("kernel") != "linear"
 ]
 
 
@@ -528,13 +531,33 @@ def test_row_is_complete(name):
     assert row.title
     assert row.complexity
     assert row.fn.__doc__
-    assert row.weight > 0
-    assert all(
-        kind in ("features", "maps", "logits", "labels", "key") for kind in row.inputs
-    )
-    assert set(row.options) <= set(parameters(row))
-    with pytest.raises(TypeError):
-        row.options["mine"] = 1  # a shared default must not change
+    assert row.weights
+    assert set(row.weights) <= set(NORMALIZATIONS)
+    assert all(weight > 0 for weight in row.weights.values())
+    assert set(row.inputs) <= set(FIELDS)
+    assert set(dict(row.options)) <= set(parameters(row))
+    for change in (  # a shared default must not change
+        lambda: setattr(row, "title", "mine"),
+        lambda: row.weights.update(mine=1),
+        lambda: row.options.append(("mine", 1)),
+    ):
+        with pytest.raises((AttributeError, TypeError)):
+            change()
+    assert hash(row) == hash(replace(row))
+
+
+@parametrize([name for name, row in DISTANCES.items() if "features" in row.inputs])
+def test_default_weights_are_those_of_a_unit(name, x64):
+    """One weight serves both normalizations where a common factor changes nothing."""
+    row, batch = DISTANCES[name], make_batch(16, 5)
+    larger = batch.map(lambda z: 3 * z, "x", "y")
+    fixed = {"bandwidth": None}  # that of the batch
+    before, after = (value(name, b, jnp.float64, **fixed) for b in (batch, larger))
+    same = np.isclose(before, after, rtol=1e-6)
+    assert (len(row.weights) == 2) == same
+    if "squared" in row.promises:
+        np.testing.assert_allclose(after, 9 * before, rtol=1e-4)
+        assert set(row.weights) == {"teacher"}
 
 
 @ROWS

@@ -52,7 +52,7 @@ def is_new(row, variant):
     known = parameters(row)
     if not variant.keys() <= known.keys():
         return False
-    usual = {**{k: p.default for k, p in known.items()}, **row.options}
+    usual = {**{k: p.default for k, p in known.items()}, **dict(row.options)}
     return not variant or any(usual[k] != word for k, word in variant.items())
 
 

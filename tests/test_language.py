@@ -136,7 +136,8 @@ def test_every_method_teaches():
         def loss(student, method):
             return distill_loss(
                 *(student[0], guide, labels, student[1], cloud(20, n, k)),
-                distance=method.terms(0.5, pairs, 30),
+                distance=method.terms(pairs, 30),
+                weight=0.5,
                 key=jax.random.key(1),
             )
 
@@ -168,10 +169,10 @@ def test_lambdas_were_chosen_on_validation_text():
 
 def test_lambda_is_shared_among_layers():
     pairs = language.layer_map(2, 4)
-    terms = language.METHODS["cka"].terms(3.0, pairs, 30)
-    assert [term.weight for term in terms] == [1.5, 1.5]
+    terms = language.METHODS["cka"].terms(pairs, 30)
+    assert [term.weight for term in terms] == [0.5, 0.5]
     assert [term.layers for term in terms] == pairs
-    assert [term.weight for term in language.METHODS["kd"].terms(3.0, pairs, 30)] == [3]
+    assert [term.weight for term in language.METHODS["kd"].terms(pairs, 30)] == [1]
 
 
 def test_a_sample_of_all_is_the_distance():

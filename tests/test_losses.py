@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.distances import paired_l2, wasserstein
-from kddm_jax.losses import carries_weights, cross_entropy, get_distance
+from kddm_jax.losses import cross_entropy, get_distance
+from kddm_jax.numerics.normalization import NOT_YET, normalize, teacher_factor
 
 N, D, K = 16, 6, helpers.NUM_CLASSES
 BATCH = helpers.make_batch(N, D).map(np.float32)
@@ -29,7 +30,8 @@ def arrays(row, batch=BATCH):
 
 def loss_of(name, **options):
     """distill_loss of (student, teacher, student logits, teacher logits, labels)."""
-    options = {**helpers.options_of(DISTANCES[name]), **options}
+    data = {"class_cost": helpers.class_cost(K)}
+    options = {"weight": 1e-3, "teacher_data": data, **options}
 
     def fn(x, y, s, t, labels=LABELS):
         return distill_loss(x, y, labels, s, t, distance=name, key=KEY, **options)
@@ -39,7 +41,10 @@ def loss_of(name, **options):
 
 def simple(x=BATCH.x, y=BATCH.y, labels=LABELS, s=BATCH.logits_x, t=None, **options):
     """A loss without compilation to speak of."""
-    return distill_loss(x, y, labels, s, t, **{"distance": "l2", **options})
+    options = {"distance": "l2", **options}
+    if not isinstance(options["distance"], list | tuple | Term):
+        options = {"weight": 1e-3, **options}
+    return distill_loss(x, y, labels, s, t, **options)
 
 
 def numpy_cross_entropy(logits, labels):
@@ -51,10 +56,39 @@ def numpy_cross_entropy(logits, labels):
 # ---------------------------------------------------------- value and gradients
 
 
-def test_default_weight():
-    loss, terms = simple()
-    np.testing.assert_allclose(loss, terms["task"] + 1e-3 * terms["l2"], rtol=1e-6)
-    assert Term("l2").weight == 1e-3
+@pytest.mark.parametrize("name", DISTANCES)
+def test_default_weight(name):
+    """Of the normalization; where there is none, a number is asked for."""
+    row = DISTANCES[name]
+    x, y, s, t = arrays(row)
+    options = {"weight": None, "t": t, "distance": name, "key": KEY}
+    options["teacher_data"] = {"class_cost": helpers.class_cost(K)}
+    loss = lambda **more: jax.eval_shape(partial(simple, x, y, **options, **more))
+    assert row.weights
+    for normalization in (None, "teacher"):
+        if normalization in row.weights:
+            loss(normalization=normalization)
+            continue
+        message = f"no default weight with normalization={normalization!r}, only with "
+        with pytest.raises(ValueError, match=message):
+            loss(normalization=normalization)
+
+
+def test_value_of_the_default_weight():
+    loss, terms = simple(weight=None, normalization="teacher")
+    np.testing.assert_allclose(loss, terms["task"] + 0.1 * terms["l2"], rtol=1e-6)
+    loss, terms = simple(distance=[Term("l2")])
+    np.testing.assert_allclose(loss, terms["task"] + terms["l2"], rtol=1e-6)
+    assert Term("l2").weight == 1
+
+
+def test_the_weight_is_that_of_all_terms():
+    terms = [Term("l2", weight=0.5), Term("mmd_linear", weight=2.0)]
+    for distance in (terms, terms[0]):
+        loss, values = simple(distance=distance, weight=0.3)
+        chosen = terms if distance is terms else terms[:1]
+        relative = sum(term.weight * values[term.distance] for term in chosen)
+        np.testing.assert_allclose(loss, values["task"] + 0.3 * relative, rtol=1e-6)
 
 
 def test_padding_has_no_part():
@@ -99,9 +133,11 @@ def test_diagnostics_are_terms():
 # ------------------------------------------------------------------------- terms
 
 
-def of_maps(distance, x, y, view, **options):
+def of_maps(distance, x, y, positions, **options):
     """The value of one distance of features on maps or tokens."""
-    term = Term(distance, 1.0, ("m", "m"), options, name="it", view=view)
+    term = Term(
+        distance, layers=("m", "m"), options=options, name="it", positions=positions
+    )
     labels = LABELS[: len(x)]
     fn = lambda x, y: distill_loss(
         {"m": x}, {"m": y}, labels, jnp.zeros((len(x), K)), distance=[term]
@@ -121,11 +157,11 @@ def test_maps_are_pooled_for_distances_of_features():
 def test_positions_are_samples_of_their_image_s_label():
     x, y = BATCH.maps_x, BATCH.maps_y  # 3 x 3
     expected = np.sum((x - y) ** 2, axis=-1).mean()
-    np.testing.assert_allclose(of_maps("l2", x, y, "positions"), expected, rtol=1e-5)
+    np.testing.assert_allclose(of_maps("l2", x, y, "each"), expected, rtol=1e-5)
     rows = [z.reshape(-1, D) for z in (x, y)]
     labels = np.repeat(BATCH.labels, 9)
     by_class = DISTANCES["cw2_gaussian"].fn(*rows, labels)
-    got = of_maps("cw2_gaussian", x, y, "positions")
+    got = of_maps("cw2_gaussian", x, y, "each")
     np.testing.assert_allclose(got, by_class, rtol=1e-4)
 
 
@@ -133,32 +169,33 @@ def test_larger_map_is_averaged_down_to_the_smaller():
     x = np.repeat(np.repeat(BATCH.maps_x, 2, axis=1), 2, axis=2)  # 6 x 6
     x[:, ::2] += 1.0
     x[:, 1::2] -= 1.0
-    expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "positions")
-    got = of_maps("l2", x, BATCH.maps_y, "positions")
+    expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "each")
+    got = of_maps("l2", x, BATCH.maps_y, "each")
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
 def test_tokens_are_positions():
     x, y = (z.reshape(N, 9, D) for z in (BATCH.maps_x, BATCH.maps_y))
-    expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "positions")
-    np.testing.assert_allclose(of_maps("l2", x, y, "positions"), expected, rtol=1e-6)
+    expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "each")
+    np.testing.assert_allclose(of_maps("l2", x, y, "each"), expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"positions .*\[16, 9, 6\] and \[16, 4, 6\]"):
-        of_maps("l2", x, y[:, :4], "positions")
+        of_maps("l2", x, y[:, :4], "each")
 
 
-def test_scale_of_positions_is_their_own_spread():
+def test_positions_are_normalized_by_their_own_deviation():
     x, y = BATCH.maps_x, BATCH.maps_y
-    term = Term("l2", 1.0, ("m", "m"), name="it", view="positions")
-    value = simple({"m": x}, {"m": y}, distance=[term], scale="teacher")[1]["it"]
+    term = Term("l2", layers=("m", "m"), name="it", positions="each")
+    options = {"distance": [term], "normalization": "teacher"}
+    value = simple({"m": x}, {"m": y}, **options)[1]["it"]
     rows = y.reshape(-1, D)
     spread = np.sum((rows - rows.mean(0)) ** 2, axis=1).mean()
     expected = np.sum((x - y) ** 2, axis=-1).mean() / spread
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_unknown_view_is_refused():
-    with pytest.raises(ValueError, match="view .*'pixels'"):
-        simple(distance=[Term("l2", view="pixels")])
+def test_unknown_positions_are_refused():
+    with pytest.raises(ValueError, match="positions .*'pixels'"):
+        Term("l2", positions="pixels")
 
 
 def test_terms_with_layers_names_and_options():
@@ -167,7 +204,7 @@ def test_terms_with_layers_names_and_options():
     terms = [
         Term("l2", weight=0.5),
         Term("l2", weight=0.25, layers=("block1", "stage1")),
-        Term("mmd_rbf", weight=jnp.array(2.0), options={"bandwidth": 1.5}),
+        Term("mmd_rbf", weight=np.float32(2.0), options={"bandwidth": 1.5}),
         Term(wasserstein, weight=0.1, options={"solver": "exact"}, name="mine"),
         Term(DISTANCES["mmd_linear"], weight=0.0, name="means"),
     ]
@@ -201,9 +238,9 @@ def test_terms_with_layers_names_and_options():
     ids=["key", "row", "function", "lambda", "partial", "Term", "Terms"],
 )
 def test_ways_to_name_a_distance(distance):
-    own = {} if carries_weights(distance) else {"weight": 0.3}
-    expected, _ = simple(weight=0.3)
-    actual, terms = simple(distance=distance, **own)
+    expected, _ = simple(weight=0.15)
+    weight = 0.5 if isinstance(distance, Term | tuple) else 0.15
+    actual, terms = simple(distance=distance, weight=weight)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
     assert len(terms) == 2
 
@@ -228,63 +265,192 @@ def test_only_compared_layers_are_used():
 
 
 def test_predictions_need_no_layer():
-    """Neither to be found nor to be scaled by."""
+    """Neither to be found nor to be normalized."""
     row = Distance(paired_l2, inputs=("logits",), promises=frozenset({"squared"}))
     s, t = BATCH.logits_x, BATCH.logits_y
     term = Term(row, weight=0.5)
-    loss, terms = simple({"block": BATCH.x}, {}, t=t, distance=term, scale="teacher")
+    loss, terms = simple(
+        {"block": BATCH.x}, {}, t=t, distance=term, normalization="teacher"
+    )
     expected = np.mean(np.sum((s - t) ** 2, axis=1))
     np.testing.assert_allclose(terms["paired_l2"], expected, rtol=1e-5)
     np.testing.assert_allclose(loss, terms["task"] + 0.5 * expected, rtol=1e-5)
 
 
-# -------------------------------------------------------------- scale and weight
+# ------------------------------------------------------ normalization and weight
+
+
+OF_FEATURES = [name for name, row in DISTANCES.items() if "features" in row.inputs]
 
 
 @pytest.mark.parametrize("name", ["l2", "w2_gaussian", "mmd_linear"])
-def test_scale_by_the_teacher(name):
-    """Rescaling both networks changes nothing; the divisor is the deviation."""
-
-    @jax.jit
-    def distance(x, y, scale):
-        return loss_of(name, scale="teacher")(scale * x, scale * y, s, t)[1][name]
-
+def test_squared_distances_are_in_units_of_the_teacher_s_deviation(name):
+    assert "squared" in DISTANCES[name].promises
     x, y, s, t = arrays(DISTANCES[name])
     raw = jax.jit(loss_of(name))(x, y, s, t)[1][name]
     deviation = np.mean(np.sum((y - y.mean(0)) ** 2, axis=1))
-    np.testing.assert_allclose(distance(x, y, 1.0), raw / deviation, rtol=1e-5)
-    for scale in (1e-3, 1e3):
-        np.testing.assert_allclose(distance(x, y, scale), raw / deviation, rtol=1e-4)
+    normalized = jax.jit(loss_of(name, normalization="teacher"))(x, y, s, t)[1][name]
+    np.testing.assert_allclose(normalized, raw / deviation, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mmd_rbf", "kl_gaussian"])
-def test_scale_leaves_distances_without_units(name):
-    inputs = arrays(DISTANCES[name])
-    assert "squared" not in DISTANCES[name].promises
-    raw, scaled = (
-        jax.jit(loss_of(name, scale=scale))(*inputs)[1][name]
-        for scale in (None, "teacher")
+@pytest.mark.parametrize("name", ["l2", "w2_gaussian", "mmd_rbf", "linear_projection"])
+def test_a_common_factor_of_both_networks_changes_nothing(name):
+    def distance(x, y, s, t):
+        return loss_of(name, normalization="teacher")(x, y, s, t)[1][name]
+
+    x, y, s, t = arrays(DISTANCES[name])
+    fn = jax.jit(jax.value_and_grad(distance))
+    value, gradient = fn(x, y, s, t)
+    for factor in (1e-3, 1e3):
+        found, slope = fn(factor * x, factor * y, s, t)
+        np.testing.assert_allclose(found, value, rtol=1e-4)
+        largest = np.max(np.abs(gradient))
+        np.testing.assert_allclose(factor * slope, gradient, atol=1e-4 * largest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_normalization_transforms_the_inputs_of_every_distance_of_features(name):
+    row, batch = DISTANCES[name], helpers.fitted(DISTANCES[name], BATCH)
+    pair = batch.x, batch.y
+    x, y = normalize(pair, pair, "teacher")
+    assert np.mean(np.sum((y - y.mean(0)) ** 2, axis=1)) == pytest.approx(1, rel=1e-5)
+    moved = batch._replace(x=x, y=y, key=3)
+    expected = jax.jit(partial(row.fn, **helpers.options_of(row)))(
+        *helpers.arguments(row, moved)
     )
-    assert raw == scaled
+    found = jax.jit(loss_of(name, normalization="teacher"))(
+        *pair, batch.logits_x, batch.logits_y
+    )[1][name]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_scale_of_a_constant_teacher_is_finite():
+def test_a_term_s_normalization_is_its_own():
+    terms = [Term("l2", normalization="teacher", name="a"), Term("l2", name="b")]
+    _, values = simple(distance=terms)
+    deviation = np.mean(np.sum((BATCH.y - BATCH.y.mean(0)) ** 2, axis=1))
+    np.testing.assert_allclose(values["a"], values["b"] / deviation, rtol=1e-5)
+    with pytest.raises(ValueError, match="for distances of features, but kd compares"):
+        Term("kd", normalization="teacher")
+
+
+def test_unlabelled_samples_count_in_the_statistics():
+    labels = jnp.where(jnp.arange(N) < N // 2, LABELS, -1)
+    options = {"normalization": "teacher", "distance": "l2"}
+    some, every = (simple(labels=who, **options)[1]["l2"] for who in (labels, LABELS))
+    assert some == every
+
+
+def test_the_teacher_s_deviation_is_a_constant():
+    slope = jax.grad(teacher_factor)(jnp.asarray(BATCH.y))
+    np.testing.assert_array_equal(slope, 0)
+    fn = lambda x, y: simple(x, y, normalization="teacher", weight=1.0)[0]
+    by_student, by_teacher = jax.grad(fn, argnums=(0, 1))(BATCH.x, BATCH.y)
+    np.testing.assert_array_equal(by_teacher, 0)
+    deviation = np.mean(np.sum((BATCH.y - BATCH.y.mean(0)) ** 2, axis=1))
+    expected = 2 * (BATCH.x - BATCH.y) / N / deviation
+    np.testing.assert_allclose(by_student, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_chex_checks_the_loss_that_is_trained():
+    """While it checks, it replaces stop_gradient by ones."""
+    seen = []
+
+    def fn(x):
+        loss, _ = simple(x, jnp.asarray(y), normalization="teacher", weight=1.0)
+        if not isinstance(loss, jax.core.Tracer):
+            seen.append(float(loss))
+        return loss
+
+    with jax.enable_x64(True):
+        x, y = (jnp.asarray(z, jnp.float64) for z in (BATCH.x, BATCH.y))
+        chex.assert_numerical_grads(fn, (x,), order=1, atol=1e-6, rtol=1e-3)
+        expected = float(simple(x, y, normalization="teacher", weight=1.0)[0])
+    assert seen
+    np.testing.assert_allclose(seen, expected, rtol=1e-2)
+
+
+def test_a_constant_teacher_gives_zeros():
     ones = np.ones_like(BATCH.x)
-    fn = lambda x: simple(x, ones, scale="teacher", weight=1e-12)[0]
+    fn = lambda x: simple(x, ones, normalization="teacher", weight=1.0)
     for x in (ones, 2 * ones):
-        chex.assert_tree_all_finite(jax.value_and_grad(fn)(x))
+        (loss, terms), slope = jax.value_and_grad(fn, has_aux=True)(x)
+        assert terms["l2"] == 0
+        assert loss == terms["task"]
+        np.testing.assert_array_equal(slope, 0)
+
+
+def test_a_teacher_that_is_not_finite_gives_nan():
+    for wrong in (np.nan, np.inf):
+        y = BATCH.y.copy()
+        y[0, 0] = wrong
+        assert np.isnan(simple(BATCH.x, y, normalization="teacher")[0])
+        assert np.isnan(teacher_factor(jnp.asarray(y)))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_factor_of_features_of_any_size(size):
+    y = size * jnp.array([[3.0], [7.0]])
+    np.testing.assert_allclose(teacher_factor(y), 0.5 / size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*NOT_YET, "student"])
+def test_unknown_normalizations_are_refused(name):
+    message = "not available yet; available are" if name in NOT_YET else "must be one"
+    for make in (Term, lambda d, **o: simple(distance=d, **o)):
+        with pytest.raises(ValueError, match=f"{message}.* None, 'teacher'"):
+            make("l2", normalization=name)
 
 
 def test_a_new_weight_does_not_retrace():
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def loss(weight, term_weight, x):
+    def loss(weight, x):
         first, _ = simple(x, weight=weight, task_weight=weight)
-        second, _ = simple(x, distance=[Term("l2", weight=term_weight)])
+        second, _ = simple(x, distance=[Term("l2", weight=0.5)], weight=weight)
         return first + second
 
-    values = [loss(w, w, BATCH.x) for w in (0.0, 0.5, 1.0)]
+    values = [loss(w, BATCH.x) for w in (0.0, 0.5, 1.0)]
     np.testing.assert_allclose(values[2] - values[1], values[1] - values[0], rtol=1e-4)
+
+
+def test_terms_and_distances_are_hashable():
+    """So that they may be static arguments; the order of options does not matter."""
+    options = {"solver": "exact", "pairing": 1.0}
+    one = Term("w2", options=options, layers=("a", "b"))
+    other = Term("w2", options=dict(reversed(options.items())), layers=("a", "b"))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert len({one, other, Term("w2")}) == 2
+    rows = {*DISTANCES.values()}
+    assert len(rows) == len(DISTANCES)
+    assert len({Distance(paired_l2, options=o) for o in ({}, {"a": 1}, {"a": 1})}) == 2
+    assert isinstance(Term("w2", weight=np.float32(2)).weight, float)
+
+
+def test_the_task_may_be_another():
+    """It takes the place of the cross-entropy, in its weight and in the metrics."""
+    task = lambda logits, labels: jnp.mean(logits[jnp.arange(N), labels])
+    loss, terms = simple(task=task, task_weight=2.0, weight=0.5)
+    expected = np.mean(BATCH.logits_x[np.arange(N), BATCH.labels])
+    np.testing.assert_allclose(terms["task"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, 2 * expected + 0.5 * terms["l2"], rtol=1e-5)
+
+
+def test_teacher_data_are_arguments():
+    """Another price between classes is the same program; it gets no gradient."""
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def loss(cost):
+        data = {"class_cost": cost}
+        return simple(distance="wkd_logits", t=BATCH.logits_y, teacher_data=data)[0]
+
+    cost = jnp.asarray(helpers.class_cost(K))
+    assert loss(cost) != loss(cost / 2)
+    np.testing.assert_array_equal(
+        jax.jit(jax.grad(loss.__wrapped__.__wrapped__))(cost), 0
+    )
 
 
 def test_vmap_over_weight():
@@ -353,7 +519,8 @@ def by_shard_map(name):
 
 def loss_of_all(distance):
     arguments = BATCH.x, BATCH.x, LABELS, BATCH.logits_x
-    return jax.jit(partial(distill_loss, distance=distance))(*arguments)[0]
+    fn = partial(distill_loss, distance=distance, weight=1e-3)
+    return jax.jit(fn)(*arguments)[0]
 
 
 @pytest.mark.parametrize("distance", [(), "l2"], ids=["cross-entropy", "l2"])
@@ -361,7 +528,7 @@ def test_shard_map_that_checks_what_varies_is_refused(distance):
     """Its gradients would be N times too large, or a TypeError of the solver's."""
 
     def loss(x, s, labels):
-        options = {"distance": distance, "axis_name": "devices"}
+        options = {"distance": distance, "weight": 1e-3, "axis_name": "devices"}
         return distill_loss(x, x, labels, s, **options)[0]
 
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
@@ -412,11 +579,11 @@ GROUPED = {
 
 def grouped_loss(params, x, y, s, t, labels, axis_name=None, **options):
     """A loss of several terms, each in units of the teacher's spread in its group."""
-    terms = [Term(row, 0.5, name=name) for name, row in GROUPED.items()]
+    terms = [Term(row, weight=0.5, name=name) for name, row in GROUPED.items()]
     features, logits = bent(x, params["scale"]), s + params["bias"]
     return distill_loss(
         *(features, y, labels, logits, t),
-        **{"distance": terms, "key": KEY, "scale": "teacher"},
+        **{"distance": terms, "key": KEY, "normalization": "teacher"},
         **{"axis_name": axis_name, **options},
     )
 
@@ -457,7 +624,9 @@ def test_groups_of_devices_have_the_mean_of_their_losses():
         assert shards[0] == shards[1]
     np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
     for name in values:
-        np.testing.assert_allclose(terms_on_two[name], terms[name], rtol=1e-5)
+        # 1e-5 of numbers of order one, which cancellation leaves smaller
+        value = terms_on_two[name], terms[name]
+        np.testing.assert_allclose(*value, rtol=1e-5, atol=1e-5)
     for key, one in gradient.items():
         largest = float(np.max(np.abs(one)))
         np.testing.assert_allclose(gradient_on_two[key], one, atol=1e-5 * largest)
@@ -609,10 +778,19 @@ def test_a_plain_jax_network_learns():
 
 LAYERED = {"features": BATCH.x, "block": BATCH.x}
 MESSAGES = {
-    "negative weight": ({"weight": -0.1}, r"weight of l2 .* >= 0, got -0\.1"),
-    "NaN weight": ({"weight": float("nan")}, "weight of l2 .* got nan"),
+    "negative weight": ({"weight": -0.1}, r"weight must be a number >= 0, got -0\.1"),
+    "NaN weight": ({"weight": float("nan")}, "weight must .* got nan"),
     "task weight": ({"task_weight": -1}, "task_weight must be a number >= 0, got -1"),
-    "term's weight": ({"distance": [Term("l2", -1.0)]}, "weight of l2 .* got -1.0"),
+    "no weight": (
+        {"weight": None},
+        "weight is None, but paired L2 has no default weight with normalization=None, "
+        "only with normalization='teacher'; pass a number, weight=...",
+    ),
+    "no default": (
+        {"distance": paired_l2, "weight": None},
+        "paired_l2 has no default weight with normalization=None; pass a number",
+    ),
+    "mask": ({"mask": np.ones(N)}, "mask is not available yet; .*the label -1"),
     "unknown": ({"distance": "emd"}, r"unknown distance 'emd'; known: .*w2.*cw2.*l2"),
     "type": ({"distance": 3}, "must be a key of DISTANCES.*got int"),
     "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.networks.projectors"),
@@ -620,20 +798,31 @@ MESSAGES = {
     "sliced": ({"distance": "sliced_w2"}, "'sliced_w2' needs key=jax.random.key"),
     "required options": (
         {"distance": "wkd_logits", "t": BATCH.logits_y},
-        r"'wkd_logits' needs the option class_cost; .*options=\{",
+        r"'wkd_logits' needs teacher_data=\{'class_cost': ...\}, got None",
+    ),
+    "class_cost as an option": (
+        {"distance": "wkd_logits", "t": BATCH.logits_y, "class_cost": 1.0},
+        r"class_cost of .* is an array, .* pass it as teacher_data=\{'class_cost'",
+    ),
+    "array as an option": (
+        {"distance": "wkd_logits", "t": BATCH.logits_y, "class_cost": np.eye(K)},
+        r"option class_cost is an array of shape \[4, 4\], .*teacher_data=\{'class_c",
+    ),
+    "option without a default": (
+        {"distance": Distance(lambda x, y, *, p: x.sum())},
+        r"needs the option p; .*options=\{",
+    ),
+    "float labels": (
+        {"labels": np.float32(BATCH.labels)},
+        "labels must be integers, got float32",
     ),
     "key": (
         {"distance": Distance(lambda x, y, key: x.sum(), inputs=("features", "key"))},
         "needs key=jax.random.key",
     ),
-    "scale": ({"scale": "student"}, "scale must be None or \"teacher\", got 'student'"),
-    "weight with Terms": (
-        {"distance": [Term("l2")], "weight": 0.1},
-        "Terms carries its own weights and options; got also weight",
-    ),
     "options with Terms": (
         {"distance": Term("w2"), "solver": "exact"},
-        "carries its own weights and options; got also solver",
+        "got the option solver, but Terms have options of their own",
     ),
     "not a Term": ({"distance": ["l2"]}, r"must hold Terms, got str; write Term\('l2'"),
     "duplicates": (
@@ -650,7 +839,7 @@ MESSAGES = {
     ),
     "inputs": (
         {"distance": Distance(paired_l2, inputs=("images",))},
-        "inputs of a Distance are features, .*; got 'images'",
+        "distance 'paired_l2' needs teacher_data={'images': ...}, got None",
     ),
     "not a scalar": (
         {"distance": lambda x, y: (x - y).sum(0)},
@@ -675,3 +864,21 @@ def test_messages(name):
     options, message = MESSAGES[name]
     with pytest.raises(ValueError, match=message):
         simple(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, "weight of l2 .* got -1.0"),
+        ({"options": {"a": np.eye(2)}}, r"option a is an array .*teacher_data=\{'a'"),
+        ({"options": {"a": jnp.ones(())}}, r"option a .*teacher_data=\{'a': ...\}"),
+    ],
+)
+def test_messages_of_a_term(options, message):
+    with pytest.raises(ValueError, match=message):
+        Term("l2", **options)
+
+
+def test_the_weight_of_a_term_is_not_traced():
+    with pytest.raises(ValueError, match="weight of l2 is traced.* trace lambda"):
+        jax.jit(lambda w: Term("l2", weight=w).weight)(1.0)

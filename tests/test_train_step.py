@@ -1,5 +1,6 @@
 """The train step: it learns, on any number of devices, and is compiled once."""
 
+import inspect
 from typing import NamedTuple
 
 import chex
@@ -11,7 +12,7 @@ import optax
 import pytest
 from flax import linen as nn
 
-from kddm_jax import DISTANCES, Term
+from kddm_jax import Term
 from kddm_jax.adapters import linen_apply
 from kddm_jax.data.augment import make_augment
 from kddm_jax.networks.projectors import (
@@ -76,13 +77,6 @@ STUDENT, TEACHER = variables_of(1), variables_of(2)
 STUDENT_APPLY = linen_apply(Net(axis_name=AXIS))
 TEACHER_APPLY = linen_apply(Net())
 DEVICES = jax.devices()
-
-
-def term_of(name, weight):
-    row = DISTANCES[name]
-    layers = ("map", "map") if "maps" in row.inputs else None
-    options = helpers.options_of(row, K)
-    return Term(name, weight, layers=layers, options=options, name=name)
 
 
 def make_step(student=STUDENT_APPLY, **options):
@@ -338,14 +332,14 @@ def test_schedule_scales_the_weight_at_each_step():
     factor = lambda step: 0.5 + step
     for own in (None, 0.2):
         state, teacher = start(weight=0.2)
-        scheduled = on_devices(make_step(weight=own, weight_schedule=factor), 2)
+        terms = "l2" if own else [Term("l2")]
+        options = {"weight": own, "distance": terms, "weight_schedule": factor}
+        scheduled = on_devices(make_step(**options), 2)
         for share in (0.5, 1.5):
             plain = on_devices(make_step(weight=0.2 * share), 2)
             wanted, _ = plain(state, teacher)
             state, _ = scheduled(state, teacher)
             chex.assert_trees_all_close(state.params, wanted.params, rtol=1e-6)
-    with pytest.raises(ValueError, match="weight_schedule .* terms carry their own"):
-        make_step(distance=[Term("l2", 0.1)], weight_schedule=factor)
 
 
 def projected_student():
@@ -364,12 +358,12 @@ def projected_student():
 def test_projectors_and_positions_on_one_device_are_on_two():
     student, variables = projected_student()
     terms = [
-        Term("l2", 0.1, layers=("map", "map"), name="paired", view="positions"),
-        Term("cw2_gaussian", 0.1, layers=("map", "map"), view="positions"),
+        Term("l2", layers=("map", "map"), name="paired", positions="each"),
+        Term("cw2_gaussian", layers=("map", "map"), positions="each"),
     ]
     results = []
     for count in (1, 2):
-        state = on_all(create_state(variables, TX, seed=7), count)
+        state = on_all(create_state(variables, TX, seed=7, weight=0.1), count)
         run = on_devices(make_step(student, distance=terms), count)
         for _ in range(2):
             state, metrics = run(state, on_all(TEACHER, count))
@@ -502,6 +496,132 @@ def test_student_statistics_are_updated(l2_step):
     assert new.weight == state.weight
 
 
+def test_terms_are_weighed_by_the_state_s_lambda():
+    terms = [Term("l2", weight=0.5), Term("l2", weight=2.0, name="twice")]
+    _, metrics = on_devices(make_step(distance=terms), 2)(*start(weight=0.3))
+    distances = 0.5 * metrics["l2"] + 2 * metrics["twice"]
+    expected = metrics["task"] + 0.3 * distances
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_teacher_data_are_an_argument_of_the_program(scanned, compilations):
+    """Another price between classes: another loss, the same program."""
+    step = make_step(distance="wkd_logits")
+    axes, batch = (None, None, 0, 0, None), shard((IMAGES, LABELS), 2)
+    if scanned:
+        step, axes = scan_steps(step), (None, None, None, None, 1, None)
+        indices = np.arange(2 * N).reshape(2, 2, -1) % N
+        batch = (*on_all((IMAGES, LABELS), 2), indices)
+    program = parallel(step, in_axes=axes, devices=DEVICES[:2])
+    cost = helpers.class_cost(K)
+    data = [on_all({"class_cost": price}, 2) for price in (cost, cost / 2)]
+    state, teacher = start()
+    losses = []
+    for one in data:
+        _, metrics = program(state, teacher, *batch, one)
+        losses.append(np.ravel(metrics["wkd_logits"])[0])
+        if len(losses) == 1:
+            jax.block_until_ready(metrics)
+            compilations.clear()
+    assert compilations == []
+    assert losses[0] != losses[1]
+    assert np.all(np.isfinite(losses))
+
+
+def test_dropout_has_keys_of_its_own():
+    """Of each step and device, and none of the images'."""
+    seen, fold = [], jax.vmap(jax.random.fold_in, (None, 0))
+
+    def student(variables, images, *, train, rngs):
+        outputs, _ = linen_apply(Net())(variables, images, train=True)
+        data = jax.random.key_data(rngs["dropout"])
+        key = jax.lax.all_gather(data, AXIS).astype(jnp.int32)
+        return outputs, {"key": key}
+
+    step = on_devices(make_train_step(student, None, TX, augment=AUGMENT), 2)
+    state = create_state(
+        {**STUDENT, "batch_stats": {"key": jnp.zeros((2, 2), int)}}, TX
+    )
+    for at, seed in ((0, 0), (1, 0), (0, 1)):
+        now = state.replace(step=jnp.int32(at), seed=jnp.uint32(seed))
+        new, _ = step(on_all(now, 2), on_all({}, 2))
+        seen += [tuple(key) for key in np.asarray(new.batch_stats["key"]).tolist()]
+        key = jax.random.fold_in(jax.random.key(seed), at)
+        images = jnp.append(fold(key, jnp.arange(N)), key)
+        inner = jax.vmap(lambda key: fold(key, jnp.arange(4)))(images)  # and split's
+        data = jax.random.key_data(jnp.append(images, inner.ravel())).astype(jnp.int32)
+        assert not {tuple(one) for one in data.tolist()} & set(seen)
+    assert len(set(seen)) == 6
+
+
+def test_rngs_are_passed_through_projectors():
+    """To a student that takes them: the signature stays that of its own function."""
+
+    def noisy(variables, images, *, train, rngs):
+        outputs, stats = linen_apply(Net())(variables, images, train=train)
+        keep = jax.random.bernoulli(rngs["dropout"], 0.5, outputs.features.shape)
+        return outputs._replace(features=outputs.features * keep), stats
+
+    projected = projected_apply(noisy, {})
+    images = jax.random.normal(jax.random.key(2), (2, SIDE, SIDE, 1))
+    takes = lambda fn: "rngs" in inspect.signature(fn).parameters
+    assert takes(projected)
+    assert not takes(projected_apply(STUDENT_APPLY, {}))
+    one, other = (
+        projected(STUDENT, images, train=True, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 1)
+    )
+    assert differs(one[0].features, other[0].features)
+
+
+def test_padding_counts_in_no_metric():
+    """On two devices, one of which has hardly a label."""
+    plain = lambda key, image: NORMALIZE(image)
+    labels = np.where(np.arange(N) < 7, -1, LABELS).astype(np.int32)
+    step = on_devices(make_step(augment=plain), 2)
+    _, metrics = step(*start(), labels=labels)
+    outputs, _ = linen_apply(Net())(STUDENT, jax.vmap(NORMALIZE)(IMAGES), train=True)
+    right = (np.argmax(outputs.logits, axis=1) == labels)[7:]
+    np.testing.assert_allclose(metrics["accuracy"], right.mean(), rtol=1e-6)
+    nothing = np.full(N, -1, np.int32)
+    assert step(*start(), labels=nothing)[1]["accuracy"] == 0
+
+
+def test_optimisers_that_want_it_are_given_the_loss():
+    """The others are not asked."""
+
+    def init(params):
+        del params
+        return jnp.zeros(())
+
+    def update(updates, state, params=None, *, value, **extra):
+        del state, params, extra
+        return jax.tree.map(jnp.zeros_like, updates), value
+
+    tx = optax.chain(TX, optax.GradientTransformationExtraArgs(init, update))
+    step = make_train_step(
+        linen_apply(Net()), None, tx, augment=AUGMENT, axis_name=None
+    )
+    state, metrics = jax.jit(step)(create_state(STUDENT, tx), {}, IMAGES, LABELS)
+    assert state.opt_state[1] == metrics["loss"]
+
+
+def test_counters_of_a_state_are_not_averaged():
+    """Only floating arrays are; an average would make others floats."""
+
+    def student(variables, images, *, train):
+        outputs, stats = STUDENT_APPLY(variables, images, train=train)
+        return outputs, {**stats, "count": variables["batch_stats"]["count"] + 1}
+
+    start_of = {**STUDENT["batch_stats"], "count": jnp.int32(3)}
+    state = create_state({**STUDENT, "batch_stats": start_of}, TX, weight=0.05)
+    step = on_devices(make_step(student), 2)
+    new, _ = step(on_all(state, 2), on_all(TEACHER, 2))
+    assert new.batch_stats["count"] == 4
+    assert new.batch_stats["count"].dtype == jnp.int32
+
+
 def test_weight_of_the_step_overrides_the_states():
     step = on_devices(make_step(weight=0.5), 2)
     _, metrics = step(*start(weight=100.0))
@@ -567,6 +687,14 @@ def test_a_distance_needs_a_teacher(distance):
 def test_create_state_refuses_a_weight(weight):
     with pytest.raises(ValueError, match="weight must be a number >= 0, got"):
         create_state(STUDENT, TX, weight=weight)
+
+
+def test_several_teachers_are_refused_for_now():
+    for options in ({"teacher_apply": {"a": TEACHER_APPLY}}, {"distance": {"a": ()}}):
+        options = {"teacher_apply": TEACHER_APPLY, "distance": "l2", **options}
+        teacher = options.pop("teacher_apply")
+        with pytest.raises(ValueError, match="several teachers are not available yet"):
+            make_train_step(STUDENT_APPLY, teacher, TX, augment=AUGMENT, **options)
 
 
 def test_create_state():

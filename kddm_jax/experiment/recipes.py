@@ -85,7 +85,7 @@ def strong(dataset: str) -> Settings:
         Data(dataset),
         augmentation(dataset),
         Networks(stem="cifar", width=64),
-        Method(scale="teacher"),
+        Method(normalization="teacher"),
         optimizer,
         Run("strong"),
     )
@@ -105,7 +105,7 @@ def laptop(dataset: str) -> Settings:
         data,
         augmentation(dataset),
         Networks(stem="cifar", width=16),
-        Method(scale="teacher"),
+        Method(normalization="teacher"),
         optimizer,
         Run("laptop"),
     )
@@ -121,7 +121,7 @@ def feature_only(dataset: str) -> Settings:
         Data(dataset),
         augmentation(dataset, Augmentation(padding=0, flip=False)),
         Networks(student_model="ResNet9", stem="cifar", width=16),
-        Method(("kd", FEATURE_ONLY), scale="teacher", projector="conv"),
+        Method(("kd", FEATURE_ONLY), normalization="teacher", projector="conv"),
         Optimizer(
             teacher_epochs=50,
             epochs=50,

@@ -105,16 +105,17 @@ class Method:
     """Distances to distil with, one student for each: keys of the catalogue, distances
     of your own as module:NAME, or feature_only (labels train the head alone)."""
     weight: float | None = None
-    """Lambda of every distance; None uses --weights, then the catalogue's with --scale
-    teacher, else 1e-4, that of the released code."""
+    """Lambda of every distance; None uses --weights, then the catalogue's with
+    --normalization teacher, else 1e-4, that of the released code."""
     weights: dict[str, float] | None = None
     """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
     weight_schedule: str = "constant"
     """Schedule of every lambda: constant; warmup (rises from zero over the first half
     of the steps); decay (falls to zero by half a cosine over all steps)."""
-    scale: str | None = None
-    """teacher: divide squared distances by the teacher's mean squared deviation, which
-    makes lambda dimensionless; None: raw values, as in the paper."""
+    normalization: str | None = None
+    """teacher: divide the features of both networks by the teacher's root mean squared
+    deviation before they are compared, so that lambda has no unit; None: features as
+    they are, as in the paper."""
     layers: tuple[str, ...] = ()
     """Pairs of layers that every distance compares instead of the pooled features:
     STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. If there are none, feature_only uses the
@@ -122,9 +123,9 @@ class Method:
     projector: str | None = None
     """Learned map of the student's layers to the teacher's width: dense, conv (1x1) or
     conv3 (three layers); None uses no map."""
-    view: str = "pool"
-    """Maps in distances of features: pool (their average) or positions (every position
-    is a sample)."""
+    positions: str = "pool"
+    """Maps in distances of features: pool (their average) or each (every position is a
+    sample)."""
     quality_images: int = 5000
     """Number of training images, as many of each class, on which the quality of layers
     is measured."""
@@ -267,9 +268,18 @@ def as_json(settings: Settings) -> dict[str, Any]:
     }
 
 
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives settings that were recorded before version 0.2.0 their present names."""
+    names = {"scale": "normalization", "view": "positions"}
+    found = {names.get(name, name): value for name, value in values.items()}
+    if values.get("view") == "positions":
+        found["positions"] = "each"
+    return found
+
+
 def from_json(values: Mapping[str, Any]) -> Settings:
     """Reads the settings that `as_json` wrote; those that are missing get defaults."""
-    found = {}
+    found, values = {}, renamed(values)
     for kind in GROUPS.values():
         for of in fields(kind):
             if of.name in values:
@@ -375,10 +385,10 @@ def _check_choices(settings):
         "dtype": ("float32", "bfloat16"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
-        "scale": (None, "teacher"),
+        "normalization": (None, "teacher"),
         "weight_schedule": ("constant", "warmup", "decay"),
         "projector": (None, "dense", "conv", "conv3"),
-        "view": ("pool", "positions"),
+        "positions": ("pool", "each"),
         "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
     }.items():
@@ -471,6 +481,15 @@ def weight_of(settings: Settings, distance: str) -> float:
         return settings.method.weight
     if distance == FEATURE_ONLY:
         return 1.0
-    if not settings.method.scale:
+    normalization = settings.method.normalization
+    if normalization is None:
         return RELEASED_WEIGHT
-    return DISTANCES[distance].weight if distance in DISTANCES else 1.0
+    if distance not in DISTANCES:
+        return 1.0
+    defaults = DISTANCES[distance].weights
+    if normalization not in defaults:
+        raise UserError(
+            f"{distance} has no default weight with --normalization {normalization}; "
+            f"pass --weights {distance} NUMBER"
+        )
+    return defaults[normalization]

@@ -6,6 +6,7 @@ that one optimiser trains both; `without_projectors` removes them for evaluation
 deployment.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -216,8 +217,8 @@ def projected_apply(
     """Makes the student's apply function give projected layers.
 
     Args:
-      apply: the student's, ``apply(variables, images, *, train) -> (outputs,
-        batch_stats)``.
+      apply: the student's, ``apply(variables, images, *, train, rngs) -> (outputs,
+        batch_stats)``; ``rngs`` may be missing.
       projectors: a module for each layer that is projected.
 
     Returns:
@@ -228,8 +229,10 @@ def projected_apply(
       ValueError: when called, if the network has no such layer.
     """
 
-    def projected(variables, images, *, train):
-        outputs, stats = apply(without_projectors(variables), images, train=train)
+    @functools.wraps(apply)  # with its signature, which says if it takes rngs
+    def projected(variables, images, *, train, **rngs):
+        own = without_projectors(variables)
+        outputs, stats = apply(own, images, train=train, **rngs)
         layers, learned = _layers(outputs), {}
         own = {kind: tree.get(NAME, {}) for kind, tree in variables.items()}
         for name, projector in projectors.items():

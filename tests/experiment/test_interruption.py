@@ -373,6 +373,7 @@ def test_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
 
 # Not finite in some batches; a solver that stops at once.
 WRONG = """
+from dataclasses import replace
 import jax.numpy as jnp
 from kddm_jax import DISTANCES, Distance
 
@@ -380,8 +381,9 @@ def broken(x, y, labels):
     return jnp.mean((x - y) ** 2) + jnp.where(labels[0] == BAD, jnp.nan, 0)
 
 BROKEN = Distance(broken, inputs=("features", "labels"))
-ROUGH = DISTANCES["w2"]._replace(
-    options={"solver": "entropic", "threshold": 1e-7, "max_iterations": 10}
+ROUGH = replace(
+    DISTANCES["w2"],
+    options={"solver": "entropic", "threshold": 1e-7, "max_iterations": 10},
 )
 """
 

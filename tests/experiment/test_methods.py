@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -33,30 +34,30 @@ TEACHER = {
 }
 
 
-def make(*line, name=None, weight=2.0):
+def make(*line, name=None):
     settings = parse(["--dataset", "digits", *line])
     name = name or settings.method.distances[0]
-    method = methods.make(settings, name, weight, STUDENT, TEACHER, {})
+    method = methods.make(settings, name, STUDENT, TEACHER)
     methods.check(name, method, STUDENT, TEACHER, 8)
     return method
 
 
-def test_without_layers_the_catalogue_s_row_with_a_traced_weight():
+def test_without_layers_the_catalogue_s_entry():
     wide = {**TEACHER, "features": of(8, 6)}
     settings = parse(["--distances", "w2"])
-    method = methods.make(settings, "w2", 2.0, STUDENT, wide, {})
+    method = methods.make(settings, "w2", STUDENT, wide)
     assert method.distance == "w2"
-    assert method.options == {"scale": "teacher"}
+    assert method.options == {"normalization": "teacher"}
     assert (method.projectors, method.head) == ({}, None)
 
 
 def test_layers_are_terms_with_their_shares():
-    line = ("--layers", "a:p", "b:q:0.5", "--projector", "conv", "--view", "positions")
+    line = ("--layers", "a:p", "b:q:0.5", "--projector", "conv", "--positions", "each")
     method = make(*line, "--distances", "l2")
     first, second = method.distance
-    assert (first.name, first.weight, first.layers) == ("l2@a", 2.0, ("a", "p"))
-    assert (second.name, second.weight, second.layers) == ("l2@b", 1.0, ("b", "q"))
-    assert {first.view, second.view} == {"positions"}
+    assert (first.name, first.weight, first.layers) == ("l2@a", 1.0, ("a", "p"))
+    assert (second.name, second.weight, second.layers) == ("l2@b", 0.5, ("b", "q"))
+    assert {first.positions, second.positions} == {"each"}
     assert method.projectors["a"].features == 5
     assert method.projectors["b"].grid == (1, 1)
 
@@ -72,16 +73,18 @@ def test_projector_alone_maps_the_pooled_features():
 def test_features_alone():
     line = ("--layers", "a:p", "b:q", "--projector", "conv3", "--head", "top", "fc")
     method = make(*line, name="feature_only")
-    assert [t.weight for t in method.distance] == [2.0 / 2 / 5, 2.0 / 2 / 12]
-    assert {t.view for t in method.distance} == {"positions"}
+    assert [t.weight for t in method.distance] == [1.0 / 2 / 5, 1.0 / 2 / 12]
+    assert {t.positions for t in method.distance} == {"each"}
     assert method.head == ("top", "fc")
     # The loss is lambda times the mean over layers of the mean squared error.
     rng = np.random.default_rng(0)
     x = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
     y = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
-    terms = [t._replace(layers=(t.layers[1],) * 2) for t in method.distance]
+    terms = [replace(t, layers=(t.layers[1],) * 2) for t in method.distance]
     labels, logits = np.zeros(8, np.int32), np.zeros((8, 10), np.float32)
-    loss, values = kddm_jax.distill_loss(x, y, labels, logits, distance=terms)
+    loss, values = kddm_jax.distill_loss(
+        x, y, labels, logits, distance=terms, weight=2.0
+    )
     expected = np.mean([np.mean((x[k] - y[k]) ** 2) for k in x])
     np.testing.assert_allclose(loss - values["task"], 2.0 * expected, rtol=1e-5)
 

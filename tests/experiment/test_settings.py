@@ -80,13 +80,13 @@ def test_weights_come_before_weight_before_the_catalogue():
         0.0,
         0.25,
     ]
-    found = parse([*line, "--weights", "w2", "0.5", "--scale", "teacher"])
+    found = parse([*line, "--weights", "w2", "0.5", "--normalization", "teacher"])
     assert weight_of(found, "w2") == 0.5
-    assert weight_of(found, "cw2") == DISTANCES["cw2"].weight
+    assert weight_of(found, "cw2") == DISTANCES["cw2"].weights["teacher"]
     found = parse([*line, "--weight", "0"])
     assert weight_of(found, "w2") == 0.0
     # The catalogue's are for scaled distances; raw ones have the released code's.
-    found = parse([*line, "--scale", "None"])
+    found = parse([*line, "--normalization", "None"])
     assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
 
 

@@ -93,7 +93,7 @@ def test_padding_has_no_part(name):
     ("key", "value"), [("cw2", 5.397375502757803), ("kd", 0.5711709728200536)]
 )
 def test_the_loss_passes_it_on(key, value):
-    fn = partial(kddm_jax.distill_loss, distance=key, compat="released")
+    fn = partial(kddm_jax.distill_loss, distance=key, weight=1.0, compat="released")
     _, terms = jax.jit(fn)(X, Y, UNBALANCED, S, T)
     np.testing.assert_allclose(terms[key], value, rtol=1e-9)
 

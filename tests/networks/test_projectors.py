@@ -128,15 +128,15 @@ def test_taken_out_is_the_student_as_it_was(student):
 
 def step_of(**options):
     terms = [
-        Term("l2", 0.1),
-        Term("l2", 0.1, layers=("map", "map"), name="maps"),
+        Term("l2", weight=0.1),
+        Term("l2", weight=0.1, layers=("map", "map"), name="maps"),
     ]
     return make_train_step(
         projected_apply(linen_apply(STUDENT), CHOSEN),
         linen_apply(TEACHER),
         optax.sgd(0.1),
         augment=make_augment(mean=(0.5,), std=(0.25,), padding=0, flip=False),
-        distance=[Term("l2", 0.1)] if options.pop("one", False) else terms,
+        distance=[Term("l2", weight=0.1)] if options.pop("one", False) else terms,
         axis_name=None,
         **options,
     )

@@ -17,7 +17,7 @@ from rich.table import Table
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import defaults
-from kddm_jax.experiment.settings import FILES, PLACES, as_json
+from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
 
 COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
 
@@ -167,6 +167,7 @@ def conditions(results: Mapping[str, Any]) -> str:
 
 def command(settings: Mapping, script: str = "cifar.py") -> str:
     """Returns the command that gives these settings, without folders of one machine."""
+    settings = renamed(settings)
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
@@ -226,9 +227,10 @@ def show_quality(record: dict[str, Any], console: Console) -> None:
 
 
 def _check_alike(first, other):
-    alike = ("dataset", "held_out", "seeds", "epochs", "student_images", "scale")
-    for name in alike:
-        pair = [choice["settings"].get(name) for choice in (first, other)]
+    first, other = (renamed(choice["settings"]) for choice in (first, other))
+    same = ("dataset", "held_out", "seeds", "epochs", "student_images", "normalization")
+    for name in same:
+        pair = [settings.get(name) for settings in (first, other)]
         if pair[0] != pair[1]:
             raise UserError(
                 f"grids with {name}={pair[0]} and {name}={pair[1]} make no table; "

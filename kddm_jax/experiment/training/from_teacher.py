@@ -17,7 +17,7 @@ import numpy as np
 from kddm_jax import data
 from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY, weight_of
+from kddm_jax.experiment.settings import FEATURE_ONLY
 from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
@@ -101,10 +101,9 @@ def choose(problem: Problem, teacher: Teacher, draw: Draw) -> dict[str, Any]:
     The record is kept for the same teacher and images: a run that continues never
     follows other layers.
     """
-    settings = problem.settings
     record = processes.first(lambda: _rated(problem, teacher, draw))
     problem.chosen_layers = tuple(record["pairs"])
-    method = runs.method_of(problem, FEATURE_ONLY, weight_of(settings, FEATURE_ONLY))
+    method = runs.method_of(problem, FEATURE_ONLY)
     methods.check(FEATURE_ONLY, method, *problem.shapes, problem.compared_images)
     return record
 

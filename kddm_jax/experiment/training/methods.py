@@ -5,9 +5,8 @@ A method is a key of the catalogue, one's own distance as ``module:NAME``, or
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, change
 from kddm_jax.experiment.training import models
-from kddm_jax.losses import carries_weights, get_distance
+from kddm_jax.losses import get_distance
 from kddm_jax.networks.projectors import (
     PROJECTORS,
     add_projectors,
@@ -43,7 +42,8 @@ class Method:
     """A method as the train step takes it.
 
     Attributes:
-      distance: a row of the catalogue or Terms, as `distill_loss` takes it.
+      distance: an entry of the catalogue or Terms, as `distill_loss` takes it; the
+        weights of Terms are relative to the run's lambda.
       options: of `distill_loss`.
       projectors: a module for each student layer that is projected.
       head: the student's modules that alone learn from labels; None: all do.
@@ -83,9 +83,7 @@ def needs_class_cost(name: str) -> bool:
     """Returns whether a method takes a cost between classes, made from the teacher."""
     if name == FEATURE_ONLY:
         return False
-    row = find(name)
-    known = inspect.signature(row.fn).parameters
-    return "class_cost" in known and "class_cost" not in row.options
+    return "class_cost" in find(name).inputs
 
 
 def digest(name: str) -> str | None:
@@ -165,26 +163,22 @@ def _named(row, name):
         return name
     fn = functools.wraps(row.fn)(lambda *arrays, **options: row.fn(*arrays, **options))
     fn.__name__ = name
-    return row._replace(fn=fn)
+    return replace(row, fn=fn)
 
 
 def make(
     settings: Settings,
     name: str,
-    weight: float,
     student: Shapes,
     teacher: Shapes,
-    options: Mapping[str, Any],
 ) -> Method:
     """Makes a method for two networks.
 
     Args:
       settings: of the command.
       name: of the method.
-      weight: lambda.
       student: shapes of the student's layers.
       teacher: shapes of the teacher's layers.
-      options: of the distance, beyond the catalogue's.
 
     Returns:
       The method.
@@ -193,30 +187,30 @@ def make(
       UserError: a layer that a network does not have.
     """
     if name == FEATURE_ONLY:
-        return _feature_only(settings, weight, student, teacher)
+        return _feature_only(settings, student, teacher)
     row, chosen = find(name), pairs(settings)
+    options = {"normalization": settings.method.normalization}
     layered = {"features", "maps"} & set(row.inputs)
     if not chosen and "maps" in row.inputs:  # the last ones
         chosen = [(list(student["maps"])[-1], list(teacher["maps"])[-1], 1.0)]
     if not layered or not (chosen or settings.method.projector):
-        return Method(_named(row, name), {"scale": settings.method.scale, **options})
+        return Method(_named(row, name), options)
 
     def term(of_student, of_teacher, share, _):
         return Term(
             row,
-            weight * share,
+            weight=share,
             layers=(of_student, of_teacher),
-            options=options,
             name=name if len(chosen) < 2 else f"{name}@{of_student}",
-            view=settings.method.view,
+            positions=settings.method.positions,
         )
 
     chosen = chosen or [("features", "features", 1.0)]
     terms, projectors = _terms(settings, chosen, term, student, teacher)
-    return Method(terms, {"scale": settings.method.scale}, projectors)
+    return Method(terms, options, projectors)
 
 
-def _feature_only(settings, weight, student, teacher):
+def _feature_only(settings, student, teacher):
     """(lambda / K) sum_k mean (projected student - teacher)^2; labels for the head."""
     chosen = pairs(settings)
 
@@ -224,10 +218,10 @@ def _feature_only(settings, weight, student, teacher):
         # l2 sums over channels, the method averages over every element.
         return Term(
             "l2",
-            weight * share / len(chosen) / layer.shape[-1],
+            weight=share / len(chosen) / layer.shape[-1],
             layers=(of_student, of_teacher),
             name=f"{FEATURE_ONLY}@{of_student}",
-            view="positions",
+            positions="each",
         )
 
     terms, projectors = _terms(settings, chosen, term, student, teacher)
@@ -265,7 +259,7 @@ def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes)
             f"feature_only: layers have widths {sorted(widths)}; pass --projector conv"
         )
     chosen = [f"{a}:{b}" for a, b in zip(own, list(known)[-len(own) :], strict=True)]
-    _feature_only(change(settings, layers=tuple(chosen)), 1.0, student, teacher)
+    _feature_only(change(settings, layers=tuple(chosen)), student, teacher)
 
 
 def check(
@@ -284,10 +278,11 @@ def check(
       UserError: it does not take such layers.
     """
 
-    def loss(x, y, s, t, labels):
+    def loss(x, y, s, t, labels, teacher_data):
         return distill_loss(
             x, y, labels, s, t,
-            distance=method.distance, key=jax.random.key(0), **method.options,
+            distance=method.distance, weight=1.0, teacher_data=teacher_data,
+            key=jax.random.key(0), **method.options,
         )  # fmt: skip
 
     x, y = layers_of(student), layers_of(teacher)
@@ -298,7 +293,9 @@ def check(
                 x[layer],
             )
         labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        jax.eval_shape(loss, x, y, student["logits"], teacher["logits"], labels)
+        logits = student["logits"], teacher["logits"]
+        cost = jax.ShapeDtypeStruct((logits[0].shape[-1],) * 2, jnp.float32)
+        jax.eval_shape(loss, x, y, *logits, labels, {"class_cost": cost})
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
         cure = ", that is --projector" if "projectors" in text else ""
@@ -325,7 +322,7 @@ def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
 
 def teacher_layers(method: Method) -> tuple[str, ...]:
     """Returns the names of the teacher's maps that a method compares."""
-    if not carries_weights(method.distance):
+    if not isinstance(method.distance, tuple):
         return ()
     layers = {term.layers[1] for term in method.distance}
     return tuple(sorted(layers - {"features"}))

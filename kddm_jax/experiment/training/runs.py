@@ -22,28 +22,13 @@ from kddm_jax.experiment.settings import (
     as_json,
     change,
     identity,
+    renamed,
     weight_of,
 )
 from kddm_jax.experiment.training import methods, models, pretrained
 from kddm_jax.experiment.training.problems import Problem
-from kddm_jax.losses import carries_weights
 
 ALONE = ("teacher", "student")  # runs without a teacher
-
-
-def _check_schedule(problem, name):
-    settings = problem.settings
-    schedule = settings.method.weight_schedule
-    if schedule == "constant":
-        return
-    if name == FEATURE_ONLY or carries_weights(
-        method_of(problem, name, weight_of(settings, name), traced=True).distance
-    ):
-        raise UserError(
-            f"--weight-schedule {schedule}: {name} compares layers, "
-            "whose weights are fixed; leave the schedule out, or compare the pooled "
-            "features without a projector"
-        )
 
 
 def check_distances(problem: Problem, teacher: nn.Module) -> None:
@@ -57,24 +42,19 @@ def check_distances(problem: Problem, teacher: nn.Module) -> None:
         models.shapes("teacher", teacher, image, count),
     )
     for name in settings.method.distances:
-        _check_schedule(problem, name)
         if name == FEATURE_ONLY and not settings.method.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen once there is a teacher
-        method = method_of(problem, name, weight_of(settings, name), traced=True)
+        method = method_of(problem, name)
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
-def method_of(
-    problem: Problem, name: str, weight: float, *, traced: bool = False
-) -> methods.Method:
+def method_of(problem: Problem, name: str) -> methods.Method:
     """Makes the method by which the student of a name learns.
 
     Args:
       problem: the data, the devices and the settings.
       name: "teacher", "student" or a method.
-      weight: lambda.
-      traced: whether shapes alone matter, as before there is a teacher.
 
     Returns:
       The method; that of the teacher and of students alone has no distance.
@@ -84,15 +64,7 @@ def method_of(
         return methods.Method()
     if name == FEATURE_ONLY and not settings.method.layers:
         settings = change(settings, layers=problem.chosen_layers)
-    options = {}
-    if methods.needs_class_cost(name):
-        cost, k = problem.class_cost, problem.num_classes
-        if cost is None and not traced:
-            raise RuntimeError(
-                f"{name} needs the teacher's class cost; open the study by study.open"
-            )
-        options["class_cost"] = np.zeros((k, k)) if cost is None else cost
-    return methods.make(settings, name, weight, *problem.shapes, options)
+    return methods.make(settings, name, *problem.shapes)
 
 
 # ---------------------------------------------------------------------------
@@ -229,7 +201,7 @@ def check_folder(run: Run, out: Path) -> None:
     if not path.exists():
         return
     try:
-        found = json.loads(path.read_text())
+        found = renamed(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable; choose another --out") from error
     if found.get("batches") is not None:

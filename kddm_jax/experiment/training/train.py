@@ -25,7 +25,6 @@ from kddm_jax.experiment.training.runs import (
     epoch_order,
     method_of,
 )
-from kddm_jax.losses import carries_weights
 from kddm_jax.networks.projectors import without_projectors
 
 LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
@@ -82,10 +81,21 @@ def _what_teaches(problem, run, method, teacher):
     return problem.programs[key]
 
 
+def _teacher_data(problem, run):
+    """Returns what the run's distance takes that is computed from the teacher."""
+    if run.name in ALONE or not methods.needs_class_cost(run.name):
+        return {}
+    if problem.class_cost is None:
+        raise RuntimeError(
+            f"{run.name} needs the teacher's class cost; open the study by study.open"
+        )
+    cost = np.asarray(problem.class_cost, np.float32)
+    return train_step.replicate({"class_cost": cost}, problem.devices)
+
+
 def _train_program(problem, run, method, model, teacher, tx, length):
     """Compiles the steps; runs that differ in seed or lambda only share the program."""
-    own_weights = run.weight if carries_weights(method.distance) else None
-    key = (run.name, run.epochs, length, own_weights)
+    key = (run.name, run.epochs, length)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
         teacher_apply = None
@@ -110,7 +120,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
         images = 0 if problem.streams and not of_views else None
         problem.programs[key] = train_step.parallel(
             train_step.scan_steps(step, known=distilled and of_views),
-            in_axes=(None, None, images, images, 0),
+            in_axes=(None, None, images, images, 0, None),
             donate=(0,),
             devices=problem.devices,
         )
@@ -137,6 +147,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
                 speed=speed(),
             )
 
+    taught, computed = fixed
     watch = processes.Watch()
     order = epoch_order(run, epoch, settings.optimizer.batch_size)
     of_views = _on_views(problem, run)
@@ -144,7 +155,7 @@ def _epoch(problem, run, progress, program, fixed, length, report):
         order = problem.views.order(order, run.seed, epoch)
     order = order[progress.taken :]
     for inputs in problem.dispatches(order, length, of_views=of_views):
-        progress.state, metrics = program(progress.state, fixed, *inputs)
+        progress.state, metrics = program(progress.state, taught, *inputs, computed)
         counted += length * settings.optimizer.batch_size
         waiting.append(metrics)
         if progress.first_step is None:  # compiling is no part of the speed
@@ -242,7 +253,7 @@ def train(
     steps = len(run.indices) // settings.optimizer.batch_size
     schedule = optimizers.make_schedule(settings.optimizer, steps, run.epochs)
     tx = optimizers.make_optimizer(settings.optimizer, schedule)
-    method = method_of(problem, run.name, run.weight)
+    method = method_of(problem, run.name)
     folder = run.folder(problem.out) / "checkpoints"
     state = _fresh(problem, run, model, method, tx)
     progress = Progress(run.label, folder, _about(problem, run), steps, state)
@@ -252,7 +263,8 @@ def train(
     # From a checkpoint within an epoch on, dispatches must end with it, too.
     length = _steps_per_dispatch(math.gcd(steps, progress.taken))
     program = _train_program(problem, run, method, model, teacher, tx, length)
-    fixed, speeds = _what_teaches(problem, run, method, teacher), []
+    taught = _what_teaches(problem, run, method, teacher)
+    fixed, speeds = (taught, _teacher_data(problem, run)), []
     with progress.running():
         if progress.step == 0:
             observe(0, without_projectors(progress.state.variables))

@@ -1,0 +1,68 @@
+"""The gradient of a step's loss, and which part of the student learns from what.
+
+In feature-only distillation the head learns from the logits and the backbone from the
+layers: one forward pass, two ways back.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def gradients(
+    forward: Callable, objective: Callable, params: Tree, head: Sequence[str] | None
+) -> tuple:
+    """Computes the loss, all that comes with it, and its gradient.
+
+    Args:
+      forward: ``forward(params) -> ((logits, layers), state)``.
+      objective: ``objective((logits, layers)) -> (loss, terms)``.
+      params: of the student, by top module.
+      head: names of the modules that alone learn from the logits; None: everything
+        learns from everything.
+
+    Returns:
+      ``(loss, terms, state, logits, gradient)``.
+
+    Raises:
+      ValueError: an unknown module in ``head``.
+    """
+    if head is None:
+
+        def loss_fn(params):
+            outputs, state = forward(params)
+            loss, terms = objective(outputs)
+            return loss, (terms, state, outputs[0])
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (terms, state, logits)), grads = grad_fn(params)
+        return loss, terms, state, logits, grads
+
+    if missing := [name for name in head if name not in params]:
+        raise ValueError(
+            f"head names {', '.join(missing)}; the student's modules are "
+            f"{', '.join(params)}"
+        )
+    # One forward pass, two ways back: from the logits to the head, of which XLA
+    # computes nothing else, and from the layers to the rest.
+    outputs, pull_back, state = jax.vjp(forward, params, has_aux=True)
+    grad_fn = jax.value_and_grad(objective, has_aux=True)
+    (loss, terms), (by_logits, by_layers) = grad_fn(outputs)
+    zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    (of_logits,) = pull_back((by_logits, zero(by_layers)))
+    (of_layers,) = pull_back((zero(by_logits), by_layers))
+    grads = {
+        name: jax.tree.map(jnp.add, tree, of_logits[name]) if name in head else tree
+        for name, tree in of_layers.items()
+    }
+    return loss, terms, state, outputs[0], grads
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """Tells whether every number of a tree is finite."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite))
