@@ -74,7 +74,7 @@ def load(
     """Opens the folder of a finished command.
 
     Args:
-      folder: ``--out`` of cifar.py.
+      folder: ``--out`` of ``kddm distill``.
       data_dir: of the data; None: where the command had them.
       teacher: its checkpoint, where one was given and lies elsewhere now.
 
@@ -88,7 +88,7 @@ def load(
     if not path.exists():
         raise UserError(
             f"{folder} has no results.json: it is not finished; run its command "
-            "(experiments/cifar.py) to the end"
+            "(kddm distill) to the end"
         )
     results = records.read_json(path)
     settings = from_json(results["settings"])

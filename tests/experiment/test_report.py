@@ -110,7 +110,7 @@ def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
         (tmp_path / name).write_text(json.dumps(small_results()))
     status, error = said()
     assert (status, error.count("\n")) == (2, 1)
-    assert "only grids of choose_weights.py" in error
+    assert "only grids of kddm choose-weights" in error
     assert page.read_text() == old
 
 

@@ -237,7 +237,7 @@ def _check_alike(first, other):
 
 
 def weights_markdown(choices: Sequence[dict[str, Any]]) -> str:
-    """Renders the held-out accuracies of choose_weights.py, all grids in one table.
+    """Renders the held-out accuracies of grids of lambda, all in one table.
 
     Args:
       choices: as in ``weights.json``, of one setting; a distance that several of them
