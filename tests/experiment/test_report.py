@@ -200,4 +200,6 @@ def test_an_installed_package_has_a_version():
     for run in results["runs"]:
         run["environment"]["commit"] = "version 1.2"
     results["teacher"]["environment"]["commit"] = "version 1.2"
-    assert ", JAX 1.2.3, version 1.2. `" in table.markdown(results)
+    results["environment"]["command"] = "kddm distill --seeds 0 1"
+    text = table.markdown(results)
+    assert ", JAX 1.2.3, version 1.2. `kddm distill --dataset digits --seeds" in text

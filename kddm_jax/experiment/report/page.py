@@ -260,7 +260,7 @@ def render(
     return environment.get_template("report.html.jinja").render(
         settings=results["settings"],
         conditions=table.conditions(results),
-        command=table.command(results["settings"]),
+        command=table.command_of(results),
         columns=table.COLUMNS,
         rows=table.table(results),
         cards=_summary(results, table.table(results)),

@@ -136,7 +136,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def caption(results: Mapping[str, Any]) -> str:
     """Describes what the table was measured on, and by which command."""
-    return f"{conditions(results)} `{command(results['settings'])}`"
+    return f"{conditions(results)} `{command_of(results)}`"
 
 
 def conditions(results: Mapping[str, Any]) -> str:
@@ -165,10 +165,18 @@ def conditions(results: Mapping[str, Any]) -> str:
     )
 
 
-def command(settings: Mapping, script: str = "cifar.py") -> str:
-    """Returns the command that gives these settings, without folders of one machine."""
+def command_of(results: Mapping[str, Any]) -> str:
+    """Returns the command that made the results, without folders of one machine."""
+    made = results.get("environment", {}).get("command", "")
+    installed = made.startswith("kddm ")
+    program = "kddm distill" if installed else "python experiments/cifar.py"
+    return command(results["settings"], program)
+
+
+def command(settings: Mapping[str, Any], program: str) -> str:
+    """Returns a program's command line that gives these settings."""
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
-    words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
+    words = [program, "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
         words += ["--recipe", settings["recipe"]]
     for name, value in settings.items():
