@@ -24,7 +24,7 @@ class Finished:
 
     Attributes:
       problem: its settings, on one device; its data.
-      results: of ``results.json``.
+      results: the content of ``results.json``.
       teacher: its network, variables and digest.
     """
 
@@ -37,7 +37,7 @@ class Finished:
 
         Args:
           name: "student" for the one that learnt alone, or a method.
-          seed: of its run.
+          seed: seed of its run.
 
         Returns:
           ``(network, variables)``, the variables on the host, without projectors.
@@ -75,7 +75,7 @@ def load(
 
     Args:
       folder: ``--out`` of ``kddm distill``.
-      data_dir: of the data; None: where the command had them.
+      data_dir: folder of the data; None uses that of the command.
       teacher: its checkpoint, where one was given and lies elsewhere now.
 
     Returns:

@@ -1,9 +1,9 @@
 """Defines the runs of a study, and the settings that decide their results.
 
-A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its result),
-``checkpoints/`` and, once finished, ``result.json``; one of a grid of lambdas lies in
-``<out>/weight-<lambda>``.  A command that would give another result in an existing
-folder is refused before anything starts.  ``training.py`` trains them.
+A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
+its result), ``checkpoints/`` and, once finished, ``result.json``. The runs of a grid of
+lambdas are in ``<out>/weight-<lambda>``. A command that would give another result in an
+existing folder is refused before anything starts. `train.py` trains the runs.
 """
 
 import json
@@ -74,7 +74,7 @@ def method_of(
       problem: the data, the devices and the settings.
       name: "teacher", "student" or a method.
       weight: lambda.
-      traced: whether shapes alone matter, as before there is a teacher.
+      traced: whether the method is only traced, before there is a teacher.
 
     Returns:
       The method; that of the teacher and of students alone has no distance.
