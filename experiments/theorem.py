@@ -340,7 +340,7 @@ def record_of(settings, options, console) -> dict[str, object]:
         "bias": bias,
         "tables": tables,
         "command": table.command(
-            as_json(settings), " ".join(["theorem.py", *own, "--"])
+            as_json(settings), " ".join(["python experiments/theorem.py", *own, "--"])
         ),
         "environment": environment,
     }

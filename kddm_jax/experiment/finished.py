@@ -24,7 +24,7 @@ class Finished:
 
     Attributes:
       problem: its settings, on one device; its data.
-      results: of ``results.json``.
+      results: the content of ``results.json``.
       teacher: its network, variables and digest.
     """
 
@@ -37,7 +37,7 @@ class Finished:
 
         Args:
           name: "student" for the one that learnt alone, or a method.
-          seed: of its run.
+          seed: seed of its run.
 
         Returns:
           ``(network, variables)``, the variables on the host, without projectors.
@@ -74,8 +74,8 @@ def load(
     """Opens the folder of a finished command.
 
     Args:
-      folder: ``--out`` of cifar.py.
-      data_dir: of the data; None: where the command had them.
+      folder: ``--out`` of ``kddm distill``.
+      data_dir: folder of the data; None uses that of the command.
       teacher: its checkpoint, where one was given and lies elsewhere now.
 
     Returns:
@@ -88,7 +88,7 @@ def load(
     if not path.exists():
         raise UserError(
             f"{folder} has no results.json: it is not finished; run its command "
-            "(experiments/cifar.py) to the end"
+            "(kddm distill) to the end"
         )
     results = records.read_json(path)
     settings = from_json(results["settings"])

@@ -30,7 +30,7 @@ def _rendered(paths):
     if len(files) > 1:
         raise UserError(
             f"{' '.join(map(str, paths))}: of several files only grids of "
-            "choose_weights.py are one table"
+            "kddm choose-weights are one table"
         )
     return table.markdown(files[0])
 
@@ -40,8 +40,8 @@ def fill(page: Path) -> str:
 
     Args:
       page: a page with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around each
-        table, files relative to the page; several files of choose_weights.py make one
-        table.
+        table, files relative to the page; several grids of ``kddm choose-weights``
+        make one table.
 
     Returns:
       The text of the page, each table rendered from its JSON.

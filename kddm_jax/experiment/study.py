@@ -104,7 +104,7 @@ def open(
 
     Raises:
       UserError: the settings do not fit the data, the devices, the networks or the
-        folder; or another command is at work in the folder.
+        folder; or another command is running in the folder.
     """
     out = default_out(settings, suffix)
 
@@ -166,14 +166,14 @@ def _draw_quality(record, path):
 
 @contextlib.contextmanager
 def only_one(out: Path) -> Iterator[None]:
-    """Refuses a folder in which another command is at work."""
+    """Refuses a folder in which another command is running."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"--out {out}: another command is at work in this folder; "
-                "wait for its end, or choose another --out"
+                f"--out {out}: another command is running in this folder; "
+                "wait until it ends, or choose another --out"
             ) from error
         yield
 

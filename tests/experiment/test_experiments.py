@@ -290,7 +290,7 @@ def test_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "train", interrupt)
     assert call(*TINY, "--compilation-cache", "None", "--out", tmp_path / "out") == 130
-    assert capsys.readouterr().err == "stopped; the same command continues\n"
+    assert capsys.readouterr().err == "stopped; rerun the command to resume\n"
 
 
 def test_live_bar():
@@ -673,7 +673,7 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
     with study.only_one(out):
         assert call(*line) == 2
     error = capsys.readouterr().err
-    assert re.match(r"error: --out .*out: another command is at work", error), error
+    assert re.match(r"error: --out .*out: another command is running", error), error
     assert error.count("\n") == 1
     assert call(*line) == 130
 
@@ -703,7 +703,7 @@ sys.exit(distill.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("what", "status", "message"),
     [
-        ("ctrl-c", 130, "stopped; the same command continues"),
+        ("ctrl-c", 130, "stopped; rerun the command to resume"),
         ("no space", 2, r"error: cannot write .* 4,096 left; free space"),
     ],
 )

@@ -273,7 +273,7 @@ def test_sigterm_saves_and_the_same_command_continues(
         terminated_at.append(moment)
         assert call(*line) == signals.STATUS == 143, moment
         stopped = capsys.readouterr().err
-        assert stopped == "stopped by SIGTERM; the same command continues\n"
+        assert stopped == "stopped by SIGTERM; rerun the command to resume\n"
         assert not terminated_at
         name, meta = newest(out, run)
         assert name == f"step-{step:08d}"

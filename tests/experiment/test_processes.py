@@ -186,7 +186,7 @@ def test_locked_folder_stops_both(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         first, second = both(tmp_path, *LINE, "--out", "out")
     assert first[0] == second[0] == 2
-    assert "another command is at work" in first[2]
+    assert "another command is running" in first[2]
     assert (second[1], second[2]) == ([], "")
 
 
@@ -204,7 +204,7 @@ def test_sigterm_to_one_stops_both_between_the_same_steps(tmp_path):
     second.send_signal(signal.SIGTERM)
     (status, _, err), (other, _, _) = ended(first, second)
     assert status == other == 143
-    assert err == "stopped by SIGTERM; the same command continues\n"
+    assert err == "stopped by SIGTERM; rerun the command to resume\n"
     kept = tmp_path / "host0" / "out" / "teacher" / "seed0" / "checkpoints"
     meta = checkpoint.read_meta(checkpoint.latest(kept))
     assert len(meta["history"]) >= 3

@@ -110,7 +110,7 @@ def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
         (tmp_path / name).write_text(json.dumps(small_results()))
     status, error = said()
     assert (status, error.count("\n")) == (2, 1)
-    assert "only grids of choose_weights.py" in error
+    assert "only grids of kddm choose-weights" in error
     assert page.read_text() == old
 
 
@@ -200,4 +200,6 @@ def test_an_installed_package_has_a_version():
     for run in results["runs"]:
         run["environment"]["commit"] = "version 1.2"
     results["teacher"]["environment"]["commit"] = "version 1.2"
-    assert ", JAX 1.2.3, version 1.2. `" in table.markdown(results)
+    results["environment"]["command"] = "kddm distill --seeds 0 1"
+    text = table.markdown(results)
+    assert ", JAX 1.2.3, version 1.2. `kddm distill --dataset digits --seeds" in text

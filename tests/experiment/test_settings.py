@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import EXPERIMENTS
 
 from kddm_jax import DISTANCES, data
 from kddm_jax.experiment import settings as settings_module
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import RECIPES, parse
-from kddm_jax.experiment.settings import change, flat, weight_of
+from kddm_jax.experiment.settings import Settings, change, flat, weight_of
 from kddm_jax.experiment.training import models, optimizers, problems, runs
 
 
@@ -224,3 +225,36 @@ def test_schedules_of_lambda_start_and_end_where_they_say():
 
 
 RISES = {"warmup": [0, 0.5, 1, 1], "decay": [1, (1 + 0.5**0.5) / 2, 0.5, 0]}
+
+
+RESULTS = {
+    path.stem: found["settings"]
+    for path in sorted((EXPERIMENTS / "results").glob("*.json"))
+    if "dataset" in (found := json.loads(path.read_text())).get("settings", {})
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_of_earlier_versions_are_read(name):
+    """Their settings are flat; what they do not name has its default."""
+    found = settings_module.as_json(settings_module.from_json(RESULTS[name]))
+    expected = settings_module.as_json(Settings())
+    expected |= {k: v for k, v in RESULTS[name].items() if k in expected}
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(expected))
+
+
+def test_identity_is_everything_but_the_run():
+    """Of a distilled student; what it names otherwise is listed once."""
+    settings = parse(["--distances", "feature_only"])
+    named = {
+        group: {f.name for f in fields(kind)}
+        for group, kind in settings_module.GROUPS.items()
+    }
+    found = {*settings_module.identity(settings, "feature_only")}
+    others = {*settings_module.NAMED_OTHERWISE, *settings_module.OF_TEACHER}
+    every = set().union(*named.values())
+    assert found == every - named["run"] - others
+    alone = {*settings_module.identity(settings, "student")}
+    assert alone == found - named["method"]
+    teacher = {*settings_module.identity(settings, "teacher")}
+    assert not teacher & ({*settings_module.OF_STUDENTS} | named["method"])

@@ -30,7 +30,7 @@ Tree = TypeVar("Tree")
 PATIENCE = 120.0  # seconds that the first process may start after others
 LEAVE = 30  # seconds in which all must end, once one of them does
 SECOND = 1.0  # between two agreements
-CHUNK = 2**26  # bytes that are told at once: they pass through the devices
+CHUNK = 2**26  # bytes of a broadcast, which passes through the devices
 _telling = False  # whether this process is within `first`, where no other follows
 
 

@@ -99,11 +99,11 @@ def answer_errors(work: Callable[[], object]) -> int:
             _say(error, error)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        print("stopped; rerun the command to resume", file=sys.stderr)
         return 130
     except signals.Terminated:
         if not processes.quiet():
-            print("stopped by SIGTERM; the same command continues", file=sys.stderr)
+            print("stopped by SIGTERM; rerun the command to resume", file=sys.stderr)
         return signals.STATUS
     return 0
 

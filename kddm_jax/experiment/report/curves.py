@@ -19,7 +19,7 @@ DPI = 110
 COLOURS = 128  # of a picture's palette: a third of the bytes
 # Ten colours come once as lines and once as dots and dashes.
 CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
-PLAIN = {"color": "black", "linestyle": "--"}  # the student whom no teacher taught
+PLAIN = {"color": "black", "linestyle": "--"}  # the student alone
 
 
 def plain(text: object) -> str:
@@ -65,8 +65,8 @@ def series(runs: Sequence[Mapping], value: Callable):
     """Averages a number of the runs' histories over seeds.
 
     Args:
-      runs: of one method, a seed each, as in ``result.json``.
-      value: of an epoch's record; None where it was not measured.
+      runs: results of one method, one for each seed.
+      value: number of an epoch's record; None where it was not measured.
 
     Returns:
       ``(epochs, mean, spread)``, the spread being the standard deviation over seeds,
@@ -84,8 +84,8 @@ def draw(axes, runs: Sequence[Mapping], value: Callable, **style) -> None:
     """Draws `series` as a line and, of several seeds, a band; nothing if not measured.
 
     Args:
-      axes: of Matplotlib.
-      runs: as of `series`.
+      axes: axes of Matplotlib.
+      runs: as for `series`.
       value: likewise.
       **style: of the line.
     """
@@ -108,9 +108,9 @@ def panels(
     """Draws accuracy, cross-entropy and distance, a curve for each group of runs.
 
     Args:
-      groups: of runs, by any key.
-      styles: of the lines, by the same key; their label among it.
-      part: of the images, in the axis's name.
+      groups: groups of runs, by any key.
+      styles: styles of the lines, with their labels, by the same key.
+      part: part of the images, for the axis's name.
       relative: whether distances are drawn as shares of their first epoch's, as those
         of several kinds must be.
 
@@ -147,7 +147,7 @@ def of_runs(results: Mapping):
     """Draws the learning curves of all runs: mean and spread over seeds.
 
     Args:
-      results: as in ``results.json``.
+      results: the content of ``results.json``.
 
     Returns:
       The figure.
@@ -178,8 +178,8 @@ def of_layers(record: Mapping, path: Path) -> Path:
     """Draws quality and its parts against the teacher's layer.
 
     Args:
-      record: as in ``quality.json``.
-      path: of the picture.
+      record: the content of ``quality.json``.
+      path: path of the picture.
 
     Returns:
       The path.

@@ -1,9 +1,9 @@
 """Maps the features of teacher and students to the plane, for the page.
 
-Pooled features of at most 1,000 evaluation images, from the last checkpoint of the
-first seed of each distance.  A student whose coordinates its distance ties to the
-teacher's lies on the teacher's axes, with the teacher behind it; any other may be
-turned against it and has axes of its own.  A repeated command finds all in
+These are pooled features of at most 1,000 evaluation images, from the last checkpoint
+of the first seed of each distance. If a distance compares coordinates, its student is
+shown on the teacher's axes, with the teacher behind it; other students may be rotated
+and have axes of their own. A repeated command reads the points from
 ``embedding.json``.
 """
 
@@ -36,8 +36,8 @@ def ties_axes(name: str, settings: Settings) -> bool:
     """Returns whether a method compares pooled features coordinate by coordinate.
 
     Args:
-      name: of the run.
-      settings: of the command.
+      name: name of the run.
+      settings: the settings of the command.
 
     Returns:
       False for students alone, distances of maps or predictions, those that take
@@ -166,8 +166,8 @@ def find(
 
     Args:
       problem: data, devices, settings.
-      teacher: whom the students follow.
-      results: of the students, in the order of `runs.student_runs`.
+      teacher: the teacher.
+      results: results of the students, in the order of `runs.student_runs`.
 
     Returns:
       ``classes`` and ``labels`` of the images, and ``panels``: ``name``, ``title``,

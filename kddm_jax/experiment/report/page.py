@@ -45,7 +45,7 @@ class Solver(NamedTuple):
     """Diagnostics of the solver of a term.
 
     Attributes:
-      title: of the run and, where they differ, the term.
+      title: title of the run and, where they differ, the term.
       converged: mean share of steps, and of the worst epoch.
       iterations: mean, and of the worst epoch.
       marginal_error: mean, and of the worst epoch.
@@ -79,7 +79,7 @@ def solvers(results: Mapping[str, Any]) -> list[Solver]:
     """Summarizes the diagnostics of the transport solvers.
 
     Args:
-      results: as in ``results.json``.
+      results: the content of ``results.json``.
 
     Returns:
       A row for each term that has a solver.
@@ -126,7 +126,7 @@ def features(embedding: Mapping[str, Any]):
     """Draws the features of each network in the plane, a panel each.
 
     Args:
-      embedding: as in ``embedding.json``.
+      embedding: the content of ``embedding.json``.
 
     Returns:
       The figure.
@@ -172,7 +172,7 @@ def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes a row for the teacher, if it was trained, and for every run.
 
     Args:
-      results: as in ``results.json``.
+      results: the content of ``results.json``.
 
     Returns:
       Strings, in the order of `RUN_COLUMNS`.
@@ -242,8 +242,8 @@ def render(
     """Renders the page.
 
     Args:
-      results: as in ``results.json``.
-      embedding: as in ``embedding.json``; None: no picture of features.
+      results: the content of ``results.json``.
+      embedding: the content of ``embedding.json``; None draws no features.
 
     Returns:
       HTML, one file that needs no other.
@@ -260,7 +260,7 @@ def render(
     return environment.get_template("report.html.jinja").render(
         settings=results["settings"],
         conditions=table.conditions(results),
-        command=table.command(results["settings"]),
+        command=table.command_of(results),
         columns=table.COLUMNS,
         rows=table.table(results),
         cards=_summary(results, table.table(results)),

@@ -1,8 +1,8 @@
 """Renders tables of results in the terminal and in Markdown.
 
-The table is KD2M's: student, teacher, one row per distance, with mean and standard
-deviation over seeds and the share of the gap between student and teacher that a
-distance closes.  Everything is rendered from the runs' JSON, nothing is typed.
+The table is KD2M's: student, teacher, and one row for each distance, with mean and
+standard deviation over seeds and the share of the gap between student and teacher that
+a distance closes. Everything is rendered from the JSON of the runs.
 """
 
 import math
@@ -39,7 +39,7 @@ def gap_closed(
     """Computes the share of the gap from student to teacher, in percent.
 
     Args:
-      accuracy: of the distilled student, percent.
+      accuracy: accuracy of the distilled student, in percent.
       student: accuracies of the student alone, one per seed.
       teacher: accuracy of the teacher.
       images: number of images that they were measured on.
@@ -67,7 +67,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes the table's rows.
 
     Args:
-      results: as in ``results.json``.
+      results: the content of ``results.json``.
 
     Returns:
       Rows of strings, in the order of `COLUMNS`.
@@ -136,7 +136,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def caption(results: Mapping[str, Any]) -> str:
     """Describes what the table was measured on, and by which command."""
-    return f"{conditions(results)} `{command(results['settings'])}`"
+    return f"{conditions(results)} `{command_of(results)}`"
 
 
 def conditions(results: Mapping[str, Any]) -> str:
@@ -165,11 +165,19 @@ def conditions(results: Mapping[str, Any]) -> str:
     )
 
 
-def command(settings: Mapping, script: str = "cifar.py") -> str:
-    """Returns the command that gives these settings, without folders of one machine."""
+def command_of(results: Mapping[str, Any]) -> str:
+    """Returns the command that made the results, without folders of one machine."""
+    made = results.get("environment", {}).get("command", "")
+    installed = made.startswith("kddm ")
+    program = "kddm distill" if installed else "python experiments/cifar.py"
+    return command(results["settings"], program)
+
+
+def command(settings: Mapping[str, Any], program: str) -> str:
+    """Returns a program's command line that gives these settings."""
     settings = renamed(settings)
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
-    words = [f"python experiments/{script}", "--dataset", settings["dataset"]]
+    words = [program, "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
         words += ["--recipe", settings["recipe"]]
     for name, value in settings.items():
@@ -239,11 +247,11 @@ def _check_alike(first, other):
 
 
 def weights_markdown(choices: Sequence[dict[str, Any]]) -> str:
-    """Renders the held-out accuracies of choose_weights.py, all grids in one table.
+    """Renders the held-out accuracies of grids of lambda, all in one table.
 
     Args:
-      choices: as in ``weights.json``, of one setting; a distance that several of them
-        tried has one row.
+      choices: contents of ``weights.json``, of one setting; a distance that occurs
+        in several of them has one row.
 
     Returns:
       A row for each distance, a column for each lambda; the best in bold; "diverged"

@@ -1,7 +1,7 @@
 """Turns a method's name into the loss of the train step, and into projectors.
 
-A method is a key of the catalogue, one's own distance as ``module:NAME``, or
-``feature_only``: no label reaches the backbone (arXiv 2511.14981).
+A method is a key of the catalogue, a user's distance as ``module:NAME``, or
+``feature_only``, where no label reaches the backbone (arXiv 2511.14981).
 """
 
 import functools
@@ -44,7 +44,7 @@ class Method:
     Attributes:
       distance: an entry of the catalogue or Terms, as `distill_loss` takes it; the
         weights of Terms are relative to the run's lambda.
-      options: of `distill_loss`.
+      options: options of `distill_loss`.
       projectors: a module for each student layer that is projected.
       head: the student's modules that alone learn from labels; None: all do.
     """
@@ -175,8 +175,8 @@ def make(
     """Makes a method for two networks.
 
     Args:
-      settings: of the command.
-      name: of the method.
+      settings: the settings of the command.
+      name: name of the method.
       student: shapes of the student's layers.
       teacher: shapes of the teacher's layers.
 
@@ -268,8 +268,8 @@ def check(
     """Traces a method on the shapes to come, to find errors before any training.
 
     Args:
-      name: of the method.
-      method: to check.
+      name: name of the method.
+      method: the method.
       student: shapes of the student's layers.
       teacher: shapes of the teacher's layers.
       batch: size of a batch.
@@ -307,8 +307,8 @@ def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
 
     Args:
       method: how it learns.
-      variables: of the student.
-      key: of the projectors' draw.
+      variables: variables of the student.
+      key: key of the projectors' draw.
       student: shapes of its layers.
 
     Returns:

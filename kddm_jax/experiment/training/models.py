@@ -99,7 +99,7 @@ def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
     """Returns the shapes of a network's outputs for a batch, without computing them.
 
     Args:
-      name: as the command has it, for errors.
+      name: name of the network, for errors.
       model: the network.
       image: ``(h, w, c)``.
       batch: number of images.

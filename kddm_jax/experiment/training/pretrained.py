@@ -17,11 +17,11 @@ class Pretrained:
     """The variables of a file, and the network that starts from them.
 
     Attributes:
-      path: of the file.
+      path: path of the file.
       sha256: of the file: a run that starts from another is another run.
-      variables: as the file has them, but for the images' channels.
+      variables: the variables of the file, fitted to the images' channels.
       model: the network.
-      changes: what was, or will be, done to make them fit, in words.
+      changes: the changes that make them fit, in words.
     """
 
     path: Path

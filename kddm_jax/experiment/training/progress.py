@@ -1,8 +1,8 @@
 """Counts the steps of a run, and saves and restores its checkpoints.
 
-A checkpoint may lie between any two dispatches.  It then holds what the epoch's steps
-add up to so far, in float64 and in their order, so that a run that is cut anywhere and
-continued ends with the same history, to the last bit.
+A checkpoint may be written between any two dispatches. It then holds the sums over the
+epoch's steps so far, in float64 and in their order, so that a run that is interrupted
+anywhere and resumed ends with the same history, to the last bit.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ class Tally:
 
     Attributes:
       steps: taken.
-      skipped: of these, those without finite loss and gradient; no sum has them.
-      sums: of the metrics.
+      skipped: number of steps without finite loss and gradient; no sum has them.
+      sums: sums of the metrics.
     """
 
     steps: int = 0
@@ -81,9 +81,9 @@ class Progress:
 
     Attributes:
       title: name of the run, for messages.
-      folder: of its checkpoints.
+      folder: folder of its checkpoints.
       about: metadata that is stored in each checkpoint.
-      steps: in an epoch.
+      steps: number of steps in an epoch.
       state: after the newest step.
       history: a record of each epoch that has ended.
       tally: sums over the steps of the unfinished epoch.

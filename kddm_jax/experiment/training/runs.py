@@ -1,9 +1,9 @@
 """Defines the runs of a study, and the settings that decide their results.
 
-A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (what decides its result),
-``checkpoints/`` and, once finished, ``result.json``; one of a grid of lambdas lies in
-``<out>/weight-<lambda>``.  A command that would give another result in an existing
-folder is refused before anything starts.  ``training.py`` trains them.
+A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
+its result), ``checkpoints/`` and, once finished, ``result.json``. The runs of a grid of
+lambdas are in ``<out>/weight-<lambda>``. A command that would give another result in an
+existing folder is refused before anything starts. `train.py` trains the runs.
 """
 
 import json

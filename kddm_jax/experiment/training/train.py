@@ -1,6 +1,6 @@
 """Trains a run, from its newest checkpoint if there is one.
 
-``runs.py`` defines a run, ``progress.py`` the contents of a checkpoint.
+`runs.py` defines a run, and `progress.py` the contents of a checkpoint.
 """
 
 import math
@@ -37,10 +37,10 @@ class Teacher:
     Attributes:
       model: the network.
       width: its width.
-      variables: on the devices.
-      digest: of its arrays: students of another teacher are other runs.
-      accuracy: on the evaluation images, in percent.
-      result: of its run, None for a given checkpoint.
+      variables: its variables, on the devices.
+      digest: digest of its arrays: students of another teacher are other runs.
+      accuracy: its accuracy on the evaluation images, in percent.
+      result: the result of its run; None for a given checkpoint.
     """
 
     model: nn.Module

@@ -1,8 +1,8 @@
 """Draws fixed views, so that the teacher runs once for all students.
 
-Every training image gets V augmented copies, drawn once; teacher and student see the
-same copy, and the teacher's outputs on them are computed once and kept beside the runs
-under the teacher's digest.
+Every training image gets V augmented copies, which are drawn once. Teacher and student
+see the same copy. The teacher's outputs are computed once and saved in the folder of
+the results, under the teacher's digest.
 """
 
 import hashlib
