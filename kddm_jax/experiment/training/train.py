@@ -81,8 +81,8 @@ def _what_teaches(problem, run, method, teacher):
     return problem.programs[key]
 
 
-def _teacher_data(problem, run):
-    """Returns what the run's distance takes that is computed from the teacher."""
+def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
+    """Returns the arrays, computed from the teacher, that a run's distance takes."""
     if run.name in ALONE or not methods.needs_class_cost(run.name):
         return {}
     if problem.class_cost is None:
@@ -264,7 +264,7 @@ def train(
     length = _steps_per_dispatch(math.gcd(steps, progress.taken))
     program = _train_program(problem, run, method, model, teacher, tx, length)
     taught = _what_teaches(problem, run, method, teacher)
-    fixed, speeds = (taught, _teacher_data(problem, run)), []
+    fixed, speeds = (taught, teacher_data(problem, run)), []
     with progress.running():
         if progress.step == 0:
             observe(0, without_projectors(progress.state.variables))
