@@ -242,7 +242,7 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
 
     Args:
       opened: the runs.
-      options: options of the command: ``distance``, ``seed``, ``images``, ``embedding``.
+      options: options ``distance``, ``seed``, ``images``, ``embedding``.
       to: folder of the picture.
 
     Returns:

@@ -196,7 +196,7 @@ class Method(NamedTuple):
       title: for tables.
       weight: lambda, the best of 0.3 to 100 on the validation part (--choose;
         of the linear projection from 0.03).
-      distance: distance of hidden states; None: KD of the predictions of every character.
+      distance: distance of hidden states; None is KD of all predictions.
     """
 
     title: str
