@@ -35,10 +35,10 @@ def estimator(name: str, student: Seen, teacher: Seen, labels: np.ndarray) -> Ca
     """A distance as a function of the rows that it sees, compiled for each number.
 
     Args:
-      name: of `ESTIMATES`.
-      student: what it makes of the images.
+      name: a key of `ESTIMATES`.
+      student: the student's outputs for the images.
       teacher: likewise.
-      labels: of the images.
+      labels: labels of the images.
 
     Returns:
       ``f(rows, others, key) -> scalar``: the student sees rows, the teacher others.
@@ -77,8 +77,8 @@ def of_the_same_classes(
     """Draws another batch, independently, with the labels of a first.
 
     Args:
-      rows: of the first.
-      labels: of all images.
+      rows: indices of the first.
+      labels: labels of all images.
       rng: draws.
 
     Returns:
@@ -107,12 +107,12 @@ def of_batches(
     """Every distance on random batches, and on all images.
 
     Args:
-      student: what it makes of the n images.
+      student: the student's outputs for the n images.
       teacher: likewise.
-      labels: of the images.
+      labels: labels of the images.
       batches: their sizes; those of n and more are left out.
       draws: batches of each size, without replacement within one.
-      names: of `ESTIMATES`.
+      names: keys of `ESTIMATES`.
 
     Returns:
       For batches in which both networks see the `SAME` images, as in training, and for

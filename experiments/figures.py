@@ -48,8 +48,8 @@ def plans(results: Mapping, path: Path) -> Path:
     """Draws how much of the plan pairs an image with itself, or within its class.
 
     Args:
-      results: as in ``results.json``; of distances that report it (`fused`).
-      path: of the picture.
+      results: the content of ``results.json``; of distances that report it (`fused`).
+      path: path of the picture.
 
     Returns:
       The path.
@@ -87,7 +87,7 @@ def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
 
     Args:
       folder: with ``weight-<lambda>/<name>/seed<k>``.
-      chosen: as in its ``weights.json``.
+      chosen: the content of its ``weights.json``.
 
     Returns:
       By method, by lambda in rising order, the results of all seeds; a run whose loss
@@ -120,7 +120,7 @@ def ablation(folder: Path, to: Path) -> list[Path]:
     """Draws accuracy, cross-entropy and distance, a curve for each lambda.
 
     Args:
-      folder: of choose_weights.py, finished.
+      folder: folder of choose_weights.py, finished.
       to: folder of the pictures, one for each distance.
 
     Returns:
@@ -179,9 +179,9 @@ def distilled(results: Mapping, name: str | None, seed: int | None) -> tuple[str
     """Chooses the distilled student to show.
 
     Args:
-      results: as in ``results.json``.
-      name: of its method; None: CW2, or the first.
-      seed: of its run; None: the first.
+      results: the content of ``results.json``.
+      name: name of its method; None takes CW2, or the first.
+      seed: seed of its run; None takes the first.
 
     Returns:
       ``(name, seed)``.
@@ -218,7 +218,7 @@ def together(
     """Embeds student and teacher features as one cloud.
 
     Args:
-      embed: of points ``[n, d]``, to ``[n, 2]``.
+      embed: maps points ``[n, d]`` to ``[n, 2]``.
       x: student, shape ``[n, d]``.
       y: teacher, shape ``[m, d]``.
 
@@ -242,7 +242,7 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
 
     Args:
       opened: the runs.
-      options: of the command: ``distance``, ``seed``, ``images``, ``embedding``.
+      options: options ``distance``, ``seed``, ``images``, ``embedding``.
       to: folder of the picture.
 
     Returns:

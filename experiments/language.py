@@ -119,10 +119,10 @@ def even_batches(text, args) -> list[np.ndarray]:
 
 
 class Outputs(NamedTuple):
-    """What a network makes of characters ``[b, t]``.
+    """Outputs of a network for characters ``[b, t]``.
 
     Attributes:
-      logits: of each next character, ``[b, t, k]``.
+      logits: logits of each next character, ``[b, t, k]``.
       layers: the residual stream after each block, ``{"block_1": [b, t, d], ...}``.
     """
 
@@ -203,7 +203,7 @@ class Method(NamedTuple):
       title: for tables.
       weight: lambda, the best of 0.3 to 100 on the validation part (--choose;
         of the linear projection from 0.03).
-      distance: of hidden states; None: KD of the predictions of every character.
+      distance: distance of hidden states; None is KD of all predictions.
     """
 
     title: str
@@ -310,10 +310,10 @@ def train(
     Args:
       args: settings of the command.
       text: ASCII codes, ``[n]``.
-      model: to train.
-      name: in the lines that tell of the progress.
+      model: the network to train.
+      name: name in the lines about the progress.
       steps: number of updates.
-      seed: of the parameters, the batches and the sampled characters.
+      seed: seed of the parameters, the batches and the sampled characters.
       method: how it learns from the teacher; None: from the text alone.
       weight: lambda.
       teacher: with a method, whom it learns from.

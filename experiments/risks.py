@@ -22,13 +22,13 @@ TOLERANCE = 1e-7
 
 
 class Seen(NamedTuple):
-    """What a network makes of the images, and its head.
+    """Outputs of a network for the images, and its head.
 
     Attributes:
       features: shape ``[n, d]``.
       logits: shape ``[n, k]``.
-      kernel: of the head, shape ``[d, k]``.
-      bias: of the head, shape ``[k]``.
+      kernel: kernel of the head, shape ``[d, k]``.
+      bias: bias of the head, shape ``[k]``.
     """
 
     features: np.ndarray
@@ -59,7 +59,7 @@ def heads_risk(student: Seen, teacher: Seen) -> dict[str, float]:
     """How far the two heads disagree, on the student's and on the teacher's features.
 
     Args:
-      student: what it makes of the images.
+      student: the student's outputs for the images.
       teacher: likewise.
 
     Returns:
@@ -84,9 +84,9 @@ def label_risk(
 
     Args:
       head: whose.
-      student: what it makes of the images.
+      student: the student's outputs for the images.
       teacher: likewise.
-      labels: of the images, shape ``[n]``.
+      labels: labels of the images, shape ``[n]``.
 
     Returns:
       As `heads_risk`.
@@ -168,9 +168,9 @@ def measure(student: Seen, teacher: Seen, labels: np.ndarray) -> dict[str, objec
     """The chain of one pair of networks.
 
     Args:
-      student: what it makes of the images.
+      student: the student's outputs for the images.
       teacher: likewise, features of the same width.
-      labels: of the images, shape ``[n]``.
+      labels: labels of the images, shape ``[n]``.
 
     Returns:
       `distances`, the risks by name, and the student's accuracy.

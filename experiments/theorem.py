@@ -68,7 +68,7 @@ DEFAULTS = {"images": IMAGES, "batches": BATCHES, "draws": DRAWS}
 
 
 def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
-    """What a network makes of images, with its head.
+    """Computes a network's outputs for images, and reads its head.
 
     Args:
       problem: data and programs.
@@ -98,11 +98,11 @@ def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
 
 
 class Epochs:
-    """What a student made of the images after each epoch, a file for each.
+    """The student's outputs for the images after each epoch, in a file for each.
 
     Attributes:
-      folder: of the files.
-      count: of the epochs, without the start.
+      folder: folder of the files.
+      count: number of epochs, without the start.
     """
 
     def __init__(self, run: runs.Run, out: Path, images: int):

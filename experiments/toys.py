@@ -53,7 +53,7 @@ class Pairing(NamedTuple):
       x: student, shape ``[n, 2]``.
       y: teacher, shape ``[n, 2]``.
       labels: int, shape ``[n]``.
-      plans: of "W2 (E)" and "CW2 (E)", each ``[n, n]``.
+      plans: plans of "W2 (E)" and "CW2 (E)", each ``[n, n]``.
     """
 
     x: jax.Array
@@ -69,7 +69,7 @@ def two_classes(seed: int = 0, count: int = 20) -> Pairing:
     class 0 lies on the side of the teacher's class 1.
 
     Args:
-      seed: of the draw.
+      seed: seed of the draw.
       count: samples of each class.
 
     Returns:
@@ -109,7 +109,7 @@ def flow(
     """Lets a cloud flow down a distance to another.
 
     Args:
-      distance: of ``(x, y)``, such as `wasserstein`.
+      distance: a distance of ``(x, y)``, such as `wasserstein`.
       x: start, shape ``[n, d]``.
       y: target, shape ``[m, d]``.
       steps: number of them.
@@ -153,7 +153,7 @@ def two_shapes(seed: int = 0, count: int = 80) -> Shapes:
     """Makes clouds that W2 (G) cannot tell apart, and flows under either distance.
 
     Args:
-      seed: of the draw.
+      seed: seed of the draw.
       count: samples of each cloud.
 
     Returns:

@@ -217,6 +217,21 @@ def _about(problem, run):
     }
 
 
+def _end_epoch(problem, model, variables, progress, lr, final):
+    """Closes an epoch, with an evaluation where one is due; returns its record."""
+    epoch = progress.epoch + 1
+    record = {
+        "epoch": epoch,
+        "lr": lr,
+        **progress.means(),
+        "skipped": progress.tally.skipped,
+    }
+    if final or epoch % problem.settings.optimizer.eval_every == 0:
+        record["test_accuracy"] = problems.evaluate(problem, model, variables)
+    progress.end_epoch(record)
+    return record
+
+
 def train(
     problem: Problem,
     run: Run,
@@ -274,15 +289,8 @@ def train(
             final = epoch + 1 == run.epochs
             deployed = without_projectors(progress.state.variables)
             observe(epoch + 1, deployed)  # before a checkpoint says that it is over
-            record = {
-                "epoch": epoch + 1,
-                "lr": float(np.asarray(schedule(epoch * steps))),
-                **progress.means(),
-                "skipped": progress.tally.skipped,
-            }
-            if final or (epoch + 1) % settings.optimizer.eval_every == 0:
-                record["test_accuracy"] = problems.evaluate(problem, model, deployed)
-            progress.end_epoch(record)
+            lr = float(np.asarray(schedule(epoch * steps)))
+            record = _end_epoch(problem, model, deployed, progress, lr, final)
             report(
                 run,
                 epoch=epoch,
