@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def _check_image(image: jax.Array) -> None:
@@ -158,7 +159,8 @@ def normalize(
     Args:
       image: image, shape ``[h, w, c]``, ``uint8`` or floating, in ``[0, 255]``.
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
-      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.
+      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.  A
+        channel whose deviation is 0 is constant and becomes 0.
 
     Returns:
       The normalised image, shape ``[h, w, c]``, ``float32``.
@@ -184,6 +186,8 @@ def normalize(
                 f"{name} must have shape [c]=[{channels}], one number for each "
                 f"channel of image, got {list(np.shape(value))}"
             )
+    if not isinstance(std, Tracer):
+        std = np.where(np.equal(std, 0), np.inf, std)  # a constant channel becomes 0
     center = jnp.asarray(mean, jnp.float32).reshape(1, 1, channels)
     scale = jnp.asarray(std, jnp.float32).reshape(1, 1, channels)
     return (image.astype(jnp.float32) / 255 - center) / scale
@@ -195,10 +199,14 @@ def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
             "mean and std must have one number for each channel, got shapes "
             f"{list(np.shape(mean))} and {list(np.shape(std))}"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(std).all() and np.min(std) > 0):
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and np.min(std) >= 0):
         raise ValueError(
-            f"mean and std must be finite and std positive, got mean={mean} "
-            f"and std={std}; a constant channel has nothing to learn from, leave it out"
+            f"mean and std must be finite and std >= 0, got mean={mean} and std={std}"
+        )
+    if not np.any(std):
+        raise ValueError(
+            f"std must be positive in some channel, got std={std}: all pixels of the "
+            "training images are equal; pass images that differ"
         )
 
 
@@ -260,7 +268,8 @@ def make_augment(
 
     Args:
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
-      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.
+      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units; a channel
+        whose deviation is 0 becomes 0.
       padding: zeros on each side before the crop; 0 leaves the crop out.
       flip: whether to mirror at random; digits, for example, must not be mirrored.
       degrees: ``degrees`` of `random_affine`, which is left out if all three are 0.

@@ -25,7 +25,7 @@ import numpy as np
 from kddm_jax.data.dataset import DataError, Dataset, Options, count_values, statistics
 
 # Part of every key: raise it when decoding, resizing or these files change.
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _MANIFEST, _PARTIAL = "manifest.json", ".partial-"
 _DAY = 86_400
@@ -114,6 +114,10 @@ class Writer:
         if split == "train":
             self._histogram = self._histogram + count_values(images)
 
+    def is_constant(self) -> bool:
+        """Returns whether all training images are constant, and equal, per channel."""
+        return not any(statistics(self._histogram)[1])
+
     def _write_header(self, split):
         # NumPy pads headers so that the number of images may grow in place.
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shapes[split]}
@@ -196,7 +200,8 @@ def _open(folder: Path, key: Key, in_memory: bool) -> Dataset | None:
 def _warn_of_left_out(names, shown=20):
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     warnings.warn(
-        f"left out {len(names)} damaged image(s): {', '.join(names[:shown])}{more}",
+        f"left out {len(names)} damaged or unreadable file(s): "
+        f"{', '.join(names[:shown])}{more}",
         stacklevel=2,
     )
 
@@ -243,7 +248,7 @@ def _last_written(folder):
 
 
 def _remove_stale(root, key):
-    """Removes caches of files that have since changed, and remains of killed builds."""
+    """Removes outdated caches of the same folder, and remains of killed builds."""
     now, current = time.time(), key.contents()
     for folder in root.iterdir():
         if folder.name.startswith(_PARTIAL):
@@ -256,7 +261,7 @@ def _remove_stale(root, key):
         found = manifest.get("key") or {}
         changed = {name for name in current if found.get(name) != current[name]}
         same_place = manifest.get("where") == str(key.where.absolute())
-        if changed == {"listing"} and same_place:
+        if changed and changed <= {"listing", "format"} and same_place:
             shutil.rmtree(folder, ignore_errors=True)
 
 

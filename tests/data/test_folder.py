@@ -293,6 +293,62 @@ def test_progress_on_a_terminal(start, tmp_path, monkeypatch):
     os.close(terminal)
 
 
+# ---------------------------------------------------------------------- constants
+
+
+def write_all(root, make):
+    """The folder of ``write``, every image made by a function of its pixels."""
+    for path in write(root).glob("t*/*/*.png"):
+        save(path, make(pixels(int(path.stem))))
+    return root
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("channels", [[2], [0, 1]])
+def test_constant_channels(tmp_path, value, channels):
+    def make(array):
+        array[..., channels] = value
+        return array
+
+    folder = load(write_all(tmp_path, make))
+    constant = [folder.std[c] == 0 for c in range(3)]
+    assert constant == [c in channels for c in range(3)]
+    np.testing.assert_allclose(np.array(folder.mean)[channels], value / 255)
+
+
+def alpha(mode):
+    def make(array):
+        image = Image.new(mode[:-1], (6, 6))
+        image.putalpha(Image.fromarray(array[..., 0]))
+        return image
+
+    return make
+
+
+def transparent_colour(array):
+    image = Image.new("P", (6, 6))
+    image.info["transparency"] = bytes(range(256))
+    return image
+
+
+ALL_CONSTANT = {
+    "one colour": (lambda a: np.full_like(a, 7), "are equal;"),
+    "three values": (lambda a: np.full_like(a, [0, 128, 255]), "are equal;"),
+    "grey": (lambda a: np.full_like(a[..., 0], 7), "are equal;"),
+    "bits": (lambda a: Image.new("1", (6, 6)), "are equal;"),
+    "RGBA": (alpha("RGBA"), "transparency, which is dropped"),
+    "LA": (alpha("LA"), "transparency, which is dropped"),
+    "palette": (transparent_colour, "transparency, which is dropped"),
+    "16 bits": (lambda a: a[..., 0].astype(np.uint16), "of 16 the upper 8 are kept"),
+}
+
+
+@pytest.mark.parametrize("kind", ALL_CONSTANT)
+def test_constant_images(tmp_path, kind):
+    make, why = ALL_CONSTANT[kind]
+    assert_refused(write_all(tmp_path, make), "all pixels of the training images", why)
+
+
 # ---------------------------------------------------------------------- mistakes
 
 
