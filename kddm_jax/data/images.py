@@ -28,6 +28,21 @@ from kddm_jax.extras import extra
 _PIECE, _SHARE = 256, 16
 
 
+# Formats that Pillow names but cannot decode by itself.
+_UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def endings() -> set[str]:
+    """Returns the endings of files that this Pillow reads: ``.jpg``, ``.png``, ..."""
+    with extra("kddm_jax.data"):
+        from PIL import Image
+
+    formats = Image.registered_extensions()
+    # An MPO holds JPEGs, and Pillow opens it as one.
+    decoded = ({*Image.OPEN} | {"MPO"}) - _UNDECODED
+    return {ending for ending, format in formats.items() if format in decoded}
+
+
 class Encoded(NamedTuple):
     """Holds an image to decode: its name for messages, its file or bytes, its label."""
 
@@ -218,7 +233,9 @@ def _check_contrast(writer, images):
             if it.has_transparency_data:
                 why = " without their transparency, which is dropped"
             elif it.mode.startswith("I"):
-                why = " in 8 bits: of 16 the upper 8 are kept, below 256 nothing is left"
+                why = (
+                    " in 8 bits: of 16 the upper 8 are kept, below 256 nothing is left"
+                )
             break
     raise DataError(
         f"all pixels of the training images are equal{why}; save as 8-bit grey or RGB "

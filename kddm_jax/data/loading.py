@@ -105,8 +105,8 @@ def load(
         ``$TFDS_DATA_DIR`` and ``~/tensorflow_datasets``.
       image_size: side in pixels to which the middle square of every image is resized;
         with None images are kept and must have one size.
-      skip_damaged: whether to leave out images that cannot be decoded, with a warning
-        that names them, instead of raising an error.
+      skip_damaged: whether to leave out files that cannot be read or decoded, with a
+        warning that names them, instead of raising an error.
       progress: function that is called with the number of images decoded and the number
         of all; by default a bar is shown on a terminal.
 
@@ -246,7 +246,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             title="Folder",
             places=("train",),
             read=read_folder,
-            get="put png, jpg, jpeg or webp images into train/<class>/ and "
+            get="put images (jpg, png, webp, tif, ...) into train/<class>/ and "
             "test/<class>/ of a folder above",
         ),
     }

@@ -34,7 +34,8 @@ class Data:
     """Pixels a side to which the middle square of every image is resized; None keeps
     images as they are."""
     skip_damaged: bool = False
-    """Skip damaged images of a folder or a TFDS set, with a warning."""
+    """Skip files of a folder or a TFDS set that are damaged or of a kind that is not
+    read, with a warning."""
     train_images: int | None = None
     """Number of images that the teacher sees, a stratified choice; None uses all."""
     student_images: int | None = None

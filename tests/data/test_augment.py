@@ -332,10 +332,10 @@ def test_constant_channel_becomes_zero(key, value, dtype):
     whole = make_augment(mean=mean, std=(0.25, 0.5, 1.0), dtype=dtype)
     augment = make_augment(mean=mean, std=std, dtype=dtype)
     images = BYTES.at[..., 2].set(value)
-    for options in ({"train": True}, {"train": False}):
+    for train in (True, False):
         found, expected = (
-            np.asarray(jax.jit(lambda k, i, f=f: f(k, i, **options))(key, images))
-            for f in (augment, whole)
+            np.asarray(jax.jit(partial(function, train=train))(key, images))
+            for function in (augment, whole)
         )
         np.testing.assert_array_equal(found[..., :2], expected[..., :2])
         assert not found[..., 2].any()
