@@ -1,9 +1,10 @@
 """Reads images from ``train/<class>/`` and ``test/<class>/`` or ``val/<class>/``.
 
 Folders within the folder of a class belong to the class.  All endings that Pillow reads
-are read.  Hidden files, text and tables (`COMPANIONS`) are ignored; any other file is an
-error, or with ``skip_damaged`` left out with a warning.  Images are decoded once (`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`): 60,000 small
-images take ten seconds the first time and a fraction of one afterwards.
+are read.  Hidden files, text and tables (`COMPANIONS`) are ignored; any other file is
+an error, or with ``skip_damaged`` left out with a warning.  Images are decoded once
+(`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`): 60,000 small images take
+ten seconds the first time and a fraction of one afterwards.
 """
 
 import os

@@ -23,6 +23,13 @@ MODELS = (
 )
 
 
+class AtMost(int):
+    """A number of a recipe; it is lowered where a data set or its devices have less.
+
+    A number from the command line is a plain int, and too large a one is an error.
+    """
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set, and which of its images are used."""

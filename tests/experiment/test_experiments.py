@@ -611,6 +611,7 @@ MISTAKES = {
         "--student-images 31",
         ["--student-images 31", "batch of 32", "lower --batch-size"],
     ),
+    "test images": ("--test-images 356", ["--test-images 356", "355", "lower"]),
     "held out": ("--held-out 1442", ["--held-out", "1442", "lower"]),
     "no images": ("--student-images 0", ["--student-images", "positive", "0"]),
     "image size": ("--image-size 0", ["--image-size", "positive", "0"]),
@@ -787,6 +788,7 @@ def test_settings_of_data_reach_the_reader(tmp_path):
         (path / "damaged.png").write_bytes(b"")
         line = (*TINY, "--dataset", "folder", "--data-dir", tmp_path / folder)
         sizes = ("--batch-size", 4, "--train-images", 18, "--student-images", 18)
+        sizes = (*sizes, "--test-images", 19)
         more = ("--image-size", 6, "--skip-damaged", "--no-progress", "--devices", 1)
         settings = parse([str(word) for word in (*line, *sizes, *more)])
         with pytest.warns(UserWarning, match="left out 1 damaged"):
