@@ -27,7 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kddm_jax.data import prepared
-from kddm_jax.data.archives import idx_places, read_cifar, read_mnist, read_svhn
+from kddm_jax.data.archives import (
+    find_python_version,
+    how_to_get_cifar,
+    idx_places,
+    read_cifar,
+    read_mnist,
+    read_svhn,
+)
 from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
 from kddm_jax.data.folder import read_folder
 from kddm_jax.data.images import resized
@@ -143,6 +150,8 @@ def load(
         return prepared.read_prepared(found, options)
     if source is None:
         raise _unknown(name, tfds_folders)
+    if found := find_python_version(name, folders):
+        raise found
     raise _missing(name, folders, tfds_folders)
 
 
@@ -189,7 +198,6 @@ def _official(read: Callable[..., Dataset]):
     return lambda path, options: resized(read(path), options.image_size)
 
 
-_CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _SVHN = Source(
     title="SVHN",
     places=tuple(f"{f}train_32x32.mat" for f in ("svhn/", "SVHN/", "")),
@@ -210,16 +218,14 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             title="CIFAR-10",
             places=("cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
             read=_official(partial(read_cifar, "cifar10")),
-            get="put cifar-10-binary.tar.gz (the binary version, no need to unpack) "
-            f"from {_CIFAR_PAGE} into a folder above",
+            get=how_to_get_cifar("cifar10"),
             tfds="cifar10",
         ),
         "cifar100": Source(
             title="CIFAR-100",
             places=("cifar-100-binary", "cifar-100-binary.tar.gz"),
             read=_official(partial(read_cifar, "cifar100")),
-            get="put cifar-100-binary.tar.gz (the binary version, no need to unpack) "
-            f"from {_CIFAR_PAGE} into a folder above",
+            get=how_to_get_cifar("cifar100"),
             tfds="cifar100",
         ),
         "svhn": _SVHN,

@@ -320,6 +320,43 @@ def test_cifar_wrong_class_names(tmp_path, write):
     assert_damaged("cifar10", tmp_path, path / "batches.meta.txt", "200,000 bytes")
 
 
+PYTHON = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "train"),
+}
+
+
+def python_version(root, name, where):
+    """Files of the Python version at a place; returns the data folder and the path."""
+    folder, archive, file = PYTHON[name]
+    files = {"batches.meta" if name == "cifar10" else "meta": b"\x80", file: b"\x80"}
+    if where in ("archive", "renamed archive"):
+        path = write_archive(root, name, files)
+        return root, path.rename(root / archive) if where == "archive" else path
+    if where == "renamed folder":
+        return root, write_folder(root, name, files)
+    path = write_folder(root, name, files).rename(root / folder)
+    return (path, path) if where == "itself" else (root, path)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+@pytest.mark.parametrize(
+    "where", ["folder", "archive", "itself", "renamed folder", "renamed archive"]
+)
+def test_cifar_of_the_python_version(tmp_path, name, where):
+    root, path = python_version(tmp_path, name, where)
+    parts = ("Python version", ARCHIVES[name], "binary version", "cs.toronto.edu")
+    assert_damaged(name, root, path, *parts)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_binary_version_next_to_the_python_version(tmp_path, name):
+    python_version(tmp_path, name, "folder")
+    python_version(tmp_path, name, "archive")
+    write_archive(tmp_path, name, cifar_files(name))
+    assert_well_formed(data.load(name, data_dir=tmp_path))
+
+
 @pytest.mark.parametrize("keep", [0.0, 1e-5, 0.3, 0.9, 0.99999])
 def test_archive_cut_short(tmp_path, keep):
     path = write_archive(tmp_path, "cifar10", cifar_files("cifar10"))
