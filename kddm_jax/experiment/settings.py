@@ -24,10 +24,7 @@ MODELS = (
 
 
 class AtMost(int):
-    """A number of a recipe; it is lowered where a data set or its devices have less.
-
-    A number from the command line is a plain int, and too large a one is an error.
-    """
+    """A number of a recipe, lowered where a data set or its devices have less."""
 
 
 @dataclass(frozen=True)
@@ -409,7 +406,6 @@ def _check_choices(settings):
         f"--teacher {teacher} is trained already; leave out either it or "
         f"--pretrained-teacher {pretrained}",
     )
-
     for name in ("teacher_model", "student_model"):
         value = values[name]
         module, colon, function = value.partition(":")
