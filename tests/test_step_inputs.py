@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from kddm_jax import train_step
+from kddm_jax import distill_loss, train_step
 
 # --------------------------------------------------------------------- a network
 VARIABLES = {"params": {"w": jnp.linspace(-1.0, 1.0, 12 * 3).reshape(12, 3)}}
@@ -98,6 +98,13 @@ def assert_refused(call, *parts):
 @pytest.mark.parametrize("name", STEPS)
 def test_labels_of_any_kind(name, kind):
     assert_same(STEPS[name](labels=kind(LABELS.tolist())), STEPS[name]())
+
+
+@pytest.mark.parametrize("distance", ["l2", "cw2", "kd"])
+def test_labels_of_the_loss(distance):
+    x, s = jnp.ones((4, 2)), jnp.eye(4, 3)
+    loss = lambda labels: distill_loss(x, x, labels, s, s, distance=distance, weight=1)
+    assert_same(loss(LABELS.tolist()), loss(LABELS))
 
 
 WRONG_LABELS = {

@@ -110,7 +110,9 @@ def find_python_version(name: str, folders: Sequence[Path]) -> DataError | None:
     Returns:
       The error, or None if the version is in none of the folders.
     """
-    places = _CIFAR[name].python if name in _CIFAR else ()
+    if name not in _CIFAR:
+        return None
+    places = _CIFAR[name].python
     for folder in folders:
         for place in places:
             if (folder / place).exists():

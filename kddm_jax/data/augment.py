@@ -7,6 +7,7 @@ before ``ToTensor`` and ``Normalize``.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,10 +187,11 @@ def normalize(
                 f"{name} must have shape [c]=[{channels}], one number for each "
                 f"channel of image, got {list(np.shape(value))}"
             )
-    if not isinstance(std, Tracer):
-        std = np.where(np.equal(std, 0), np.inf, std)  # a constant channel becomes 0
+    divisor: Any = std
+    if not isinstance(std, Tracer):  # a constant channel becomes 0
+        divisor = np.where(np.equal(std, 0), np.inf, std)
     center = jnp.asarray(mean, jnp.float32).reshape(1, 1, channels)
-    scale = jnp.asarray(std, jnp.float32).reshape(1, 1, channels)
+    scale = jnp.asarray(divisor, jnp.float32).reshape(1, 1, channels)
     return (image.astype(jnp.float32) / 255 - center) / scale
 
 
