@@ -175,7 +175,7 @@ def _from_archive(dataset: str, archive: Path, sizes: Mapping[str, int | None]):
     files, pickled = {}, {name.removesuffix(".bin") for name in sizes}
     limit = _BESIDE_LIMIT + sum(size or 0 for size in sizes.values())
     try:
-        # Member by member in the order they lie: nothing is decompressed twice.
+        # Members are read in their order in the archive: nothing is decompressed twice.
         with (
             _open(archive) as whole,
             tarfile.open(fileobj=(file := _Bounded(whole, limit)), mode="r|") as tar,
@@ -236,8 +236,8 @@ def _channels_last(records: Sequence[np.ndarray]) -> np.ndarray:
     """Turns records ``[n, ... 3 * 32 * 32]`` into images ``[n, 32, 32, 3]``."""
     images = np.empty((sum(map(len, records)), 32 * 32, 3), np.uint8)
     start = 0
-    # By channel and a few images at a time: 0.1 s for CIFAR, where transposing the
-    # whole array takes 0.5 s.
+    # One channel of a few images at a time takes 0.1 s for CIFAR; transposing the whole
+    # array takes 0.5 s.
     for file in records:
         for i in range(0, len(file), 500):
             pixels = file[i : i + 500, -_PIXELS:].reshape(-1, 3, 32 * 32)
@@ -282,7 +282,7 @@ def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise DataError(f"{stem} and {stem}.gz are missing; the files belong together")
-    # Big-endian: 0x08 (unsigned bytes) and the number of axes, the length of each.
+    # Big-endian: 0x08 (unsigned bytes), the number of axes, and the length of each.
     header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
     size = len(header) + int(np.prod(shape))
     try:
@@ -298,11 +298,11 @@ def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
         found = "more" if len(content) > size else f"{len(content):,} bytes"
         raise damaged(path, found, f"{size:,} bytes uncompressed")
     pixels = np.frombuffer(content, np.uint8, offset=len(header))
-    return path, pixels.reshape(shape).copy()  # writeable, as the others
+    return path, pixels.reshape(shape).copy()  # writeable, as those of other readers
 
 
 def read_mnist(name: str, path: Path) -> Dataset:
-    """Reads MNIST or Fashion-MNIST from the four IDX files beside ``path``."""
+    """Reads MNIST or Fashion-MNIST from the four IDX files next to ``path``."""
     class_names = _MNIST_CLASSES[name]
 
     def read(prefix: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -345,23 +345,23 @@ def _check_mat(path: Path, found: Mapping[str, tuple], count: int) -> None:
 
 def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Reads images and labels from one of SVHN's MATLAB files."""
-    with extra("kddm_jax.data"):  # here: only SVHN needs it
+    with extra("kddm_jax.data"):  # imported here: only SVHN needs it
         from scipy.io import loadmat, whosmat
 
     if not path.is_file():
         raise DataError(f"{path} is missing; the files belong together")
     try:
-        # By the headers first: nothing of another size is inflated.
+        # The headers are checked first: nothing of another size is inflated.
         listed = {name: (kind, shape) for name, shape, kind in whosmat(path)}
         _check_mat(path, listed, count)
         content = loadmat(path, variable_names=["X", "y"])
     except DataError:
         raise
-    # SciPy raises zlib's and its own errors, ValueError, TypeError, struct.error, ...
+    # SciPy raises errors of zlib and its own, ValueError, TypeError, struct.error, ...
     except Exception as error:
         found = f"{path.stat().st_size:,} bytes ({str(error).strip()})"
         raise damaged(path, found, "a whole MATLAB 5 file") from error
-    # What lies there need not be of the class that the header names.
+    # The type of an array may differ from the one in its header.
     arrays = {name: content[name] for name in ("X", "y")}
     _check_mat(path, {k: (a.dtype, a.shape) for k, a in arrays.items()}, count)
     labels = content["y"][:, 0]

@@ -94,9 +94,9 @@ def random_affine(
     """Turns, enlarges and moves an image about its centre, each by a random amount.
 
     The pixel at ``q`` comes from ``p = c + R(-angle) (q - c - t) / s``, ``c`` the
-    centre, by bilinear interpolation; what lies outside is black.  The angle is
-    uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height and
-    width, ``s`` on ``[1 - zoom, 1 + zoom]``.
+    centre, by bilinear interpolation; pixels from outside the image are black.  The
+    angle is uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height
+    and width, ``s`` on ``[1 - zoom, 1 + zoom]``.
 
     Args:
       key: random key.
@@ -117,7 +117,7 @@ def random_affine(
       >>> turned = random_affine(
       ...     jax.random.key(0), image, degrees=45.0, shift=0.0, zoom=0.0
       ... )
-      >>> int(turned[4, 4, 0]), int(turned[0, 0, 0])  # the centre stays
+      >>> int(turned[4, 4, 0]), int(turned[0, 0, 0])  # the centre stays where it is
       (200, 0)
     """
     _check_image(image)
@@ -246,7 +246,7 @@ def distort(
     """
     crop_key, flip_key = jax.random.split(key)
     if degrees or shift or zoom:
-        # fold_in(key, 1) may be split(key)[1]: never both of them.
+        # fold_in(key, 1) can equal split(key)[1], so only one of them is used.
         affine_key, flip_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
         image = random_affine(
             affine_key, image, degrees=degrees, shift=shift, zoom=zoom

@@ -218,8 +218,8 @@ def _make_partial(key):
         else:
             return partial
     raise Unwritable(
-        f"no folder takes the decoded images of {key.name}: {', '.join(refusals)}; "
-        "make one of them writable"
+        f"cannot write the decoded images of {key.name}: {', '.join(refusals)}; "
+        "make one of these folders writable"
     )
 
 
@@ -234,7 +234,7 @@ def _publish(partial, target, key):
         except OSError:
             if attempt == 4:
                 raise
-        # A damaged cache has the name; a rename removes it in one operation.
+        # A damaged cache has this name; a rename removes it in one operation.
         aside = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             target.rename(aside)
@@ -252,7 +252,7 @@ def _remove_stale(root, key):
     now, current = time.time(), key.contents()
     for folder in root.iterdir():
         if folder.name.startswith(_PARTIAL):
-            # Its own process may remove it at the same time.
+            # The process that made it may remove it at the same time.
             with contextlib.suppress(FileNotFoundError):
                 if _last_written(folder) < now - _DAY:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -308,7 +308,7 @@ def cached(
             found = _open(root / key.folder(), key, in_memory)
             if found is not None:
                 return found
-        if attempt < 2:  # a process that sees other files may remove ours just now
+        if attempt < 2:  # another process may have removed the cache in the meantime
             _build(key, build)
     raise Unwritable(
         f"the cache of {key.where} was removed while it was opened; are the files "
@@ -317,7 +317,7 @@ def cached(
 
 
 def keep(name: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Dataset:
-    """Reads official files that take long to inflate, from the second time on a cache.
+    """Reads official files, or the cache of files that take long to inflate.
 
     Args:
       name: name of the data set.
@@ -340,7 +340,7 @@ def keep(name: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Datas
     key = Key(name, files[0].parent, list_files(stats))
     try:
         return cached(key, build, in_memory=True)
-    except Unwritable:  # slower, and no less right
+    except Unwritable:  # reading again is slower, but gives the same images
         return read()
 
 

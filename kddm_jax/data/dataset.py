@@ -47,7 +47,7 @@ def damaged(path: Path, found: str, expected: str) -> DataError:
     """Makes the error for an official file that differs from the published one."""
     return DataError(
         f"{path}: found {found}, expected {expected}; the file is damaged, cut short "
-        "or not the official one: delete it and get it again"
+        "or not the official one: delete it and download it again"
     )
 
 
@@ -83,6 +83,6 @@ def make_dataset(
     if not any(std):
         raise DataError(
             "all pixels of the training images are equal; the files hold no images: "
-            "delete them and get them again"
+            "delete them and download them again"
         )
     return Dataset(*train, *test, tuple(class_names), mean, std)

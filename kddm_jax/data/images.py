@@ -139,8 +139,8 @@ def _decode_share(images, channels, image_size):
             decoded.append(_Damaged(why))
         except _RangeUnknownError as error:
             decoded.append(_Damaged(f"{error}, whose range is not known"))
-        # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error
-        # and others, on far too many pixels a warning, an error in ``write_images``.
+        # For damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error
+        # and others; for far too many pixels it warns, an error in ``write_images``.
         except Exception as error:
             decoded.append(_Damaged(f"damaged image ({' '.join(str(error).split())})"))
     return decoded
@@ -279,7 +279,7 @@ def write_images(
         ThreadPoolExecutor(_usable_cores()) as pool,
         _show_progress(options.progress) as progress,
     ):
-        # Of transparency that is dropped, and of EXIF that cannot be read.
+        # Pillow warns of transparency that is dropped, and of EXIF that it cannot read.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for number in channels:

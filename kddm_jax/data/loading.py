@@ -57,15 +57,16 @@ def _missing(
     """Makes the error for missing files: where they were searched, how to get them."""
     source = DATASETS[name]
     show = lambda f: f"{f.absolute()}{'' if f.is_dir() else ' (no such folder)'}"
-    looked = f"for {', '.join(source.places)}"
+    looked = f"They were searched for {', '.join(source.places)}"
     ways = [
         '--dataset digits, or load("digits"): real images, needs no file',
         source.get,
         "another folder: data_dir=..., or the variable KDDM_DATA_DIR",
     ]
     if source.tfds:
-        others = [f", in {show(f)}" for f in tfds_folders if f not in folders]
-        looked += f"; there{''.join(others)} for {source.tfds} prepared by TFDS"
+        others = ", ".join(show(f) for f in tfds_folders if f not in folders)
+        looked += f", and for {source.tfds} as prepared by TFDS"
+        looked += f", which may also be in {others}" if others else ""
         ways.append(
             f"kddm prepare {name} --data-dir {shlex.quote(str(folders[0]))} "
             f"downloads and prepares it by TFDS, after {prepared.INSTALL}"
@@ -73,10 +74,10 @@ def _missing(
     return DataError(
         "\n".join(
             [
-                f"{name} is not at hand. Looked in, in this order:",
+                f"{name} was not found. These folders were searched, in this order:",
                 *[f"  {show(folder)}" for folder in folders],
                 f"{looked}.",
-                "Ways to go on:",
+                "What you can do:",
                 *[f"  {way}" for way in ways],
             ]
         )
@@ -157,14 +158,14 @@ def load(
 
 def _read_digits(_: None) -> Dataset:
     """Reads the digits; every fifth image of each class is a test image."""
-    with extra("kddm_jax.data"):  # here: it takes a second, and only digits needs it
+    with extra("kddm_jax.data"):  # imported here: it takes a second
         from sklearn.datasets import load_digits
 
     digits: Any = load_digits()  # a Bunch, which declares no attributes
     levels = np.asarray(digits.images)[..., None]  # 0, ..., 16
     images = np.round(levels * (255 / 16)).astype(np.uint8)
     labels = np.asarray(digits.target).astype(np.int32)
-    # A rule instead of a draw: no library's shuffling can ever change the split.
+    # The split follows a rule: no change of a random generator can alter it.
     is_test = ranks(labels, np.arange(len(labels))) % 5 == 4
     return make_dataset(
         (images[~is_test], labels[~is_test]),

@@ -452,7 +452,7 @@ def test_constant_images(tmp_path, kind):
 
 
 def test_nothing_at_hand(tmp_path):
-    with pytest.raises(data.DataError, match="folder is not at hand") as caught:
+    with pytest.raises(data.DataError, match="folder was not found") as caught:
         load(tmp_path)
     assert "train/<class>/" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
@@ -866,7 +866,7 @@ def test_no_place_for_the_cache(tmp_path, home):
     write(tmp_path / "data")
     blocked(tmp_path / "data" / ".kddm_jax")
     blocked(home / ".cache")
-    with pytest.raises(data.DataError, match="no folder takes .* writable") as caught:
+    with pytest.raises(data.DataError, match="cannot write .* writable") as caught:
         load(tmp_path / "data")
     assert str(tmp_path / "data" / ".kddm_jax") in str(caught.value)
     assert str(home / ".cache") in str(caught.value)

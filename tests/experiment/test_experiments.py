@@ -523,7 +523,7 @@ MISTAKES = {
     ),
     "dtype": ("--dtype float16", ["dtype", "'float16'", "bfloat16"]),
     "schedule": ("--schedule linear", ["schedule", "'linear'", "cosine"]),
-    "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "get it again"]),
+    "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "download it"]),
     "label": (wrong_label, ["test_batch.bin", "label 12", "labels 0 to 9"]),
     "no teacher": ("--teacher nowhere", ["no checkpoint", "nowhere", "--teacher out"]),
     "teacher cut short": (cut_teacher, ["step-00000002", "damaged", "delete"]),
@@ -734,7 +734,7 @@ def test_trouble_loses_nothing(what, status, message, shared, finished, tmp_path
         (("--no-such-option", "1"), ["no-such-option"]),
         (("--epochs", "many"), ["--epochs", "many"]),
         (("--out", "/sys/kddm"), ["--out", "/sys/kddm", "choose another"]),
-        (("--dataset", "cifar10"), ["cifar10 is not at hand", "--dataset digits"]),
+        (("--dataset", "cifar10"), ["cifar10 was not found", "--dataset digits"]),
     ],
 )
 def test_mistake_in_the_real_command(options, parts, tmp_path):
@@ -828,7 +828,7 @@ def test_missing_data_tells_where_and_how(tmp_path, monkeypatch, capsys):
     line = (*TINY, "--compilation-cache", "None", "--dataset", "cifar100")
     assert call(*line, "--out", "out", "--data-dir", tmp_path / "nowhere") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: cifar100 is not at hand")
+    assert error.startswith("error: cifar100 was not found")
     assert str(tmp_path / "nowhere") in error
     assert "cifar-100-binary.tar.gz" in error
     assert "--dataset digits" in error
@@ -842,7 +842,7 @@ def test_missing_data_tells_every_place(tmp_path, monkeypatch, capsys):
     line = (*TINY, "--compilation-cache", "None", "--dataset", "mnist")
     assert call(*line, "--out", "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: mnist is not at hand")
+    assert error.startswith("error: mnist was not found")
     assert str(tmp_path / "data") in error
     assert str(tmp_path / ".cache" / "kddm_jax") in error
     assert "--dataset digits" in error
