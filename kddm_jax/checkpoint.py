@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), ``meta.json``, and
 ``manifest.json`` with the SHA-256 of every other file.  It is written under another
 name and renamed last, so that a killed save leaves nothing that looks like a
-checkpoint.  Older checkpoints are removed after that, and are renamed first, too.
+checkpoint.  Older checkpoints are removed after that; they, too, are renamed first.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def save(
       tree: arrays of any PyTree that ``flax.serialization`` knows.
       meta: record that JSON can hold.
       keep: number of checkpoints to keep, including this one.  Checkpoints of later
-        steps, damaged ones that a run had to go back behind, do not count.
+        steps do not count: a run that resumed before them found them damaged.
 
     Returns:
       The checkpoint's folder.
@@ -91,7 +91,7 @@ def save(
         (partial / _META).write_text(json.dumps(dict(meta), indent=1))
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
-        if target.exists():  # for the moment between two renames there is none
+        if target.exists():  # none has the name between the two renames
             target.rename(aside)
         partial.rename(target)
         _sync_folder(target.parent)
@@ -118,7 +118,7 @@ def _remove_partial(folder):
 
 def _checkpointer():
     """Makes Orbax's checkpointer for this process alone, which waits for no other."""
-    with extra("kddm_jax.checkpoint"):  # here: it takes 1.5 s
+    with extra("kddm_jax.checkpoint"):  # imported here: it takes 1.5 s
         import orbax.checkpoint as ocp
 
     own = jax.process_index()
@@ -199,7 +199,7 @@ def latest(folder: Path) -> Path | None:
       folder: folder of a run's checkpoints.
 
     Returns:
-      Its path, or None where there is none at all.
+      Its path, or None if there are no checkpoints.
 
     Raises:
       CheckpointError: there are checkpoints, and all are damaged.

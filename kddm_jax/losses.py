@@ -462,7 +462,7 @@ def distill_loss(
     local = {
         "student": _compared(student_features, terms, "student", n),
         "teacher": _compared(teacher_features, terms, "teacher", n),
-        "labels": labels,
+        "labels": jnp.asarray(labels),
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
     }

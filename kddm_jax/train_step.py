@@ -28,7 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.distances import Distance
 from kddm_jax.losses import NOTHING, Term, distill_loss
-from kddm_jax.numerics.checks import check_choice
+from kddm_jax.numerics.batches import call, check_leaf, count_samples, layers_of
+from kddm_jax.numerics.checks import check_choice, check_labels
 from kddm_jax.numerics.devices import accuracy_of, average_state
 from kddm_jax.numerics.gradients import all_finite, gradients
 
@@ -111,13 +112,9 @@ def create_state(
     )
 
 
-def _layers_of(outputs):
-    return {"features": outputs.features, **outputs.maps}
-
-
 def _augment_batch(augment, key, images, axis_name):
     """Keys from the position in the global batch: the same on any number of devices."""
-    n = images.shape[0]
+    n = count_samples(images)
     start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     fold = lambda position: jax.random.fold_in(key, position)
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
@@ -170,8 +167,8 @@ def _taught(teacher_apply, variables, inputs, axis_name):
     if teacher_apply is None:
         return {}, None
     rngs = _rngs_for(teacher_apply, None, axis_name)
-    outputs, _ = teacher_apply(variables, inputs, train=False, **rngs)
-    return _layers_of(outputs), outputs.logits
+    outputs, _ = call(teacher_apply, variables, inputs, train=False, **rngs)
+    return layers_of(outputs), outputs.logits
 
 
 def make_train_step(
@@ -227,6 +224,7 @@ def make_train_step(
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
+        labels = jnp.asarray(labels)
         guide = _taught(teacher_apply, teacher_variables, inputs, axis_name)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
@@ -235,8 +233,8 @@ def make_train_step(
         def forward(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
             rngs = _rngs_for(student_apply, key, axis_name)
-            outputs, new = student_apply(variables, inputs, train=True, **rngs)
-            return (outputs.logits, _layers_of(outputs)), new
+            outputs, new = call(student_apply, variables, inputs, train=True, **rngs)
+            return (outputs.logits, layers_of(outputs)), new
 
         def objective(outputs):
             logits, layers = outputs
@@ -308,10 +306,11 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
     def scanned(state, teacher_variables, images, labels, indices, *teacher_data):
         def body(state, index):
             # Without the barrier XLA:CPU repeats the lookup in every consumer.
-            batch = images[index], labels[index]
+            lookup = lambda table: jax.tree.map(lambda array: array[index], table)
+            batch = lookup(images), jnp.asarray(labels)[index]
             teacher = teacher_variables
             if known:
-                teacher = jax.tree.map(lambda table: table[index], teacher_variables)
+                teacher = lookup(teacher_variables)
                 batch, teacher = jax.lax.optimization_barrier((batch, teacher))
             else:
                 batch = jax.lax.optimization_barrier(batch)
@@ -344,7 +343,8 @@ def make_eval_step(
     """
 
     def evaluate(variables, images, labels):
-        outputs, _ = apply(variables, jax.vmap(normalize)(images), train=False)
+        labels = check_labels(labels, count_samples(images))
+        outputs, _ = call(apply, variables, jax.vmap(normalize)(images), train=False)
         valid = labels >= 0
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(
             outputs.logits, jnp.where(valid, labels, 0)
@@ -395,10 +395,11 @@ def shard(batch: Tree, devices: int) -> Tree:
       The tree with a leading axis of devices.
 
     Raises:
-      ValueError: the devices do not divide the batch.
+      ValueError: the devices do not divide the batch, or a leaf is no array.
     """
 
     def split(array):
+        check_leaf(array)
         if array.shape[0] % devices:
             raise ValueError(
                 f"batch of {array.shape[0]} does not divide among {devices} devices; "

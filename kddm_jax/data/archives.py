@@ -53,6 +53,9 @@ _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
 class _Cifar(NamedTuple):
     """Describes a binary CIFAR: each record is label bytes and 3 x 32 x 32 pixels."""
 
+    title: str
+    archive: str
+    python: tuple[str, ...]  # places of the version that holds pickles
     train: tuple[str, ...]
     test: str
     names: str
@@ -62,6 +65,9 @@ class _Cifar(NamedTuple):
 
 _CIFAR = {
     "cifar10": _Cifar(
+        title="CIFAR-10",
+        archive="cifar-10-binary.tar.gz",
+        python=("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"),
         train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
         test="test_batch.bin",
         names="batches.meta.txt",
@@ -69,6 +75,9 @@ _CIFAR = {
         num_classes=10,
     ),
     "cifar100": _Cifar(
+        title="CIFAR-100",
+        archive="cifar-100-binary.tar.gz",
+        python=("cifar-100-python", "cifar-100-python.tar.gz", "meta"),
         train=("train.bin",),
         test="test.bin",
         names="fine_label_names.txt",
@@ -83,6 +92,44 @@ _NAMES_LIMIT = 65_536
 _BESIDE_LIMIT = 2**20
 
 
+def how_to_get_cifar(name: str, where: object = "a folder above") -> str:
+    """Says how to get the binary version of CIFAR."""
+    return (
+        f"put {_CIFAR[name].archive} (the binary version, no need to unpack) from "
+        f"https://www.cs.toronto.edu/~kriz/cifar.html into {where}"
+    )
+
+
+def find_python_version(name: str, folders: Sequence[Path]) -> DataError | None:
+    """Makes the error for the Python version of CIFAR if it is in one of the folders.
+
+    Args:
+      name: name of any data set.
+      folders: data folders, or the unpacked version itself.
+
+    Returns:
+      The error, or None if the version is in none of the folders.
+    """
+    if name not in _CIFAR:
+        return None
+    places = _CIFAR[name].python
+    for folder in folders:
+        for place in places:
+            if (folder / place).exists():
+                # The last place is a file of the unpacked version.
+                itself = place == places[-1]
+                return _python_version(name, folder if itself else folder / place)
+    return None
+
+
+def _python_version(name: str, path: Path) -> DataError:
+    # Unpickling runs code, so it is not done.
+    return DataError(
+        f"{path} is the Python version of {_CIFAR[name].title}, whose pickles are not "
+        f"read; {how_to_get_cifar(name, path.parent)}"
+    )
+
+
 def _check_size(path: Path, size: int, expected: int | None) -> None:
     """Checks the exact size of records, or a bound for class names (``None``)."""
     if expected is None:
@@ -92,12 +139,14 @@ def _check_size(path: Path, size: int, expected: int | None) -> None:
         raise damaged(path, f"{size:,} bytes", f"{expected:,} bytes")
 
 
-def _from_folder(folder: Path, sizes: Mapping[str, int | None]):
+def _from_folder(dataset: str, folder: Path, sizes: Mapping[str, int | None]):
     """Reads the files of an unpacked archive as arrays of bytes."""
     files = {}
     for name, expected in sizes.items():
         path = folder / name
         if not path.is_file():
+            if path.with_suffix("").is_file():
+                raise _python_version(dataset, folder)
             raise DataError(
                 f"{path} is missing; unpack the archive again, or delete the folder "
                 "and put the archive itself in its place"
@@ -121,18 +170,20 @@ class _Bounded(io.RawIOBase):
         return content
 
 
-def _from_archive(archive: Path, sizes: Mapping[str, int | None]):
+def _from_archive(dataset: str, archive: Path, sizes: Mapping[str, int | None]):
     """Reads members of an archive as arrays of bytes, in memory."""
-    files = {}
+    files, pickled = {}, {name.removesuffix(".bin") for name in sizes}
     limit = _BESIDE_LIMIT + sum(size or 0 for size in sizes.values())
     try:
-        # Member by member in the order they lie: nothing is decompressed twice.
+        # Members are read in their order in the archive: nothing is decompressed twice.
         with (
             _open(archive) as whole,
             tarfile.open(fileobj=(file := _Bounded(whole, limit)), mode="r|") as tar,
         ):
             for member in tar:
                 name = member.name.rpartition("/")[2]
+                if member.isreg() and name in pickled - {*sizes}:
+                    raise _python_version(dataset, archive)
                 if member.isreg() and name in sizes:
                     _check_size(archive / name, member.size, sizes[name])
                     content = tar.extractfile(member)
@@ -156,10 +207,9 @@ def read_cifar(name: str, path: Path) -> Dataset:
     sizes: dict[str, int | None] = dict.fromkeys(layout.train, counts[0] * length)
     sizes |= {layout.test: counts[1] * length, layout.names: None}
     if path.is_dir():
-        return _to_dataset(layout, path, _from_folder(path, sizes))
-    return keep(
-        name, [path], lambda: _to_dataset(layout, path, _from_archive(path, sizes))
-    )
+        return _to_dataset(layout, path, _from_folder(name, path, sizes))
+    read = lambda: _to_dataset(layout, path, _from_archive(name, path, sizes))
+    return keep(name, [path], read)
 
 
 def _to_dataset(layout: _Cifar, path: Path, files: Mapping[str, np.ndarray]) -> Dataset:
@@ -186,8 +236,8 @@ def _channels_last(records: Sequence[np.ndarray]) -> np.ndarray:
     """Turns records ``[n, ... 3 * 32 * 32]`` into images ``[n, 32, 32, 3]``."""
     images = np.empty((sum(map(len, records)), 32 * 32, 3), np.uint8)
     start = 0
-    # By channel and a few images at a time: 0.1 s for CIFAR, where transposing the
-    # whole array takes 0.5 s.
+    # One channel of a few images at a time takes 0.1 s for CIFAR; transposing the whole
+    # array takes 0.5 s.
     for file in records:
         for i in range(0, len(file), 500):
             pixels = file[i : i + 500, -_PIXELS:].reshape(-1, 3, 32 * 32)
@@ -232,7 +282,7 @@ def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise DataError(f"{stem} and {stem}.gz are missing; the files belong together")
-    # Big-endian: 0x08 (unsigned bytes) and the number of axes, the length of each.
+    # Big-endian: 0x08 (unsigned bytes), the number of axes, and the length of each.
     header = np.array([0x800 + len(shape), *shape], ">i4").tobytes()
     size = len(header) + int(np.prod(shape))
     try:
@@ -248,11 +298,11 @@ def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
         found = "more" if len(content) > size else f"{len(content):,} bytes"
         raise damaged(path, found, f"{size:,} bytes uncompressed")
     pixels = np.frombuffer(content, np.uint8, offset=len(header))
-    return path, pixels.reshape(shape).copy()  # writeable, as the others
+    return path, pixels.reshape(shape).copy()  # writeable, as those of other readers
 
 
 def read_mnist(name: str, path: Path) -> Dataset:
-    """Reads MNIST or Fashion-MNIST from the four IDX files beside ``path``."""
+    """Reads MNIST or Fashion-MNIST from the four IDX files next to ``path``."""
     class_names = _MNIST_CLASSES[name]
 
     def read(prefix: str, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -295,23 +345,23 @@ def _check_mat(path: Path, found: Mapping[str, tuple], count: int) -> None:
 
 def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Reads images and labels from one of SVHN's MATLAB files."""
-    with extra("kddm_jax.data"):  # here: only SVHN needs it
+    with extra("kddm_jax.data"):  # imported here: only SVHN needs it
         from scipy.io import loadmat, whosmat
 
     if not path.is_file():
         raise DataError(f"{path} is missing; the files belong together")
     try:
-        # By the headers first: nothing of another size is inflated.
+        # The headers are checked first: nothing of another size is inflated.
         listed = {name: (kind, shape) for name, shape, kind in whosmat(path)}
         _check_mat(path, listed, count)
         content = loadmat(path, variable_names=["X", "y"])
     except DataError:
         raise
-    # SciPy raises zlib's and its own errors, ValueError, TypeError, struct.error, ...
+    # SciPy raises errors of zlib and its own, ValueError, TypeError, struct.error, ...
     except Exception as error:
         found = f"{path.stat().st_size:,} bytes ({str(error).strip()})"
         raise damaged(path, found, "a whole MATLAB 5 file") from error
-    # What lies there need not be of the class that the header names.
+    # The type of an array may differ from the one in its header.
     arrays = {name: content[name] for name in ("X", "y")}
     _check_mat(path, {k: (a.dtype, a.shape) for k, a in arrays.items()}, count)
     labels = content["y"][:, 0]

@@ -7,10 +7,12 @@ before ``ToTensor`` and ``Normalize``.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def _check_image(image: jax.Array) -> None:
@@ -92,9 +94,9 @@ def random_affine(
     """Turns, enlarges and moves an image about its centre, each by a random amount.
 
     The pixel at ``q`` comes from ``p = c + R(-angle) (q - c - t) / s``, ``c`` the
-    centre, by bilinear interpolation; what lies outside is black.  The angle is
-    uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height and
-    width, ``s`` on ``[1 - zoom, 1 + zoom]``.
+    centre, by bilinear interpolation; pixels from outside the image are black.  The
+    angle is uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height
+    and width, ``s`` on ``[1 - zoom, 1 + zoom]``.
 
     Args:
       key: random key.
@@ -115,7 +117,7 @@ def random_affine(
       >>> turned = random_affine(
       ...     jax.random.key(0), image, degrees=45.0, shift=0.0, zoom=0.0
       ... )
-      >>> int(turned[4, 4, 0]), int(turned[0, 0, 0])  # the centre stays
+      >>> int(turned[4, 4, 0]), int(turned[0, 0, 0])  # the centre stays where it is
       (200, 0)
     """
     _check_image(image)
@@ -158,7 +160,8 @@ def normalize(
     Args:
       image: image, shape ``[h, w, c]``, ``uint8`` or floating, in ``[0, 255]``.
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
-      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.
+      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.  A
+        channel whose deviation is 0 is constant and becomes 0.
 
     Returns:
       The normalised image, shape ``[h, w, c]``, ``float32``.
@@ -184,8 +187,11 @@ def normalize(
                 f"{name} must have shape [c]=[{channels}], one number for each "
                 f"channel of image, got {list(np.shape(value))}"
             )
+    divisor: Any = std
+    if not isinstance(std, Tracer):  # a constant channel becomes 0
+        divisor = np.where(np.equal(std, 0), np.inf, std)
     center = jnp.asarray(mean, jnp.float32).reshape(1, 1, channels)
-    scale = jnp.asarray(std, jnp.float32).reshape(1, 1, channels)
+    scale = jnp.asarray(divisor, jnp.float32).reshape(1, 1, channels)
     return (image.astype(jnp.float32) / 255 - center) / scale
 
 
@@ -195,10 +201,14 @@ def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
             "mean and std must have one number for each channel, got shapes "
             f"{list(np.shape(mean))} and {list(np.shape(std))}"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(std).all() and np.min(std) > 0):
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and np.min(std) >= 0):
         raise ValueError(
-            f"mean and std must be finite and std positive, got mean={mean} "
-            f"and std={std}; a constant channel has nothing to learn from, leave it out"
+            f"mean and std must be finite and std >= 0, got mean={mean} and std={std}"
+        )
+    if not np.any(std):
+        raise ValueError(
+            f"std must be positive in some channel, got std={std}: all pixels of the "
+            "training images are equal; pass images that differ"
         )
 
 
@@ -236,7 +246,7 @@ def distort(
     """
     crop_key, flip_key = jax.random.split(key)
     if degrees or shift or zoom:
-        # fold_in(key, 1) may be split(key)[1]: never both of them.
+        # fold_in(key, 1) can equal split(key)[1], so only one of them is used.
         affine_key, flip_key = jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)
         image = random_affine(
             affine_key, image, degrees=degrees, shift=shift, zoom=zoom
@@ -260,7 +270,8 @@ def make_augment(
 
     Args:
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
-      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units.
+      std: standard deviation per channel, shape ``[c]``, in ``[0, 1]`` units; a channel
+        whose deviation is 0 becomes 0.
       padding: zeros on each side before the crop; 0 leaves the crop out.
       flip: whether to mirror at random; digits, for example, must not be mirrored.
       degrees: ``degrees`` of `random_affine`, which is left out if all three are 0.

@@ -25,7 +25,7 @@ import numpy as np
 from kddm_jax.data.dataset import DataError, Dataset, Options, count_values, statistics
 
 # Part of every key: raise it when decoding, resizing or these files change.
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _MANIFEST, _PARTIAL = "manifest.json", ".partial-"
 _DAY = 86_400
@@ -114,6 +114,10 @@ class Writer:
         if split == "train":
             self._histogram = self._histogram + count_values(images)
 
+    def is_constant(self) -> bool:
+        """Returns whether all training images are constant, and equal, per channel."""
+        return not any(statistics(self._histogram)[1])
+
     def _write_header(self, split):
         # NumPy pads headers so that the number of images may grow in place.
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shapes[split]}
@@ -196,7 +200,8 @@ def _open(folder: Path, key: Key, in_memory: bool) -> Dataset | None:
 def _warn_of_left_out(names, shown=20):
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     warnings.warn(
-        f"left out {len(names)} damaged image(s): {', '.join(names[:shown])}{more}",
+        f"left out {len(names)} damaged or unreadable file(s): "
+        f"{', '.join(names[:shown])}{more}",
         stacklevel=2,
     )
 
@@ -213,8 +218,8 @@ def _make_partial(key):
         else:
             return partial
     raise Unwritable(
-        f"no folder takes the decoded images of {key.name}: {', '.join(refusals)}; "
-        "make one of them writable"
+        f"cannot write the decoded images of {key.name}: {', '.join(refusals)}; "
+        "make one of these folders writable"
     )
 
 
@@ -229,7 +234,7 @@ def _publish(partial, target, key):
         except OSError:
             if attempt == 4:
                 raise
-        # A damaged cache has the name; a rename removes it in one operation.
+        # A damaged cache has this name; a rename removes it in one operation.
         aside = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             target.rename(aside)
@@ -243,11 +248,11 @@ def _last_written(folder):
 
 
 def _remove_stale(root, key):
-    """Removes caches of files that have since changed, and remains of killed builds."""
+    """Removes outdated caches of the same folder, and remains of killed builds."""
     now, current = time.time(), key.contents()
     for folder in root.iterdir():
         if folder.name.startswith(_PARTIAL):
-            # Its own process may remove it at the same time.
+            # The process that made it may remove it at the same time.
             with contextlib.suppress(FileNotFoundError):
                 if _last_written(folder) < now - _DAY:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -256,7 +261,7 @@ def _remove_stale(root, key):
         found = manifest.get("key") or {}
         changed = {name for name in current if found.get(name) != current[name]}
         same_place = manifest.get("where") == str(key.where.absolute())
-        if changed == {"listing"} and same_place:
+        if changed and changed <= {"listing", "format"} and same_place:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -303,7 +308,7 @@ def cached(
             found = _open(root / key.folder(), key, in_memory)
             if found is not None:
                 return found
-        if attempt < 2:  # a process that sees other files may remove ours just now
+        if attempt < 2:  # another process may have removed the cache in the meantime
             _build(key, build)
     raise Unwritable(
         f"the cache of {key.where} was removed while it was opened; are the files "
@@ -312,7 +317,7 @@ def cached(
 
 
 def keep(name: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Dataset:
-    """Reads official files that take long to inflate, from the second time on a cache.
+    """Reads official files, or the cache of files that take long to inflate.
 
     Args:
       name: name of the data set.
@@ -335,7 +340,7 @@ def keep(name: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Datas
     key = Key(name, files[0].parent, list_files(stats))
     try:
         return cached(key, build, in_memory=True)
-    except Unwritable:  # slower, and no less right
+    except Unwritable:  # reading again is slower, but gives the same images
         return read()
 
 

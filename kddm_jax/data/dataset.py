@@ -22,7 +22,8 @@ class Dataset(NamedTuple):
       test_labels: test labels, ``int32``, shape ``[m]``.
       class_names: the name of each label.
       mean: mean of the training images per channel, in ``[0, 1]`` units.
-      std: their standard deviation per channel, in ``[0, 1]`` units.
+      std: their standard deviation per channel, in ``[0, 1]`` units; 0 for a channel
+        that is constant, but never for all channels.
     """
 
     train_images: np.ndarray
@@ -46,7 +47,7 @@ def damaged(path: Path, found: str, expected: str) -> DataError:
     """Makes the error for an official file that differs from the published one."""
     return DataError(
         f"{path}: found {found}, expected {expected}; the file is damaged, cut short "
-        "or not the official one: delete it and get it again"
+        "or not the official one: delete it and download it again"
     )
 
 
@@ -79,4 +80,9 @@ def make_dataset(
 ) -> Dataset:
     """Makes a data set of images and labels in memory, with its statistics."""
     mean, std = statistics(count_values(train[0]))
+    if not any(std):
+        raise DataError(
+            "all pixels of the training images are equal; the files hold no images: "
+            "delete them and download them again"
+        )
     return Dataset(*train, *test, tuple(class_names), mean, std)

@@ -1,20 +1,29 @@
-"""Reads images from ``train/<class>/*`` and ``test/<class>/*`` or ``val/<class>/*``.
+"""Reads images from ``train/<class>/`` and ``test/<class>/`` or ``val/<class>/``.
 
-Images are decoded once (`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`):
-60,000 small images take ten seconds the first time and a fraction of one afterwards.
+Folders within the folder of a class belong to the class.  All endings that Pillow reads
+are read.  Hidden files, text and tables (`COMPANIONS`) are ignored; any other file is
+an error, or with ``skip_damaged`` left out with a warning.  Images are decoded once
+(`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`): 60,000 small images take
+ten seconds the first time and a fraction of one afterwards.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kddm_jax.data.cache import Writer, cached, key_of, list_files
 from kddm_jax.data.dataset import DataError, Dataset, Options
-from kddm_jax.data.images import Encoded, Split, write_images
+from kddm_jax.data.images import Encoded, Split, endings, write_images
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-# These are images, too: leaving them out silently would make a smaller data set.
-_OTHER_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic")
+# Files that often accompany images.  Any other is named: were it an image, leaving it
+# out silently would make a smaller data set.
+COMPANIONS = frozenset(
+    (
+        *(".txt", ".md", ".rst", ".json", ".xml", ".csv", ".tsv", ".yaml", ".yml"),
+        *(".html", ".htm", ".ini", ".log", ".py", ".db"),
+    )
+)
 
 
 def _entries(folder):
@@ -62,27 +71,93 @@ def _stat(entry):
         raise DataError(f"{entry.path}: {error.strerror}") from error
 
 
-def _scan(
-    split: Path, classes: Sequence[str]
-) -> Iterator[tuple[str, int, os.stat_result]]:
-    """Yields path below the data folder, label and status of each image of a split."""
-    for label, name in enumerate(classes):
-        found = False
-        for entry in _entries(split / name):
-            ending = os.path.splitext(entry.name)[1].lower()
-            if ending in _OTHER_ENDINGS:
-                raise DataError(
-                    f"{entry.path}: cannot read {ending}; convert it to one of "
-                    f"{', '.join(ENDINGS)}"
-                )
-            if ending in ENDINGS:
-                found = True
-                yield f"{split.name}/{name}/{entry.name}", label, _stat(entry)
-        if not found:
-            raise DataError(
-                f"{split / name} holds no images ({', '.join(ENDINGS)}); put them "
-                "right into it, or remove it from train/ and test/"
+def _files(folder: Path, name: str, above: tuple = ()):
+    """Yields name and entry of the files of a folder, then of the folders within it."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise DataError(f"{folder}: a link leads back to a folder around it; remove it")
+    entries = _entries(folder)
+    for entry in entries:
+        if not entry.is_dir():
+            yield f"{name}/{entry.name}", entry
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files(
+                folder / entry.name, f"{name}/{entry.name}", (*above, here)
             )
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+class _Listing(NamedTuple):
+    """Holds the files of both splits, by their names below the data folder.
+
+    Attributes:
+      images: names and labels of the images of each split.
+      unread: names of files whose endings are not read.
+      outside: names of files in no class.
+    """
+
+    images: dict[str, list[tuple[str, int]]]
+    unread: list[str]
+    outside: list[str]
+
+    def scan(
+        self, folders: Mapping[str, Path], classes: Sequence[str]
+    ) -> Iterator[tuple[str, os.stat_result]]:
+        """Fills the lists; yields what tells one listing from another."""
+        read = endings()
+        for split, folder in folders.items():
+            for entry in _entries(folder):
+                if not entry.is_dir() and _ending(entry.name) not in COMPANIONS:
+                    self.outside.append(f"{folder.name}/{entry.name}")
+                    yield f"outside: {self.outside[-1]}", _stat(entry)
+            for label, name in enumerate(classes):
+                for path, entry in _files(folder / name, f"{folder.name}/{name}"):
+                    ending = _ending(entry.name)
+                    if ending in read:
+                        self.images[split].append((path, label))
+                        yield path, _stat(entry)
+                    elif ending not in COMPANIONS:
+                        self.unread.append(path)
+                        yield f"unread: {path}", _stat(entry)
+
+    def check(self, where: Path, skip: bool) -> None:
+        """Raises an error for files that would be left out, unless they may be."""
+        leave = "or leave such files out with skip_damaged=True (--skip-damaged)"
+        if self.unread and not skip:
+            kinds = sorted({_ending(name) or "no ending" for name in self.unread})
+            raise DataError(
+                f"{_first(where, self.unread)}: cannot be read ({', '.join(kinds)}); "
+                f"convert images to .png, {leave}"
+            )
+        if self.outside and not skip:
+            raise DataError(
+                f"{_first(where, self.outside)}: in the folder of no class; move it "
+                f"into one, {leave}"
+            )
+
+
+def _first(where: Path, names: Sequence[str]) -> str:
+    others = len(names) - 1
+    more = f" and {others} more file{'s' * (others > 1)}" if others else ""
+    return f"{where / names[0]}{more}"
+
+
+def _check_full(listing: _Listing, folders: Mapping[str, Path], classes) -> None:
+    """Checks that every class has images in both splits."""
+    for split, folder in folders.items():
+        full = {label for _, label in listing.images[split]}
+        for label, name in enumerate(classes):
+            if label not in full:
+                raise DataError(
+                    f"{folder / name} holds no images (.jpg, .png, .webp, .tif and "
+                    "others that Pillow reads); put some into it, or remove it from "
+                    "train/ and test/"
+                )
 
 
 def read_folder(train: Path, options: Options) -> Dataset:
@@ -96,31 +171,32 @@ def read_folder(train: Path, options: Options) -> Dataset:
       The data set; its images are memory maps.
 
     Raises:
-      DataError: the classes differ, an image is damaged, or the images differ in size
-        and ``image_size`` is None.
+      DataError: the classes differ, an image is damaged or of a kind that is not read,
+        all pixels are equal, or the images differ in size and ``image_size`` is None.
     """
     where = train.parent
+    if not train.is_dir():
+        raise DataError(
+            f"{train} is a file; images of a folder are in {train}/<class>/"
+        )
     folders = {"train": train, "test": _test_folder(where)}
     classes = _check_classes(*folders.values())
-    found: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
-
-    def scan():
-        for split, folder in folders.items():
-            for name, label, stat in _scan(folder, classes):
-                found[split].append((name, label))
-                yield name, stat
-
-    key = key_of("folder", where, list_files(scan()), options)
+    listing = _Listing({"train": [], "test": []}, [], [])
+    digest = list_files(listing.scan(folders, classes))
+    listing.check(where, options.skip_damaged)
+    _check_full(listing, folders, classes)
+    key = key_of("folder", where, digest, options)
 
     def encoded(split):
-        for name, label in found[split]:
+        for name, label in listing.images[split]:
             yield Encoded(str(where / name), where / name, label)
 
     def build(writer: Writer):
         splits = {
             split: Split(len(images), lambda split=split: encoded(split))
-            for split, images in found.items()
+            for split, images in listing.images.items()
         }
-        return classes, write_images(writer, splits, options)
+        unread = [str(where / name) for name in listing.outside + listing.unread]
+        return classes, unread + write_images(writer, splits, options)
 
     return cached(key, build)

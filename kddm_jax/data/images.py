@@ -1,9 +1,9 @@
 """Decodes images with Pillow into ``uint8`` arrays of one size.
 
 An image is turned upright by its EXIF orientation, palettes become RGB, 16 bits become
-8, and transparency is dropped, as torchvision and TFDS do.  A set whose images are all
-grey has one channel, any other has three.  With ``image_size`` the middle square of
-each image is resized.
+8, and transparency is dropped, as torchvision and TFDS do.  Of an animation the first
+image is read.  A set whose images are all grey has one channel, any other has three.
+With ``image_size`` the middle square of each image is resized.
 """
 
 import contextlib
@@ -28,6 +28,21 @@ from kddm_jax.extras import extra
 _PIECE, _SHARE = 256, 16
 
 
+# Formats that Pillow names but cannot decode by itself.
+_UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def endings() -> set[str]:
+    """Returns the endings of files that this Pillow reads: ``.jpg``, ``.png``, ..."""
+    with extra("kddm_jax.data"):
+        from PIL import Image
+
+    formats = Image.registered_extensions()
+    # An MPO holds JPEGs, and Pillow opens it as one.
+    decoded = ({*Image.OPEN} | {"MPO"}) - _UNDECODED
+    return {ending for ending, format in formats.items() if format in decoded}
+
+
 class Encoded(NamedTuple):
     """Holds an image to decode: its name for messages, its file or bytes, its label."""
 
@@ -47,6 +62,10 @@ class _Damaged(NamedTuple):
     """Stands for an image that cannot be decoded."""
 
     reason: str
+
+
+class _RangeUnknownError(Exception):
+    """Raised for pixels that no convention maps to 0, ..., 255."""
 
 
 class _ColourFoundError(Exception):
@@ -70,8 +89,13 @@ def _convert(image, channels):
     """Converts an image of any mode to grey (1 channel) or RGB (3)."""
     from PIL import Image
 
+    if image.mode == "F":
+        raise _RangeUnknownError("pixels are floating-point numbers")
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion ends at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise _RangeUnknownError("pixels have more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -80,7 +104,7 @@ def _decode(content, channels, image_size):
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as image:
-        if channels == 1 and not image.mode.startswith(("1", "L", "I")):
+        if channels == 1 and not image.mode.startswith(("1", "L", "I", "F")):
             raise _ColourFoundError
         ImageOps.exif_transpose(image, in_place=True)
         converted = _convert(image, channels)
@@ -111,11 +135,14 @@ def _decode_share(images, channels, image_size):
         except (_ColourFoundError, MemoryError):
             raise
         except UnidentifiedImageError:
-            decoded.append(_Damaged(f"{len(content):,} bytes that are no image"))
-        # On damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error
-        # and others, on far too many pixels a warning, an error in ``write_images``.
+            why = f"damaged image ({len(content):,} bytes that are no image)"
+            decoded.append(_Damaged(why))
+        except _RangeUnknownError as error:
+            decoded.append(_Damaged(f"{error}, whose range is not known"))
+        # For damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error
+        # and others; for far too many pixels it warns, an error in ``write_images``.
         except Exception as error:
-            decoded.append(_Damaged(" ".join(str(error).split())))
+            decoded.append(_Damaged(f"damaged image ({' '.join(str(error).split())})"))
     return decoded
 
 
@@ -134,8 +161,8 @@ def _without_damaged(pairs, skip_damaged):
     bad = [(image.name, a.reason) for image, a in pairs if isinstance(a, _Damaged)]
     if bad and not skip_damaged:
         raise DataError(
-            f"{bad[0][0]}: damaged image ({bad[0][1]}); replace it, or leave such "
-            "images out with skip_damaged=True (--skip-damaged)"
+            f"{bad[0][0]}: {bad[0][1]}; replace it, or leave such images out with "
+            "skip_damaged=True (--skip-damaged)"
         )
     whole = [pair for pair in pairs if not isinstance(pair[1], _Damaged)]
     return whole, [name for name, _ in bad]
@@ -194,6 +221,28 @@ def _show_progress(progress: Callable[[int, int], None] | None):
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _check_contrast(writer, images):
+    """Checks that the training images differ; the first one tells why they do not."""
+    from PIL import Image
+
+    if not writer.is_constant():
+        return
+    why = ""
+    for image in images:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(_read(image))) as it:
+            if it.has_transparency_data:
+                why = " without their transparency, which is dropped"
+            elif it.mode.startswith("I"):
+                why = (
+                    " in 8 bits: of 16 the upper 8 are kept, below 256 nothing is left"
+                )
+            break
+    raise DataError(
+        f"all pixels of the training images are equal{why}; save as 8-bit grey or RGB "
+        "what the images should show"
+    )
+
+
 def _usable_cores():
     try:
         return len(os.sched_getaffinity(0))
@@ -220,7 +269,7 @@ def write_images(
       The names of the damaged images that were left out.
 
     Raises:
-      DataError: an image is damaged, or they differ in size.
+      DataError: an image is damaged, they differ in size, or all pixels are equal.
     """
     with extra("kddm_jax.data"):
         from PIL import Image
@@ -230,14 +279,19 @@ def write_images(
         ThreadPoolExecutor(_usable_cores()) as pool,
         _show_progress(options.progress) as progress,
     ):
-        # Of transparency that is dropped, and of EXIF that cannot be read.
+        # Pillow warns of transparency that is dropped, and of EXIF that it cannot read.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for number in channels:
             try:
-                return _write_splits(writer, splits, pool, number, options, progress)
+                left_out = _write_splits(
+                    *(writer, splits, pool, number, options, progress)
+                )
             except _ColourFoundError:
                 writer.restart()
+            else:
+                _check_contrast(writer, splits["train"].images())
+                return left_out
     raise DataError("an image has colours in a set that says it is grey")
 
 

@@ -27,7 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kddm_jax.data import prepared
-from kddm_jax.data.archives import idx_places, read_cifar, read_mnist, read_svhn
+from kddm_jax.data.archives import (
+    find_python_version,
+    how_to_get_cifar,
+    idx_places,
+    read_cifar,
+    read_mnist,
+    read_svhn,
+)
 from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
 from kddm_jax.data.folder import read_folder
 from kddm_jax.data.images import resized
@@ -50,15 +57,16 @@ def _missing(
     """Makes the error for missing files: where they were searched, how to get them."""
     source = DATASETS[name]
     show = lambda f: f"{f.absolute()}{'' if f.is_dir() else ' (no such folder)'}"
-    looked = f"for {', '.join(source.places)}"
+    looked = f"They were searched for {', '.join(source.places)}"
     ways = [
         '--dataset digits, or load("digits"): real images, needs no file',
         source.get,
         "another folder: data_dir=..., or the variable KDDM_DATA_DIR",
     ]
     if source.tfds:
-        others = [f", in {show(f)}" for f in tfds_folders if f not in folders]
-        looked += f"; there{''.join(others)} for {source.tfds} prepared by TFDS"
+        others = ", ".join(show(f) for f in tfds_folders if f not in folders)
+        looked += f", and for {source.tfds} as prepared by TFDS"
+        looked += f", which may also be in {others}" if others else ""
         ways.append(
             f"kddm prepare {name} --data-dir {shlex.quote(str(folders[0]))} "
             f"downloads and prepares it by TFDS, after {prepared.INSTALL}"
@@ -66,10 +74,10 @@ def _missing(
     return DataError(
         "\n".join(
             [
-                f"{name} is not at hand. Looked in, in this order:",
+                f"{name} was not found. These folders were searched, in this order:",
                 *[f"  {show(folder)}" for folder in folders],
                 f"{looked}.",
-                "Ways to go on:",
+                "What you can do:",
                 *[f"  {way}" for way in ways],
             ]
         )
@@ -105,8 +113,8 @@ def load(
         ``$TFDS_DATA_DIR`` and ``~/tensorflow_datasets``.
       image_size: side in pixels to which the middle square of every image is resized;
         with None images are kept and must have one size.
-      skip_damaged: whether to leave out images that cannot be decoded, with a warning
-        that names them, instead of raising an error.
+      skip_damaged: whether to leave out files that cannot be read or decoded, with a
+        warning that names them, instead of raising an error.
       progress: function that is called with the number of images decoded and the number
         of all; by default a bar is shown on a terminal.
 
@@ -143,19 +151,21 @@ def load(
         return prepared.read_prepared(found, options)
     if source is None:
         raise _unknown(name, tfds_folders)
+    if found := find_python_version(name, folders):
+        raise found
     raise _missing(name, folders, tfds_folders)
 
 
 def _read_digits(_: None) -> Dataset:
     """Reads the digits; every fifth image of each class is a test image."""
-    with extra("kddm_jax.data"):  # here: it takes a second, and only digits needs it
+    with extra("kddm_jax.data"):  # imported here: it takes a second
         from sklearn.datasets import load_digits
 
     digits: Any = load_digits()  # a Bunch, which declares no attributes
     levels = np.asarray(digits.images)[..., None]  # 0, ..., 16
     images = np.round(levels * (255 / 16)).astype(np.uint8)
     labels = np.asarray(digits.target).astype(np.int32)
-    # A rule instead of a draw: no library's shuffling can ever change the split.
+    # The split follows a rule: no change of a random generator can alter it.
     is_test = ranks(labels, np.arange(len(labels))) % 5 == 4
     return make_dataset(
         (images[~is_test], labels[~is_test]),
@@ -189,7 +199,6 @@ def _official(read: Callable[..., Dataset]):
     return lambda path, options: resized(read(path), options.image_size)
 
 
-_CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _SVHN = Source(
     title="SVHN",
     places=tuple(f"{f}train_32x32.mat" for f in ("svhn/", "SVHN/", "")),
@@ -210,16 +219,14 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             title="CIFAR-10",
             places=("cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
             read=_official(partial(read_cifar, "cifar10")),
-            get="put cifar-10-binary.tar.gz (the binary version, no need to unpack) "
-            f"from {_CIFAR_PAGE} into a folder above",
+            get=how_to_get_cifar("cifar10"),
             tfds="cifar10",
         ),
         "cifar100": Source(
             title="CIFAR-100",
             places=("cifar-100-binary", "cifar-100-binary.tar.gz"),
             read=_official(partial(read_cifar, "cifar100")),
-            get="put cifar-100-binary.tar.gz (the binary version, no need to unpack) "
-            f"from {_CIFAR_PAGE} into a folder above",
+            get=how_to_get_cifar("cifar100"),
             tfds="cifar100",
         ),
         "svhn": _SVHN,
@@ -246,7 +253,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
             title="Folder",
             places=("train",),
             read=read_folder,
-            get="put png, jpg, jpeg or webp images into train/<class>/ and "
+            get="put images (jpg, png, webp, tif, ...) into train/<class>/ and "
             "test/<class>/ of a folder above",
         ),
     }

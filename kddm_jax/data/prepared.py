@@ -103,7 +103,7 @@ def find(name: str, folders: Sequence[Path]) -> Prepared | None:
 
 def _import_tfds():
     """Imports TFDS, which takes half a second and does not import TensorFlow."""
-    # Messages of TensorFlow's C++ parts, which follow on each import.
+    # Silences messages of TensorFlow's C++ parts, which every import prints.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with extra("kddm_jax.data"):
         import tensorflow_datasets as tfds
@@ -121,7 +121,7 @@ class _Source(NamedTuple):
     Attributes:
       tfds: the library.
       builder: reads the set.
-      folder: where it lies.
+      folder: the folder of its files.
       image: the feature that holds the image.
       label: the feature that holds the class.
     """
@@ -137,7 +137,7 @@ class _Source(NamedTuple):
         return {f.value for f in self.builder.info.available_file_formats()}
 
     def decoders(self) -> dict[str, object]:
-        """Leaves images encoded: Pillow decodes in parallel and names bad ones."""
+        """Returns decoders that leave images encoded: Pillow decodes in parallel."""
         features, image = self.builder.info.features, self.tfds.features.Image
         skip = self.tfds.decode.SkipDecoding
         return {k: skip() for k, f in features.items() if isinstance(f, image)}
@@ -170,7 +170,7 @@ def _open(folder: Path) -> _Source:
     try:
         builder = tfds.builder_from_directory(folder)
         image, label = _image_and_label(tfds, builder.info)
-    except Exception as error:  # of JSON, protocol buffers, features of its own
+    except Exception as error:  # errors of JSON, protocol buffers, the set's features
         raise _unreadable(folder, error) from error
     source = _Source(tfds, builder, folder, image, label)
     if not source.formats() & _FREE and not _has_tensorflow():
@@ -200,7 +200,7 @@ def _tf_records(source, split) -> Iterator[dict[str, Any]]:
     import tensorflow as tf  # pyright: ignore[reportMissingModuleSource]
 
     with contextlib.suppress(RuntimeError):  # TensorFlow is running already
-        tf.config.set_visible_devices([], "GPU")  # accelerators are JAX's
+        tf.config.set_visible_devices([], "GPU")  # JAX uses them
     in_order = source.tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     examples = source.builder.as_dataset(
         split, decoders=source.decoders(), read_config=in_order
@@ -215,7 +215,7 @@ def _examples(source: _Source, split: str) -> Iterator[Encoded]:
         for i, example in enumerate(read(source, split)):
             name = f"{source.folder} {split}[{i}]"
             yield Encoded(name, example[source.image], int(example[source.label]))
-    except Exception as error:  # of ArrayRecord, TensorFlow, protocol buffers
+    except Exception as error:  # errors of ArrayRecord, TensorFlow, buffers
         raise _unreadable(f"split {split} of {source.folder}", error) from error
 
 
@@ -305,14 +305,14 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
     root = Path(data_dir).expanduser() if data_dir else default_folders()[0]
     try:
         builder = tfds.builder(name, data_dir=root)
-        if not builder.is_prepared():  # else it may be so in another format
+        if not builder.is_prepared():  # else it may be prepared in another format
             builder = tfds.builder(name, data_dir=root, file_format="array_record")
             builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(
             f"TFDS knows no set {name!r}; tfds.list_builders() lists those it knows"
         ) from error
-    except Exception as error:  # of the network, archives, the set's own code
+    except Exception as error:  # errors of the network, archives, the set's code
         what = " ".join(str(error).split())
         raise DataError(f"cannot prepare {name}: {what}") from error
     return Path(builder.data_dir)

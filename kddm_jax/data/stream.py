@@ -85,7 +85,7 @@ def stream(
       Images ``[devices, length * b, h, w, c]`` and labels ``[devices, length * b]``;
       the steps of a device follow one another.
     """
-    with extra("kddm_jax.data"):  # here: it takes a second, and most sets fit devices
+    with extra("kddm_jax.data"):  # imported here: it takes a second
         import grain
 
     source = grain.MapDataset.source(_Dispatches(images, labels, rows))

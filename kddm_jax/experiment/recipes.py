@@ -15,6 +15,7 @@ import tyro
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
     FEATURE_ONLY,
+    AtMost,
     Augmentation,
     Data,
     Method,
@@ -59,7 +60,7 @@ def paper(dataset: str) -> Settings:
     optimizer = Optimizer(
         teacher_epochs=15,
         epochs=15,
-        batch_size=128,
+        batch_size=AtMost(128),
         lr=1e-2,
         lr_end=1e-4,
         schedule="cosine-epoch",
@@ -76,7 +77,7 @@ def strong(dataset: str) -> Settings:
         SGD,
         teacher_epochs=100,
         epochs=100,
-        batch_size=128,
+        batch_size=AtMost(128),
         lr=0.1,
         warmup=0.05,
         weight_decay=5e-4,
@@ -93,13 +94,18 @@ def strong(dataset: str) -> Settings:
 
 def laptop(dataset: str) -> Settings:
     """Takes minutes on two cores: narrow networks, students with few labels."""
-    data = Data(dataset, train_images=5000, student_images=2500, test_images=2000)
+    data = Data(
+        dataset,
+        train_images=AtMost(5000),
+        student_images=AtMost(2500),
+        test_images=AtMost(2000),
+    )
     epochs = {"teacher_epochs": 5, "epochs": 5}
     if dataset == "digits":
-        data = Data(dataset, student_images=128)
+        data = Data(dataset, student_images=AtMost(128))
         epochs = {"teacher_epochs": 15, "epochs": 30}
     optimizer = replace(
-        SGD, **epochs, batch_size=64, lr=0.1, warmup=0.2, weight_decay=5e-4
+        SGD, **epochs, batch_size=AtMost(64), lr=0.1, warmup=0.2, weight_decay=5e-4
     )
     return Settings(
         data,
@@ -125,7 +131,7 @@ def feature_only(dataset: str) -> Settings:
         Optimizer(
             teacher_epochs=50,
             epochs=50,
-            batch_size=128,
+            batch_size=AtMost(128),
             optimizer="adamw",
             schedule="onecycle",
             lr=7.5e-3,

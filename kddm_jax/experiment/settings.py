@@ -23,6 +23,10 @@ MODELS = (
 )
 
 
+class AtMost(int):
+    """A number of a recipe, lowered where a data set or its devices have less."""
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set, and which of its images are used."""
@@ -34,7 +38,8 @@ class Data:
     """Pixels a side to which the middle square of every image is resized; None keeps
     images as they are."""
     skip_damaged: bool = False
-    """Skip damaged images of a folder or a TFDS set, with a warning."""
+    """Skip files of a folder or a TFDS set that are damaged or of a kind that is not
+    read, with a warning."""
     train_images: int | None = None
     """Number of images that the teacher sees, a stratified choice; None uses all."""
     student_images: int | None = None
@@ -401,7 +406,6 @@ def _check_choices(settings):
         f"--teacher {teacher} is trained already; leave out either it or "
         f"--pretrained-teacher {pretrained}",
     )
-
     for name in ("teacher_model", "student_model"):
         value = values[name]
         module, colon, function = value.partition(":")

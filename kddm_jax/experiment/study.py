@@ -149,6 +149,8 @@ def _introduce(problem, console):
         f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
         f"{'; images are streamed from the host' if problem.streams else ''}"
     )
+    for line in problem.lowered:
+        console.print(line)
     for who, weights in problem.starts.items():
         console.print(f"{who} starts from {weights}")
 

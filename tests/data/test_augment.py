@@ -296,7 +296,9 @@ ERRORS = {
 RECIPE_ERRORS = {
     "lengths": ({"mean": (0.5,), "std": STD}, r"shapes \[1\] and \[3\]"),
     "numbers": ({"mean": 0.5, "std": 0.5}, r"shapes \[\] and \[\]"),
-    "zero std": ({"mean": (0.5,), "std": (0.0,)}, "std positive"),
+    "zero std": ({"mean": (0.5,), "std": (0.0,)}, r"positive in some .* std=\(0.0,\)"),
+    "all zero": ({"mean": MEAN, "std": (0.0,) * 3}, "positive in some channel"),
+    "negative": ({"mean": MEAN, "std": (1.0, -1.0, 1.0)}, "std >= 0"),
     "nan": ({"mean": (float("nan"),), "std": (1.0,)}, "must be finite"),
     "padding": ({"mean": MEAN, "std": STD, "padding": -1}, "padding .* got -1"),
     "dtype": ({"mean": MEAN, "std": STD, "dtype": jnp.uint8}, "floating, got uint8"),
@@ -319,6 +321,25 @@ def test_recipe_errors(case):
     with pytest.raises(ValueError, match=message) as caught:
         make_augment(**options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_constant_channel_becomes_zero(key, value, dtype):
+    """In training, where a crop pads with black, in evaluation, and for new values."""
+    std = (0.25, 0.5, 0.0)
+    mean = (0.5, 0.5, value / 255)
+    whole = make_augment(mean=mean, std=(0.25, 0.5, 1.0), dtype=dtype)
+    augment = make_augment(mean=mean, std=std, dtype=dtype)
+    images = BYTES.at[..., 2].set(value)
+    for train in (True, False):
+        found, expected = (
+            np.asarray(jax.jit(partial(function, train=train))(key, images))
+            for function in (augment, whole)
+        )
+        np.testing.assert_array_equal(found[..., :2], expected[..., :2])
+        assert not found[..., 2].any()
+    assert not normalize(BYTES, mean, std)[..., 2].any()
 
 
 # --------------------------------------------------------------------- affine

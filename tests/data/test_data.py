@@ -280,7 +280,7 @@ def test_cifar_file_of_wrong_size(tmp_path, write, size, why):
         path / "data_batch_2.bin",
         f"found {size:,} bytes",
         f"expected {TRAIN * 3073:,} bytes",
-        "get it again",
+        "download it",
     )
 
 
@@ -320,13 +320,50 @@ def test_cifar_wrong_class_names(tmp_path, write):
     assert_damaged("cifar10", tmp_path, path / "batches.meta.txt", "200,000 bytes")
 
 
+PYTHON = {
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", "train"),
+}
+
+
+def python_version(root, name, where):
+    """Files of the Python version at a place; returns the data folder and the path."""
+    folder, archive, file = PYTHON[name]
+    files = {"batches.meta" if name == "cifar10" else "meta": b"\x80", file: b"\x80"}
+    if where in ("archive", "renamed archive"):
+        path = write_archive(root, name, files)
+        return root, path.rename(root / archive) if where == "archive" else path
+    if where == "renamed folder":
+        return root, write_folder(root, name, files)
+    path = write_folder(root, name, files).rename(root / folder)
+    return (path, path) if where == "itself" else (root, path)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+@pytest.mark.parametrize(
+    "where", ["folder", "archive", "itself", "renamed folder", "renamed archive"]
+)
+def test_cifar_of_the_python_version(tmp_path, name, where):
+    root, path = python_version(tmp_path, name, where)
+    parts = ("Python version", ARCHIVES[name], "binary version", "cs.toronto.edu")
+    assert_damaged(name, root, path, *parts)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_binary_version_next_to_the_python_version(tmp_path, name):
+    python_version(tmp_path, name, "folder")
+    python_version(tmp_path, name, "archive")
+    write_archive(tmp_path, name, cifar_files(name))
+    assert_well_formed(data.load(name, data_dir=tmp_path))
+
+
 @pytest.mark.parametrize("keep", [0.0, 1e-5, 0.3, 0.9, 0.99999])
 def test_archive_cut_short(tmp_path, keep):
     path = write_archive(tmp_path, "cifar10", cifar_files("cifar10"))
     content = path.read_bytes()
     cut = content[: int(keep * len(content))]
     path.write_bytes(cut)
-    assert_damaged("cifar10", tmp_path, path, f"{len(cut):,} bytes", "get it again")
+    assert_damaged("cifar10", tmp_path, path, f"{len(cut):,} bytes", "download it")
 
 
 @pytest.mark.parametrize("at", [3000, 100_000, -6])
@@ -468,7 +505,7 @@ def test_mnist_against_the_bytes(tmp_path, name, folder, compress):
 def test_fashion_mnist_does_not_take_files_lying_about(tmp_path):
     write_idx(tmp_path, idx_files("mnist"), compress=True)
     write_idx(tmp_path / "mnist", idx_files("mnist"), compress=True)
-    with pytest.raises(data.DataError, match="fashion_mnist is not at hand"):
+    with pytest.raises(data.DataError, match="fashion_mnist was not found"):
         data.load("fashion_mnist", data_dir=tmp_path)
 
 
@@ -524,7 +561,7 @@ def test_mnist_damaged(tmp_path, damage, compress):
     write_idx(tmp_path / "mnist", files, compress=compress)
     suffix = ".gz" if compress else ""
     path = tmp_path / "mnist" / f"{file}{suffix}"
-    assert_damaged("mnist", tmp_path, f"{path}: ", found, "expected", "get it again")
+    assert_damaged("mnist", tmp_path, f"{path}: ", found, "expected", "download it")
 
 
 @pytest.mark.parametrize("change", [lambda c: c[:5000], lambda c: c[:-3]])
@@ -651,7 +688,7 @@ MAT_DAMAGES = {
 def test_svhn_of_other_contents(tmp_path, damage):
     changes, parts = MAT_DAMAGES[damage]
     path = write_mat(tmp_path, mat_contents(), **changes)
-    assert_damaged("svhn", tmp_path, f"{path}: found ", *parts, "get it again")
+    assert_damaged("svhn", tmp_path, f"{path}: found ", *parts, "download it")
 
 
 def test_svhn_of_another_size_is_not_inflated(tmp_path, monkeypatch):
@@ -669,7 +706,7 @@ def test_svhn_cut_short(tmp_path, keep, compress):
     path = write_mat(tmp_path, mat_contents(), compress)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) - 1] if keep else b"")
-    assert_damaged("svhn", tmp_path, f"{path}: found ", "get it again")
+    assert_damaged("svhn", tmp_path, f"{path}: found ", "download it")
 
 
 @pytest.mark.parametrize("at", [126, 129, 3000, 30_000, -7000])
@@ -678,7 +715,7 @@ def test_svhn_with_a_wrong_byte(tmp_path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 0xFF
     path.write_bytes(content)
-    assert_damaged("svhn", tmp_path, f"{path}: found ", "get it again")
+    assert_damaged("svhn", tmp_path, f"{path}: found ", "download it")
 
 
 def test_svhn_that_is_a_web_page(tmp_path):
@@ -818,10 +855,10 @@ def test_folders_are_tried_in_the_documented_order(tmp_path, monkeypatch):
         file.unlink()
     assert seed_of(data.load("mnist")) == 3
     # A folder that was named is the only one looked in.
-    with pytest.raises(data.DataError, match="not at hand"):
+    with pytest.raises(data.DataError, match="was not found"):
         data.load("mnist", data_dir=tmp_path / "nowhere")
     monkeypatch.setenv("KDDM_DATA_DIR", str(tmp_path / "nowhere"))
-    with pytest.raises(data.DataError, match="not at hand"):
+    with pytest.raises(data.DataError, match="was not found"):
         data.load("mnist")
 
 
@@ -835,7 +872,7 @@ def test_missing_tells_where_and_how(tmp_path, name):
     assert f"{tmp_path / 'home/.cache/kddm_jax'} (no such folder)" in message
     for place in data.DATASETS[name].places:
         assert place in message
-    ways = message.split("Ways to go on:\n")[1].splitlines()
+    ways = message.split("What you can do:\n")[1].splitlines()
     assert ways[0].startswith("  --dataset digits")
     assert ARCHIVES.get(name, "ubyte.gz") in ways[1]
     assert re.search(r"https?://", ways[1])

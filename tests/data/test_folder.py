@@ -102,6 +102,61 @@ def test_what_is_no_image_is_passed_over(tmp_path):
     np.testing.assert_array_equal(load(tmp_path).train_images, expected.train_images)
 
 
+def test_folders_within_a_class(tmp_path):
+    """The files of a folder come first, then its folders, as in torchvision."""
+    write(tmp_path)
+    save(tmp_path / "train" / "ant" / "b" / "c" / "0.png", pixels(11))
+    save(tmp_path / "train" / "ant" / "b" / "1.png", pixels(10))
+    save(tmp_path / "train" / "ant" / ".hidden" / "1.png", pixels(12))
+    for split in ("train", "test"):
+        save(tmp_path / split / "cat" / "only" / "deep" / "1.png", pixels(13))
+    folder = load(tmp_path)
+    expected = [pixels(seed) for seed in (0, 1, 2, 10, 11, 3, 4, 13)]
+    np.testing.assert_array_equal(folder.train_images, expected)
+    np.testing.assert_array_equal(folder.train_labels, [0] * 5 + [1] * 2 + [2])
+    assert folder.class_names == ("ant", "bee", "cat")
+    assert len(folder.test_images) == 4
+
+
+def test_links_to_folders(tmp_path):
+    write(tmp_path)
+    (tmp_path / "train" / "ant" / "link").symlink_to(tmp_path / "test" / "bee")
+    folder = load(tmp_path)
+    expected = [pixels(seed) for seed in (0, 1, 2, 6, 7, 3, 4)]
+    np.testing.assert_array_equal(folder.train_images, expected)
+
+
+def test_link_to_a_folder_around_it(tmp_path):
+    link = write(tmp_path) / "train" / "ant" / "link"
+    link.symlink_to(tmp_path / "train")
+    assert_refused(tmp_path, f"{link / 'ant'}: a link leads back")
+
+
+@pytest.mark.parametrize("change", ["add", "rename"])
+def test_cache_of_folders_within_a_class(tmp_path, change):
+    deep = save(write(tmp_path) / "train" / "ant" / "b" / "0.png", pixels(10))
+    load(tmp_path)
+    if change == "add":
+        save(deep.with_name("1.png"), pixels(11))
+    else:
+        deep.parent.rename(tmp_path / "train" / "bee" / "b")
+    ants = [0, 1, 2, 10, 11] if change == "add" else [0, 1, 2]
+    bees = [3, 4] if change == "add" else [3, 4, 10]
+    expected = [pixels(seed) for seed in ants + bees]
+    np.testing.assert_array_equal(load(tmp_path).train_images, expected)
+    assert len(caches(tmp_path)) == 1
+
+
+def test_cache_of_an_earlier_version_is_removed(tmp_path, decoded, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(cache, "_FORMAT", 1)
+        load(write(tmp_path))
+    decoded[0] = 0
+    load(tmp_path)
+    assert decoded == [8]
+    assert len(caches(tmp_path)) == 1
+
+
 def test_more_images_than_are_decoded_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "_PIECE", 4)
     monkeypatch.setattr(images, "_SHARE", 3)
@@ -129,6 +184,50 @@ def with_transparency(array):
     image = palette(array)
     image.info["transparency"] = bytes(range(256))
     return image
+
+
+# Pillow writes these, not all of them in every version.
+ENDINGS = {
+    **dict.fromkeys(("apng", "bmp", "dib", "pcx", "ppm", "pnm", "sgi", "rgb")),
+    **dict.fromkeys(("tga", "icb", "tif", "tiff", "TGA", "BMP", "Tiff", "qoi")),
+    "jfif": "jpeg",
+    "jpe": "jpeg",
+    "JFIF": "jpeg",
+    "jp2": "jpeg2000",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_endings_that_pillow_reads(tmp_path, ending):
+    smooth = np.indices((6, 6, 3)).sum(0).astype(np.uint8) * 15
+    path = write(tmp_path) / "train" / "ant" / f"0 image.{ending}"
+    format = ENDINGS[ending] or Image.registered_extensions()[f".{ending.lower()}"]
+    try:
+        save(path, smooth, format=format)
+    except (KeyError, OSError) as error:
+        pytest.skip(f"this Pillow writes no {ending}: {error}")
+    found = load(tmp_path).train_images
+    assert len(found) == 6
+    tolerance = 12 if "jp" in str(ENDINGS[ending]) else 0
+    assert np.abs(found[0].astype(int) - smooth).max() <= tolerance
+
+
+def test_grey_and_palette_of_other_endings(tmp_path):
+    grey = write(tmp_path, channels=1) / "train" / "ant"
+    save(grey / "8.pgm", pixels(8, channels=1))
+    save(grey / "9.pbm", Image.fromarray(pixels(9, channels=1) > 127))
+    folder = load(tmp_path)
+    assert folder.train_images.shape == (7, 6, 6, 1)
+    np.testing.assert_array_equal(folder.train_images[3, ..., 0], pixels(8, channels=1))
+    save(grey / "7.gif", palette(pixels(7)))
+    np.testing.assert_array_equal(load(tmp_path).train_images[3], pixels(7))
+
+
+def test_first_image_of_an_animation(tmp_path):
+    frames = [palette(pixels(seed)) for seed in (20, 21)]
+    path = write(tmp_path) / "train" / "ant" / "0 moves.gif"
+    save(path, frames[0], save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(load(tmp_path).train_images[0], pixels(20))
 
 
 KINDS = {
@@ -293,11 +392,67 @@ def test_progress_on_a_terminal(start, tmp_path, monkeypatch):
     os.close(terminal)
 
 
+# ---------------------------------------------------------------------- constants
+
+
+def write_all(root, make):
+    """The folder of ``write``, every image made by a function of its pixels."""
+    for path in write(root).glob("t*/*/*.png"):
+        save(path, make(pixels(int(path.stem))))
+    return root
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("channels", [[2], [0, 1]])
+def test_constant_channels(tmp_path, value, channels):
+    def make(array):
+        array[..., channels] = value
+        return array
+
+    folder = load(write_all(tmp_path, make))
+    constant = [folder.std[c] == 0 for c in range(3)]
+    assert constant == [c in channels for c in range(3)]
+    np.testing.assert_allclose(np.array(folder.mean)[channels], value / 255)
+
+
+def alpha(mode):
+    def make(array):
+        image = Image.new(mode[:-1], (6, 6))
+        image.putalpha(Image.fromarray(array[..., 0]))
+        return image
+
+    return make
+
+
+def transparent_colour(array):
+    image = Image.new("P", (6, 6))
+    image.info["transparency"] = bytes(range(256))
+    return image
+
+
+ALL_CONSTANT = {
+    "one colour": (lambda a: np.full_like(a, 7), "are equal;"),
+    "three values": (lambda a: np.full_like(a, [0, 128, 255]), "are equal;"),
+    "grey": (lambda a: np.full_like(a[..., 0], 7), "are equal;"),
+    "bits": (lambda a: Image.new("1", (6, 6)), "are equal;"),
+    "RGBA": (alpha("RGBA"), "transparency, which is dropped"),
+    "LA": (alpha("LA"), "transparency, which is dropped"),
+    "palette": (transparent_colour, "transparency, which is dropped"),
+    "16 bits": (lambda a: a[..., 0].astype(np.uint16), "of 16 the upper 8 are kept"),
+}
+
+
+@pytest.mark.parametrize("kind", ALL_CONSTANT)
+def test_constant_images(tmp_path, kind):
+    make, why = ALL_CONSTANT[kind]
+    assert_refused(write_all(tmp_path, make), "all pixels of the training images", why)
+
+
 # ---------------------------------------------------------------------- mistakes
 
 
 def test_nothing_at_hand(tmp_path):
-    with pytest.raises(data.DataError, match="folder is not at hand") as caught:
+    with pytest.raises(data.DataError, match="folder was not found") as caught:
         load(tmp_path)
     assert "train/<class>/" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
@@ -333,9 +488,75 @@ def test_class_without_images(tmp_path, split):
     assert_refused(tmp_path, tmp_path / split / "cat", "no images", ".png")
 
 
-def test_image_of_another_kind(tmp_path):
-    path = save(write(tmp_path) / "train" / "bee" / "0.GIF", pixels(0))
-    assert_refused(tmp_path, path, "cannot read .gif", "convert it", ".png")
+UNREAD = ["heic", "HEIC", "svg", "cr2", "jxl", "mp4", "h5", "mpg", "eps", "wmf", "pdf"]
+
+
+@pytest.mark.parametrize("name", [*(f"9.{ending}" for ending in UNREAD), "9", "9.5"])
+@pytest.mark.parametrize("deep", ["", "more"])
+def test_file_that_is_not_read(tmp_path, name, deep):
+    path = write(tmp_path) / "train" / "bee" / deep / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"content")
+    ending = path.suffix.lower() or "no ending"
+    assert_refused(tmp_path, f"{path}: ", f"({ending})", "convert", "--skip-damaged")
+    for _ in range(2):  # decoded, and from the cache
+        with pytest.warns(UserWarning, match="left out 1 ") as caught:
+            folder = load(tmp_path, skip_damaged=True)
+        assert str(path) in str(caught[0].message)
+        assert len(folder.train_images) == 5
+
+
+def test_files_that_are_not_read_are_counted(tmp_path):
+    write(tmp_path)
+    paths = [tmp_path / "train" / "ant" / f"{i}.heic" for i in range(3)]
+    paths += [tmp_path / "test" / "bee" / "9.svg"]
+    for path in paths:
+        path.write_bytes(b"content")
+    assert_refused(tmp_path, f"{paths[0]} and 3 more files:", "(.heic, .svg)")
+    with pytest.warns(UserWarning, match="left out 4 "):
+        load(tmp_path, skip_damaged=True)
+    paths[0].unlink()  # seen, although it was never decoded
+    with pytest.warns(UserWarning, match="left out 3 "):
+        load(tmp_path, skip_damaged=True)
+
+
+def test_ending_that_a_new_pillow_reads(tmp_path, monkeypatch):
+    """A cache that leaves files out holds only as long as they are not read."""
+    write(tmp_path)
+    path = tmp_path / "train" / "ant" / "9.heic"
+    save(path, pixels(9), format="png")
+    with pytest.warns(UserWarning, match="left out 1 "):
+        load(tmp_path, skip_damaged=True)
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load(tmp_path, skip_damaged=True).train_images
+    np.testing.assert_array_equal(found[3], pixels(9))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_image_outside_of_the_classes(tmp_path, split):
+    path = save(write(tmp_path) / split / "9.jpe", pixels(9), format="jpeg")
+    (tmp_path / split / "README.md").write_text("ants")
+    assert_refused(tmp_path, f"{path}: ", "class")
+    with pytest.warns(UserWarning, match="left out 1 "):
+        assert len(load(tmp_path, skip_damaged=True).train_images) == 5
+
+
+@pytest.mark.parametrize("kind", ["float", "32 bits"])
+def test_pixels_of_unknown_range(tmp_path, kind):
+    values = pixels(9, channels=1).astype(np.float32) / 255
+    if kind == "32 bits":
+        values = pixels(9, channels=1).astype(np.int32) * 65536
+    path = save(write(tmp_path) / "train" / "ant" / "9.tif", values)
+    assert_refused(tmp_path, f"{path}: pixels", "range is not known")
+    with pytest.warns(UserWarning, match="left out 1 "):
+        load(tmp_path, skip_damaged=True)
+
+
+def test_train_is_a_file(tmp_path):
+    (tmp_path / "train").write_bytes(b"\x80\x04")
+    assert_refused(tmp_path, f"{tmp_path / 'train'} is a file", "train/<class>/")
 
 
 def test_link_to_nowhere(tmp_path):
@@ -645,7 +866,7 @@ def test_no_place_for_the_cache(tmp_path, home):
     write(tmp_path / "data")
     blocked(tmp_path / "data" / ".kddm_jax")
     blocked(home / ".cache")
-    with pytest.raises(data.DataError, match="no folder takes .* writable") as caught:
+    with pytest.raises(data.DataError, match="cannot write .* writable") as caught:
         load(tmp_path / "data")
     assert str(tmp_path / "data" / ".kddm_jax") in str(caught.value)
     assert str(home / ".cache") in str(caught.value)

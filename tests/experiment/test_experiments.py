@@ -523,7 +523,7 @@ MISTAKES = {
     ),
     "dtype": ("--dtype float16", ["dtype", "'float16'", "bfloat16"]),
     "schedule": ("--schedule linear", ["schedule", "'linear'", "cosine"]),
-    "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "get it again"]),
+    "data cut short": (cut_archive, ["tar.gz", "[0-9,]+ bytes", "download it"]),
     "label": (wrong_label, ["test_batch.bin", "label 12", "labels 0 to 9"]),
     "no teacher": ("--teacher nowhere", ["no checkpoint", "nowhere", "--teacher out"]),
     "teacher cut short": (cut_teacher, ["step-00000002", "damaged", "delete"]),
@@ -611,6 +611,7 @@ MISTAKES = {
         "--student-images 31",
         ["--student-images 31", "batch of 32", "lower --batch-size"],
     ),
+    "test images": ("--test-images 356", ["--test-images 356", "355", "lower"]),
     "held out": ("--held-out 1442", ["--held-out", "1442", "lower"]),
     "no images": ("--student-images 0", ["--student-images", "positive", "0"]),
     "image size": ("--image-size 0", ["--image-size", "positive", "0"]),
@@ -733,7 +734,7 @@ def test_trouble_loses_nothing(what, status, message, shared, finished, tmp_path
         (("--no-such-option", "1"), ["no-such-option"]),
         (("--epochs", "many"), ["--epochs", "many"]),
         (("--out", "/sys/kddm"), ["--out", "/sys/kddm", "choose another"]),
-        (("--dataset", "cifar10"), ["cifar10 is not at hand", "--dataset digits"]),
+        (("--dataset", "cifar10"), ["cifar10 was not found", "--dataset digits"]),
     ],
 )
 def test_mistake_in_the_real_command(options, parts, tmp_path):
@@ -787,6 +788,7 @@ def test_settings_of_data_reach_the_reader(tmp_path):
         (path / "damaged.png").write_bytes(b"")
         line = (*TINY, "--dataset", "folder", "--data-dir", tmp_path / folder)
         sizes = ("--batch-size", 4, "--train-images", 18, "--student-images", 18)
+        sizes = (*sizes, "--test-images", 19)
         more = ("--image-size", 6, "--skip-damaged", "--no-progress", "--devices", 1)
         settings = parse([str(word) for word in (*line, *sizes, *more)])
         with pytest.warns(UserWarning, match="left out 1 damaged"):
@@ -826,7 +828,7 @@ def test_missing_data_tells_where_and_how(tmp_path, monkeypatch, capsys):
     line = (*TINY, "--compilation-cache", "None", "--dataset", "cifar100")
     assert call(*line, "--out", "out", "--data-dir", tmp_path / "nowhere") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: cifar100 is not at hand")
+    assert error.startswith("error: cifar100 was not found")
     assert str(tmp_path / "nowhere") in error
     assert "cifar-100-binary.tar.gz" in error
     assert "--dataset digits" in error
@@ -840,7 +842,7 @@ def test_missing_data_tells_every_place(tmp_path, monkeypatch, capsys):
     line = (*TINY, "--compilation-cache", "None", "--dataset", "mnist")
     assert call(*line, "--out", "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: mnist is not at hand")
+    assert error.startswith("error: mnist was not found")
     assert str(tmp_path / "data") in error
     assert str(tmp_path / ".cache" / "kddm_jax") in error
     assert "--dataset digits" in error

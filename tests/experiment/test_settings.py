@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import EXPERIMENTS
@@ -192,6 +193,108 @@ def test_parts_are_nested_and_disjoint():
     held_out = {image.tobytes() for image in parts.eval_images}
     assert not training & held_out
     np.testing.assert_array_equal(np.bincount(digits.train_labels[parts.student]), 20)
+
+
+def few(train, test=10, classes=3):
+    """A data set of few images."""
+    images = lambda n: np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2, 1)
+    labels = lambda n: np.arange(n, dtype=np.int32) % classes
+    names = tuple("abcdefgh"[:classes])
+    return data.Dataset(
+        *(images(train), labels(train), images(test), labels(test)),
+        *(names, (0.5,), (0.1,)),
+    )
+
+
+LAPTOP = ("--dataset", "folder")
+# Command line, images for training, devices; what teacher, student, evaluation and
+# batches then have, and the options that are lowered.
+LOWERED = {
+    "images": ("", 36, 1, (36, 36, 10, 36), "train student test batch"),
+    "devices": ("", 36, 8, (36, 36, 10, 32), "train student test batch"),
+    "few students": ("", 100, 1, (100, 100, 10, 64), "train student test"),
+    "held out": ("--held-out 30", 100, 1, (70, 70, 30, 64), "train student"),
+    "teacher": ("--train-images 90", 100, 1, (90, 90, 10, 64), "student test"),
+    "student": ("--student-images 9", 100, 1, (100, 9, 10, 9), "train test batch"),
+    "all images": (
+        "--train-images None",
+        36,
+        1,
+        (36, 36, 10, 36),
+        "student test batch",
+    ),
+    "typed batch": ("--batch-size 32", 36, 1, (36, 36, 10, 32), "train student test"),
+    "typed test": ("--test-images 4", 36, 1, (36, 36, 4, 36), "train student batch"),
+    "devices alone": ("--batch-size 60", 9999, 3, (5000, 2500, 10, 60), "test"),
+    "odd devices": ("", 9999, 3, (5000, 2500, 10, 63), "test batch"),
+    "paper": ("--recipe paper", 36, 1, (36, 36, 10, 36), "batch"),
+    "strong": ("--recipe strong", 36, 1, (36, 36, 10, 36), "batch"),
+    "feature_only": ("--recipe feature_only", 36, 1, (36, 36, 10, 36), "batch"),
+    "nothing": ("--test-images 10", 9999, 2, (5000, 2500, 10, 64), ""),
+}
+
+
+@pytest.mark.parametrize("case", LOWERED)
+def test_defaults_of_a_recipe_are_lowered(case):
+    line, images, devices, expected, options = LOWERED[case]
+    before = parse([*LAPTOP, *line.split()])
+    dataset = few(images)
+    after, lines = problems.lower(before, dataset, devices)
+    parts = problems.split(dataset, after)
+    found = (len(parts.teacher), len(parts.student), len(parts.eval_labels))
+    assert (*found, after.optimizer.batch_size) == expected
+    lowered = [
+        "--batch-size" if o == "batch" else f"--{o}-images" for o in options.split()
+    ]
+    assert [line.split()[0] for line in lines] == lowered
+    for option, line in zip(lowered, lines, strict=True):
+        name = option[2:].replace("-", "_")
+        assert line.startswith(f"{option} {flat(after)[name]} instead of the recipe's ")
+        assert f"recipe's {flat(before)[name]}: " in line
+    names = {option[2:].replace("-", "_") for option in lowered}
+    assert names == {k for k, v in flat(after).items() if v != flat(before)[k]}
+    # Lowered again, nothing changes: a command and its repetition are one run.
+    assert problems.lower(after, dataset, devices) == (after, ())
+    json.dumps(settings_module.as_json(after))
+
+
+TYPED = {
+    "--train-images 5000": "--train-images 5000: there are only 36 images",
+    "--student-images 2500": "--student-images 2500: there are only 36 images",
+    "--test-images 2000": "--test-images 2000: there are only 10 test images",
+    "--held-out 36": "--held-out 36: there are only 36 training images",
+}
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_typed_numbers_are_not_lowered(line):
+    """Not even if they are those of the recipe."""
+    settings, _ = problems.lower(parse([*LAPTOP, *line.split()]), few(36), 1)
+    with pytest.raises(UserError, match=TYPED[line]):
+        problems.split(few(36), settings)
+
+
+def test_few_images_and_a_constant_channel(tmp_path, monkeypatch):
+    """The command of somebody who types no number of images gets to training."""
+    images = np.zeros((36, 4, 4, 2), np.uint8)
+    images[..., 0] = np.arange(36)[:, None, None]
+    labels = np.arange(36, dtype=np.int32) % 3
+    parts = ((images, labels), (images[:9], labels[:9]))
+    dataset = data.dataset.make_dataset(*parts, "abc")
+    monkeypatch.setattr(data, "load", lambda *_, **__: dataset)
+    settings = parse([*LAPTOP, "--devices", "1", "--compilation-cache", "None"])
+    problem = problems.prepare(settings, tmp_path)
+    assert len(problem.lowered) == 4
+    assert problem.settings.optimizer.batch_size == 36
+    found = np.asarray(problem.augment(jax.random.key(0), images[3]))
+    assert np.isfinite(found).all()
+    assert not found[..., 1].any()
+
+
+def test_test_images_do_not_matter_with_held_out_ones():
+    settings = parse([*LAPTOP, "--held-out", "6", "--test-images", "2000"])
+    settings, _ = problems.lower(settings, few(36), 1)
+    assert len(problems.split(few(36), settings).eval_labels) == 6
 
 
 @pytest.mark.slow

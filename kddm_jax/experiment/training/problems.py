@@ -17,7 +17,7 @@ from kddm_jax import adapters, data, train_step
 from kddm_jax.data import augment, stream
 from kddm_jax.experiment.machine import processes, signals
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import Settings
+from kddm_jax.experiment.settings import AtMost, Settings, change, flat
 from kddm_jax.experiment.training import methods, models, pretrained, views
 
 EVAL_BATCH = 500
@@ -31,6 +31,44 @@ class Split:
     student: np.ndarray
     eval_images: np.ndarray
     eval_labels: np.ndarray
+
+
+def lower(
+    settings: Settings, dataset: data.Dataset, devices: int
+) -> tuple[Settings, tuple[str, ...]]:
+    """Lowers numbers of the recipe that exceed what the data set or the devices have.
+
+    Args:
+      settings: the settings of the command.
+      dataset: the data set.
+      devices: the number of devices.
+
+    Returns:
+      The settings, and a line for each number that was lowered.
+    """
+    lines = []
+
+    def fit(name: str, limit: int, why: str) -> int:
+        """Lowers a setting; returns the number that it stands for."""
+        nonlocal settings
+        value = flat(settings)[name]
+        if isinstance(value, AtMost) and value > limit > 0:
+            settings = change(settings, **{name: AtMost(limit)})
+            option = name.replace("_", "-")
+            lines.append(f"--{option} {limit} instead of the recipe's {value}: {why}")
+            return limit
+        return limit if value is None else value
+
+    held_out = settings.data.held_out
+    left = len(dataset.train_labels) - held_out
+    teacher = fit("train_images", left, "there are no more training images")
+    student = fit("student_images", teacher, "the teacher sees no more images")
+    if not held_out:
+        count = len(dataset.test_labels)
+        fit("test_images", count, "there are no more test images")
+    batch = min(student, settings.optimizer.batch_size) // devices * devices
+    fit("batch_size", batch, f"{student} images for students, {devices} device(s)")
+    return settings, tuple(lines)
 
 
 def split(dataset: data.Dataset, settings: Settings) -> Split:
@@ -59,12 +97,14 @@ def split(dataset: data.Dataset, settings: Settings) -> Split:
         images, eval_labels = dataset.train_images[held_out], labels[held_out]
     else:
         images, eval_labels = dataset.test_images, dataset.test_labels
-        if settings.data.test_images is not None and settings.data.test_images < len(
-            eval_labels
-        ):
-            chosen = data.balanced_subset(
-                eval_labels, settings.data.test_images, seed=0
+        count = settings.data.test_images
+        if count is not None and count > len(eval_labels):
+            raise UserError(
+                f"--test-images {count}: there are only {len(eval_labels)} test "
+                "images; lower it"
             )
+        if count is not None and count < len(eval_labels):
+            chosen = data.balanced_subset(eval_labels, count, seed=0)
             images, eval_labels = images[chosen], eval_labels[chosen]
     return Split(teacher, student, images, eval_labels)
 
@@ -78,6 +118,7 @@ class Problem:
     dataset: data.Dataset
     devices: list[Any]
     parts: Split
+    lowered: tuple[str, ...] = ()
     programs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     shapes: tuple[methods.Shapes, methods.Shapes] = ({}, {})
     chosen_layers: tuple[str, ...] = ()
@@ -247,8 +288,10 @@ def prepare(settings: Settings, out: Path) -> Problem:
         progress=None if run.progress else lambda done, total: None,
     )
     devices = processes.choose_devices(run.devices)
+    settings, lowered = lower(settings, dataset, len(devices))
     _check_devices(settings, len(devices))
-    problem = Problem(settings, out, dataset, devices, split(dataset, settings))
+    parts = split(dataset, settings)
+    problem = Problem(settings, out, dataset, devices, parts, lowered)
     _check_images(problem)
     return problem
 
@@ -273,8 +316,8 @@ def _check_images(problem):
         images = len(getattr(problem.parts, part))
         if images < batch:
             raise UserError(
-                f"--{option}-images {images} is less than one batch of "
-                f"{batch}; raise it or lower --batch-size"
+                f"--{option}-images {images} is less than one batch of {batch}; raise "
+                "it, or lower --batch-size or --devices"
             )
     if views is not None:
         one = problem.dataset.train_images[0].nbytes

@@ -1,0 +1,111 @@
+"""Checks what loaders and networks hand to the train step, while tracing.
+
+Images are one array, or a mapping of arrays, whose leading axis counts the samples.  A
+network's apply function returns its outputs and its state.  Outputs have ``logits``;
+``features`` and ``maps`` are needed only by distances that compare them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def count_samples(images: Any) -> int:
+    """Returns the length of the leading axis of images.
+
+    Args:
+      images: an array, or a mapping of arrays, ``[n, ...]``.
+
+    Raises:
+      ValueError: images are of another kind, or differ in their number.
+    """
+    if isinstance(images, list | tuple):
+        raise ValueError(
+            "images must be an array or a mapping of arrays, got "
+            f"{type(images).__name__}; pass np.stack(images), or name the parts in a "
+            "mapping"
+        )
+    arrays = jax.tree.leaves(images)
+    if not arrays:
+        raise ValueError("images hold no array; pass an array [n, ...] or a mapping")
+    if any(array.ndim == 0 for array in arrays):
+        raise ValueError("images must have a leading axis of samples, got a scalar")
+    counts = sorted({array.shape[0] for array in arrays})
+    if len(counts) > 1:
+        raise ValueError(
+            f"images must be as many in all arrays of the mapping, got {counts}; the "
+            "leading axis of each counts the samples"
+        )
+    return counts[0]
+
+
+def check_leaf(array: Any) -> None:
+    """Checks that a leaf of a batch is an array with a leading axis of samples.
+
+    Args:
+      array: a leaf of a tree; a list of labels is a tree of numbers.
+
+    Raises:
+      ValueError: it is a number, or an array without axes.
+    """
+    if not getattr(array, "ndim", 0):
+        raise ValueError(
+            "a batch must be a tree of arrays with a leading axis of samples, got "
+            f"{type(array).__name__}; pass np.asarray(labels) for a list of labels"
+        )
+
+
+def call(
+    apply: Callable[..., Any], variables: Any, images: Any, **options: Any
+) -> tuple[Any, Mapping[str, Any]]:
+    """Calls an apply function and checks what it returns.
+
+    Args:
+      apply: the apply function of a network.
+      variables: its variables.
+      images: its images.
+      **options: further arguments, ``train`` and ``rngs``.
+
+    Returns:
+      The outputs and the new state.
+
+    Raises:
+      ValueError: it returns no pair of outputs and state, or outputs without logits.
+    """
+    returned = apply(variables, images, **options)
+    # Outputs that are a NamedTuple of two arrays are a tuple of length two, too.
+    is_pair = isinstance(returned, tuple) and not hasattr(returned, "logits")
+    if not is_pair or len(returned) != 2:
+        raise ValueError(
+            "an apply function must return a pair (outputs, state), got "
+            f"{type(returned).__name__}; return (outputs, {{}}) for a network without "
+            "state"
+        )
+    outputs, state = returned
+    if not hasattr(outputs, "logits"):
+        raise ValueError(
+            "the outputs of an apply function must have the attribute logits, got "
+            f"{type(outputs).__name__}; return kddm_jax.adapters.Outputs(logits, "
+            "features, maps)"
+        )
+    return outputs, state
+
+
+def layers_of(outputs: Any) -> dict[str, jax.Array]:
+    """Returns features and maps of a network by name, as far as it has them.
+
+    Args:
+      outputs: the outputs of a network.
+
+    Raises:
+      ValueError: ``maps`` is no mapping.
+    """
+    features = getattr(outputs, "features", None)
+    maps = getattr(outputs, "maps", None)
+    if maps is not None and not isinstance(maps, Mapping):
+        raise ValueError(
+            "maps must be a mapping from the name of a layer to its array, got "
+            f"{type(maps).__name__}; return maps={{'layer1': ..., ...}}"
+        )
+    return {**({} if features is None else {"features": features}), **(maps or {})}
