@@ -194,7 +194,7 @@ def _either(weight):
     return {None: weight, "teacher": weight}
 
 
-def _any(weight):
+def _any(weight: float) -> dict[str | None, float]:
     """The same default, since predictions and maps are compared as they are."""
     return dict.fromkeys(NORMALIZATIONS, weight)
 
