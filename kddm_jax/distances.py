@@ -12,6 +12,7 @@ References:
   distillation, 2025 (arXiv 2504.01757).
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
@@ -44,6 +45,7 @@ from kddm_jax.families.wasserstein import (
     wasserstein,
 )
 from kddm_jax.families.wkd import class_cost_cka, wkd_logits
+from kddm_jax.numerics.normalization import NORMALIZATIONS
 
 __all__ = [
     "DISTANCES",
@@ -124,8 +126,8 @@ class Distance:
       per_sample: a mean over images, so that devices need not gather.
       diagnose: same arguments as ``fn``, gives ``(value, {name: scalar})``; of several
         devices the least "converged" and the largest of all else is shown.
-      weights: default of lambda for each ``normalization`` of `distill_loss`; without
-        an entry the caller has to pass a number.
+      weights: default of lambda for each ``normalization`` of `distill_loss`; where
+        there is none, the caller has to pass a number.
     """
 
     fn: Callable[..., jax.Array]
@@ -144,6 +146,42 @@ class Distance:
         object.__setattr__(self, "options", hashable_options(self.options))
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
 
+    def check_normalization(
+        self, name: str, normalization: str | None, options: Mapping[str, object]
+    ) -> None:
+        """Refuses a normalization that makes the distance zero, whatever it compares.
+
+        Args:
+          name: name of the term, for the message.
+          normalization: a key of `numerics.normalization.NORMALIZATIONS`.
+          options: all keyword arguments of the distance.
+
+        Raises:
+          ValueError: the distance compares only what is equal on both sides then.
+        """
+        for fn, option, value, compared, equal in _EQUALIZED:
+            if self.fn is not fn or normalization not in equal:
+                continue
+            default = inspect.signature(fn).parameters[option].default
+            if options.get(option, default) == value:
+                others = [n for n in NORMALIZATIONS if n is not None and n not in equal]
+                raise ValueError(
+                    f"normalization={normalization!r} makes {name} zero: with "
+                    f"{option}={value!r} it compares nothing but {compared}, which are "
+                    f"then equal on both sides; take {', '.join(map(repr, others))} or "
+                    "another distance"
+                )
+
+
+# Function, option, its value, all that is then compared, and the normalizations that
+# make it equal on both sides.
+_MOMENTS = "each feature's mean and variance"
+_EQUALIZED = (
+    (mmd, "kernel", "linear", "means", ("centered", "standardized")),
+    (gaussian_kl, "covariance", "diag", _MOMENTS, ("standardized",)),
+    (gaussian_wasserstein, "covariance", "diag", _MOMENTS, ("standardized",)),
+    (gaussian_wasserstein, "compat", "released", _MOMENTS, ("standardized",)),
+)
 
 _LABELLED = ("features", "labels")
 _RIGID = frozenset({"zero", "symmetric", "translation", "rotation"})
@@ -156,9 +194,15 @@ def _either(weight):
     return {None: weight, "teacher": weight}
 
 
+def _any(weight: float) -> dict[str | None, float]:
+    """The same default, since predictions and maps are compared as they are."""
+    return dict.fromkeys(NORMALIZATIONS, weight)
+
+
 # Squared distances have a default of lambda for normalization="teacher" only, whose
 # unit they share.  The others do not change with it, but for "linear_projection", whose
-# default is for features as they are.  Those down to "l2": held-out digits, 3 seeds
+# default is for features as they are; none has a default for a normalization that
+# changes what is compared.  Those down to "l2": held-out digits, 3 seeds
 # (experiments/results/digits-weights*.json).  Between 1e-2 and 1 most entries are flat
 # within a standard error of one point; the smaller is taken where more is known to hurt
 # ("w2" pairs across classes, the Kullback-Leibler divergences and "jw2" diverge).
@@ -315,7 +359,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             nst,
             inputs=("maps",),
             title="NST",
-            weights=_either(50.0),
+            weights=_any(50.0),
             complexity="n h w c min(h w, c)",
             promises=frozenset({"zero", "symmetric", "widths"}),
             per_sample=True,
@@ -326,7 +370,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             kd,
             inputs=("logits",),
             title="KD",
-            weights=_either(1.0),
+            weights=_any(1.0),
             complexity="n k",
             promises=frozenset({"zero"}),
             per_sample=True,
@@ -336,7 +380,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             inputs=("logits",),
             options={"standardize": True},
             title="KD, standardised",
-            weights=_either(1.0),
+            weights=_any(1.0),
             complexity="n k",
             promises=frozenset({"zero"}),
             per_sample=True,
@@ -347,7 +391,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             inputs=("logits", "labels", "class_cost"),
             options={"temperature": 2.0, "gamma": 30.0},
             title="WKD-L",
-            weights=_either(1.0),
+            weights=_any(1.0),
             complexity="iterations n k²",
             per_sample=True,
             diagnose=wkd_logits.diagnose,
@@ -357,7 +401,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             wkd_features,
             inputs=("maps",),
             title="WKD-F",
-            weights=_either(0.02),
+            weights=_any(0.02),
             complexity="n h w c",
             promises=frozenset({"zero", "symmetric", "translation"}),
             per_sample=True,

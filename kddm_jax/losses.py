@@ -321,6 +321,8 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     # A mean over images needs no gathering: the mean of the devices' means is it.
     local_only = axis_name is not None and row.per_sample
     batch = local if local_only else gathered
+    chosen = term.normalization or normalization
+    row.check_normalization(_term_name(term), chosen, options)
     arrays = _arguments(row, term, batch, gathered, normalization)
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
@@ -410,11 +412,10 @@ def distill_loss(
       weight: lambda, ``>= 0``, the weight of all terms together.  None is 1 with Terms
         and with one distance the catalogue's default for the normalization.
       normalization: how the features of both sides are transformed before a distance
-        of features sees them.  ``"teacher"`` divides both by the teacher's root mean
-        squared deviation over the batch, a constant, so that lambda has no unit; a
-        teacher without deviation gives zeros.  None leaves them as they are.  Options
-        with a unit, such as ``beta`` or ``epsilon``, are in that of the normalized
-        features.
+        of features sees them: None, ``"teacher"``, ``"unit"``, ``"centered"`` or
+        ``"standardized"``, as in `numerics.normalization.normalize`, over the batch of
+        all devices or of the group.  Options with a unit, such as ``beta`` or
+        ``epsilon``, are in that of the normalized features.
       task_weight: weight of the task, ``>= 0``.
       task: ``task(student_logits, labels) -> scalar``, a mean over samples, that takes
         the place of the cross-entropy; it gets the arrays of all devices, and has to

@@ -195,12 +195,10 @@ def make_train_step(
         see the same one.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
       weight: lambda; None takes the state's, which no other value retraces.
-      weight_schedule: an optax schedule, the factor of lambda as a function of the
-        step; None: 1 throughout.
+      weight_schedule: an optax schedule, lambda's factor at each step; None: always 1.
       head: names of the student's top modules which alone learn from its logits (from
         cross-entropy and distances of predictions); all others learn from distances
-        of features only, as in feature-only distillation (arXiv 2511.14981).  None:
-        everything learns from everything.
+        of features only, as in arXiv 2511.14981.  None: all learns from everything.
       axis_name: of the mapped axis; None for a single device without pmap.
       **loss_options: of `distill_loss`: ``task_weight``, ``normalization``,
         ``group_size``, ``solver``, ...
@@ -210,8 +208,8 @@ def make_train_step(
       metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this device's
       share, ``teacher_data`` as in `distill_loss`.  Metrics are scalars, equal on all
       devices: ``loss``, each term, ``accuracy`` of the global batch's labelled images
-      before the update, ``finite``.  Where loss or gradient is not finite, the old
-      state comes back and ``finite`` is False.
+      before the update, ``finite`` (loss and gradient; if not, the old state comes
+      back), and with a teacher ``teacher_finite`` (its features and logits).
 
     Raises:
       ValueError: a distance without a teacher; several teachers; an unknown module in
@@ -258,6 +256,9 @@ def make_train_step(
         new, finite = _update(tx, state, batch_stats, loss, grads)
         accuracy = accuracy_of(logits, labels, axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
+        if teacher_apply is not None:
+            taught = guide[0]["features"], guide[1]
+            metrics["teacher_finite"] = all_finite(taught, axis_name)
         return new, metrics
 
     return step

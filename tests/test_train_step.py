@@ -174,7 +174,8 @@ def test_learns_from_labels_alone():
 def test_metrics_are_those_of_the_global_batch(l2_step):
     state, teacher = start()
     _, metrics = l2_step(state, teacher)
-    assert set(metrics) == {"loss", "task", "l2", "accuracy", "finite"}
+    scalars = {"loss", "task", "l2", "accuracy", "finite", "teacher_finite"}
+    assert set(metrics) == scalars
     chex.assert_shape(list(metrics.values()), ())
     assert_shards_equal(metrics)
     expected = metrics["task"] + 0.05 * metrics["l2"]
@@ -469,6 +470,23 @@ def test_a_non_finite_step_returns_the_old_state(broken, l2_step):
     recovered, metrics = l2_step(after.replace(weight=state.weight), teacher)
     assert metrics["finite"]
     assert recovered.step == before.step + 1
+
+
+@pytest.mark.parametrize("layer", ["first", "head"])
+def test_metrics_tell_that_the_teacher_is_not_finite(layer, l2_step):
+    """On whatever device: features or logits; the student is not to blame."""
+    state, teacher = start()
+    _, metrics = l2_step(state, teacher)
+    assert metrics["teacher_finite"]
+    broken = jax.tree.map(np.array, TEACHER)
+    broken["params"][layer]["kernel"][0, 0] = np.nan
+    _, metrics = l2_step(state, on_all(broken, 2))
+    assert_shards_equal(metrics)
+    assert not metrics["teacher_finite"]
+    assert bool(metrics["finite"]) == (layer == "head")  # l2 compares no logits
+    wrong = state.replace(weight=on_all(jnp.float32(jnp.inf), 2))
+    _, metrics = l2_step(wrong, teacher)
+    assert (bool(metrics["finite"]), bool(metrics["teacher_finite"])) == (False, True)
 
 
 # ----------------------------------------------------------------------- teacher

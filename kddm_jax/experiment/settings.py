@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.numerics.normalization import NORMALIZATIONS
 
 FEATURE_ONLY = "feature_only"
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
@@ -110,17 +111,19 @@ class Method:
     """Distances to distil with, one student for each: keys of the catalogue, distances
     of your own as module:NAME, or feature_only (labels train the head alone)."""
     weight: float | None = None
-    """Lambda of every distance; None uses --weights, then the catalogue's with
-    --normalization teacher, else 1e-4, that of the released code."""
+    """Lambda of every distance; None uses --weights, then 1e-4, that of the released
+    code; with a --normalization it uses the catalogue's, where there is one."""
     weights: dict[str, float] | None = None
     """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
     weight_schedule: str = "constant"
     """Schedule of every lambda: constant; warmup (rises from zero over the first half
     of the steps); decay (falls to zero by half a cosine over all steps)."""
     normalization: str | None = None
-    """teacher: divide the features of both networks by the teacher's root mean squared
-    deviation before they are compared, so that lambda has no unit; None: features as
-    they are, as in the paper."""
+    """How features are transformed before they are compared. None: not at all, as in
+    the paper; teacher: both networks' are divided by the teacher's root mean squared
+    deviation, so that lambda has no unit; unit: rows of length 1; centered: each
+    network's minus their mean, divided by their own deviation; standardized: so with
+    each feature. feature_only compares features as they are."""
     layers: tuple[str, ...] = ()
     """Pairs of layers that every distance compares instead of the pooled features:
     STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. If there are none, feature_only uses the
@@ -390,7 +393,7 @@ def _check_choices(settings):
         "dtype": ("float32", "bfloat16"),
         "optimizer": ("sgd", "adamw"),
         "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
-        "normalization": (None, "teacher"),
+        "normalization": tuple(NORMALIZATIONS),
         "weight_schedule": ("constant", "warmup", "decay"),
         "projector": (None, "dense", "conv", "conv3"),
         "positions": ("pool", "each"),
@@ -494,6 +497,6 @@ def weight_of(settings: Settings, distance: str) -> float:
     if normalization not in defaults:
         raise UserError(
             f"{distance} has no default weight with --normalization {normalization}; "
-            f"pass --weights {distance} NUMBER"
+            f"pass --weight NUMBER, or --weights {distance} NUMBER for it alone"
         )
     return defaults[normalization]

@@ -62,7 +62,10 @@ def gradients(
     return loss, terms, state, outputs[0], grads
 
 
-def all_finite(tree: Tree) -> jax.Array:
-    """Tells whether every number of a tree is finite."""
+def all_finite(tree: Tree, axis_name: str | None = None) -> jax.Array:
+    """Tells whether every number of a tree is finite, on all devices of an axis."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(finite))
+    finite = jnp.all(jnp.stack(finite))
+    if axis_name is None:
+        return finite
+    return jax.lax.psum((~finite).astype(jnp.int32), axis_name) == 0

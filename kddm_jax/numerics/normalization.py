@@ -3,19 +3,31 @@
 Features have arbitrary units: a network whose features are ten times larger has
 squared distances a hundred times larger.  A normalization transforms the inputs of a
 distance, ``x`` of the student and ``y`` of the teacher, not its value, so that it means
-the same for every distance.
+the same for every distance:
+
+- ``"teacher"`` divides both sides by the teacher's root mean squared deviation;
+- ``"unit"`` gives every row length one, which leaves only its direction;
+- ``"centered"`` subtracts each side's mean and divides by its own root mean squared
+  deviation;
+- ``"standardized"`` does so with every feature on its own; see `normalize`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kddm_jax.numerics.checks import as_float
+from kddm_jax.numerics.checks import check_pair
 from kddm_jax.numerics.linalg import constant
 
 Pair = Sequence[jax.Array]  # student's and teacher's array
+Mask = jax.Array | None  # zeros are no samples
+
+# A feature's deviation counts as at least this share of the side's root mean squared
+# deviation: the rounding errors of a feature that hardly varies are no signal.
+FLOOR = 1e-3
 
 
 def check_normalization(normalization: object) -> None:
@@ -25,26 +37,63 @@ def check_normalization(normalization: object) -> None:
       normalization: the value that the caller passed.
 
     Raises:
-      ValueError: an unknown name, or one that is not available yet.
+      ValueError: an unknown name.
     """
     if normalization is None or normalization in tuple(NORMALIZATIONS):
         return
     available = ", ".join(repr(name) for name in NORMALIZATIONS)
-    if normalization in NOT_YET:
-        raise ValueError(
-            f"normalization={normalization!r} is not available yet; "
-            f"available are {available}"
-        )
     raise ValueError(f"normalization must be one of {available}; got {normalization!r}")
 
 
-def teacher_factor(y: jax.Array) -> jax.Array:
+def _valid(z, mask):
+    """Replaces rows that are no samples, whatever they hold, by zeros."""
+    return z if mask is None else jnp.where(mask.astype(bool)[:, None], z, 0)
+
+
+def _mean(z, mask):
+    """The mean over the valid rows, of an array whose other rows are zeros."""
+    if mask is None:
+        return jnp.mean(z, axis=0)
+    count = jnp.maximum(jnp.sum(mask.astype(bool)), 1).astype(z.dtype)
+    return jnp.sum(z, axis=0) / count
+
+
+class _Moments(NamedTuple):
+    """Statistics of one side, in units of its largest absolute value.
+
+    Squares of features in these units neither overflow nor vanish.
+    """
+
+    peak: jax.Array  # 1 for zeros
+    mean: jax.Array  # [1, d]
+    variances: jax.Array  # [1, d]
+    deviation: jax.Array  # mean squared distance from the mean; 1 if flat
+    flat: jax.Array  # constant over the samples up to rounding
+
+
+def _moments(z, mask):
+    z = _valid(z, mask)
+    peak = constant(jnp.max(jnp.abs(z)))
+    peak = jnp.where(peak == 0, 1, peak)
+    unit = z / peak
+    mean = _mean(unit, mask)[None, :]
+    squares = _valid(unit - mean, mask) ** 2
+    deviation = _mean(jnp.sum(squares, axis=1), mask)
+    size = _mean(jnp.sum(unit**2, axis=1), mask)
+    # False for NaN, which must not be hidden
+    flat = deviation <= jnp.finfo(z.dtype).eps * size
+    deviation = jnp.where(flat, 1, deviation)
+    return _Moments(peak, mean, _mean(squares, mask)[None, :], deviation, flat)
+
+
+def teacher_factor(y: jax.Array, *, mask: Mask = None) -> jax.Array:
     r"""Computes one over the teacher's root mean squared deviation, a constant.
 
     .. math:: \Big(\frac1n \sum_i \|y_i - \bar y\|^2\Big)^{-1/2}
 
     Args:
       y: teacher features of the whole batch, shape ``[n, d]``.
+      mask: shape ``[n]``; zeros are no samples.
 
     Returns:
       Scalar; 0 for features that are constant over the batch up to rounding, which
@@ -54,49 +103,126 @@ def teacher_factor(y: jax.Array) -> jax.Array:
       >>> teacher_factor(jnp.array([[3.0], [7.0]]))
       Array(0.5, dtype=float32)
     """
-    peak = jnp.max(jnp.abs(y))  # squares of y / peak neither overflow nor vanish
-    unit = y / jnp.where(peak == 0, 1, peak)
-    square = lambda z: jnp.mean(jnp.sum(z * z, axis=1))
-    deviation = square(unit - jnp.mean(unit, axis=0, keepdims=True))
-    rounding = jnp.finfo(y.dtype).eps * square(unit)
-    flat = deviation <= rounding  # False for NaN, which must not be hidden
-    length = peak * jnp.sqrt(jnp.where(flat, 1, deviation))
-    return constant(jnp.where(flat, 0, 1 / jnp.where(flat, 1, length)))
+    of = _moments(y, mask)
+    length = of.peak * jnp.sqrt(of.deviation)
+    return constant(jnp.where(of.flat, 0, 1 / jnp.where(of.flat, 1, length)))
 
 
-def _as_they_are(pair, whole):
-    del whole
-    return list(pair)
-
-
-def _by_teacher(pair, whole):
+def _by_teacher(pair, whole, mask):
     """Divides both sides by the teacher's deviation; zeros if the teacher has none."""
-    factor = teacher_factor(as_float("teacher_features", whole[1]))
-    names = ("student_features", "teacher_features")
-    return [factor * as_float(name, z) for name, z in zip(names, pair, strict=True)]
+    factor = teacher_factor(whole[1], mask=mask)
+    return [factor * z for z in pair]
 
 
-NORMALIZATIONS: Mapping[str | None, Callable[[Pair, Pair], list[jax.Array]]] = (
-    MappingProxyType({None: _as_they_are, "teacher": _by_teacher})
+def _unit_row(z):
+    """Divides rows by their lengths; a row of zeros stays, with gradient zero."""
+    peak = constant(jnp.max(jnp.abs(z), axis=1, keepdims=True))
+    # One over it, times a slope of some hundreds, is still finite; False for NaN.
+    zero = peak < 100 * jnp.finfo(z.dtype).tiny
+    row = jnp.where(zero, 1, z / jnp.where(zero, 1, peak))
+    length = jnp.sqrt(jnp.sum(row**2, axis=1, keepdims=True))
+    return jnp.where(zero, 0, row / length)
+
+
+def _by_row(pair, whole, mask):
+    del whole, mask
+    return [_unit_row(z) for z in pair]
+
+
+def _centered(z, of):
+    return (z / of.peak - of.mean) / jnp.sqrt(of.deviation)
+
+
+def _standardized(z, of):
+    variances = jnp.maximum(of.variances, FLOOR**2 * of.deviation)
+    return (z / of.peak - of.mean) / jnp.sqrt(variances)
+
+
+def _by_own(transform):
+    """Makes a normalization of both sides by moments of their own."""
+
+    def normalized(pair, whole, mask):
+        moments = [_moments(side, mask) for side in whole]
+        return [
+            jnp.where(of.flat, 0, transform(z, of))
+            for z, of in zip(pair, moments, strict=True)
+        ]
+
+    return normalized
+
+
+NORMALIZATIONS: Mapping[str | None, Callable[[Pair, Pair, Mask], list[jax.Array]]] = (
+    MappingProxyType(
+        {
+            None: lambda pair, whole, mask: list(pair),
+            "teacher": _by_teacher,
+            "unit": _by_row,
+            "centered": _by_own(_centered),
+            "standardized": _by_own(_standardized),
+        }
+    )
 )
-NOT_YET = ("unit", "centered", "standardized")
 
 
-def normalize(pair: Pair, whole: Pair, normalization: str | None) -> list[jax.Array]:
-    """Normalizes the features of student and teacher.
+def normalize(
+    pair: Pair,
+    whole: Pair,
+    normalization: str | None,
+    *,
+    mask: Mask = None,
+    whole_mask: Mask = None,
+) -> list[jax.Array]:
+    r"""Normalizes the features of student and teacher.
+
+    .. math:: \sigma_x^2 = \tfrac1n \textstyle\sum_i \|x_i - \bar x\|^2, \quad
+              \sigma_{x,j}^2 = \tfrac1n \textstyle\sum_i (x_{ij} - \bar x_j)^2
+
+    ===================  ============================  ===============================
+    normalization        ``x`` becomes                 and does not change with
+    ===================  ============================  ===============================
+    ``"teacher"``        x / σ_y                       a common factor of both sides
+    ``"unit"``           x_i / ‖x_i‖                   a factor of each row
+    ``"centered"``       (x - mean) / σ_x              a factor and a shift of a side
+    ``"standardized"``   (x_j - mean_j) / σ_{x,j}      those of each feature of a side
+    ===================  ============================  ===============================
+
+    and ``y`` likewise, by its own statistics in the last two.  σ_{x,j} is at least
+    1e-3 σ_x.  A row of zeros stays one under ``"unit"``, and a side that is constant
+    over the batch up to rounding is zero under the other three (both sides, if it is
+    the teacher under ``"teacher"``); there the gradient is zero.
+
+    Cost: n d.  Gradient: the student's statistics are differentiated, the teacher's are
+    constants.  A teacher that is not finite gives NaN.
 
     Args:
       pair: both sides' features, shape ``[n, d]`` each.
       whole: both sides' features of all samples that statistics run over: the same, or
         those of all devices.
       normalization: a key of `NORMALIZATIONS`.
+      mask: shape ``[n]``; zeros are no samples, which have no part in statistics and
+        come out as zeros, whatever they hold.
+      whole_mask: the same of ``whole``; None takes ``mask``.
 
     Returns:
       Both sides, in float32 at least unless the normalization is None.
+
+    Raises:
+      ValueError: features that are no floating ``[n, d]``, unless it is None.
 
     Examples:
       >>> pair = [jnp.array([[1.0], [1.0]]), jnp.array([[3.0], [7.0]])]
       >>> [z.ravel().tolist() for z in normalize(pair, pair, "teacher")]
       [[0.5, 0.5], [1.5, 3.5]]
+      >>> [z.ravel().tolist() for z in normalize(pair, pair, "centered")]
+      [[0.0, 0.0], [-1.0, 1.0]]
     """
-    return NORMALIZATIONS[normalization](pair, whole)
+    if normalization is not None:
+        names = ("student_features", "teacher_features")
+        checked = lambda pair: check_pair(*pair, names=names, same_columns=False)
+        pair, whole = checked(pair), checked(whole)
+        whole = whole[0], constant(whole[1])
+    pair = [_valid(z, mask) for z in pair]
+    whole_mask = mask if whole_mask is None else whole_mask
+    return [
+        _valid(z, mask) for z in NORMALIZATIONS[normalization](pair, whole, whole_mask)
+    ]

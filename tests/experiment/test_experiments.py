@@ -583,6 +583,18 @@ MISTAKES = {
     "nan weight": ("--weight nan", ["--weight", "nan", ">= 0"]),
     "nan weights": ("--weights w2 nan", ["w2", "nan", ">= 0"]),
     "infinite weight": ("--weight inf", ["--weight", "inf", ">= 0"]),
+    "no default weight": (
+        "--distances l2 --normalization unit",
+        ["l2 has no default weight with --normalization unit", "--weight NUMBER"],
+    ),
+    "always zero": (
+        "--distances mmd_linear --normalization centered --weight 1",
+        ["mmd_linear: .*'centered' makes mmd_linear zero", "take 'teacher', 'unit'"],
+    ),
+    "normalization": (
+        "--normalization student",
+        ["normalization 'student'", "teacher, unit, centered, standardized"],
+    ),
     "weight of none": ("--weights cw2 1", ["cw2", "w2, w2_gaussian"]),
     "batch": (
         "--batch-size 33 --devices 2",
@@ -659,6 +671,22 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     # Nothing written, nothing changed.
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # a model's, Python's
     assert tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_not_finite_is_named(tmp_path, trained, capsys):
+    """The weights of the student are not to blame, nor is its rate."""
+    arrays, meta = checkpoint.restore_arrays(
+        checkpoint.latest(trained / "small" / "checkpoints")
+    )
+    arrays = jax.tree.map(lambda a: np.full_like(a, np.nan), arrays)
+    checkpoint.save(tmp_path / "teacher" / "checkpoints", 2, arrays, meta)
+    line = (*tiny(tmp_path / "out"), "--teacher", tmp_path / "teacher", "--devices", 1)
+    assert call(*line, "--distances", "l2", "--normalization", "teacher") != 0
+    error = capsys.readouterr().err
+    assert "features or logits of the teacher not finite at step 1 " in error
+    assert "check the teacher's weights" in error
+    assert "--lr" not in error
 
 
 def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):

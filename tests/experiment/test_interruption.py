@@ -95,6 +95,18 @@ def test_tally_of_skipped_steps_stays_finite():
     ]
 
 
+def test_tally_names_the_teacher():
+    """Where it is the cause, and not where a step was finite all the same."""
+    tally, no = Tally(), np.array([False, False, True])
+    taught = np.array([False, True, False])
+    tally.add({"loss": np.ones(3), "finite": no, "teacher_finite": taught})
+    assert tally.means() == {"loss": 1.0}
+    assert list(tally.complaints()) == [
+        "2 of 3 steps skipped: loss or gradient not finite (1 of them: features or "
+        "logits of the teacher not finite)"
+    ]
+
+
 @pytest.mark.parametrize("cut", range(8))
 def test_tally_cut_anywhere_is_the_same(cut):
     whole, columns = Tally(), dispatches()
@@ -165,6 +177,22 @@ def test_step_that_is_not_finite_stops_with_all_there_is_to_know(tmp_path):
     assert vars(one.tally) == before
     one.take(step_of(np.nan, False), stop=False)
     assert (one.tally.steps, one.tally.skipped) == (2, 1)
+
+
+def test_a_teacher_that_is_not_finite_is_named(tmp_path):
+    step = {**step_of(np.nan, False), "teacher_finite": np.array([False])}
+    one, message = a_progress(tmp_path), "features or logits of the teacher not finite "
+    fix = ".*; check the teacher's weights, or try --dtype float32, in another --out"
+    with pytest.raises(RunError, match=f"{message}at step 1 .loss nan, w2 0.5.{fix}"):
+        one.take(step, stop=True)
+    one.take(step, stop=False)
+    with pytest.raises(RunError, match=f"{message}at any of the 1 steps{fix}"):
+        one.means()
+    one.take({**step, "teacher_finite": np.array([True])}, stop=False)
+    with pytest.raises(
+        RunError, match="loss or gradient not finite at any.*lower --lr"
+    ):
+        one.means()
 
 
 def test_epoch_without_a_finite_step_stops(tmp_path):

@@ -92,6 +92,21 @@ def test_weights_come_before_weight_before_the_catalogue():
     assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
 
 
+@pytest.mark.parametrize("normalization", ["unit", "centered", "standardized"])
+def test_a_normalization_without_default_weights_asks_for_one(normalization):
+    line = ["--distances", "l2", "kd", "nst", "--normalization", normalization]
+    found = parse(line)
+    message = f"l2 has no default weight with --normalization {normalization}; pass "
+    with pytest.raises(
+        UserError, match=message + "--weight NUMBER, or --weights l2 NU"
+    ):
+        weight_of(found, "l2")
+    for name in ("kd", "nst"):  # no features, no normalization
+        assert weight_of(found, name) == DISTANCES[name].weights[None]
+    assert weight_of(parse([*line, "--weight", "3"]), "l2") == 3.0
+    assert weight_of(parse([*line, "--weights", "l2", "2"]), "l2") == 2.0
+
+
 def test_settings_as_json():
     found = parse(["--out", "a/b", "--weights", "w2", "0.5"])
     values = json.loads(json.dumps(settings_module.as_json(found)))

@@ -20,6 +20,19 @@ from kddm_jax.experiment.machine import processes, signals
 from kddm_jax.experiment.machine.errors import RunError
 
 
+def _cause(taught):
+    """Says what was not finite in a step: the teacher, if it was not."""
+    if taught:
+        return "loss or gradient not finite"
+    return "features or logits of the teacher not finite"
+
+
+def _fix(taught):
+    if taught:
+        return "lower --lr or the weight in another --out"
+    return "check the teacher's weights, or try --dtype float32, in another --out"
+
+
 @dataclass
 class Tally:
     """Sums over the steps of an epoch.
@@ -27,22 +40,26 @@ class Tally:
     Attributes:
       steps: taken.
       skipped: number of steps without finite loss and gradient; no sum has them.
+      untaught: number of skipped steps where the teacher's outputs were not finite.
       sums: sums of the metrics.
     """
 
     steps: int = 0
     skipped: int = 0
+    untaught: int = 0
     sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: Mapping) -> None:
         """Adds the metrics of a dispatch, on the host."""
         columns = {k: np.atleast_1d(v).astype(np.float64) for k, v in metrics.items()}
         finite = columns.pop("finite") > 0
+        taught = columns.pop("teacher_finite", np.ones(finite.shape)) > 0
         for name, column in columns.items():
             total = float(np.sum(column[finite]))
             self.sums[name] = self.sums.get(name, 0.0) + total
         self.steps += finite.size
         self.skipped += int(np.sum(~finite))
+        self.untaught += int(np.sum(~finite & ~taught))
 
     def means(self) -> dict[str, float]:
         """Returns the mean of each metric over the steps that were kept."""
@@ -52,9 +69,9 @@ class Tally:
     def complaints(self) -> Iterator[str]:
         """Yields a line for each thing that went wrong in these steps."""
         if self.skipped:
-            yield (
-                f"{self.skipped} of {self.steps} steps skipped: loss or gradient not "
-                "finite"
+            line = f"{self.skipped} of {self.steps} steps skipped: {_cause(True)}"
+            yield line + (
+                f" ({self.untaught} of them: {_cause(False)})" if self.untaught else ""
             )
         for name, mean in self.means().items():
             term, _, stat = name.rpartition("/")
@@ -153,23 +170,23 @@ class Progress:
         self.tally.add(metrics)
 
     def _not_finite(self, place, terms):
+        taught = terms.pop("teacher_finite", True)
         said = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
         step = self.step + place + 1
         last = f"last checkpoint: {self.last}" if self.last else "no checkpoint yet"
         return (
-            f"{self.title}: loss or gradient not finite at step {step} "
-            f"({said}); lower --lr or the weight in another --out, or leave such steps "
-            f"out by --on-nonfinite skip; {last}"
+            f"{self.title}: {_cause(taught)} at step {step} ({said}); {_fix(taught)}, "
+            f"or leave such steps out by --on-nonfinite skip; {last}"
         )
 
     def means(self) -> dict[str, float]:
         """Returns means over the epoch's steps, and warns of what went wrong."""
         epoch = self.epoch + 1
         if self.tally.skipped == self.tally.steps:
+            taught = self.tally.untaught < self.tally.skipped
             raise RunError(
-                f"{self.title}: loss or gradient not finite at any of the "
-                f"{self.taken} steps of epoch {epoch}; lower --lr or the weight "
-                "in another --out"
+                f"{self.title}: {_cause(taught)} at any of the {self.taken} steps of "
+                f"epoch {epoch}; {_fix(taught)}"
             )
         for complaint in self.tally.complaints():
             warnings.warn(f"{self.title}: epoch {epoch}: {complaint}", stacklevel=3)
