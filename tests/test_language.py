@@ -243,7 +243,7 @@ def test_table():
         ("--positions 2000", "at most batch x context = 512"),
         ("--student-widths 64 --positions 60", "more than the student's width"),
         ("--windows 1", "--windows 1: choose at least --batch 8"),
-        ("--weights cca=1", "'cca' is no method; write METHOD=LAMBDA of procrustes"),
+        ("--weights cca=1", "'cca' is not a method; write METHOD=LAMBDA of procrustes"),
         ("--weights cka=x", "argument --weights"),
         ("--choose x", "argument --choose"),
         ("--steps 0", "--steps 0: choose at least 1"),

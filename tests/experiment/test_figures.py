@@ -414,7 +414,7 @@ nothing = lambda source, folder: None
 
 # By name: what the folder is made of, the line after it, what the error says.
 MISTAKES = {
-    "no folder": (nothing, "/none", ["/none is no folder", "--out"]),
+    "no folder": (nothing, "/none", ["/none is not a folder", "--out"]),
     "nothing given": (nothing, None, ["RUN_DIR is missing", "--figures toys --to"]),
     "not finished": (nothing, "", ["results.json", "weights.json", "not finished"]),
     "damaged": (written("results.json", "{"), "", ["results.json is not readable"]),
