@@ -400,7 +400,7 @@ MISTAKES = {
     "draws": ("--draws 0", ["--draws", "at least 1"]),
     "batches": ("--batches 16 1", ["--batches", "at least 2, got 1"]),
     "seeds": ("-- --seeds 0 1", ["--seeds (0, 1)", "pass one"]),
-    "projector": ("-- --projector dense", ["--projector", "as they are"]),
+    "projector": ("-- --projector dense", ["--projector", "unchanged features"]),
     "features only": ("-- --distances feature_only", ["feature_only"]),
     "nothing to distil": ("-- --distances", ["--distances is empty", "cw2"]),
     "unknown distance": ("-- --distances w3", ["unknown distance 'w3'"]),
