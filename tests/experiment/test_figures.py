@@ -203,7 +203,7 @@ def test_student_and_teacher_are_embedded_together():
 
 
 @pytest.mark.slow
-def test_w2_is_told_in_units_of_the_teachers_spread():
+def test_w2_is_in_units_of_the_teachers_deviation():
     y = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1]])  # mean squared deviation 1
     assert figures.relative_w2(y + 2, y) == pytest.approx(8)
     assert figures.relative_w2(10 * y + 20, 10 * y) == pytest.approx(8)
