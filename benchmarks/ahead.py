@@ -1,4 +1,4 @@
-"""The distillation step compiled for an accelerator that is not there.
+"""Compiles the distillation step for an accelerator that is not present.
 
     pip install libtpu                                  # part of ".[tpu]"
     python benchmarks/ahead.py --target tpu-v5e
@@ -6,22 +6,22 @@
     python benchmarks/ahead.py --target h200 --batch-size 1024
 
 XLA's compilers for TPUs and GPUs run on any Linux machine, given a description of the
-device.  What they make of the step (that of ``cifar.py``, with plain SGD, mapped by
-shard_map: ResNet34 to ResNet18, CIFAR stem, bfloat16, ten steps a dispatch) says
-whether each distance compiles, how much memory it takes, and what would keep the device
-waiting; nothing of its time.
-Asserts, of every distance that takes such features: that it compiles, and fits the
-device's memory; that the state is donated whole; that all convolutions are in the dtype
-asked for; that there are no callbacks, feeds or transfers to the host in a dispatch;
-and, of KD2M's, that no matrix is decomposed, but by QR where the batch has more than
-twice as many samples as features.  Counted beside, on a GPU: open loops, whose length
-only the device knows, so that the host reads at every turn whether they go on.
+device.  The step is that of ``cifar.py`` with plain SGD, mapped by shard_map: ResNet34
+to ResNet18, CIFAR stem, bfloat16, ten steps per dispatch.  The compiled program shows
+whether each distance compiles, how much memory it takes, and what would make the device
+wait, but not how long it takes.  The script asserts that the step compiles with every
+distance that takes such features and fits the device's memory; that the whole state is
+donated; that all convolutions are in the requested dtype; that a dispatch has no
+callbacks, feeds or transfers to the host; and that KD2M's distances decompose no matrix
+(except by QR, if the batch has more than twice as many samples as features).  On a GPU
+it also counts open loops, whose length only the device knows, so the host reads before
+each iteration whether to continue.
 """
 
 import os
 
-# The compilers want neither a device nor its driver; libtpu would otherwise ask Google
-# Cloud on what machine it is.  The type is overruled by the topology that is described.
+# The compilers need neither a device nor its driver.  Without these, libtpu would ask
+# Google Cloud for the type of the machine; the described topology overrides the type.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -49,10 +49,10 @@ from workload import CLASSES, Setting
 
 from kddm_jax import DISTANCES, Term, resnet, train_step
 
-IMAGES = 50_000  # of CIFAR-10
+IMAGES = 50_000  # as CIFAR-10
 
-# What XLA knows of a GPU (stream_executor::GpuTargetConfigProto): a Hopper's numbers,
-# memory and bandwidth by NVIDIA's data sheets; libraries of versions that JAX takes.
+# XLA's description of a GPU (stream_executor::GpuTargetConfigProto) with the numbers of
+# a Hopper, memory and bandwidth from NVIDIA's data sheets, and libraries as JAX needs.
 HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -82,12 +82,12 @@ device_description_str: "{name}"
 
 
 class Target(NamedTuple):
-    """An accelerator.
+    """Describes an accelerator.
 
     Attributes:
-      platform: of JAX.
-      memory: of a device, bytes.
-      options: of ``topologies.get_topology_desc``.
+      platform: JAX's name of the platform.
+      memory: memory of a device in bytes.
+      options: options of ``topologies.get_topology_desc``.
     """
 
     platform: str
@@ -107,8 +107,8 @@ TARGETS = {
     "h100": _hopper("NVIDIA H100 80GB HBM3", 80e9, 3.35e12),
     "h200": _hopper("NVIDIA H200", 141e9, 4.8e12),
 }
-# In a compiled program: loops of unknown length; callbacks, feeds and transfers; and
-# what decomposes, by the name that it was traced by.
+# Patterns in a compiled program: loops of unknown length; callbacks, feeds and
+# transfers; and decompositions, by the names of the traced functions.
 OPEN_LOOP = re.compile(r" while\((?!.*known_trip_count).*")
 HOST = re.compile(r" (?:in|out)feed\(|is_host_transfer=true|callback")
 DECOMPOSED = re.compile(r"[(/](svd|eigh|qr|cholesky|lu)[)/\"]")
@@ -117,7 +117,7 @@ SHORT = {"bf16": "bfloat16", "f32": "float32"}
 
 
 def term_of(name: str, *models: resnet.ResNet) -> Term:
-    """The row with all that it needs to be compared between student and teacher."""
+    """Makes the Term of a distance for these networks, with its layers and options."""
     if name == "none":
         return Term(none, weight=0.0, name=name)
     row = DISTANCES[name]
@@ -130,7 +130,7 @@ def term_of(name: str, *models: resnet.ResNet) -> Term:
 
 
 def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
-    """The traced program of ten steps, and the bytes of its state."""
+    """Returns the lowered program of the steps, and the bytes of its state."""
     setting = Setting("cifar", args.width, args.batch_size, args.dtype)
     student, teacher = networks(setting)
     term = term_of(name, student, teacher)
@@ -169,18 +169,18 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
 
 
 def measure(name: str, devices: Sequence[jax.Device], args) -> dict[str, object]:
-    """The row of a distance; with a note where there is nothing to compile."""
+    """Makes the row of a distance, with a note if nothing can be compiled."""
     try:
         lowered, state = lower(name, devices, args)
     except ImportError as error:
         return {"distance": name, "note": harness.missing_package(error)}
-    except ValueError as error:  # too few samples for it, for example
+    except ValueError as error:  # for example, too few samples
         return {"distance": name, "note": str(error).partition(";")[0]}
     dtypes = [SHORT.get(d, d) for d in CONVOLUTION.findall(lowered.as_text())]
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
-    except RuntimeError as error:  # of XLA's, memory among them
+    except RuntimeError as error:  # XLA's errors, such as too little memory
         first = str(error).partition("\n")[0]
         return {"distance": name, "failed": True, "note": f"fails: {first[:100]}"}
     seconds = time.perf_counter() - start
@@ -204,11 +204,11 @@ def measure(name: str, devices: Sequence[jax.Device], args) -> dict[str, object]
 
 
 def claims(rows: list[dict], memory: float, *, tall: bool) -> list[tuple]:
-    """``(claim, measured, limit)`` of every row, measured being at most the limit.
+    """Returns ``(claim, measured, limit)`` of every row; measured <= limit must hold.
 
     Args:
       rows: from `measure`.
-      memory: of the device, bytes.
+      memory: memory of the device in bytes.
       tall: whether a batch has more than twice as many samples as features.
     """
     found = []
@@ -235,21 +235,21 @@ def claims(rows: list[dict], memory: float, *, tall: bool) -> list[tuple]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     every = ["none", *DISTANCES]
     add = parser.add_argument
     add("--target", choices=list(TARGETS), default="h200")
-    add("--devices", type=int, default=1, help="of one program, up to 8")
+    add("--devices", type=int, default=1, help="devices of one program, up to 8")
     add("--distances", nargs="+", choices=every, default=every)
-    add("--batch-size", type=int, default=128, help="of all devices")
+    add("--batch-size", type=int, default=128, help="images on all devices")
     add("--width", type=int, default=64)
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    add("--steps", type=int, default=10, help="of a dispatch")
+    add("--steps", type=int, default=10, help="steps of a dispatch")
     add("--no-assert", action="store_true", help="compile only")
-    add("--json", metavar="FILE", help="write the rows there too")
+    add("--json", metavar="FILE", help="also write the rows to FILE")
     args = parser.parse_args()
     for field in ("batch_size", "width", "steps"):
         if getattr(args, field) < 1:
@@ -264,7 +264,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_devices(target: Target) -> list[jax.Device]:
-    """Devices that are described, not there."""
+    """Returns devices that are described but not present."""
     module = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}[target.platform]
     packages = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin jax-cuda12-pjrt"}
     try:
@@ -278,7 +278,7 @@ def find_devices(target: Target) -> list[jax.Device]:
         topology = topologies.get_topology_desc(
             platform=target.platform, **target.options
         )
-    except Exception as error:  # whatever a plugin raises
+    except Exception as error:  # a plugin may raise any error
         first = str(error).partition("\n")[0]
         raise SystemExit(
             f"the compiler for {target.platform} does not start: {first} (libtpu "
@@ -288,7 +288,7 @@ def find_devices(target: Target) -> list[jax.Device]:
 
 
 def main() -> None:
-    """Compiles, prints the table, checks the claims."""
+    """Compiles, prints the table and checks the claims."""
     args = parse_args()
     target = TARGETS[args.target]
     devices = find_devices(target)[: args.devices]

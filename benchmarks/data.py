@@ -1,17 +1,17 @@
-"""Seconds that loading takes, and images per second that are read while training.
+"""Measures the time of loading data, and images per second read while training.
 
     python benchmarks/data.py --data-dir DIR
 
-``DIR`` has the unpacked binary CIFAR-10.  From it are made, in a temporary folder, an
-archive like the official one and a folder of 60,000 PNG files of 32 x 32 pixels.  Each
-is loaded a first time and then again, with its files in the system's memory.  Then the
-PNG folder's memory-mapped images are streamed, as those of a set larger than the
-device.  With all of CIFAR-10 it asserts
+``DIR`` has the unpacked binary CIFAR-10.  The script makes an archive like the official
+one and a folder of 60,000 PNG files of 32 x 32 pixels in a temporary folder.  It loads
+each a first time and then again, with its files in the system's memory.  Then it
+streams the PNG folder's memory-mapped images, as for a data set that does not fit on
+the device. With all of CIFAR-10 it asserts
 
-- the archive again in 1.5 s at most;
-- the folder in 60 s at most the first time, again in 2 s at most;
-- 20,000 streamed images a second at least, three times what the fastest network of the
-  experiments trains on.
+- that loading the archive again takes at most 1.5 s;
+- that loading the folder takes at most 60 s the first time and 2 s again;
+- that at least 20,000 images per second are streamed, three times what the fastest
+  network of the experiments trains on.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from kddm_jax.data import stream
 
 ARCHIVED = "cifar-10-batches-bin"
 LIMITS = {("archive", "again"): 1.5, ("png", "first"): 60.0, ("png", "again"): 2.0}
-STREAMED, BATCH = 20_000, 128  # images a second, at least; images of a step
-ROUNDS = 3  # loads "again"; the median counts
+STREAMED, BATCH = 20_000, 128  # least images per second; images of a step
+ROUNDS = 3  # number of loads "again", of which the median is taken
 
 
 def write_archive(source: Path, folder: Path) -> None:
-    """An archive like the official one."""
+    """Writes an archive like the official one."""
     folder.mkdir()
     path = folder / "cifar-10-binary.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=6) as archive:
@@ -43,7 +43,7 @@ def write_archive(source: Path, folder: Path) -> None:
 
 
 def write_pngs(dataset: data.Dataset, folder: Path, images: int | None) -> None:
-    """Images as files, in the layout of the data set ``folder``."""
+    """Writes images as files in the layout of the data set ``folder``."""
     for split, pixels, labels in (
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
@@ -57,7 +57,7 @@ def write_pngs(dataset: data.Dataset, folder: Path, images: int | None) -> None:
 
 
 def measure(source: str, name: str, folder: Path) -> list[dict[str, object]]:
-    """Rows of the first load and of those after it."""
+    """Returns rows of the first load and of later ones."""
     rows = []
     for load in ("first", *["again"] * ROUNDS):
         start, cpu = time.perf_counter(), time.process_time()
@@ -79,7 +79,7 @@ def measure(source: str, name: str, folder: Path) -> list[dict[str, object]]:
 
 
 def streamed(dataset: data.Dataset) -> float:
-    """Images per second of an epoch of shuffled batches, the best of `ROUNDS`."""
+    """Measures images per second of shuffled batches, the best of `ROUNDS` epochs."""
     order = np.random.default_rng(0).permutation(len(dataset.train_labels))
     batch = min(BATCH, len(order))
     order = order[: len(order) // batch * batch].reshape(-1, batch)
@@ -94,20 +94,25 @@ def streamed(dataset: data.Dataset) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="another one has no archive row")
-    add("--data-dir", type=Path, metavar="DIR", help="with its files")
-    add("--images", type=int, metavar="N", help="PNG files of each split, not all")
-    add("--json", metavar="FILE", help="write the rows there too")
+    add("--dataset", default="cifar10", help="others have no archive row")
+    add("--data-dir", type=Path, metavar="DIR", help="folder of the data set")
+    add(
+        "--images",
+        type=int,
+        metavar="N",
+        help="PNG files of each split (all)",
+    )
+    add("--json", metavar="FILE", help="also write the rows to FILE")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints the table, checks the claims."""
+    """Measures, prints the table and checks the claims."""
     args = parse_args()
     rows = measure(args.dataset, args.dataset, args.data_dir)
     with tempfile.TemporaryDirectory(prefix="kddm-jax-data-") as temporary:

@@ -1,25 +1,26 @@
-"""Milliseconds and memory of every distance of the catalogue.
+"""Measures time and memory of every distance of the catalogue.
 
     python benchmarks/distances.py                                  # n = 128, d = 512
     python benchmarks/distances.py --n 64 256 1024 --d 128 512      # the whole grid
 
-Features are ReLU outputs ``[n, d]`` like a network's: of a student unrelated to the
-teacher (the first steps) and of one aligned with it (the last).  Rows that take labels
-are measured at 10, 100 and 1000 classes.  All calls of a size take turns in one
-process; numbers are medians over the rounds.  Of every size it asserts
+Features are ReLU outputs ``[n, d]`` as in a network.  The student is unrelated to the
+teacher (as in the first steps) or aligned with it (as in the last).  Distances that
+take labels are measured with 10, 100 and 1000 classes.  All calls of a size take turns
+in one process; numbers are medians over the rounds.  For every size the script asserts
 
-- no array of a row is larger than the largest of [n, n], [n, d], [d, d], [k, k],
-  [n, k] and [n, directions]: none has axes n, n and d, or n, d and classes;
+- that no array of a distance is larger than the largest of [n, n], [n, d], [d, d],
+  [k, k], [n, k] and [n, directions]: none has axes n, n and d, or n, d and classes;
 
-and, on a CPU,
+on a CPU also
 
-- class-conditional rows take the same time at 10 classes and at 1000, within 30 %;
+- that class-conditional distances take the same time for 10 and 1000 classes, within
+  30 %;
 
-and, on a CPU at the default size,
+and on a CPU at the default size
 
-- exact W2 in 3 ms at most, full Gaussian W2 in 5 ms at most;
-- class-conditional in 1.3 times its unconditional twin at most (median over rounds of
-  the ratio): CW2 (exact, Sinkhorn) and Gaussian CW2.
+- that exact W2 takes at most 3 ms and full Gaussian W2 at most 5 ms;
+- that class-conditional distances take at most 1.3 times as long as their unconditional
+  forms (median ratio over rounds): CW2 (exact, Sinkhorn) and Gaussian CW2.
 """
 
 import os
@@ -42,7 +43,7 @@ import numpy as np
 
 from kddm_jax.distances import DISTANCES
 
-SIZE = (128, 512)  # n and d for which the limits in milliseconds are made
+SIZE = (128, 512)  # n and d of the limits in milliseconds
 CLASSES = (10, 100, 1000)
 LIMITS_MS = {"w2/exact": 3.0, "w2_gaussian": 5.0}
 RATIO = 1.3
@@ -52,9 +53,9 @@ TWINS = {
     "cw2/sinkhorn": "w2/sinkhorn",
     "cw2_gaussian": "w2_gaussian",
 }
-# Rows whose time no iteration decides.
+# Distances whose time does not depend on a number of iterations.
 FLAT = ("cw2/exact", "cw2_gaussian", "ckl_gaussian", "cmmd_rbf")
-VARIANTS = {  # in place of the row's default
+VARIANTS = {  # measured instead of the default
     "w2": ("w2/exact", "w2/sinkhorn", "w2/entropic"),
     "cw2": ("cw2/exact", "cw2/sinkhorn", "cw2/entropic"),
     "w2_gaussian": ("w2_gaussian", "w2_gaussian/newton_schulz", "w2_gaussian/diag"),
@@ -64,7 +65,7 @@ PARTS = ("value", "gradient")
 
 
 class Case(NamedTuple):
-    """What is measured: classes is None where labels have no part."""
+    """Describes a measurement; classes is None for distances without labels."""
 
     name: str
     classes: int | None
@@ -73,7 +74,7 @@ class Case(NamedTuple):
 
 
 def make_batch(n: int, d: int, student: str, classes: int) -> dict[str, list]:
-    """The arrays that `Distance.inputs` names, student's first."""
+    """Makes the arrays that `Distance.inputs` names, the student's first."""
     rng = np.random.default_rng(0)
     scale = rng.uniform(0.3, 2.0, d)  # some features are larger than others
     labels = rng.integers(0, classes, n)
@@ -103,8 +104,8 @@ def make_batch(n: int, d: int, student: str, classes: int) -> dict[str, list]:
 
 
 def class_cost(classes: int) -> jax.Array:
-    """A price between classes as a teacher sets it."""
-    # 1 - CKA of the released teacher's classes lies between .48 and .88 on CIFAR-100.
+    """Makes a cost between classes like that of a teacher."""
+    # 1 - CKA of the released teacher's classes is between .48 and .88 on CIFAR-100.
     distance = np.random.default_rng(1).uniform(0.48, 0.88, (classes, classes))
     distance = (distance + distance.T) / 2 * (1 - np.eye(classes))
     return 1 - jnp.exp(-jnp.asarray(distance, jnp.float32))
@@ -115,7 +116,7 @@ def class_cost(classes: int) -> jax.Array:
 
 
 def arrays_of(jaxpr) -> Iterator[int]:
-    """Numbers of elements of all that a program computes, loops and calls included."""
+    """Yields the sizes of all arrays of a program, including loops and calls."""
     for equation in jaxpr.eqns:
         yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
         for parameter in jax.tree.leaves(
@@ -127,7 +128,7 @@ def arrays_of(jaxpr) -> Iterator[int]:
 
 
 class Programs:
-    """Compiled values and gradients; those of equal shapes are compiled once."""
+    """Compiles values and gradients, once for each shape."""
 
     def __init__(self, name: str):
         """Looks the distance up."""
@@ -136,11 +137,11 @@ class Programs:
         self._made = {}
 
     def arrays(self, batch: Mapping[str, list]) -> list[jax.Array]:
-        """The row's arguments."""
+        """Returns the arguments of the distance."""
         return [array for kind in self.row.inputs for array in batch[kind]]
 
     def make(self, batch: Mapping[str, list]) -> dict[str, object]:
-        """Of the batch's shapes: both programs, memory, largest array, iterations."""
+        """Makes both programs for a batch; measures memory, arrays and iterations."""
         arrays = self.arrays(batch)
         shapes = tuple(array.shape for array in arrays)
         if shapes not in self._made:
@@ -153,7 +154,7 @@ class Programs:
         return {**made, "iterations": stats and int(stats["iterations"])}
 
     def compile(self, arrays: list[jax.Array]) -> dict[str, object]:
-        """Both programs of such arguments, their memory and largest array."""
+        """Compiles both programs; returns them, their memory and largest array."""
         options = {**dict(self.row.options), **self.options}
         fn = lambda *a: self.row.fn(*a, **options)
         both = jax.value_and_grad(fn)
@@ -172,9 +173,9 @@ class Programs:
 
 
 def cases(names: list[str], classes: tuple[int, ...]) -> list[tuple[str, int | None]]:
-    """``(name, classes)``; a class-conditional case stands right behind its twin.
+    """Lists ``(name, classes)``, class-conditional cases after unconditional ones.
 
-    So both meet the same load in every round.
+    Both then see the same load in every round.
     """
     result = []
     for name in names:
@@ -186,7 +187,7 @@ def cases(names: list[str], classes: tuple[int, ...]) -> list[tuple[str, int | N
                     result += [(conditional, k) for k in classes]
         elif name not in TWINS:
             result += [(name, k) for k in (classes if labelled else (None,))]
-    # A class row whose twin was not asked for.
+    # Class-conditional distances without their unconditional form.
     alone = [n for n in names if n in TWINS and TWINS[n] not in names]
     return result + [(name, k) for name in alone for k in classes]
 
@@ -198,7 +199,7 @@ def cases(names: list[str], classes: tuple[int, ...]) -> list[tuple[str, int | N
 def measure(
     names: list[str], n: int, d: int, args: argparse.Namespace, deadline: float
 ) -> tuple[dict, dict, dict]:
-    """Seconds of every case and round, what its program is, and why it is missing."""
+    """Measures every case; returns seconds, facts of programs and notes."""
     calls, facts, notes = {}, {}, {}
     made = {name: Programs(name) for name in names}
     for name, classes in cases(names, tuple(args.classes)):
@@ -217,21 +218,21 @@ def measure(
             for part in PARTS:
                 call = lambda f=found[part], a=arrays: jax.block_until_ready(f(*a))
                 calls[Case(name, classes, student, part)] = call
-    # Twins take turns: of every student and part, not one after the other.
+    # The two forms of a distance take turns for every student and part.
     order = sorted(calls, key=lambda c: (STUDENTS.index(c.student), c.part))
     calls = {case: calls[case] for case in order}
     return harness.interleaved(calls, args.rounds, deadline, most=3), facts, notes
 
 
 def largest_allowed(n: int, d: int, classes: int) -> int:
-    """Elements of the largest matrix that a row may have."""
+    """Returns the number of elements of the largest allowed matrix."""
     directions = inspect.signature(DISTANCES["sliced_w2"].fn).parameters
     width = max(n, d, classes, directions["num_projections"].default)
     return max(n * width, d * d, classes * classes)
 
 
 def claims_of_arrays(facts, n, d, classes) -> list[tuple[str, float, float]]:
-    """``(claim, measured, limit)``: the largest array, in units of what is allowed."""
+    """Returns ``(claim, measured, limit)``: the largest array over the allowed one."""
     largest = {}
     for (name, k, _), found in facts.items():
         share = found["largest"] / largest_allowed(n, d, k or classes[0])
@@ -243,7 +244,7 @@ def claims_of_arrays(facts, n, d, classes) -> list[tuple[str, float, float]]:
 def claims_of_time(
     seconds: Mapping[Case, list[float]], n: int, d: int, classes: tuple[int, ...]
 ) -> list[tuple[str, float, float]]:
-    """``(claim, measured, limit)`` of every claim in time that was measured."""
+    """Returns ``(claim, measured, limit)`` of every claim about time."""
     found = []
     for case, taken in seconds.items():
         if case.part != "gradient":
@@ -266,7 +267,7 @@ def claims_of_time(
 
 
 def rows_of(seconds, facts, notes, names, n, d, classes) -> list[dict[str, object]]:
-    """One record of every distance, number of classes and student."""
+    """Makes a record for every distance, number of classes and student."""
     rows = []
     for name, k in cases(names, classes):
         for student in STUDENTS:
@@ -283,7 +284,7 @@ def rows_of(seconds, facts, notes, names, n, d, classes) -> list[dict[str, objec
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """A line of every distance: both students side by side."""
+    """Makes the table, with one line per distance for both students."""
     columns = ["distance", "n", "d", "classes"]
     for student in STUDENTS:
         columns += [f"{student}: value ms", "and gradient ms", "iterations"]
@@ -300,22 +301,27 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--n", type=int, nargs="+", default=[SIZE[0]], help="samples")
     add("--d", type=int, nargs="+", default=[SIZE[1]], help="features")
     add("--classes", type=int, nargs="+", default=CLASSES, help="ascending")
     add("--rounds", type=int, default=30)
-    add("--minutes", type=float, default=10, help="then three rounds of a size at most")
+    add(
+        "--minutes",
+        type=float,
+        default=10,
+        help="then at most three rounds of a size",
+    )
     add("--distances", nargs="+", help='keys, or "key/choice" such as w2/exact')
-    add("--json", metavar="FILE", help="write the rows there too")
+    add("--json", metavar="FILE", help="also write the rows to FILE")
     add("--no-assert", action="store_true", help="measure only")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints the table, checks the claims."""
+    """Measures, prints the table and checks the claims."""
     args = parse_args()
     names = args.distances or [v for k in DISTANCES for v in VARIANTS.get(k, (k,))]
     deadline = time.perf_counter() + 60 * args.minutes

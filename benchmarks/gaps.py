@@ -1,4 +1,4 @@
-"""Milliseconds a step in which a device has nothing to do, from a profiler's trace."""
+"""Measures how long a device is idle in a step, from a profiler's trace."""
 
 import re
 import tempfile
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 
-# Lines of a trace on which a device's own work stands: a GPU's streams, a TPU's
-# operations, the threads in which XLA computes on a CPU.  Others repeat the same work
-# under other names, whole programs among them, and would hide what lies between.
+# Lines of a trace that show a device's work: the streams of a GPU, the operations of a
+# TPU, the threads of XLA on a CPU.  Other lines repeat the same work under other names,
+# for example as whole programs, and would hide the gaps.
 LINES = {
     "gpu": ("/device:GPU:", re.compile(r"Stream #")),
     "tpu": ("/device:TPU:", re.compile(r"XLA Ops$")),
@@ -18,17 +18,17 @@ LINES = {
 
 
 def idle_ms(dispatch: Callable[[], object], dispatches: int) -> float | None:
-    """Time between the first and the last piece of work in which there is none.
+    """Measures the idle time between the first and the last piece of work.
 
-    Dispatches follow each other as in training: none is awaited but the last.
+    Dispatches follow each other as in training: only the last one is awaited.
 
     Args:
-      dispatch: queues the work of one dispatch and returns what it gives.
-      dispatches: how many, at least two.
+      dispatch: function that queues the work of one dispatch and returns its results.
+      dispatches: number of dispatches, at least two.
 
     Returns:
-      Milliseconds a dispatch, of those that follow another; None where the trace says
-      nothing of the device.
+      Milliseconds per dispatch, not counting the first; None if the trace does not
+      contain the device.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -54,13 +54,13 @@ def _intervals(trace) -> Iterator[tuple[float, float]]:
 
 
 def idle_ns(work: Iterable[tuple[float, float]]) -> float:
-    """Length of what no interval covers, from the first's start to the last's end.
+    """Computes the time that no interval covers, from first start to last end.
 
     Args:
       work: ``(start, end)``, sorted by start.
 
     Returns:
-      Its length, in their unit.
+      The time, in the unit of the intervals.
     """
     idle, until = 0.0, None
     for start, end in work:

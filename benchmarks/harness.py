@@ -1,8 +1,8 @@
-"""What the benchmarks share: distances by name, interleaved rounds, tables.
+"""Shared parts of the benchmarks: distances by name, interleaved rounds, tables.
 
-Timings on a shared machine drift by more than the differences in question.  Hence
-every comparison is made in one run, in rounds of one call each, and what is
-compared are medians over the rounds, or the median of the rounds' own differences.
+Timings on a shared machine drift by more than the differences of interest.  Every
+comparison is therefore made in one run, in rounds of one call each, and compares
+medians over the rounds, or takes the median of the differences within rounds.
 """
 
 import importlib.metadata
@@ -20,14 +20,14 @@ from pathlib import Path
 
 import jax
 
-# From a checkout where the package is not installed, take the one beside us.
+# Without an installed package, use the one in this checkout.
 if importlib.util.find_spec("kddm_jax") is None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from kddm_jax.distances import DISTANCES, Distance  # noqa: E402
 from kddm_jax.numerics.convolution import prefer_eigen  # noqa: E402
 
-prefer_eigen()  # as the experiments do, before JAX looks for its devices
+prefer_eigen()  # before JAX looks for devices, as in the experiments
 
 # A variant of a distance is written "key/choice": "w2/exact", "w2_gaussian/diag".
 CHOICES: Mapping[str, str] = {
@@ -42,7 +42,7 @@ CHOICES: Mapping[str, str] = {
 
 
 def parse_distance(name: str) -> tuple[Distance, dict[str, object]]:
-    """The row and the options of ``"key"`` or ``"key/choice"``."""
+    """Returns the distance and the options of ``"key"`` or ``"key/choice"``."""
     key, _, choice = name.partition("/")
     if key not in DISTANCES:
         raise SystemExit(f"unknown distance {key!r}; known: {', '.join(DISTANCES)}")
@@ -52,12 +52,12 @@ def parse_distance(name: str) -> tuple[Distance, dict[str, object]]:
 
 
 def weight_of(row: Distance) -> float:
-    """A default of its lambda, whatever the normalization: it decides no time."""
+    """Returns any default lambda; it has no influence on time."""
     return next(iter(row.weights.values()), 1.0)
 
 
 def missing_package(error: ImportError) -> str:
-    """What to write in the row of a distance whose package is not installed."""
+    """Returns the note for a distance whose package is not installed."""
     package = (error.name or str(error)).partition(".")[0]
     return "needs " + {"ott": "ott-jax"}.get(package, package)
 
@@ -69,16 +69,16 @@ def interleaved(
     least: float = 0.0,
     most: float = 1e99,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, each call once a round, in any order.
+    """Times every call once in every round, in random order.
 
-    In one order the same call would always come after another's caches.
+    In a fixed order a call would always find the caches of the same other call.
 
     Args:
-      calls: by name; each must block until its work is done.
+      calls: calls by name; each must block until its work is done.
       rounds: number of rounds.
-      deadline: `time.perf_counter` after which no round but the first three starts.
-      least: seconds in all before which a call goes on after the last round.
-      most: seconds in all after which a call takes no more turns but its first three.
+      deadline: `time.perf_counter` after which only the first three rounds start.
+      least: total seconds up to which a call continues after the last round.
+      most: total seconds after which a call takes only its first three turns.
 
     Returns:
       Seconds by name, one number for each of the first rounds.
@@ -101,12 +101,12 @@ def interleaved(
 
 
 def median_of(fn: Callable[..., float], *columns: Sequence[float]) -> float:
-    """The median of ``fn`` of the timings of the rounds that all columns have."""
+    """Computes the median of ``fn`` over the rounds that all columns have."""
     return statistics.median(fn(*row) for row in zip(*columns, strict=False))
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python, JAX and the packages, "absent" where not installed."""
+    """Returns versions of Python, JAX and packages; "absent" if not installed."""
     found = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "flax", "numpy", *packages):
         try:
@@ -117,7 +117,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Arguments, results and temporaries of a program, as XLA plans them."""
+    """Returns bytes of arguments, results and temporaries, as XLA plans them."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None
@@ -127,7 +127,7 @@ def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def device_name() -> str:
-    """The accelerator's kind, or the processor's model and its number of cores."""
+    """Returns the kind of accelerator, or the processor and its number of cores."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -147,12 +147,12 @@ def _usable_cores() -> int:
 
 
 def load_average() -> str:
-    """How busy the machine is, for the caption."""
+    """Returns the load of the machine for the caption."""
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; None is a dash, numbers keep three digits."""
+    """Makes a Markdown table; None is a dash, numbers keep three digits."""
     texts = [[_cell(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]
     line = lambda cells: (
@@ -173,6 +173,6 @@ def _cell(value: object) -> str:
 
 
 def write_json(path: str | None, report: Mapping[str, object]) -> None:
-    """Writes the report, if a file was asked for."""
+    """Writes the report if there is a path."""
     if path is not None:
         Path(path).write_text(json.dumps(report, indent=1) + "\n")

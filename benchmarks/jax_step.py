@@ -1,4 +1,4 @@
-"""Our distillation step as a program of `step.py`."""
+"""Makes our distillation step a program of `step.py`."""
 
 import statistics
 import time
@@ -19,7 +19,7 @@ TX = optax.sgd(LEARNING_RATE, momentum=0.9, nesterov=True)
 
 
 def networks(setting: Setting) -> tuple[resnet.ResNet, resnet.ResNet]:
-    """Student and teacher."""
+    """Makes student and teacher."""
     options = {
         "num_classes": CLASSES,
         "stem": setting.stem,
@@ -30,7 +30,7 @@ def networks(setting: Setting) -> tuple[resnet.ResNet, resnet.ResNet]:
 
 
 def make_step(setting: Setting, student: resnet.ResNet, teacher: resnet.ResNet, **loss):
-    """The step; ``loss`` goes to `train_step.make_train_step`."""
+    """Makes the step; ``loss`` goes to `train_step.make_train_step`."""
     return train_step.make_train_step(
         adapters.linen_apply(student),
         adapters.linen_apply(teacher),
@@ -43,10 +43,10 @@ def make_step(setting: Setting, student: resnet.ResNet, teacher: resnet.ResNet, 
 
 
 def make_models(setting: Setting, images: np.ndarray):
-    """``(student, variables), (teacher, variables)``, random.
+    """Makes random ``(student, variables), (teacher, variables)``.
 
-    The teacher's statistics are those of a batch: with the initial ones its features
-    would grow by a factor of two at every block.
+    The teacher's statistics are those of a batch; with the initial ones its features
+    would grow by a factor of two in every block.
     """
     student, teacher = networks(setting)
     inputs = (jnp.asarray(images[:128], jnp.float32) / 255 - MEAN) / STD
@@ -57,7 +57,7 @@ def make_models(setting: Setting, images: np.ndarray):
 
     @jax.jit
     def calibrated(variables):
-        """Statistics of the batch itself, from an average with momentum 0.9."""
+        """Recovers the statistics of the batch from an average with momentum 0.9."""
         _, stats = adapters.linen_apply(teacher)(variables, inputs, train=True)
         undo = lambda new, old: (new - 0.9 * old) / 0.1
         stats = jax.tree.map(undo, stats, variables["batch_stats"])
@@ -67,18 +67,18 @@ def make_models(setting: Setting, images: np.ndarray):
 
 
 def count_parameters(variables) -> int:
-    """The number of parameters, statistics left out."""
+    """Counts parameters, without statistics."""
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def none(x: jax.Array, y: jax.Array) -> jax.Array:
-    """No distance, but the teacher's features are used: else XLA drops the teacher."""
+    """Uses the teacher's features without a distance; else XLA drops the teacher."""
     del x
     return jnp.mean(y)
 
 
 class JaxStep:
-    """Our step, compiled; a call makes one dispatch and waits for its losses."""
+    """Compiles our step; a call makes one dispatch and waits for its losses."""
 
     def __init__(self, setting: Setting, distance: str | Distance, data: Data, models):
         """Traces, compiles and runs once; ``models`` are from `make_models`."""
@@ -92,7 +92,7 @@ class JaxStep:
             loss = {"distance": key, "weight": harness.weight_of(row), **options}
         self.step = make_step(setting, student, teacher, axis_name=None, **loss)
         state = train_step.create_state(student_variables, TX)
-        # A copy: the state is donated, the student's variables serve all programs.
+        # A copy, because the state is donated and all programs share these variables.
         self.state = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
         self.rest = (teacher_variables, *map(jnp.asarray, data))
         self.indices = data.indices
@@ -106,7 +106,7 @@ class JaxStep:
         self.first_s = time.perf_counter() - start
 
     def __call__(self) -> None:
-        """Makes one dispatch; reading the losses waits for it."""
+        """Makes one dispatch and waits for it by reading the losses."""
         metrics = self.dispatch(self.rest[-1])
         self.losses.extend(np.asarray(metrics["loss"]).tolist())
         for name, values in metrics.items():
@@ -116,33 +116,33 @@ class JaxStep:
                 self.converged &= bool(np.all(values))
 
     def dispatch(self, indices) -> dict[str, jax.Array]:
-        """Queues a dispatch and returns its metrics, which are not there yet."""
+        """Queues a dispatch and returns its metrics without waiting for them."""
         *rest, _ = self.rest
         self.state, metrics = self.run(self.state, *rest, indices)
         return metrics
 
     def gap_ms(self, dispatches: int) -> float | None:
-        """Of a step, in which the device waits for the host, as `gaps.idle_ms`.
+        """Measures the time in a step in which the device is idle (`gaps.idle_ms`).
 
-        The median of three traces.  Indices come from the host, as in training.
+        This is the median of three traces.  Indices come from the host, as in training.
         """
         one = lambda: gaps.idle_ms(lambda: self.dispatch(self.indices), dispatches)
         idle = [one() for _ in range(3)]
         return None if None in idle else statistics.median(idle) / len(self.indices)
 
     def memory_gb(self) -> float | None:
-        """Arguments, results and temporaries of the program, as XLA plans them."""
+        """Returns GB of arguments, results and temporaries, as XLA plans them."""
         planned = harness.planned_bytes(self.run)
         return planned and planned / 1e9
 
     def flops(self) -> float | None:
-        """Of one step, as XLA counts them before it optimises; no padding counted.
+        """Returns FLOP of one step as XLA counts them before optimisation.
 
-        After optimisation, convolutions are calls of a library.
+        Padding is not counted. After optimisation, convolutions are calls of a library.
         """
         teacher_variables, images, labels, indices = self.rest
         lowered = self.lowered
-        if len(indices) > 1:  # a step alone: how often a loop runs is not known there
+        if len(indices) > 1:  # one step only: the count of a loop is unknown
             batch = images[indices[0]], labels[indices[0]]
             lowered = jax.jit(self.step).lower(self.state, teacher_variables, *batch)
         return (lowered.cost_analysis() or {}).get("flops")

@@ -1,13 +1,13 @@
-"""Time and memory of every distance as samples and classes grow: a table and a plot.
+"""Measures time and memory of every distance for more samples and classes.
 
     python benchmarks/scale.py --plot benchmarks/scale.png
     python benchmarks/scale.py --distances w2 cw2 --n 64 4096 --d 512
 
-Value and gradient of each row at n = 64 ... 4096 samples of 10 classes, then of rows
-that take labels or predictions at 10 ... 1000 classes of 256 samples.  A row whose call
-took longer than ``--seconds`` is not tried at the next size.  Asserts that from each
-size to the next the memory beside the arguments grows no faster than the largest
-matrix does, [n, n], [n, d], [d, d], [k, k] or [n, k], with a quarter to spare.
+Measures value and gradient of each distance for n = 64 ... 4096 samples of 10 classes,
+then of distances that take labels or predictions for 10 ... 1000 classes of 256
+samples. A distance that took longer than ``--seconds`` is not tried at the next size.
+Asserts that from one size to the next, the memory besides the arguments grows at most a
+quarter faster than the largest matrix: [n, n], [n, d], [d, d], [k, k] or [n, k].
 """
 
 import os
@@ -27,11 +27,11 @@ import jax
 from kddm_jax.distances import DISTANCES
 
 SPARE = 1.25
-LEAST_BYTES = 1e6  # less memory than this is not asserted
+LEAST_BYTES = 1e6  # smaller amounts of memory are not asserted
 
 
 def measure(name: str, n: int, classes: int, args) -> dict[str, object]:
-    """A row's milliseconds and bytes at one size, or a note."""
+    """Measures milliseconds and bytes of a distance at one size, or gives a note."""
     found = {"distance": name, "n": n, "classes": classes}
     batch = distances.make_batch(n, args.d, "unrelated", classes)
     programs = distances.Programs(name)
@@ -48,7 +48,7 @@ def measure(name: str, n: int, classes: int, args) -> dict[str, object]:
 
 
 def grow(name: str, sizes: list[tuple[int, int]], args) -> list[dict[str, object]]:
-    """A row at each ``(n, classes)``, until a call takes too long."""
+    """Measures each ``(n, classes)`` until a call takes too long."""
     rows, slow = [], False
     for n, classes in sizes:
         if slow:
@@ -62,7 +62,7 @@ def grow(name: str, sizes: list[tuple[int, int]], args) -> list[dict[str, object
 
 
 def claims(rows: list[dict], d: int) -> list[tuple[str, float, float]]:
-    """``(claim, measured, limit)``: growth of memory by that of the largest matrix."""
+    """Returns ``(claim, measured, limit)`` for the growth of memory."""
     found = []
     for before, after in zip(rows, rows[1:], strict=False):
         if not all(row.get("memory", 0) > LEAST_BYTES for row in (before, after)):
@@ -78,7 +78,7 @@ def claims(rows: list[dict], d: int) -> list[tuple[str, float, float]]:
 
 
 def table(groups: dict[str, list[dict]], key: str, sizes: list[int]) -> str:
-    """A line per row: milliseconds at every size, megabytes at the largest reached."""
+    """Makes a table of milliseconds at every size and MB at the largest."""
     lines = []
     for name, rows in groups.items():
         cells = [row.get("ms", row.get("note")) for row in rows]
@@ -89,7 +89,7 @@ def table(groups: dict[str, list[dict]], key: str, sizes: list[int]) -> str:
 
 
 def plot(groups: dict[str, dict[str, list[dict]]], path: Path, title: str) -> None:
-    """Draws milliseconds and megabytes against samples, and milliseconds by classes."""
+    """Draws milliseconds and MB against samples, and milliseconds against classes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -126,7 +126,7 @@ def plot(groups: dict[str, dict[str, list[dict]]], path: Path, title: str) -> No
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,15 +135,15 @@ def parse_args() -> argparse.Namespace:
     add("--classes", type=int, nargs="+", default=[10, 100, 1000])
     add("--d", type=int, default=128, help="features")
     add("--rounds", type=int, default=5)
-    add("--seconds", type=float, default=0.5, help="after which a row stops growing")
+    add("--seconds", type=float, default=0.5, help="limit to try the next size")
     add("--distances", nargs="+", help='keys, or "key/choice" such as w2/exact')
-    add("--plot", type=Path, metavar="FILE", help="draw it there")
-    add("--json", metavar="FILE", help="write the rows there too")
+    add("--plot", type=Path, metavar="FILE", help="draw the plot to FILE")
+    add("--json", metavar="FILE", help="also write the rows to FILE")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints both tables, draws, checks the claims."""
+    """Measures, prints both tables, draws and checks the claims."""
     args = parse_args()
     variants = distances.VARIANTS
     names = args.distances or [v for k in DISTANCES for v in variants.get(k, (k,))]

@@ -1,14 +1,14 @@
-"""What a command waits for: the import of the package, and the first training step.
+"""Measures how long a command needs to import the package and make its first step.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --rounds 9 --no-steps
 
 Imports are timed in fresh processes that take turns.  The first step is that of
-`experiments/cifar.py` on digits, from the start of the student's run to its losses,
-with an empty compilation cache and again with the one that this left.  Asserts that
-importing the loss and all distances takes at most 1.3 times the import of JAX, Flax and
-Optax, without which nothing of it runs (ott is imported by the first solve), and that a
-filled cache saves time.
+`experiments/cifar.py` on digits, from the start of a run to its first losses, with an
+empty compilation cache and again with the filled one.  Asserts that importing the loss
+and all distances takes at most 1.3 times as long as importing JAX, Flax and Optax,
+which they need (ott is imported by the first solve), and that a filled cache saves
+time.
 """
 
 import argparse
@@ -45,13 +45,13 @@ def _run(*command):
 
 
 def importing(modules: str):
-    """A call that imports modules in a process of its own."""
+    """Makes a call that imports modules in a new process."""
     lines = f"import warnings; warnings.simplefilter('ignore'); import {modules}"
     return lambda: _run(sys.executable, "-c", lines)
 
 
 def first_steps(folder: Path) -> dict[str, float]:
-    """Seconds to the first step of every run, in the order of the runs."""
+    """Returns seconds to the first step of every run, in the order of the runs."""
     out, cache = folder / "out", folder / "cache"
     options = ("--out", str(out), "--compilation-cache", str(cache))
     _run(sys.executable, str(ROOT / "experiments/cifar.py"), *DIGITS, *options)
@@ -62,7 +62,7 @@ def first_steps(folder: Path) -> dict[str, float]:
 
 
 def measure_steps() -> dict[str, dict[str, float]]:
-    """The first steps with an empty cache, then with a filled one."""
+    """Measures first steps with an empty and then with a filled cache."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "filled"):
@@ -72,14 +72,14 @@ def measure_steps() -> dict[str, dict[str, float]]:
 
 
 def broken(seconds, steps) -> list[str]:
-    """Says which claims do not hold.
+    """Lists the claims that do not hold.
 
     Args:
-      seconds: of every import, a list per name of `IMPORTS`.
-      steps: as of `measure_steps`, or empty.
+      seconds: times of imports, a list for each name of `IMPORTS`.
+      steps: result of `measure_steps`, or empty.
 
     Returns:
-      A line each.
+      One line for each claim.
     """
     found = []
     ratio = harness.median_of(lambda a, b: a / b, seconds[OURS], seconds[BASE])
@@ -93,12 +93,12 @@ def broken(seconds, steps) -> list[str]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=7, help="imports of each")
+    add("--rounds", type=int, default=7, help="number of imports of each")
     add("--no-steps", action="store_true", help="imports only")
     add("--no-assert", action="store_true", help="measure only")
     add("--json", help="file for the numbers")
@@ -106,10 +106,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints the tables, checks the claims."""
+    """Measures, prints the tables and checks the claims."""
     args = parse_args()
     calls = {name: importing(modules) for name, modules in IMPORTS.items()}
-    calls[OURS]()  # compiles the byte code
+    calls[OURS]()  # compiles the bytecode
     seconds = harness.interleaved(calls, args.rounds)
     rows = [
         (name, statistics.median(taken), harness.median_of(

@@ -1,15 +1,15 @@
-"""Images per second of the whole distillation step, beside the same step in PyTorch.
+"""Measures images per second of the distillation step, compared with PyTorch.
 
     python benchmarks/step.py                 # sensible settings for this machine
     python benchmarks/step.py --width 64 --stem cifar --batch-size 1024 --dtype bfloat16
 
-One step is crop, flip and normalisation of uint8 images that stay on the device, a
+A step is crop, flip and normalisation of uint8 images that stay on the device, a
 ResNet34 teacher in evaluation mode, a ResNet18 student forward and backward, the
 distance and an SGD update with Nesterov momentum, on one device.  All programs of a
-setting take turns; PyTorch has a process of its own.  Networks are random, the
-teacher's statistics are those of a batch.  Asserts that both frameworks run networks of
-the same number of parameters, that every loss is finite, and, of the settings that are
-the default for this kind of machine, what `LIMITS` says of times and shares.
+setting take turns; PyTorch has its own process.  Networks are random, and the teacher's
+statistics are those of a batch.  Asserts that both frameworks run networks with the
+same number of parameters, that every loss is finite, and, for the default settings of
+this kind of machine, the times and shares of `LIMITS`.
 """
 
 import os
@@ -17,7 +17,7 @@ import os
 # Before the first import of NumPy or JAX: OpenBLAS's own threads turn the 1 ms SVD
 # of the Gaussian distances into 800 ms when another job keeps a core busy.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# JAX would take three quarters of a GPU for itself and leave PyTorch the rest.
+# Otherwise JAX would reserve three quarters of a GPU's memory, and PyTorch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import argparse
@@ -35,24 +35,22 @@ from workload import Setting, default_settings, make_data, peak_tflops
 from kddm_jax.adapters import STEMS
 
 OUT_OF_TIME = "not run: out of time"
-ENOUGH = 40.0  # seconds of a program, after three rounds
-TRACED = (
-    1.0  # seconds, at least two dispatches, of a trace in which gaps are looked for
-)
-LEAST = 10.0  # seconds of a program: medians of one second vary by a tenth
-# By platform, of its default settings: the step's time over PyTorch's by stem, and, at
-# the largest of these settings, the step's with a distance of KD2M over its time
+ENOUGH = 40.0  # most seconds of a program after three rounds
+TRACED = 1.0  # seconds of a trace for gaps, or two dispatches
+LEAST = 10.0  # least seconds of a program; medians of one second vary by a tenth
+# Limits for the default settings of each platform. By stem: the step's time over
+# PyTorch's. For the largest setting: the step's time with a distance of KD2M over that
 # without, and the least share of the device's peak in bfloat16.
 LIMITS = {
     "cpu": {"imagenet": 1.0, "cifar": 1.6, "distance": 1.05},
     "gpu": {"cifar": 1.0, "distance": 1.1, "peak": 0.3},
 }
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
-SLOW = "w2_gaussian/svd"  # on accelerators, where the default is beside it
+SLOW = "w2_gaussian/svd"  # for comparison, on accelerators
 
 
 def start_torch(args: argparse.Namespace) -> TorchProcess | None:
-    """PyTorch's process, or None where it is absent or not wanted."""
+    """Starts PyTorch's process; returns None if it is absent or not wanted."""
     if args.no_torch or not (args.torch_python or find_spec("torch")):
         return None
     try:
@@ -62,7 +60,7 @@ def start_torch(args: argparse.Namespace) -> TorchProcess | None:
 
 
 def wanted_programs(distances, torch, args) -> list[tuple[str, str]]:
-    """``(framework, distance)`` of every row; PyTorch knows few distances."""
+    """Lists ``(framework, distance)`` of every row; PyTorch has few distances."""
     wanted = [("JAX", distance) for distance in distances]
     if torch is None:
         return wanted
@@ -74,7 +72,7 @@ def wanted_programs(distances, torch, args) -> list[tuple[str, str]]:
 
 
 def make_programs(setting, data, wanted, torch, deadline):
-    """The programs by ``(framework, distance)``, and why there is none of others."""
+    """Makes programs by ``(framework, distance)``, and notes on missing ones."""
     programs, notes = {}, {}
     models = None
     for framework, distance in wanted:
@@ -102,11 +100,11 @@ def make_programs(setting, data, wanted, torch, deadline):
                 assert ours == theirs, f"parameters: JAX {ours}, PyTorch {theirs}"
         except ImportError as error:
             notes[framework, distance] = harness.missing_package(error)
-        except ValueError as error:  # it needs what this step has not: maps, a cost
+        except ValueError as error:  # it needs maps or a cost, which this step lacks
             if distance == "none":
                 raise
             notes[framework, distance] = str(error).partition(";")[0]
-        except RuntimeError as error:  # of XLA's and PyTorch's, memory among them
+        except RuntimeError as error:  # such as too little memory
             if framework == "JAX" and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             notes[framework, distance] = f"failed: {type(error).__name__}"
@@ -119,8 +117,8 @@ def make_programs(setting, data, wanted, torch, deadline):
 
 
 def measure(setting, distances, torch, args, deadline) -> list[dict]:
-    """The rows of one setting."""
-    # XLA:CPU is many times slower inside a loop: one step a dispatch there.
+    """Measures one setting; returns its rows."""
+    # XLA:CPU is many times slower inside a loop, so a dispatch is one step there.
     steps = 1 if jax.default_backend() == "cpu" else min(10, args.steps)
     data = make_data(setting.batch, steps)
     wanted = wanted_programs(distances, torch, args)
@@ -173,15 +171,15 @@ def measure(setting, distances, torch, args, deadline) -> list[dict]:
 def claims(
     rows: list[dict], platform: str, *, same_device: bool
 ) -> list[tuple[str, float, float]]:
-    """What the rows say of `LIMITS`: ``(claim, measured, limit)``.
+    """Compares the rows with `LIMITS`; returns ``(claim, measured, limit)``.
 
     Args:
       rows: from `measure`.
-      platform: of JAX.
+      platform: JAX's platform.
       same_device: whether PyTorch ran on the device that JAX ran on.
 
     Returns:
-      Nothing of a platform that `LIMITS` does not know.
+      An empty list for a platform without limits.
     """
     if platform not in LIMITS:
         return []
@@ -235,7 +233,7 @@ COLUMNS = {
 
 
 def table(rows: list[dict]) -> str:
-    """The Markdown table; a note stands in the column of images per second."""
+    """Makes the table, with notes in the column of images per second."""
     lines = []
     for row in rows:
         shown = dict(row)
@@ -250,10 +248,10 @@ def table(rows: list[dict]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--batch-size", type=int, nargs="+", help="default: by machine")
+    add("--batch-size", type=int, nargs="+", help="default depends on the machine")
     add("--width", type=int, nargs="+", help="channels of the first stage")
     add("--stem", nargs="+", choices=list(STEMS))
     add("--dtype", nargs="+", choices=["float32", "bfloat16"])
@@ -261,22 +259,20 @@ def parse_args() -> argparse.Namespace:
     add(
         "--steps",
         type=int,
-        help="timed steps of every row; default: 25 or 100, and ten seconds",
+        help="timed steps of a row; default: 25 or 100, and ten seconds",
     )
-    add("--json", metavar="FILE", help="write the rows there too")
+    add("--json", metavar="FILE", help="also write the rows to FILE")
     add("--no-torch", action="store_true", help="leave PyTorch out")
-    add(
-        "--torch-python", metavar="FILE", help="interpreter with PyTorch; default: this"
-    )
-    add("--torch-threads", type=int, help="of PyTorch on a CPU; default: all cores")
-    add("--compile", action="store_true", help="torch.compile also without CUDA")
-    add("--minutes", type=float, default=9, help="no new row starts after them")
+    add("--torch-python", metavar="FILE", help="another Python that has PyTorch")
+    add("--torch-threads", type=int, help="PyTorch's threads on a CPU; default: all")
+    add("--compile", action="store_true", help="use torch.compile also without CUDA")
+    add("--minutes", type=float, default=9, help="start no new row after these")
     add("--no-assert", action="store_true", help="measure only")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints the table, checks."""
+    """Measures, prints the table and checks the claims."""
     args, start = parse_args(), time.perf_counter()
     backend = jax.default_backend()
     torch = start_torch(args)
@@ -287,7 +283,7 @@ def main() -> None:
     distances = args.distances or ["w2_gaussian", "cw2_gaussian", "w2", "cw2", *other]
     distances = ["none", *(d for d in distances if d != "none")]
     for distance in distances[1:]:
-        harness.parse_distance(distance)  # a typing error shows before any compilation
+        harness.parse_distance(distance)  # finds typing errors before anything compiles
 
     settings = default_settings(backend)
     for field, values in zip(
@@ -309,7 +305,7 @@ def main() -> None:
         deadline = start + 60 * args.minutes
         torch = torch or start_torch(args)
         report["rows"] += measure(setting, distances, torch, args, deadline)
-        if torch is not None:  # its memory, too
+        if torch is not None:  # also frees its memory
             torch.close()
             torch = None
         harness.write_json(args.json, report)
@@ -324,15 +320,15 @@ def main() -> None:
     print(f"Load average at the start: {report['load_average']}.\n")
     print(table(report["rows"]))
     print(
-        "\nMedians; distance ms: with minus without it, median over rounds. Gap ms: of "
-        "a step, in which the device has nothing to do, dispatches being queued as in "
-        "training (profiler). TFLOP/s: multiply-adds of the step without distance as "
-        "XLA counts them, padding left out; peak: dense bfloat16, also for float32 "
-        "rows. Memory: XLA's plan, or PyTorch's allocations on CUDA. PyTorch computes "
-        "float32 convolutions in TF32 on CUDA, as XLA does."
+        "\nAll numbers are medians. Distance ms: step with the distance minus step "
+        "without, over rounds. Gap ms: idle time of the device in a step, with "
+        "dispatches queued as in training (profiler). TFLOP/s: multiply-adds of the "
+        "step without a distance as XLA counts them, without padding. Peak: dense "
+        "bfloat16, also for float32. Memory: XLA's plan, or PyTorch's allocations on "
+        "CUDA. PyTorch computes float32 convolutions in TF32 on CUDA, as XLA does."
     )
     if not hello and not args.no_torch:
-        print("\nPyTorch is absent: no rows of it.")
+        print("\nPyTorch is not installed, so it has no rows.")
     infinite = [row for row in report["rows"] if not row.get("finite", True)]
     assert not infinite, f"losses that are not finite: {infinite}"
     if report["claims"]:

@@ -1,8 +1,8 @@
-"""PyTorch in a process of its own, as the programs of `step.py`.
+"""Runs PyTorch in its own process, as programs of `step.py`.
 
-In one process with XLA the threads of both wait for each other: PyTorch's step takes
-1.4 times as long there as alone.  Here the other side sleeps while one is timed, and
-PyTorch may belong to another Python than JAX.
+In one process with XLA, the threads of both wait for each other, and PyTorch's step
+takes 1.4 times as long as alone.  Here one side sleeps while the other is timed, and
+PyTorch may be installed in another Python than JAX.
 """
 
 import json
@@ -16,22 +16,22 @@ SCRIPT = Path(__file__).with_name("torch_step.py")
 
 
 class TorchProcess:
-    """The process; `hello` is what it says of itself.
+    """Runs and asks the process.
 
     Attributes:
-      hello: "version", "threads", "cuda" and the "distances" that it knows.
+      hello: its first message: "version", "threads", "cuda" and its "distances".
     """
 
     def __init__(self, python: str | None = None, threads: int | None = None):
-        """Starts it.
+        """Starts the process.
 
         Args:
-          python: the interpreter; None is this one.
-          threads: of PyTorch; None is its own choice.
+          python: path of the interpreter; None is this one.
+          threads: number of PyTorch's threads; None is PyTorch's default.
 
         Raises:
-          OSError: there is no such interpreter.
-          RuntimeError: the process ended, without PyTorch for example.
+          OSError: if there is no such interpreter.
+          RuntimeError: if the process ended, for example without PyTorch.
         """
         command = [python or sys.executable, str(SCRIPT)]
         self.process = subprocess.Popen(
@@ -51,7 +51,7 @@ class TorchProcess:
         """Sends a message and waits for the answer.
 
         Raises:
-          RuntimeError: the process failed at it, or ended.
+          RuntimeError: if the process failed or ended.
         """
         try:
             self.process.stdin.write(json.dumps(message) + "\n")
@@ -64,14 +64,14 @@ class TorchProcess:
         return answer
 
     def close(self) -> None:
-        """Ends the process, and with it its memory."""
+        """Ends the process and frees its memory."""
         self.process.communicate()
 
 
 class TorchProgram:
-    """The step in PyTorch; a call makes as many steps as ours and waits."""
+    """Runs the step in PyTorch; a call makes as many steps as ours and waits."""
 
-    iterations = None  # of a solver: there is none
+    iterations = None  # there is no solver
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class TorchProgram:
         """Makes networks and step, and runs once.
 
         Raises:
-          RuntimeError: PyTorch fails at it.
+          RuntimeError: if PyTorch fails.
         """
         made = process.ask(
             make=list(setting),
@@ -100,9 +100,9 @@ class TorchProgram:
         self.process, self.index, self.losses = process, made["index"], made["losses"]
 
     def __call__(self) -> None:
-        """Makes the steps of one dispatch; the answer has their losses."""
+        """Makes the steps of one dispatch and receives their losses."""
         self.losses.extend(self.process.ask(run=self.index)["losses"])
 
     def memory_gb(self) -> float | None:
-        """The most that was allocated up to the first call, on CUDA."""
+        """Returns the peak allocation before the first call, on CUDA."""
         return self.gb

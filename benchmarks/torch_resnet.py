@@ -1,4 +1,4 @@
-"""ResNet18 and ResNet34 in PyTorch, with the stems and widths of `kddm_jax.resnet`.
+"""Defines ResNet18 and ResNet34 in PyTorch, with the options of `kddm_jax.resnet`.
 
 The names of parameters and statistics are torchvision's.
 """
@@ -11,7 +11,7 @@ BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Adds two 3x3 convolutions to a shortcut."""
 
     def __init__(self, channels: int, features: int, stride: int):
         """Makes the layers."""
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The counterpart of `kddm_jax.resnet.ResNet`."""
+    """Classifies images as `kddm_jax.resnet.ResNet`."""
 
     def __init__(self, name: str, *, stem: str, width: int, num_classes: int = 10):
         """Makes the layers, initialised as torchvision does."""
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives logits ``[b, k]`` and features ``[b, 8 * width]``."""
+        """Returns logits ``[b, k]`` and features ``[b, 8 * width]``."""
         x = self.pool(F.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         features = x.float().mean((2, 3))

@@ -1,9 +1,9 @@
-"""The same step in PyTorch, as people write it there; `step.py` runs it beside ours.
+"""Makes the same step in idiomatic PyTorch, for the comparison of `step.py`.
 
-Channels last, images resident on the device as uint8, crop and flip of the whole
-batch by one gather, SGD with Nesterov momentum, autocast for bfloat16.
+It uses channels last, uint8 images on the device, crop and flip of the whole batch with
+one gather, SGD with Nesterov momentum, and autocast for bfloat16.
 
-As a program it answers the JSON lines of `torch_process.py`; it needs no JAX.
+As a program it answers the JSON lines of `torch_process.py` and needs no JAX.
 """
 
 import json
@@ -18,12 +18,12 @@ from workload import CLASSES, LEARNING_RATE, MEAN, STD, Data, Setting, make_data
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """From uint8 ``[b, h, w, c]`` to float ``[b, c, h, w]``, channels last."""
+    """Converts uint8 ``[b, h, w, c]`` to float ``[b, c, h, w]``, channels last."""
     return ((images.float() / 255 - MEAN) / STD).permute(0, 3, 1, 2)
 
 
 def augment(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """Random crop, flip and normalisation of uint8 images ``[b, h, w, c]``."""
+    """Crops and flips uint8 images ``[b, h, w, c]`` at random and normalises them."""
     b, h, w, _ = images.shape
     device = images.device
     top, left = torch.randint(2 * padding + 1, (2, b, 1), device=device)
@@ -37,7 +37,7 @@ def augment(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
 
 
 def gaussian_wasserstein(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """W2 of the Gaussian fits by the nuclear norm, as `kddm_jax` has it."""
+    """Computes Gaussian W2 by the nuclear norm, as `kddm_jax`."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     n, m = len(x), len(y)
@@ -47,7 +47,7 @@ def gaussian_wasserstein(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def none(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """No distance, but the teacher's features are used: else it may be left out."""
+    """Uses the teacher's features without a distance; else it may be left out."""
     del x
     return y.mean()
 
@@ -56,7 +56,7 @@ DISTANCES = {"none": none, "w2_gaussian": gaussian_wasserstein}
 
 
 class TorchStep:
-    """The step in PyTorch; a call makes as many steps as ours and waits."""
+    """Runs the step in PyTorch; a call makes as many steps as ours and waits."""
 
     def __init__(
         self,
@@ -115,17 +115,17 @@ class TorchStep:
         return loss.detach()
 
     def __call__(self) -> None:
-        """Makes the steps of one dispatch; reading the losses waits for them."""
+        """Makes the steps of one dispatch and waits by reading the losses."""
         losses = torch.stack([self._step(index) for index in self.indices])
         self.losses.extend(losses.tolist())
 
     def parameters(self) -> tuple[int, int]:
-        """Their number, of student and teacher."""
+        """Counts the parameters of student and teacher."""
         models = (self.student, self.teacher)
         return tuple(sum(p.numel() for p in model.parameters()) for model in models)
 
     def memory_gb(self) -> float | None:
-        """The most that was allocated up to the first call, on CUDA."""
+        """Returns the peak allocation before the first call, on CUDA."""
         return self.gb
 
     def _allocated(self, reset: bool = False) -> int | None:
@@ -138,7 +138,7 @@ class TorchStep:
 
 
 def answer(message: dict, programs: list[TorchStep]) -> dict:
-    """What a message asks for: a program made, or one run."""
+    """Answers a message: makes a program or runs one."""
     if "run" in message:
         program = programs[message["run"]]
         program.losses.clear()
@@ -159,7 +159,7 @@ def answer(message: dict, programs: list[TorchStep]) -> dict:
 
 
 def serve() -> None:
-    """Answers until the input ends; what PyTorch prints goes to standard error."""
+    """Answers until the input ends; PyTorch's output goes to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -181,7 +181,7 @@ def serve() -> None:
     for line in sys.stdin:
         try:
             say(answer(json.loads(line), programs))
-        except Exception as error:  # memory, most often; the next may fit
+        except Exception as error:  # often too little memory; the next program may fit
             say({"error": repr(error)[:300]})
 
 

@@ -1,4 +1,4 @@
-"""What both frameworks run: settings, data, constants; and what devices can do."""
+"""Settings, data and constants of both frameworks, and the peak of devices."""
 
 import re
 from typing import NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 
 CLASSES = 10
 LEARNING_RATE = 1e-2
-MEAN, STD = 0.5, 0.25  # of every channel
+MEAN, STD = 0.5, 0.25  # for every channel
 
-# Dense bfloat16 TFLOP/s of a device, by words of its device_kind (data sheets).
+# Dense bfloat16 TFLOP/s by words of the device_kind, from data sheets.
 PEAKS = {
     "GB200": 2500,
     "B200": 2250,
@@ -32,7 +32,7 @@ PEAKS = {
 
 
 def peak_tflops(kind: str) -> float | None:
-    """Dense bfloat16 TFLOP/s, or None where the device is not in the table."""
+    """Returns dense bfloat16 TFLOP/s, or None if the table lacks the device."""
     if "MIG" in kind:  # a slice of the device
         return None
     for name in sorted(PEAKS, key=len, reverse=True):
@@ -42,7 +42,7 @@ def peak_tflops(kind: str) -> float | None:
 
 
 class Setting(NamedTuple):
-    """What the programs that are compared have in common."""
+    """Describes what the compared programs have in common."""
 
     stem: str
     width: int
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
 
 
 def default_settings(backend: str) -> list[Setting]:
-    """What fits the machine: minutes on two cores, full size on an accelerator."""
+    """Returns settings for the machine: minutes on a CPU, else full size."""
     if backend == "cpu":
         kinds = [(stem, width) for stem in ("imagenet", "cifar") for width in (16, 64)]
         return [Setting(stem, width, 128, "float32") for stem, width in kinds]
@@ -63,7 +63,7 @@ def default_settings(backend: str) -> list[Setting]:
 
 
 class Data(NamedTuple):
-    """Random images, uint8 ``[n, 32, 32, 3]``, labels ``[n]``, indices of batches."""
+    """Holds random images, uint8 ``[n, 32, 32, 3]``, labels ``[n]`` and batches."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -71,7 +71,7 @@ class Data(NamedTuple):
 
 
 def make_data(batch: int, steps: int) -> Data:
-    """The same data for both frameworks."""
+    """Makes the same data for both frameworks."""
     rng = np.random.default_rng(0)
     n = max(10_000, 2 * batch)
     return Data(

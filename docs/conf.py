@@ -1,7 +1,7 @@
-"""The site: `sphinx-build -W -b html docs docs/_build`.
+"""Configures the site: `sphinx-build -W -b html docs docs/_build`.
 
-The pages are Markdown (MyST); the reference comes from the docstrings, its table of
-distances from `kddm_jax.DISTANCES`, so that neither can say what the code does not.
+Pages are Markdown (MyST). The reference is made from the docstrings and its table of
+distances from `kddm_jax.DISTANCES`, so that both agree with the code.
 """
 
 import os
@@ -30,25 +30,25 @@ html_theme = "furo"
 html_title = f"kddm_jax {version}"
 html_show_copyright = False
 
-# `name` in a docstring is a link where there is such a name, and code where not.
+# `name` in a docstring is a link if there is such a name, else code.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 autodoc_typehints = "signature"
-napoleon_use_ivar = True  # what a docstring lists is all that is said of it
+napoleon_use_ivar = True  # attributes are those that the docstring lists
 napoleon_use_rtype = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 
 class Catalogue(Directive):
-    """A table of `kddm_jax.DISTANCES`, as the code has them at this moment."""
+    """Renders the table of `kddm_jax.DISTANCES`."""
 
     HEAD = ("key", "distance", "function", "takes", "promises", "cost", "λ")
 
     @staticmethod
     def cells(key, row):
-        """One row of the table, reStructuredText."""
+        """Makes a row of the table in reStructuredText."""
         options = ", ".join(f"{name}={value!r}" for name, value in row.options)
         function = f":py:func:`~kddm_jax.{row.fn.__name__}`"
         promises = sorted(row.promises) + (["per sample"] if row.per_sample else [])
@@ -63,7 +63,7 @@ class Catalogue(Directive):
         )
 
     def run(self):
-        """Renders the rows."""
+        """Renders the table."""
         table = [self.HEAD, *(self.cells(*item) for item in DISTANCES.items())]
         lines = [".. list-table::", "   :header-rows: 1", ""]
         for cells in table:
@@ -75,13 +75,13 @@ class Catalogue(Directive):
 
 
 def mark_labels(app, what, name, obj, options, lines):
-    """Sets off what every distance says of itself."""
+    """Makes the labels Cost, Gradient and Not for bold."""
     label = re.compile(r"(?:^|(?<=  ))(Cost|Gradient|Not for):(?= )")
     lines[:] = [label.sub(r"**\1:**", line) for line in lines]
 
 
 def check_complete(app, env):
-    """Stops the build where a public name has no entry."""
+    """Stops the build if a public name has no entry."""
     documented = env.get_domain("py").objects
     missing = [
         name
@@ -93,11 +93,11 @@ def check_complete(app, env):
 
 
 def skip_fields(app, what, name, obj, skip, options):
-    """Leaves out fields of named tuples: "Alias for field number 0"."""
+    """Skips fields of named tuples ("Alias for field number 0")."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
-# Pages link to files as they lie in the repository; these are pages of the site, too.
+# Pages link to files of the repository; these files are also pages of the site.
 ROOT = Path(__file__).parents[1]
 SHOWN = {
     ROOT / "README.md": "index.md",
@@ -107,7 +107,7 @@ SHOWN = {
 
 
 def redirect(app, docname, source):
-    """Points links that leave docs/ to the pages that show their targets."""
+    """Redirects links that leave docs/ to the pages that include their targets."""
     folder = Path(app.srcdir, docname).parent
 
     def target(match):
@@ -118,7 +118,7 @@ def redirect(app, docname, source):
 
 
 def setup(app):
-    """Registers the above."""
+    """Registers the extensions of this file."""
     app.add_directive("catalogue", Catalogue)
     app.connect("source-read", redirect)
     app.connect("autodoc-skip-member", skip_fields)

@@ -1,15 +1,15 @@
-"""Chooses lambda for the small examples, and measures what it gives.
+"""Chooses lambda for the small examples and measures their test accuracy.
 
     python examples/choose.py --json experiments/results/examples.json
 
-Every lambda is judged by 300 held-out training digits, mean of three seeds; the best
-one then by the test digits, which took no part.
+Every lambda is evaluated on 300 held-out training digits, as the mean of three seeds.
+Only the best one is then evaluated on the test digits.
 """
 
 import os
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # before JAX: sharded.py wants them
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # faster SVDs beside other jobs
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # before JAX; for sharded.py
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # faster SVDs on a busy machine
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ SEEDS = 3
 
 
 def without_test(digits: data.Dataset) -> data.Dataset:
-    """Held-out training digits take the place of the test digits."""
+    """Replaces the test digits by held-out training digits."""
     train, held_out = data.stratified_split(digits.train_labels, 300, seed=0)
     return digits._replace(
         train_images=digits.train_images[train],
@@ -40,7 +40,7 @@ def without_test(digits: data.Dataset) -> data.Dataset:
 
 
 def measure(name: str, digits: data.Dataset, grid) -> dict[str, object]:
-    """The held-out accuracies of an example, the best lambda, its test accuracies."""
+    """Measures an example's held-out accuracies, best lambda and test accuracies."""
     compare = importlib.import_module(name).compare
     held_out = {}
     for weight in grid:
@@ -53,7 +53,7 @@ def measure(name: str, digits: data.Dataset, grid) -> dict[str, object]:
 
 
 def table(found) -> dict[str, object]:
-    """Columns and rows, as `kddm report` renders them."""
+    """Makes the table that `kddm report` renders."""
     grid = sorted({weight for one in found for weight in one["held_out"]}, key=float)
     columns = ["", *(f"λ = {w}" for w in grid), "teacher", "alone", "distilled"]
     rows = []
@@ -71,7 +71,7 @@ def table(found) -> dict[str, object]:
 
 
 def results(found, command: str, path: Path | None) -> dict[str, object]:
-    """What is written: these examples, and the file's others."""
+    """Adds these examples to those that the file already has."""
     kept = json.loads(path.read_text()) if path and path.exists() else {}
     rows = {one["name"]: one for one in [*kept.get("found", ()), *found]}
     found = [rows[name] for name in NAMES if name in rows]
@@ -87,11 +87,11 @@ def results(found, command: str, path: Path | None) -> dict[str, object]:
 
 
 def main(arguments: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--grid", nargs="+", type=float, default=GRID)
-    parser.add_argument("--json", type=Path, help="file for the results, or to add to")
+    parser.add_argument("--json", type=Path, help="file to write or add results to")
     args = parser.parse_args(arguments)
     digits = data.load("digits")
     found = [measure(name, digits, args.grid) for name in args.examples]

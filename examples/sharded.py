@@ -2,10 +2,10 @@
 
     python examples/sharded.py
 
-The teacher learns from all training digits, the student from 100 of them; each device
-has its share, the loss is that of all.  A CPU alone is made four devices.
+The teacher learns from all training digits and the student from 100.  Each device has
+its share of a batch; the loss is that of the global batch.  A CPU acts as four devices.
 Test accuracy with seed 0: teacher 96.9 %, student alone 89.0 %, distilled 94.9 % (mean
-of seeds 0 to 2: 90.2 and 94.2 %); lambda: see README.md.
+of seeds 0 to 2: 90.2 and 94.2 %).  README.md has lambda.
 """
 
 import os
@@ -22,18 +22,18 @@ WEIGHT, STEPS = 30.0, 600
 mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
 specs = {"in_specs": (P(), P("batch"), P("batch"), P(), P()), "out_specs": P()}
 tx = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
-even = lambda a: a[: len(a) // mesh.size * mesh.size]  # shares are of one size
+even = lambda a: a[: len(a) // mesh.size * mesh.size]  # equal shares
 
 
 def init(key, *widths):
-    """Matrices of a perceptron."""
+    """Makes the matrices of a perceptron."""
     keys = jax.random.split(key, len(widths) + 1)
     sizes = zip((64, *widths), (*widths, 10), strict=True)
     return [*map(jax.nn.initializers.he_normal(), keys, sizes)]
 
 
 def apply(params, x):
-    """Features and logits."""
+    """Computes features and logits."""
     for matrix in params[:-1]:
         x = jax.nn.relu(x @ matrix)
     return x, x @ params[-1]
@@ -42,7 +42,7 @@ def apply(params, x):
 @jax.jit
 @jax.shard_map(mesh=mesh, **specs, check_vma=False)  # as distill_loss asks
 def fit(params, x, labels, teacher, weight):
-    """Trains a network, full batches; x and labels are this device's share."""
+    """Trains a network on full batches; x and labels are this device's share."""
     terms = [Term("gram")] if teacher else []
 
     def loss_fn(params):
@@ -60,7 +60,7 @@ def fit(params, x, labels, teacher, weight):
 
 
 def compare(digits: data.Dataset, weight: float = WEIGHT, seed: int = 0):
-    """Test accuracies in percent: teacher, student alone, student distilled."""
+    """Returns test accuracies (%) of teacher, student alone and distilled student."""
     x, test = (i.reshape(-1, 64) / 255.0 for i in (digits[0], digits.test_images))
     labels, key = digits.train_labels, jax.random.key(seed)
     few = even(data.balanced_subset(labels, 100, seed=0))

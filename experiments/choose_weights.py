@@ -3,7 +3,7 @@
     python experiments/choose_weights.py --grid 1e-4 1e-3 1e-2 -- \
         --dataset digits --held-out 300
 
-See ``--help``; what follows ``--`` are settings of cifar.py.
+See ``--help``. The settings of cifar.py follow ``--``.
 """
 
 import os

@@ -3,7 +3,7 @@
     python experiments/cifar.py --dataset digits
     python experiments/cifar.py --dataset cifar10 --data-dir DIR --recipe strong
 
-See ``--help`` for every setting and experiments/README.md for measured results.
+See ``--help`` for all settings and experiments/README.md for measured results.
 """
 
 import os

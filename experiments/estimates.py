@@ -1,4 +1,4 @@
-"""What a batch says of a distance between all images: its mean and its spread."""
+"""Compares the distance of random batches with the distance of all images."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 
 from kddm_jax import DISTANCES
 
-# Rows that estimate a distance of the features' distributions from a sample of them.
+# Distances of distributions, which a batch estimates from a sample of the features.
 ESTIMATES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "w2 exact": ("w2", {"solver": "exact"}),
     **{
@@ -25,29 +25,31 @@ ESTIMATES: Mapping[str, tuple[str, Mapping[str, object]]] = {
 
 
 def title_of(name: str) -> str:
-    """Of a row of `ESTIMATES`."""
+    """Returns the title of an entry of `ESTIMATES`."""
     key, _ = ESTIMATES[name]
     plain = DISTANCES[key].title
     return plain if name == key else f"{plain}, {name.removeprefix(key).strip()}"
 
 
 def estimator(name: str, student: Seen, teacher: Seen, labels: np.ndarray) -> Callable:
-    """A distance as a function of the rows that it sees, compiled for each number.
+    """Makes a distance of some images, compiled once for each number of images.
 
     Args:
       name: a key of `ESTIMATES`.
       student: the student's outputs for the images.
-      teacher: likewise.
+      teacher: the teacher's outputs for the images.
       labels: labels of the images.
 
     Returns:
-      ``f(rows, others, key) -> scalar``: the student sees rows, the teacher others.
+      ``f(rows, others, key) -> scalar``, where ``rows`` are the indices of the
+      student's images and ``others`` those of the teacher's.
     """
     key_of, options = ESTIMATES[name]
     row = DISTANCES[key_of]
     options = {**dict(row.options), **options}
     if key_of == "jw2":
-        # beta = "max" is of the batch: fixed, so that all estimate one number.
+        # beta = "max" depends on the batch. It is fixed here, so that all batches
+        # estimate the same number.
         apart = cdist(student.features, teacher.features, "sqeuclidean")
         options["beta"] = float(apart.max())
     arrays = {
@@ -63,7 +65,7 @@ def estimator(name: str, student: Seen, teacher: Seen, labels: np.ndarray) -> Ca
         for kind in row.inputs:
             if kind == "key":
                 taken.append(key)
-            else:  # labels are those of either
+            else:  # labels of either side
                 of = arrays[kind]
                 taken += [z[at] for z, at in zip(of, (rows, others), strict=False)]
         return row.fn(*taken, **options)
@@ -74,15 +76,15 @@ def estimator(name: str, student: Seen, teacher: Seen, labels: np.ndarray) -> Ca
 def of_the_same_classes(
     rows: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draws another batch, independently, with the labels of a first.
+    """Draws another batch with the same labels as a given batch, independently.
 
     Args:
-      rows: indices of the first.
+      rows: indices of the given batch.
       labels: labels of all images.
-      rng: draws.
+      rng: random number generator.
 
     Returns:
-      Its rows; label by label those of the first.
+      Indices of the new batch, in the order of the labels of the given one.
     """
     others = np.empty_like(rows)
     for label in np.unique(labels[rows]):
@@ -104,21 +106,22 @@ def of_batches(
     draws: int,
     names: Sequence[str] = tuple(ESTIMATES),
 ) -> dict[str, dict[str, object]]:
-    """Every distance on random batches, and on all images.
+    """Measures every distance on random batches and on all images.
 
     Args:
       student: the student's outputs for the n images.
-      teacher: likewise.
+      teacher: the teacher's outputs for the n images.
       labels: labels of the images.
-      batches: their sizes; those of n and more are left out.
-      draws: batches of each size, without replacement within one.
+      batches: sizes of batches; those of n and more are left out.
+      draws: number of batches of each size, drawn without replacement.
       names: keys of `ESTIMATES`.
 
     Returns:
-      For batches in which both networks see the `SAME` images, as in training, and for
-      those in which the teacher sees `OTHER` images of the same classes: by name
-      ``whole``, the distance on all images (over as many keys, where the row takes
-      one), and by size ``mean`` and ``spread`` (standard deviation) over draws.
+      A mapping with `SAME`, for batches in which both networks see the same images, as
+      in training, and `OTHER`, for batches in which the teacher sees other images of
+      the same classes. Each maps a name to ``whole``, the distance of all images
+      (averaged over as many keys if the distance takes one), and each size to ``mean``
+      and ``spread`` (standard deviation) over draws.
     """
     n = len(labels)
     rng = np.random.default_rng(0)
@@ -150,7 +153,7 @@ def of_batches(
 
 
 def relative(record: Mapping, size: str) -> tuple[float | None, float | None]:
-    """Mean and spread of a size, of the whole; None where the whole is nothing."""
+    """Divides mean and spread by the whole distance; None if that is zero."""
     if record["whole"] <= 0:
         return None, None
     found = record["batches"][size]
@@ -158,7 +161,7 @@ def relative(record: Mapping, size: str) -> tuple[float | None, float | None]:
 
 
 def table(bias: Mapping, about: str) -> dict[str, object]:
-    """Batches relative to all images as a table of `table.markdown`."""
+    """Makes the table of batches relative to all images, for `table.markdown`."""
     sizes = list(next(iter(bias.values()))["batches"])
     rows = []
     for name, record in bias.items():
@@ -173,7 +176,7 @@ def table(bias: Mapping, about: str) -> dict[str, object]:
 
 
 def draw(axes, bias):
-    """Mean and spread of every estimate against the size of the batch, on log axes."""
+    """Draws mean and spread of every estimate against batch size, on log axes."""
     for i, (name, of) in enumerate(bias.items()):
         sizes = [size for size in of["batches"] if relative(of, size)[0] is not None]
         if not sizes:

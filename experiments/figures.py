@@ -4,10 +4,10 @@
     python experiments/figures.py runs/digits-laptop-weights
     python experiments/figures.py --figures toys --to pictures
 
-From a folder of cifar.py: the learning curves, and teacher and student features in one
-plane, before and after distillation.  From one of choose_weights.py: accuracy,
-cross-entropy and distance against the epoch, a curve for each lambda.  From nothing:
-clouds of two dimensions on which the distances differ.
+A folder of cifar.py gives the learning curves, and teacher and student features in one
+plane before and after distillation.  A folder of choose_weights.py gives accuracy,
+cross-entropy and distance against the epoch, with a curve for each lambda.  Without a
+folder, there are two-dimensional examples on which the distances differ.
 """
 
 import os
@@ -48,7 +48,7 @@ def plans(results: Mapping, path: Path) -> Path:
     """Draws how much of the plan pairs an image with itself, or within its class.
 
     Args:
-      results: the content of ``results.json``; of distances that report it (`fused`).
+      results: the content of ``results.json``, with distances of `fused`.
       path: path of the picture.
 
     Returns:
@@ -90,11 +90,11 @@ def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
       chosen: the content of its ``weights.json``.
 
     Returns:
-      By method, by lambda in rising order, the results of all seeds; a run whose loss
-      did not stay finite has none, and its lambda is an empty list.
+      The results of all seeds by method and by lambda, in rising order.  If a run
+      diverged, the list of its lambda is empty.
 
     Raises:
-      UserError: the folder does not hold these runs.
+      UserError: if the folder does not contain these runs.
     """
     found: dict[str, dict[str, list]] = {}
     for name, row in chosen["held_out_accuracy"].items():
@@ -117,11 +117,11 @@ def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
 
 
 def ablation(folder: Path, to: Path) -> list[Path]:
-    """Draws accuracy, cross-entropy and distance, a curve for each lambda.
+    """Draws accuracy, cross-entropy and distance, with a curve for each lambda.
 
     Args:
-      folder: folder of choose_weights.py, finished.
-      to: folder of the pictures, one for each distance.
+      folder: folder of a finished choose_weights.py.
+      to: folder for the pictures, one for each distance.
 
     Returns:
       Their paths.
@@ -163,7 +163,7 @@ EMBEDDINGS = {"umap": ("UMAP", _umap), "tsne": ("t-SNE", tsne)}
 
 
 def embedding_of(name: str) -> str:
-    """The embedding of a name; "auto" is UMAP where it is installed, else t-SNE."""
+    """Returns an embedding by name; "auto" is UMAP if installed, else t-SNE."""
     there = importlib.util.find_spec("umap") is not None
     if name == "auto":
         return "umap" if there else "tsne"
@@ -187,7 +187,7 @@ def distilled(results: Mapping, name: str | None, seed: int | None) -> tuple[str
       ``(name, seed)``.
 
     Raises:
-      UserError: there is none.
+      UserError: if there is no such student.
     """
     found = [(r["name"], r["seed"]) for r in results["runs"] if r["name"] != "student"]
     names = list(dict.fromkeys(n for n, _ in found))
@@ -207,7 +207,7 @@ def distilled(results: Mapping, name: str | None, seed: int | None) -> tuple[str
 
 
 def relative_w2(x: np.ndarray, y: np.ndarray) -> float:
-    """Exact squared W2 in units of the teacher's mean squared deviation."""
+    """Computes exact W2² in units of the teacher's mean squared deviation."""
     spread = float(np.mean(np.sum((y - y.mean(0)) ** 2, axis=1)))
     return float(wasserstein(jnp.asarray(x), jnp.asarray(y), solver="exact")) / spread
 
@@ -215,18 +215,18 @@ def relative_w2(x: np.ndarray, y: np.ndarray) -> float:
 def together(
     embed: Callable[[np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeds student and teacher features as one cloud.
+    """Embeds student and teacher features together.
 
     Args:
       embed: maps points ``[n, d]`` to ``[n, 2]``.
-      x: student, shape ``[n, d]``.
-      y: teacher, shape ``[m, d]``.
+      x: student features, shape ``[n, d]``.
+      y: teacher features, shape ``[m, d]``.
 
     Returns:
       Both in the plane, ``([n, 2], [m, 2])``.
 
     Raises:
-      UserError: the features have different widths.
+      UserError: if the features have different widths.
     """
     if x.shape[1] != y.shape[1]:
         raise UserError(
@@ -241,8 +241,8 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
     """Draws teacher and student features of the same images, before and after.
 
     Args:
-      opened: the runs.
-      options: options ``distance``, ``seed``, ``images``, ``embedding``.
+      opened: the finished runs.
+      options: the command's ``distance``, ``seed``, ``images`` and ``embedding``.
       to: folder of the picture.
 
     Returns:
@@ -300,7 +300,7 @@ def embedding(opened: finished.Finished, options, to: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------------
-# Clouds of two dimensions.
+# Two-dimensional examples.
 
 STUDENT, TEACHER = "tab:blue", "tab:red"
 
@@ -310,7 +310,7 @@ def _lines(axes, x, y, **style):
 
 
 def classes_picture(to: Path) -> Path:
-    """Draws what W2 and CW2 pair where the student has turned its classes."""
+    """Draws which samples W2 and CW2 pair if the student's classes are rotated."""
     made = toys.two_classes()
     figure, panels = plt.subplots(1, 2, figsize=(8, 5.4), layout="constrained")
     for axes, (title, plan) in zip(panels, made.plans.items(), strict=True):
@@ -335,7 +335,7 @@ def classes_picture(to: Path) -> Path:
 
 
 def shapes_picture(to: Path) -> Path:
-    """Draws what the Gaussian W2 does not see, and where flows end for it."""
+    """Draws two shapes that the Gaussian W2 cannot distinguish, and flows to one."""
     made = toys.two_shapes()
     values = lambda x: ", ".join(
         f"{title.replace('W2', 'W2²')} = {max(float(fn(x, made.y)), 0.0):.2f}"
@@ -380,7 +380,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="RUN_DIR",
         type=Path,
         nargs="?",
-        help="--out of cifar.py or of choose_weights.py, at its end; toys need none",
+        help="--out of a finished cifar.py or choose_weights.py; toys need none",
     )
     parser.add_argument(
         "--to", type=Path, help="folder of the pictures; default: RUN_DIR/figures"
@@ -389,31 +389,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--figures",
         nargs="+",
         choices=FIGURES,
-        help="default: toys and all that RUN_DIR has: embedding and curves of "
-        "cifar.py, ablation of choose_weights.py; plans only if named",
+        help="default: toys, and embedding and curves for a folder of cifar.py or "
+        "ablation for one of choose_weights.py; plans only if named",
     )
     parser.add_argument(
         "--distance",
-        help="the distilled student to embed, a key as in cifar.py; default: cw2, or "
-        "the first",
+        help="distance of the student to embed, as in cifar.py; default: cw2, or the "
+        "first",
     )
     parser.add_argument(
-        "--seed", type=int, help="of the students to embed; default: the first"
+        "--seed", type=int, help="seed of the students to embed; default: the first"
     )
     parser.add_argument(
         "--images",
         type=int,
         default=EMBEDDED,
-        help="evaluation images to embed, as many of each class (default %(default)s)",
+        help="number of evaluation images to embed, balanced (default %(default)s)",
     )
     parser.add_argument(
         "--embedding",
         choices=("auto", *EMBEDDINGS),
         default="auto",
-        help="auto: umap where it is installed, else tsne (default %(default)s)",
+        help="auto is umap if it is installed, else tsne (default %(default)s)",
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="of the images; default: as in the run"
+        "--data-dir", type=Path, help="folder of the data; default: as in the run"
     )
     parser.add_argument(
         "--teacher",
@@ -424,7 +424,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _wanted(options) -> tuple[str, ...]:
-    """The figures to draw; what is missing for them is an error."""
+    """Returns the figures to draw; raises an error if something is missing."""
     folder, asked = options.folder, options.figures
     if folder is None:
         if asked != ["toys"] or options.to is None:
@@ -433,13 +433,13 @@ def _wanted(options) -> tuple[str, ...]:
             )
         return ("toys",)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; pass --out of a command that ended")
+        raise UserError(f"{folder} is not a folder; pass --out of a finished command")
     needs = {"ablation": GRID, "embedding": RUNS, "curves": RUNS, "plans": RUNS}
     there = {name for name in (RUNS, GRID) if (folder / name).exists()}
     if not there and asked != ["toys"]:
         raise UserError(
             f"{folder} has neither {RUNS} (of cifar.py) nor {GRID} (of "
-            "choose_weights.py): it is not finished; run its command to the end"
+            "choose_weights.py), so it is not finished; rerun its command"
         )
     if asked is None:
         usual = [f for f in FIGURES if f != "plans"]  # few distances report them
@@ -455,10 +455,10 @@ def _wanted(options) -> tuple[str, ...]:
 
 
 def draw(options: argparse.Namespace) -> list[Path]:
-    """Draws what the command asks for; gives the pictures' paths.
+    """Draws the figures of the command; returns the paths of the pictures.
 
     Raises:
-      UserError: a mistake in the command.
+      UserError: if an argument is wrong.
     """
     wanted = _wanted(options)
     if options.images < 10:
@@ -485,7 +485,7 @@ def draw(options: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     options = parse(arguments)
 
     def work():

@@ -1,13 +1,13 @@
-"""Between W2 and paired L2: distances that price the matching of different images.
+"""Defines distances between W2 and paired L2, for which mismatched pairs cost more.
 
-The fused cost ``||x_i - y_j||^2 + kappa [i != j]`` is W2 at kappa 0 and paired L2 where
-kappa is large.  Here kappa is in units of the teacher's mean squared deviation, so that
-it means the same for every network:
+The cost ``||x_i - y_j||^2 + kappa [i != j]`` gives W2 for kappa 0 and paired L2 for a
+large kappa.  Here kappa is in units of the teacher's mean squared deviation and means
+the same for every network:
 
     python experiments/cifar.py --distances fused:W2_K01 ...
 
-Each row also reports, of its plan, the mass on the diagonal (an image matched with
-itself) and the mass within the class (with an image of its label).
+Each distance also reports the mass of its plan on the diagonal (images matched with
+themselves) and within the class (images matched with images of the same label).
 """
 
 import jax
@@ -19,12 +19,12 @@ from kddm_jax.numerics.transport import Costs, transport_plan
 
 
 def _deviation(y):
-    """The teacher's mean squared deviation, the unit of squared distances."""
+    """Computes the teacher's mean squared deviation, the unit of squared distances."""
     return jnp.mean(jnp.sum((y - jnp.mean(y, axis=0)) ** 2, axis=1))
 
 
 def plan_masses(x, y, labels, pairing):
-    """How much of the plan of W2 with a price lies on the diagonal, within the class.
+    """Computes the mass of the plan on the diagonal and within the class.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -45,7 +45,7 @@ def plan_masses(x, y, labels, pairing):
 
 
 def fused(kappa: float) -> Distance:
-    """The row of W2 with a price ``kappa``, in units of the teacher's deviation."""
+    """Makes W2 with the cost ``kappa`` on mismatched pairs."""
 
     def value(x, y, labels):
         del labels
@@ -54,7 +54,7 @@ def fused(kappa: float) -> Distance:
     def diagnose(x, y, labels):
         pairing = kappa * constant(_deviation(y))
         found, stats = DISTANCES["w2"].diagnose(x, y, pairing=pairing)
-        # To look at: no derivative goes through the second solve.
+        # For the report only: no derivative goes through this second solve.
         still = jax.lax.stop_gradient((x, y, pairing))
         diagonal, within = plan_masses(*still[:2], labels, still[2])
         return found, {**stats, "diagonal": diagonal, "within_class": within}
@@ -69,7 +69,7 @@ def fused(kappa: float) -> Distance:
 
 
 def joint(strength: float) -> Distance:
-    """The row of JW2 whose label term weighs ``strength`` times its default."""
+    """Makes JW2 with ``strength`` times the default weight of the label term."""
 
     def value(x, y, logits_x, logits_y):
         beta = strength * constant(jnp.max(squared_distances(x, y)))

@@ -1,13 +1,13 @@
-"""Distils a Transformer into one of half the depth, by the geometry of its features.
+"""Distils a Transformer into one of half its depth by the geometry of its features.
 
     python experiments/language.py
     python experiments/language.py --seeds 0 1 2 --student-widths 48 96
 
 A causal Transformer reads the sources of Python's standard library character by
-character.  A student of half its depth, and narrower, learns from the same text and
-from the teacher's hidden states or predictions: geometry-aware distillation (arXiv
-2509.25253).  Every character is a sample: what a network gives is flattened from
-``[b, t, ...]`` to ``[b t, ...]``, and `distill_loss` asks for nothing else.
+character.  A narrower student of half its depth learns from the same text and from the
+teacher's hidden states or predictions (geometry-aware distillation, arXiv 2509.25253).
+Every character is a sample: outputs are flattened from ``[b, t, ...]`` to
+``[b t, ...]``, which is all that `distill_loss` needs.
 """
 
 import os
@@ -49,18 +49,18 @@ from kddm_jax import (
 )
 from kddm_jax.losses import cross_entropy
 
-CHARACTERS = 128  # ASCII; any other character reads as "?"
+CHARACTERS = 128  # ASCII; any other character becomes "?"
 HEADS = 4
 
 # ---------------------------------------------------------------------------
 # The text.
 
-MOST_CHARACTERS = 8_000_000  # of a part
+MOST_CHARACTERS = 8_000_000  # in each part
 PARTS = {0: "test", 1: "validation"}
 
 
 def part_of(name: str) -> str:
-    """A file's name decides its part, whatever else is in the folder."""
+    """Chooses the part of a file by its name alone."""
     return PARTS.get(zlib.crc32(name.encode()) % 10, "training")
 
 
@@ -68,17 +68,17 @@ def load_text(folder: Path) -> dict[str, np.ndarray]:
     """Reads a folder's Python sources.
 
     Args:
-      folder: with ``*.py``; folders below it are not read.
+      folder: folder with ``*.py``; its subfolders are not read.
 
     Returns:
       ASCII codes, uint8 ``[n]``, of ``"training"``, ``"validation"`` and ``"test"``.
 
     Raises:
-      SystemExit: a part has no text.
+      SystemExit: if a part has no text.
     """
     texts = {"training": [], "validation": [], "test": []}
     for path in sorted(folder.glob("*.py")):
-        if not path.name.startswith("_sysconfigdata"):  # of one machine
+        if not path.name.startswith("_sysconfigdata"):  # depends on the machine
             text = path.read_text(encoding="utf-8", errors="replace")
             texts[part_of(path.name)].append(text)
     codes = {}
@@ -94,12 +94,12 @@ def load_text(folder: Path) -> dict[str, np.ndarray]:
 
 
 def windows(text: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
-    """Cuts ``context`` characters and the one that follows, int32 ``[b, t + 1]``."""
+    """Cuts out ``context`` characters and the next one, int32 ``[b, t + 1]``."""
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
 def random_batches(text, args, seed) -> Iterator[np.ndarray]:
-    """Windows from anywhere, without end."""
+    """Yields random windows without end."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(text) - args.context, args.batch)
@@ -107,7 +107,7 @@ def random_batches(text, args, seed) -> Iterator[np.ndarray]:
 
 
 def even_batches(text, args) -> list[np.ndarray]:
-    """Windows that lie evenly over a text, in full batches of any order."""
+    """Returns full batches of evenly spaced windows, in any order."""
     count = args.windows // args.batch
     starts = np.linspace(0, len(text) - args.context - 1, count * args.batch)
     rows = windows(text, starts.astype(int), args.context)
@@ -119,11 +119,11 @@ def even_batches(text, args) -> list[np.ndarray]:
 
 
 class Outputs(NamedTuple):
-    """Outputs of a network for characters ``[b, t]``.
+    """Holds the outputs of a network for characters ``[b, t]``.
 
     Attributes:
       logits: logits of each next character, ``[b, t, k]``.
-      layers: the residual stream after each block, ``{"block_1": [b, t, d], ...}``.
+      layers: residual stream after each block, ``{"block_1": [b, t, d], ...}``.
     """
 
     logits: jax.Array | None
@@ -131,7 +131,7 @@ class Outputs(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each on the normalised stream and added to it."""
+    """Adds attention and a perceptron of the normalised stream to the stream."""
 
     @nn.compact
     def __call__(self, x, bias):  # noqa: D102
@@ -145,10 +145,10 @@ class Block(nn.Module):
 
 
 def distance_bias(context: int) -> jax.Array:
-    """What attention loses per character of distance, ``[1, heads, t, t]``.
+    """Returns the bias of attention by distance in characters, ``[1, heads, t, t]``.
 
-    One slope per head in place of learned positions (Press et al., Train short, test
-    long, arXiv 2108.12409): a small network finds its last characters at once.
+    One slope per head replaces learned positions (Press et al., Train short, test long,
+    arXiv 2108.12409), so that a small network attends to the last characters at once.
     """
     place = jnp.arange(context)
     slopes = 2.0 ** (-8 / HEADS * jnp.arange(1, HEADS + 1))
@@ -156,7 +156,7 @@ def distance_bias(context: int) -> jax.Array:
 
 
 class Transformer(nn.Module):
-    """Predicts every next character from those up to here."""
+    """Predicts every next character from the previous ones."""
 
     depth: int
     width: int
@@ -172,22 +172,22 @@ class Transformer(nn.Module):
 
 
 def per_character(outputs: Outputs) -> Outputs:
-    """Makes every character a sample: ``[b, t, ...]`` to ``[b t, ...]``."""
+    """Makes every character a sample, from ``[b, t, ...]`` to ``[b t, ...]``."""
     return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), outputs)
 
 
 def layer_map(student_depth: int, teacher_depth: int) -> list[tuple[str, str]]:
-    """Pairs each block of the student with the teacher's at its relative depth."""
+    """Pairs each student block with the teacher block at the same relative depth."""
     step = teacher_depth // student_depth
     return [(f"block_{i}", f"block_{i * step}") for i in range(1, student_depth + 1)]
 
 
 # ---------------------------------------------------------------------------
-# How a student learns from its teacher.
+# Methods of distillation.
 
 
 def at_random(distance: Callable[..., jax.Array], count: int) -> Distance:
-    """A distance at ``count`` characters of a batch: n x n costs are of those alone."""
+    """Makes a distance of ``count`` random characters, which limits n x n costs."""
 
     def of_sample(x, y, key):
         rows = jax.random.choice(key, len(x), (count,), replace=False)
@@ -197,12 +197,12 @@ def at_random(distance: Callable[..., jax.Array], count: int) -> Distance:
 
 
 class Method(NamedTuple):
-    """One way to learn from a teacher.
+    """Describes one way to learn from a teacher.
 
     Attributes:
-      title: for tables.
-      weight: lambda, the best of 0.3 to 100 on the validation part (--choose;
-        of the linear projection from 0.03).
+      title: title in tables.
+      weight: lambda, the best of 0.3 to 100 on the validation part (--choose; for the
+        linear projection the grid starts at 0.03).
       distance: distance of hidden states; None is KD of all predictions.
     """
 
@@ -211,7 +211,7 @@ class Method(NamedTuple):
     distance: Callable[..., jax.Array] | None = None
 
     def terms(self, pairs, positions) -> tuple[Term, ...]:
-        """What joins the cross-entropy: the mean distance of pairs."""
+        """Makes the Terms of the loss: the mean distance of pairs of layers."""
         if self.distance is None:
             row = Distance(kd, inputs=("logits",))
             return (Term(row, options={"temperature": 2.0}),)
@@ -232,7 +232,7 @@ METHODS: Mapping[str, Method] = {
 
 
 class Network(NamedTuple):
-    """A trained network, and what its training took."""
+    """Holds a trained network and the time of its training."""
 
     model: Transformer
     params: Mapping[str, object]
@@ -240,7 +240,7 @@ class Network(NamedTuple):
     cpu_seconds: float = 0.0
 
     def read(self, text: np.ndarray) -> Outputs:
-        """What it makes of windows ``[b, t + 1]``, a row per character."""
+        """Computes the outputs for windows ``[b, t + 1]``, one row per character."""
         return _reader(self.model)(self.params, text)
 
 
@@ -252,15 +252,15 @@ def _reader(model):
 
 
 def make_optimizer(steps: int, lr: float) -> optax.GradientTransformation:
-    """AdamW, warmed up for a twentieth of the steps, then annealed by a cosine."""
+    """Makes AdamW with a warm-up of a twentieth of the steps and a cosine decay."""
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, steps // 20, steps, lr / 20)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 
 
-# Lambda is an argument of the step: all of a grid share one compiled program.
+# Lambda is an argument of the step, so a whole grid shares one compiled program.
 @functools.cache
 def make_step(model, teacher, method, *, positions, steps, lr):
-    """The optimiser and one update; without a method, from the text alone."""
+    """Makes the optimiser and one update; without a method it uses the text alone."""
     tx = make_optimizer(steps, lr)
     pairs = layer_map(model.depth, teacher.depth) if method else []
 
@@ -305,24 +305,24 @@ def train(
     weight: float = 0.0,
     teacher: Network | None = None,
 ) -> Network:
-    """Trains a network; seed and step decide everything that is random.
+    """Trains a network; all randomness depends on seed and step only.
 
     Args:
       args: settings of the command.
       text: ASCII codes, ``[n]``.
       model: the network to train.
-      name: name in the lines about the progress.
+      name: name in the lines that report progress.
       steps: number of updates.
       seed: seed of the parameters, the batches and the sampled characters.
-      method: how it learns from the teacher; None: from the text alone.
+      method: method of distillation; None learns from the text alone.
       weight: lambda.
-      teacher: with a method, whom it learns from.
+      teacher: teacher, if there is a method.
 
     Returns:
-      The network; its seconds are those of all steps but the first, which compiles.
+      The network. Its seconds leave out the first step, which compiles.
 
     Raises:
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: if the loss is not finite.
     """
     guide, guide_params = (teacher.model, teacher.params) if method else (None, {})
     options = {"positions": args.positions, "steps": steps, "lr": args.lr}
@@ -347,22 +347,22 @@ def train(
 
 
 def bits_per_character(network: Network, batches: Sequence[np.ndarray]) -> float:
-    """Measures the cross-entropy over windows, each of them read from nothing."""
+    """Measures the cross-entropy over windows, each without previous context."""
     nats = [
         float(cross_entropy(network.read(text).logits, jnp.ravel(text[:, 1:])))
         for text in batches
     ]
-    return float(np.mean(nats)) / math.log(2)  # batches are of one size
+    return float(np.mean(nats)) / math.log(2)  # batches have equal sizes
 
 
 def geometry(student: Network, teacher: Network, text: np.ndarray) -> dict[str, float]:
-    """How far the student's last hidden states are from the teacher's."""
+    """Measures the distance between last hidden states of student and teacher."""
     x, y = (
         network.read(text).layers[f"block_{network.model.depth}"]
         for network in (student, teacher)
     )
     return {
-        name: max(0.0, float(distance(x, y)))  # of equal ones, rounding may be < 0
+        name: max(0.0, float(distance(x, y)))  # rounding may give < 0 for equal ones
         for name, distance in (("procrustes", procrustes), ("cka", cka))
     }
 
@@ -372,12 +372,12 @@ def geometry(student: Network, teacher: Network, text: np.ndarray) -> dict[str, 
 
 
 def say(line: str) -> None:
-    """Prints a line at once, also into a file."""
+    """Prints a line without buffering."""
     print(line, flush=True)
 
 
 def make_teacher(args, text) -> Network:
-    """Trains the teacher; its seed is none of the students' default ones."""
+    """Trains the teacher with a seed that no student has by default."""
     return train(
         args,
         text,
@@ -389,7 +389,7 @@ def make_teacher(args, text) -> Network:
 
 
 def make_student(args, text, teacher, *, width, seed, key=None, weight=0.0) -> Network:
-    """Trains a student; ``key`` names its method, None is the student alone."""
+    """Trains a student by the method ``key``; None is the student alone."""
     learning = f"{key}, lambda {weight:g}" if key else "alone"
     return train(
         args,
@@ -405,7 +405,7 @@ def make_student(args, text, teacher, *, width, seed, key=None, weight=0.0) -> N
 
 
 def compare(args, text) -> dict[str, object]:
-    """Trains the teacher, and for each width and seed a student alone and by method."""
+    """Trains the teacher, and for each width and seed all students."""
     test = even_batches(text["test"], args)
     teacher = make_teacher(args, text["training"])
     runs = [_measured(teacher, teacher, test, method="teacher")]
@@ -429,7 +429,7 @@ def compare(args, text) -> dict[str, object]:
 
 
 def _measured(network, teacher, test, **labels):
-    """The record of a run."""
+    """Makes the record of a run."""
     record = {
         **labels,
         "width": network.model.width,
@@ -443,7 +443,7 @@ def _measured(network, teacher, test, **labels):
 
 
 def choose(args, text) -> dict[str, object]:
-    """Tries every lambda of the grid on the validation part, first width and seed."""
+    """Tries every lambda on the validation part, with the first width and seed."""
     validation = even_batches(text["validation"], args)
     teacher = make_teacher(args, text["training"])
     first = {"width": args.student_widths[0], "seed": args.seeds[0]}
@@ -453,7 +453,7 @@ def choose(args, text) -> dict[str, object]:
             student = make_student(
                 args, text["training"], teacher, **first, key=key, weight=weight
             )
-        except FloatingPointError as error:  # a lambda may be far too large
+        except FloatingPointError as error:  # lambda may be too large
             say(f"  {error}")
             continue
         bits[key][f"{weight:g}"] = found = bits_per_character(student, validation)
@@ -477,7 +477,7 @@ def choose(args, text) -> dict[str, object]:
 
 
 def table(runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Makes the table of a comparison: a row per width and method, over seeds."""
+    """Makes the table of a comparison, with a row for each width and method."""
     groups = {}
     for run in runs:
         groups.setdefault((run["width"], run["method"]), []).append(run)
@@ -512,13 +512,13 @@ TITLES = {"teacher": "teacher", "alone": "student alone"}
 
 
 def _spread(values):
-    """Mean and, of several, the standard deviation."""
+    """Formats the mean and, for several values, the standard deviation."""
     mean = f"{np.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
 def caption(args: argparse.Namespace, text: Mapping[str, np.ndarray]) -> str:
-    """Says what a table was measured on."""
+    """Describes what a table was measured on."""
     digest = hashlib.sha256(b"".join(part.tobytes() for part in text.values()))
     seeds = len(args.seeds)
     return (
@@ -552,7 +552,7 @@ def _weight(text):
     key, _, number = text.partition("=")
     if key not in METHODS:
         raise argparse.ArgumentTypeError(
-            f"{key!r} is no method; write METHOD=LAMBDA of {', '.join(METHODS)}"
+            f"{key!r} is not a method; write METHOD=LAMBDA of {', '.join(METHODS)}"
         )
     return key, float(number)
 
@@ -561,26 +561,26 @@ def _add_options(parser):
     number = functools.partial(parser.add_argument, metavar="N", type=int)
     standard, keys = Path(os.__file__).parent, list(METHODS)
     number("--depth", default=4, help="blocks of the teacher, even (%(default)s)")
-    number("--width", default=96, help="of the teacher (%(default)s)")
-    number("--student-widths", nargs="+", default=[48], help="of students (48)")
-    number("--teacher-steps", default=5000, help="updates of it (%(default)s)")
+    number("--width", default=96, help="width of the teacher (%(default)s)")
+    number("--student-widths", nargs="+", default=[48], help="widths of students (48)")
+    number("--teacher-steps", default=5000, help="updates of the teacher (%(default)s)")
     number("--steps", default=1500, help="updates of a student (%(default)s)")
     number("--batch", default=8, help="windows per step (%(default)s)")
     number("--context", default=64, help="characters per window (%(default)s)")
     number("--positions", default=256, help="characters compared (%(default)s)")
     number("--windows", default=2048, help="windows measured on (%(default)s)")
-    number("--seeds", nargs="+", default=[0], help="of students (0)")
+    number("--seeds", nargs="+", default=[0], help="seeds of students (0)")
     add = parser.add_argument
     add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     add("--text", type=Path, default=standard, help="folder of *.py (%(default)s)")
     methods = {"nargs": "*", "choices": keys, "default": keys, "metavar": "METHOD"}
     add("--methods", **methods, help=f"all by default: {', '.join(keys)}")
     weights = {"type": _weight, "nargs": "+", "metavar": "METHOD=LAMBDA"}
-    add("--weights", **weights, default=[], help="in place of the chosen ones")
+    add("--weights", **weights, default=[], help="use these lambdas instead")
     grid = {"type": float, "nargs": "+", "metavar": "LAMBDA"}
     add("--choose", **grid, help="compare these lambdas on validation text instead")
     add("--out", type=Path, help="folder for language.json and language.md (none)")
-    add("--fast", action="store_true", help="tiny: only for a test")
+    add("--fast", action="store_true", help="tiny sizes, for tests only")
 
 
 def _check(args, error):
@@ -603,7 +603,7 @@ def _check(args, error):
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line; a mistake ends it with one line and status 2."""
+    """Reads the command line; an error prints one line and exits with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     _add_options(parser)
     if parser.parse_known_args(arguments)[0].fast:
@@ -614,7 +614,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _command(arguments):
-    """The command without the place that it writes to."""
+    """Returns the command without the folder that it writes to."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out")
     _, rest = parser.parse_known_args(arguments)

@@ -1,6 +1,6 @@
-"""|R_S(h) - R_T(h)| / L <= W1 <= W2 <= CW2 <= paired, of two networks' features.
+"""Measures |R_S(h) - R_T(h)| / L <= W1 <= W2 <= CW2 <= paired for two networks.
 
-`theorem.py` says what each of them is, and measures them epoch by epoch.
+`theorem.py` defines each member and measures it epoch by epoch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ from scipy.special import log_softmax, softmax
 from kddm_jax import class_wasserstein, paired_l2, wasserstein
 from kddm_jax.numerics.transport import Costs, transport_cost
 
-# Of the root mean squared norm of the features: squares in float64 are exact to 1e-16
-# of theirs, roots of what is left near zero to 1e-8.
+# Relative to the root mean squared norm of the features. Squares in float64 have a
+# relative error of 1e-16, so roots near zero have one of 1e-8.
 TOLERANCE = 1e-7
 
 
 class Seen(NamedTuple):
-    """Outputs of a network for the images, and its head.
+    """Holds a network's outputs for the images, and its head.
 
     Attributes:
       features: shape ``[n, d]``.
@@ -37,14 +37,14 @@ class Seen(NamedTuple):
     bias: np.ndarray
 
     def head(self, features: np.ndarray) -> np.ndarray:
-        """The head's logits of any features, in float64."""
+        """Computes the head's logits of given features in float64."""
         wide = (np.asarray(z, np.float64) for z in (features, self.kernel, self.bias))
         features, kernel, bias = wide
         return features @ kernel + bias
 
 
 def _difference(risks, constant):
-    """|R_S - R_T| / L and its parts; a loss that is constant has no difference."""
+    """Returns |R_S - R_T| / L and its parts; the ratio is 0 for a constant loss."""
     student, teacher = (float(np.mean(risk)) for risk in risks)
     normalised = abs(student - teacher) / constant if constant else 0.0
     return {
@@ -56,20 +56,20 @@ def _difference(risks, constant):
 
 
 def heads_risk(student: Seen, teacher: Seen) -> dict[str, float]:
-    """How far the two heads disagree, on the student's and on the teacher's features.
+    """Measures the disagreement of the two heads, on the features of either network.
 
     Args:
       student: the student's outputs for the images.
-      teacher: likewise.
+      teacher: the teacher's outputs for the images.
 
     Returns:
-      The mean loss on either's features, its Lipschitz constant, and the difference
-      divided by that.
+      The mean loss on the features of each network, its Lipschitz constant, and the
+      difference divided by this constant.
     """
     norms = 0.0
     for seen in (student, teacher):
         kernel = np.asarray(seen.kernel, np.float64)
-        # softmax does not see what all logits share
+        # softmax ignores a term common to all logits
         norms += np.linalg.norm(kernel - kernel.mean(1, keepdims=True), 2)
     apart = lambda z: np.linalg.norm(
         softmax(student.head(z), axis=1) - softmax(teacher.head(z), axis=1), axis=1
@@ -80,16 +80,16 @@ def heads_risk(student: Seen, teacher: Seen) -> dict[str, float]:
 def label_risk(
     head: Seen, student: Seen, teacher: Seen, labels: np.ndarray
 ) -> dict[str, float]:
-    """The cross-entropy of one head on the student's and on the teacher's features.
+    """Measures the cross-entropy of one head on the features of either network.
 
     Args:
-      head: whose.
+      head: outputs of the network that has the head.
       student: the student's outputs for the images.
-      teacher: likewise.
+      teacher: the teacher's outputs for the images.
       labels: labels of the images, shape ``[n]``.
 
     Returns:
-      As `heads_risk`.
+      The same as `heads_risk`.
     """
     columns = np.asarray(head.kernel, np.float64).T
     # The gradient is sum_k p_k (w_k - w_y).
@@ -101,7 +101,7 @@ def label_risk(
 
 @cache
 def _compiled():
-    """Exact W1 of a cost; exact squared W2, CW2 and paired L2 of features."""
+    """Compiles exact W1 of a cost, and exact squared W2, CW2, paired L2 of features."""
 
     def of_cost(cost):
         n = len(cost)
@@ -119,15 +119,15 @@ def _compiled():
 
 
 def distances(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Exact distances of paired features in float64, unsquared.
+    """Computes exact distances of paired features in float64, unsquared.
 
     Args:
-      x: student, shape ``[n, d]``.
-      y: teacher, shape ``[n, d]``.
-      labels: shape ``[n]``.
+      x: student features, shape ``[n, d]``.
+      y: teacher features, shape ``[n, d]``.
+      labels: labels, shape ``[n]``.
 
     Returns:
-      ``w1``, ``w2``, ``cw2`` and ``paired``; ``size``, the root mean squared norm.
+      ``w1``, ``w2``, ``cw2`` and ``paired``, and ``size``, the root mean squared norm.
     """
     x, y = (np.asarray(z, np.float64) for z in (x, y))
     with jax.enable_x64(True):
@@ -141,7 +141,7 @@ def distances(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[str, flo
 
 
 def links(record: Mapping) -> Iterator[tuple[str, float, str, float]]:
-    """Every inequality of the chain: the smaller's name and value, the larger's."""
+    """Yields every inequality: name and value of the smaller, then of the larger."""
     value = {
         **{name: record[name] for name in ("w1", "w2", "cw2", "paired")},
         **{name: risk["normalised"] for name, risk in record["risks"].items()},
@@ -154,7 +154,7 @@ def links(record: Mapping) -> Iterator[tuple[str, float, str, float]]:
 
 
 def violations(records: Sequence[Mapping]) -> list[str]:
-    """The inequalities that fail by more than the tolerance, a line each."""
+    """Lists the inequalities that fail by more than the tolerance, one per line."""
     return [
         f"{record['run']}, epoch {record['epoch']}: {small} {low:.9g} > "
         f"{large} {high:.9g}"
@@ -165,11 +165,11 @@ def violations(records: Sequence[Mapping]) -> list[str]:
 
 
 def measure(student: Seen, teacher: Seen, labels: np.ndarray) -> dict[str, object]:
-    """The chain of one pair of networks.
+    """Measures the chain for one pair of networks.
 
     Args:
       student: the student's outputs for the images.
-      teacher: likewise, features of the same width.
+      teacher: the teacher's outputs, with features of the same width.
       labels: labels of the images, shape ``[n]``.
 
     Returns:

@@ -4,13 +4,13 @@
     python experiments/theorem.py --images 1000 -- --dataset cifar10 --data-dir DIR
 
 P_S and P_T are student and teacher features of the same n evaluation images, g_S and
-g_T the networks up to there, W exact distances of these samples (no Sinkhorn),
-unsquared.  A loss l of z with Lipschitz constant L obeys
+g_T are the networks up to the features, and W are exact distances of these samples (no
+Sinkhorn), unsquared.  A loss l of z with Lipschitz constant L obeys
 
   |E_S l - E_T l| / L <= W1 <= W2 <= CW2 <= paired,
 
-CW2 with classes weighed by their frequency, paired = sqrt(mean ||x_i - y_i||^2).  Two
-kinds of losses are measured, for a student alone and for distilled ones:
+where CW2 weights classes by their frequency and paired = sqrt(mean ||x_i - y_i||^2).
+Two kinds of losses are measured, for a student alone and for distilled ones:
 
   heads   l(z) = ||softmax h(z) - softmax f(z)||, h the student's head and f the
           teacher's, which stands for the paper's labelling function.  Softmax has
@@ -19,12 +19,12 @@ kinds of losses are measured, for a student alone and for distilled ones:
   labels  l(z, y) = cross-entropy of a head at z with the image's own label, one head
           for both networks' features, the student's or the teacher's.  Its gradient is
           sum_k p_k (w_k - w_y): L = max_kl ||w_k - w_l||.  It is a loss on P(Z x Y),
-          so that CW2 bounds it; W2 need not, whose plan may change a label.
+          so CW2 bounds it.  W2 need not, because its plan may change a label.
 
 W1 itself is the largest difference of risks of any loss with L = 1 (Kantorovich).
-Then, for the first distilled student, distances of batches against those of all n
-images: of batches that both networks see, as in training, and of batches of which the
-teacher sees others, as samples of two distributions are drawn.  Status 1 where an
+For the first distilled student, distances of batches are then compared with those of
+all n images.  Either both networks see the same images, as in training, or the teacher
+sees other images, as when two distributions are sampled.  The exit status is 1 if an
 inequality fails by more than the tolerance.
 """
 
@@ -56,15 +56,15 @@ from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.outputs import outputs_of
 from kddm_jax.experiment.training.problems import Problem
 
-IMAGES = 2000  # the assignment of so many takes seconds
+IMAGES = 2000  # an assignment of this size takes seconds
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 50
-SUFFIX = "-theorem"  # of the folder of the runs
+SUFFIX = "-theorem"  # of the name of the runs' folder
 DEFAULTS = {"images": IMAGES, "batches": BATCHES, "draws": DRAWS}
 
 
 # ---------------------------------------------------------------------------
-# A pair of networks, every epoch of it.
+# Outputs of a pair of networks after every epoch.
 
 
 def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
@@ -73,15 +73,15 @@ def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
     Args:
       problem: data and programs.
       model: the network.
-      variables: its own.
+      variables: variables of the network.
       images: uint8 ``[n, h, w, c]``.
       who: "teacher" or "student", for errors.
 
     Returns:
-      Features, logits, head.
+      Features, logits and head.
 
     Raises:
-      UserError: the network's logits are no linear map of its features.
+      UserError: if the network's logits are not a linear map of its features.
     """
     outputs = outputs_of(problem, model, variables, images)
     known = methods.HEADS.get(type(model).__name__, ("fc",))
@@ -92,17 +92,17 @@ def seen_by(problem: Problem, model, variables, images, who: str) -> Seen:
         if np.abs(seen.head(seen.features) - seen.logits).max() <= 0.02 * size:
             return seen
     raise UserError(
-        f"the {who}'s logits are no linear map {known[-1]!r} of its features; the "
+        f"the {who}'s logits must be a linear map {known[-1]!r} of its features; the "
         "theorem compares features under one such head"
     )
 
 
 class Epochs:
-    """The student's outputs for the images after each epoch, in a file for each.
+    """Stores the student's outputs for the images, with a file for each epoch.
 
     Attributes:
       folder: folder of the files.
-      count: number of epochs, without the start.
+      count: number of epochs, not counting the start.
     """
 
     def __init__(self, run: runs.Run, out: Path, images: int):
@@ -113,7 +113,7 @@ class Epochs:
         return self.folder / f"epoch-{epoch:04d}.npz"
 
     def write(self, epoch: int, seen: Seen) -> None:
-        """Writes an epoch's file, whole or not at all."""
+        """Writes the file of an epoch atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial_file = self._file(epoch).with_suffix(".partial")
         with partial_file.open("wb") as file:
@@ -121,7 +121,7 @@ class Epochs:
         os.replace(partial_file, self._file(epoch))
 
     def check(self) -> None:
-        """Raises UserError where an epoch's file is missing."""
+        """Raises UserError if the file of an epoch is missing."""
         for epoch in range(self.count + 1):
             if not self._file(epoch).exists():
                 raise UserError(
@@ -131,7 +131,7 @@ class Epochs:
                 )
 
     def read(self) -> Iterator[tuple[int, Seen]]:
-        """All epochs, the start first."""
+        """Yields all epochs, from the start."""
         for epoch in range(self.count + 1):
             with np.load(self._file(epoch)) as arrays:
                 yield epoch, Seen(**arrays)
@@ -144,7 +144,7 @@ def _check(settings):
         or FEATURE_ONLY in settings.method.distances
     ):
         raise UserError(
-            "the theorem compares features as they are; leave out --layers, "
+            "the theorem compares unchanged features; leave out --layers, "
             f"--projector and {FEATURE_ONLY}"
         )
     if not settings.method.distances:
@@ -152,7 +152,7 @@ def _check(settings):
     if len(settings.run.seeds) > 1:
         raise UserError(f"--seeds {settings.run.seeds}: one seed is measured; pass one")
     if settings.run.coordinator or (settings.run.processes or 1) > 1:
-        raise UserError("the theorem is measured by one process; leave --processes out")
+        raise UserError("the theorem is measured by one process; leave out --processes")
 
 
 def _check_widths(problem):
@@ -165,7 +165,7 @@ def _check_widths(problem):
 
 
 def train(settings, images: int, console):
-    """Trains teacher and students, or reads what is there.
+    """Trains teacher and students, or reads the finished ones.
 
     Args:
       settings: settings of the command.
@@ -173,8 +173,8 @@ def train(settings, images: int, console):
       console: where lines are printed.
 
     Returns:
-      ``(problem, teacher, labels, epochs)``: the teacher as `Seen`, `Epochs` by the
-      name of the student's run.
+      ``(problem, teacher, labels, epochs)``, with the teacher as `Seen` and `Epochs` by
+      the name of the student's run.
     """
     options = {"suffix": SUFFIX, "check": _check_widths}
     with study.open(settings, console, **options) as opened:
@@ -206,18 +206,18 @@ CHAIN_COLUMNS = (
 )
 
 
-def told_epochs(count: int) -> list[int]:
-    """The epochs of the table: all of a few, else the start, doublings, the end."""
+def shown_epochs(count: int) -> list[int]:
+    """Chooses epochs for the table: the start, doublings and the end, or all."""
     if count <= 6:
         return list(range(count + 1))
     return sorted({0, count, *(2**i for i in range(count.bit_length()))})
 
 
 def chain_table(records: Sequence[Mapping], about: str) -> dict[str, object]:
-    """The chain as a table of `table.markdown`."""
+    """Makes the table of the chain, for `table.markdown`."""
     rows = []
     for record in records:
-        if record["epoch"] not in told_epochs(record["epochs"]):
+        if record["epoch"] not in shown_epochs(record["epochs"]):
             continue
         differences = [risk["normalised"] for risk in record["risks"].values()]
         numbers = [differences[0], *(record[k] for k in ("w1", "w2", "cw2", "paired"))]
@@ -233,7 +233,7 @@ def chain_table(records: Sequence[Mapping], about: str) -> dict[str, object]:
 
 
 def picture(record: Mapping, path: Path) -> Path:
-    """Draws the chain of each student, and the batches' bias."""
+    """Draws the chain of each student and the bias of batches."""
     by_run: dict[str, list] = {}
     for one in record["chain"]:
         by_run.setdefault(one["title"], []).append(one)
@@ -243,7 +243,7 @@ def picture(record: Mapping, path: Path) -> Path:
     )
     for axes, (title, found) in zip(panels, by_run.items(), strict=False):
         epochs = [one["epoch"] for one in found]
-        for name, label, width in (  # where they are one, all are seen
+        for name, label, width in (  # equal ones all stay visible
             *(("paired", "paired", 5), ("cw2", "CW2", 3)),
             *(("w2", "W2", 1), ("w1", "W1", 1)),
         ):
@@ -270,7 +270,7 @@ def picture(record: Mapping, path: Path) -> Path:
 
 
 def _captions(settings, problem, labels, teacher, shown, draws, devices):
-    """What the two tables were measured on."""
+    """Describes the data and networks of the two tables."""
     networks = f"{settings.networks.teacher_model} to {settings.networks.student_model}"
     deviation = teacher.features - teacher.features.mean(0)
     spread = float(np.mean(np.sum(deviation**2, axis=1))) ** 0.5
@@ -298,12 +298,12 @@ def _captions(settings, problem, labels, teacher, shown, draws, devices):
 
 
 def title_of_run(name: str) -> str:
-    """Of a student."""
+    """Returns the title of a student."""
     return name if name in runs.ALONE else methods.title(name)
 
 
 def record_of(settings, options, console) -> dict[str, object]:
-    """Trains, measures, and says it all as JSON."""
+    """Trains and measures; returns the record that is written as JSON."""
     problem, teacher, labels, epochs = train(settings, options.images, console)
     chain, last = [], {}
     for name, kept in epochs.items():
@@ -355,32 +355,32 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--images",
         type=int,
         default=IMAGES,
-        help="evaluation images at most, as many of each class (default %(default)s)",
+        help="largest number of evaluation images, balanced (default %(default)s)",
     )
     parser.add_argument(
         "--batches",
         type=int,
         nargs="+",
         default=BATCHES,
-        help="sizes; those beyond the images are left out (default "
+        help="sizes of batches; too large ones are left out (default "
         f"{' '.join(map(str, BATCHES))})",
     )
     parser.add_argument(
         "--draws",
         type=int,
         default=DRAWS,
-        help="batches of each size (default %(default)s)",
+        help="number of batches of each size (default %(default)s)",
     )
     parser.add_argument(
         "--json",
         type=Path,
-        help="where the numbers go, the picture beside them; default: theorem.json in "
-        "--out",
+        help="file for the numbers; the picture goes into its folder; default: "
+        "theorem.json in --out",
     )
     parser.add_argument(
         "settings",
         nargs="*",
-        help="settings of cifar.py, after --; --distances is cw2 unless given",
+        help="settings of cifar.py after --; the default of --distances is cw2",
     )
     return parser.parse_args(arguments)
 
@@ -397,7 +397,7 @@ def _check_options(options):
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     options = parse_options(arguments)
 
     def work():

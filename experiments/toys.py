@@ -1,9 +1,9 @@
-"""Two-dimensional clouds on which the distances differ visibly.
+"""Makes two-dimensional examples on which the distances differ visibly.
 
-Two classes that lie differently for teacher and student: W2 pairs them across classes,
-CW2 does not.  Two clouds of one mean and covariance but different shapes: to the
-Gaussian W2 they are one, to the empirical W2 they are not, and a cloud that flows down
-either distance ends accordingly.
+In the first, the student's two classes are rotated against the teacher's: W2 pairs
+samples across classes, CW2 does not.  In the second, two sets of samples have the same
+mean and covariance but different shapes: the Gaussian W2 cannot distinguish them, the
+empirical W2 can, and samples that follow the gradient of either end accordingly.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from kddm_jax.numerics.transport import Costs, transport_plan
 def optimal_plan(
     x: jax.Array, y: jax.Array, labels: jax.Array | None = None
 ) -> jax.Array:
-    """Finds the exact plan of W2, or of CW2 where there are labels.
+    """Finds the exact plan of W2, or of CW2 if there are labels.
 
     Args:
       x: shape ``[n, d]``.
       y: shape ``[n, d]``.
-      labels: int, shape ``[n]``, of both clouds; None pairs freely.
+      labels: labels of both, int, shape ``[n]``; None allows all pairs.
 
     Returns:
-      Plan, shape ``[n, n]``, of mass 1; every row has one entry.
+      Plan of mass 1, shape ``[n, n]``, with one entry in every row.
     """
     n = len(x)
     one = jnp.zeros(n, int) if labels is None else labels
@@ -42,16 +42,16 @@ def optimal_plan(
 
 
 def crossing(plan: jax.Array, labels: jax.Array) -> float:
-    """Share of a plan's mass that moves between samples of different classes."""
+    """Computes the share of a plan's mass between different classes."""
     return float(jnp.sum(jnp.where(labels[:, None] != labels[None, :], plan, 0)))
 
 
 class Pairing(NamedTuple):
-    """Two classes, as student and teacher have them.
+    """Holds two classes of student and teacher.
 
     Attributes:
-      x: student, shape ``[n, 2]``.
-      y: teacher, shape ``[n, 2]``.
+      x: student's samples, shape ``[n, 2]``.
+      y: teacher's samples, shape ``[n, 2]``.
       labels: int, shape ``[n]``.
       plans: plans of "W2 (E)" and "CW2 (E)", each ``[n, n]``.
     """
@@ -63,17 +63,17 @@ class Pairing(NamedTuple):
 
 
 def two_classes(seed: int = 0, count: int = 20) -> Pairing:
-    """Makes clouds that W2 pairs across classes.
+    """Makes samples that W2 pairs across classes.
 
-    The student has the teacher's arrangement, turned by 120 degrees and moved: its
-    class 0 lies on the side of the teacher's class 1.
+    The student's samples are arranged as the teacher's, rotated by 120 degrees and
+    moved, so that its class 0 is close to the teacher's class 1.
 
     Args:
-      seed: seed of the draw.
-      count: samples of each class.
+      seed: seed of the samples.
+      count: number of samples of each class.
 
     Returns:
-      The clouds and both plans.
+      The samples and both plans.
     """
     rng = np.random.default_rng(seed)
     labels = np.repeat([0, 1], count)
@@ -92,7 +92,7 @@ def two_classes(seed: int = 0, count: int = 20) -> Pairing:
 
 
 def _standard(points):
-    """Mean zero and covariance one, exactly."""
+    """Transforms points to mean zero and covariance one, exactly."""
     centred = points - points.mean(0)
     values, vectors = np.linalg.eigh(centred.T @ centred / len(points))
     return centred @ (vectors / np.sqrt(values)) @ vectors.T
@@ -106,18 +106,18 @@ def flow(
     steps: int = 80,
     rate: float = 0.1,
 ) -> jax.Array:
-    """Lets a cloud flow down a distance to another.
+    """Moves samples down the gradient of a distance.
 
     Args:
       distance: a distance of ``(x, y)``, such as `wasserstein`.
       x: start, shape ``[n, d]``.
       y: target, shape ``[m, d]``.
-      steps: number of them.
-      rate: share of the way to its place in the optimal plan that a sample goes in a
-        step: the gradient of a squared distance is 2 / n times that way.
+      steps: number of steps.
+      rate: share of the way to its partner in the optimal plan that a sample moves in
+        a step. The gradient of a squared distance is 2 / n times this way.
 
     Returns:
-      The cloud before and after every step, shape ``[steps + 1, n, d]``.
+      The samples before and after every step, shape ``[steps + 1, n, d]``.
     """
     gradient = jax.grad(distance)
 
@@ -136,11 +136,11 @@ DISTANCES = {
 
 
 class Shapes(NamedTuple):
-    """Clouds of one mean and covariance, and what flows to one of them.
+    """Holds samples of one mean and covariance, and flows to one of them.
 
     Attributes:
-      x: Gaussian, shape ``[n, 2]``.
-      y: a banana, shape ``[n, 2]``.
+      x: Gaussian samples, shape ``[n, 2]``.
+      y: samples in the shape of a banana, ``[n, 2]``.
       flows: by distance, from x moved and stretched to y, ``[steps + 1, n, 2]``.
     """
 
@@ -150,14 +150,14 @@ class Shapes(NamedTuple):
 
 
 def two_shapes(seed: int = 0, count: int = 80) -> Shapes:
-    """Makes clouds that W2 (G) cannot tell apart, and flows under either distance.
+    """Makes samples that W2 (G) cannot distinguish, and flows of either distance.
 
     Args:
-      seed: seed of the draw.
-      count: samples of each cloud.
+      seed: seed of the samples.
+      count: number of samples of each shape.
 
     Returns:
-      The clouds and the flows.
+      The samples and the flows.
     """
     rng = np.random.default_rng(seed)
     gauss, along = rng.normal(size=(count, 2)), rng.uniform(-1.8, 1.8, count)

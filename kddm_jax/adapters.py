@@ -1,9 +1,9 @@
-"""Adapts networks to the train step, and holds the layers that our networks share.
+"""Adapts networks to the train step, and contains the layers that our networks share.
 
-The step asks a model for a function ``apply(variables, images, *, train) -> (outputs,
-new_batch_stats)``: `linen_apply` makes one of a Linen module. `Outputs` is what our
-networks return. `make_layers` gives the convolution and the BatchNorm of torchvision's
-networks, in a form that is fast on a CPU; the checks give one wording to all networks.
+The train step calls a function ``apply(variables, images, *, train) -> (outputs,
+new_batch_stats)``; `linen_apply` makes one from a Linen module. Our networks return
+`Outputs`. `make_layers` returns the convolution and the BatchNorm of torchvision's
+networks, in a form that is fast on a CPU. All networks share the checks of arguments.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ class Outputs(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """Describes a first convolution; with `pool`, a 3x3/2 max pooling follows it."""
+    """Describes a first convolution; `pool` adds a 3x3/2 max pooling after it."""
 
     kernel: int
     stride: int
@@ -56,7 +56,7 @@ dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Layers(NamedTuple):
-    """Holds the layers that torchvision's networks are made of, with their options.
+    """Holds the layers of torchvision's networks with their options.
 
     Attributes:
       conv: `conv(features, kernel, stride, name=...)`, without bias, padded as in
@@ -69,7 +69,7 @@ class Layers(NamedTuple):
 
 
 def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
-    # Explicit padding: "SAME" is off by one pixel from torch's where the stride is 2.
+    # Explicit padding: with stride 2, "SAME" differs from torch's by one pixel.
     pad = (kernel - 1) // 2
     return nn.Conv(
         features,
@@ -89,17 +89,17 @@ def make_layers(
     """Makes the convolution and the normalisation of one forward pass.
 
     Args:
-      train: whether BatchNorm uses, and averages, the statistics of the batch.
+      train: whether BatchNorm uses and averages the statistics of the batch.
       dtype: dtype of the computation.
-      axis_name: mapped axis over which BatchNorm averages, None for no axis.
+      axis_name: mapped axis over which BatchNorm averages, or None.
 
     Returns:
-      Both layers; they take a number of features and a name.
+      Both layers, which take a number of features and a name.
     """
     norm = partial(
         nn.BatchNorm,
         use_running_average=not train,
-        momentum=0.9,  # of the running value: torch's momentum of 0.1
+        momentum=0.9,  # weight of the running value; torch's momentum is 0.1
         epsilon=1e-5,
         dtype=dtype,
         axis_name=axis_name,
@@ -114,7 +114,7 @@ def check_images(images: jax.Array) -> None:
       images: images, shape `[b, h, w, c]`, floating point.
 
     Raises:
-      ValueError: the rank or the dtype is another.
+      ValueError: if the rank or the dtype is wrong.
     """
     if images.ndim != 4:
         raise ValueError(
@@ -135,7 +135,7 @@ def check_stem(stem: str) -> None:
       stem: name of the stem.
 
     Raises:
-      ValueError: it is neither "cifar" nor "imagenet".
+      ValueError: if the stem is neither "cifar" nor "imagenet".
     """
     if stem not in STEMS:
         raise ValueError(
@@ -149,10 +149,10 @@ def check_positive(model: nn.Module, *names: str) -> None:
 
     Args:
       model: the network.
-      *names: its attributes that must be positive.
+      *names: names of its attributes that must be positive.
 
     Raises:
-      ValueError: one is not; the message has its name.
+      ValueError: if an attribute is not positive; the message names it.
     """
     for name in names:
         if getattr(model, name) <= 0:
@@ -165,7 +165,7 @@ def check_positive(model: nn.Module, *names: str) -> None:
 def linen_apply(
     model: nn.Module,
 ) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
-    """Turns a Linen module into the apply function that the train step takes.
+    """Makes the apply function of the train step from a Linen module.
 
     Args:
       model: a Linen module whose `__call__` takes images and `train`.
@@ -173,7 +173,7 @@ def linen_apply(
     Returns:
       A function `apply(variables, images, *, train) -> (outputs, new_batch_stats)`,
       where variables are `{"params": ..., "batch_stats": ...}`. In evaluation the
-      statistics come back as given; a module without any gives `{}`.
+      statistics are returned unchanged. A module without statistics returns `{}`.
 
     Examples:
       >>> from kddm_jax.resnet import ResNet9

@@ -1,13 +1,13 @@
-"""Knowledge quality: which layers of a teacher are worth distilling.
+"""Rates the layers of a teacher by how useful they are for distillation.
 
 Cooper et al., "Logit-Based Losses Limit the Effectiveness of Feature Knowledge
-Distillation", arXiv:2511.14981, rate a layer by the geometry of its features, with
-class labels and without any training: separation S of the classes, information I
-within them, efficiency E of the room they take, and `Q = S + sqrt(I E)`.
+Distillation", arXiv:2511.14981, rate a layer by the geometry of its features. They need
+class labels but no training: the separation S of the classes, the information I within
+them, the efficiency E of their use of space, and the quality `Q = S + sqrt(I E)`.
 
-`f_i` are the features of sample i, flattened, `u_i = f_i / ||f_i||`, and
-`G_ij = |<u_i, u_j>|`. All of it follows from one `[n, n]` Gram matrix, which is summed
-over blocks of features: they may lie on disk (`numpy.memmap`) and be very wide.
+`f_i` are the flattened features of sample i, `u_i = f_i / ||f_i||`, and
+`G_ij = |<u_i, u_j>|`. Everything follows from one `[n, n]` Gram matrix, which is summed
+over blocks of features. Features may be very wide, or on disk (`numpy.memmap`).
 """
 
 import math
@@ -22,26 +22,27 @@ import numpy as np
 from kddm_jax.numerics.checks import as_float, check_labels, check_number
 from kddm_jax.numerics.linalg import matmul
 
-# The released code's two quirks, as options: `knowledge_quality(f, y, **RELEASED)`.
+# Options of the released code: `knowledge_quality(f, y, **RELEASED)`.
 RELEASED: Mapping[str, object] = MappingProxyType(
     {"include_diagonal": True, "log_const": 5.0}
 )
 
-# Features that are on the device at once, times samples: 128 MB in float32.
+# Number of features on the device at once, times samples: 128 MB in float32.
 _BLOCK = 2**25
 
 
 class KnowledgeQuality(NamedTuple):
-    """What a layer is worth to a student, by the letters of arXiv:2511.14981.
+    """Holds the quality of a layer, with the letters of arXiv:2511.14981.
 
     Attributes:
-      S: separation: how much more samples of one class align than those of two, in
+      S: separation, the alignment within classes minus that between classes, in
         [-1, 1].
-      I: information: spread of directions within a class, in [0, 1] unless
+      I: information, the spread of directions within a class, in [0, 1] unless
         `log_const` is given.
-      E: efficiency: distance between classes per length of features, >= 0.
+      E: efficiency, the distance between classes divided by the length of features,
+        at least 0.
       Q: quality, `S + sqrt(I E)`.
-      K: the factor in E by which samples of `n_train` would be apart in a ball.
+      K: factor of E that depends on the size of the training set, `n_train`.
     """
 
     S: float
@@ -52,7 +53,7 @@ class KnowledgeQuality(NamedTuple):
 
 
 class _Geometry(NamedTuple):
-    """Inner products and distances of samples sorted by class."""
+    """Holds inner products and distances of samples sorted by class."""
 
     cosines: np.ndarray  # |<u_i, u_j>|, [n, n]
     squares: np.ndarray  # ||f_i - f_j||^2, [n, n]
@@ -68,7 +69,7 @@ class _Geometry(NamedTuple):
 
 @jax.jit
 def _add_block(total, block):
-    """Adds some features to the Gram matrix, to <f - mean, mean>, to ||mean||^2."""
+    """Adds a block of features to the Gram matrix, <f - mean, mean> and ||mean||^2."""
     gram, offset, square = total
     mean = jnp.mean(block, axis=0)
     block = block - mean[None, :]
@@ -80,7 +81,7 @@ def _add_block(total, block):
 
 
 def _inner_products(features, order):
-    """The Gram matrix of the centred features, and what it lacks to the plain one."""
+    """Returns the centred Gram matrix and the terms that make it uncentred."""
     n, d = len(order), features.shape[1]
     step = max(1, _BLOCK // n)
     zeros = jnp.zeros((n, n), as_float("features", features[:1, :1]).dtype)
@@ -92,20 +93,19 @@ def _inner_products(features, order):
 
 
 def _geometry(features, order, starts):
-    # Centring saves digits of the distances; it is undone exactly for the cosines:
+    # Distances of centred features are more accurate. The cosines need uncentred ones:
     # <f_i, f_j> = <f_i - m, f_j - m> + <f_i - m, m> + <f_j - m, m> + <m, m>.
     centred, offset, square = _inner_products(features, order)
     if not all(np.all(np.isfinite(part)) for part in (centred, offset, square)):
         raise ValueError(
-            "features must be finite, got NaN, infinity or values whose square is; "
-            "rescale them or mend the network"
+            "features must be finite, got NaN, infinity or values whose square is "
+            "infinite; rescale them or check the network"
         )
     plain = centred + offset[:, None] + offset[None, :] + square
     norms = np.sqrt(np.maximum(np.diagonal(plain), 0))
     if not np.any(norms):
         raise ValueError(
-            "features must not be zero for every sample: such a layer is dead; "
-            "leave it out"
+            "features must not be zero for every sample, got a dead layer; leave it out"
         )
     inverse = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
     cosines = np.minimum(np.abs(plain) * inverse[:, None] * inverse[None, :], 1)
@@ -131,10 +131,10 @@ def _separation(geometry, include_diagonal):
 
 
 def _entropy(gram, d):
-    """Entropy (nats) of the squared singular values that a class's Gram matrix has."""
+    """Returns the entropy (nats) of the squared singular values of one class."""
     gram = np.float64(gram)
     gram = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
-    # Beyond the rank there is only round-off, hundreds of values of it.
+    # Values beyond the rank are round-off, and there can be hundreds of them.
     rank = min(len(gram) - 1, d)
     values = np.maximum(np.linalg.eigvalsh(gram)[-rank:], 0)
     if values.sum() == 0:  # constant features
@@ -164,7 +164,7 @@ def _efficiency(geometry, packing):
 
 
 def _by_class(labels, n):
-    """The samples in order of their class, without padding, and where classes start."""
+    """Sorts labelled samples by class; returns their order and where classes start."""
     labels = np.asarray(check_labels(labels, n))
     order = np.argsort(labels, kind="stable")
     order = order[np.count_nonzero(labels < 0) :]
@@ -192,7 +192,7 @@ def knowledge_quality(
     include_diagonal: bool = False,
     log_const: float | None = None,
 ) -> KnowledgeQuality:
-    r"""Rates the features of one layer.
+    r"""Computes the knowledge quality of one layer's features.
 
     .. math:: S &= \mathrm{mean}_c \mathrm{mean}_{i \ne j \in c} G_{ij}
               - \mathrm{mean}_{c \ne c'} \mathrm{mean}_{i \in c, j \in c'} G_{ij} \\
@@ -202,37 +202,38 @@ def knowledge_quality(
               \|f_i - f_j\|}{\mathrm{mean}_c \mathrm{mean}_{i \in c} \|f_i\|}, \quad
               K = (n_\mathrm{train} / \pi)^{1 / \min(n, d)}, \quad Q = S + \sqrt{I E}
 
-    with H_c the entropy, in nats, of the squared singular values of the features of
-    class c minus their mean, as shares of their sum. Centred, n_c samples have
-    n_c - 1 singular values, whence the logarithm that H_c is divided by: it does not
-    depend on the layer, so that layers compare, and a layer narrower than n_c - 1
+    where H_c is the entropy, in nats, of the squared singular values of the centred
+    features of class c, as shares of their sum. n_c centred samples have n_c - 1
+    singular values, so H_c is divided by the logarithm of this number. It does not
+    depend on the layer, so layers can be compared, but a layer narrower than n_c - 1
     cannot reach 1. None of S, I, E, Q depends on the scale of the features.
 
-    The numbers depend on how many samples there are: compare layers on the same
-    ones. The paper takes 5,000 at random from the training set, as many of each class
+    All values depend on the number of samples: compare layers on the same samples. The
+    paper takes 5,000 random samples of the training set, the same number of each class
     (and for I up to 500 of each).
 
-    It is not meant to be traced: values decide shapes. It takes 2 n^2 d floating
-    point operations and some copies of an `[n, n]` matrix, whatever d: of 5,000
-    samples, 1 second of CPU time for 512 features and 13 for 16,384.
+    This function cannot be traced, because shapes depend on values. It takes 2 n^2 d
+    floating point operations and a few copies of an `[n, n]` matrix for any d. For
+    5,000 samples this is 1 second of CPU time for 512 features and 13 for 16,384.
 
     Args:
-      features: one layer's, shape `[n, ...]`, flattened to `[n, d]`, floating; in
-        NumPy they are moved to the device by blocks.
-      labels: int, shape `[n]`; samples of negative labels are left out.
-      n_train: size of the training set that the samples were drawn from, for K; None:
+      features: features of one layer, floating, shape `[n, ...]`, flattened to
+        `[n, d]`. NumPy arrays are moved to the device in blocks.
+      labels: int, shape `[n]`; samples with negative labels are left out.
+      n_train: size of the training set that the samples were drawn from, for K. None is
         the number of samples.
-      include_diagonal: whether S counts each sample's alignment with itself as one
-        within its class, as the released code does.
-      log_const: H_c is divided by log(log_const); None: by log(n_c - 1). The released
-        code has 5. (Both options: `**RELEASED`.)
+      include_diagonal: whether S includes each sample's alignment with itself, as in
+        the released code.
+      log_const: H_c is divided by log(log_const), and by log(n_c - 1) if it is None.
+        The released code uses 5. `**RELEASED` sets this and `include_diagonal`.
 
     Returns:
       `KnowledgeQuality` of floats.
 
     Raises:
-      ValueError: wrong shapes or dtypes; fewer than two classes; a class of one
-        sample; features that are not finite or all zero; an option out of range.
+      ValueError: if a shape or dtype is wrong, there are fewer than two classes, a
+        class has one sample, features are not finite or all zero, or an option is out
+        of range.
 
     References:
       Cooper et al., Logit-Based Losses Limit the Effectiveness of Feature Knowledge
@@ -255,7 +256,7 @@ def knowledge_quality(
     n_train = n if n_train is None else n_train
     check_number("n_train", n_train, positive=True)
     if log_const is not None and not log_const > 1:
-        raise ValueError(f"log_const must be above 1, got {log_const}; None: n_c - 1")
+        raise ValueError(f"log_const must be above 1, got {log_const}; None is n_c - 1")
 
     geometry = _geometry(features, order, starts)
     packing = (n_train / math.pi) ** (1 / min(n, d))
@@ -273,20 +274,20 @@ def select_layers(
 ) -> tuple[str, ...] | tuple[int, ...]:
     """Chooses the layers of highest quality.
 
-    (The released code has lists of layers in its place, those of arXiv:2511.14981.)
+    The released code has fixed lists of layers instead, those of arXiv:2511.14981.
 
     Args:
-      quality: of each layer, from the first to the last: a mapping by name, or a
-        sequence. `jax.jit` returns a dict sorted by name ("block10" before "block2"):
-        take the order of the layers from the network, not from such a dict.
-      count: how many; 4 in the paper.
+      quality: quality of each layer from the first to the last, as a mapping by name or
+        a sequence. `jax.jit` returns a dict sorted by name ("block10" before "block2"),
+        so take the order of the layers from the network, not from such a dict.
+      count: number of layers to choose; 4 in the paper.
 
     Returns:
-      The names (or, of a sequence, indices) of the `count` best in order of depth; of
-      equal ones the first.
+      The names of the `count` best layers (or indices, for a sequence) in order of
+      depth. Of layers with equal quality, the first is chosen.
 
     Raises:
-      ValueError: `count` is not between 1 and the number of layers, or a quality is
+      ValueError: if `count` is not between 1 and the number of layers, or a quality is
         not a number.
 
     References:

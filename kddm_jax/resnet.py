@@ -3,8 +3,8 @@
 He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385: a stem,
 four stages of basic blocks `relu(x + bn(conv(relu(bn(conv(x))))))` with widths w, 2w,
 4w, 8w, global average pooling, a linear classifier. Padding and initialisation are
-torchvision's (but the classifier's bias starts at zero, and Flax averages the biased
-variance), and so are the parameter names: `layer1_0/conv2/kernel` is torchvision's
+torchvision's, except that the classifier's bias starts at zero and Flax averages the
+biased variance. Parameter names are torchvision's, too: `layer1_0/conv2/kernel` is
 `layer1.0.conv2.weight`. Images are NHWC and already normalised.
 """
 
@@ -48,9 +48,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Classifies images by a residual network of basic blocks.
 
-    `ResNet9`, `ResNet18` and `ResNet34` have their numbers of blocks.
+    `ResNet9`, `ResNet18` and `ResNet34` set the numbers of blocks.
 
-    `model.apply(variables, images)` returns `Outputs`; for training,
+    `model.apply(variables, images)` returns `Outputs`. For training,
     `model.apply(variables, images, train=True, mutable=["batch_stats"])` returns
     `(Outputs, {"batch_stats": ...})`.
 
@@ -61,7 +61,7 @@ class ResNet(nn.Module):
       dtype: dtype of the computation. Parameters, BatchNorm statistics, features and
         logits are float32 at least.
       axis_name: mapped axis over which BatchNorm averages its statistics in training.
-        The model may be initialised outside of it.
+        The model may be initialised without it.
       blocks: number of blocks in each stage.
     """
 
@@ -84,8 +84,8 @@ class ResNet(nn.Module):
 
         Args:
           images: normalised images, shape `[b, h, w, c]`, floating point.
-          train: whether BatchNorm uses, and averages into `batch_stats`, the
-            statistics of the batch.
+          train: whether BatchNorm uses the statistics of the batch and averages them
+            into `batch_stats`.
 
         Returns:
           Logits, features and maps.
@@ -115,7 +115,7 @@ class ResNet(nn.Module):
                 )(x)
                 maps[f"stage{stage}_block{block + 1}"] = x
 
-        # The average and the classifier are too cheap to lose digits in.
+        # The average and the classifier are cheap: they use float32 at least.
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
         logits = nn.Dense(

@@ -1,9 +1,9 @@
-"""Gradient checks for distances: what our own tests use, for yours too.
+"""Checks the gradients of distances: ours in the tests, and your own.
 
-``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first
-argument: at its defaults, a gradient that is zero or of the wrong sign passes.
-`assert_distance_gradients` divides that out, works in float64, in forward and in
-reverse mode, and compares with central differences of the value itself.
+``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first argument,
+so with its defaults a gradient that is zero or has the wrong sign passes.
+`assert_distance_gradients` divides by this size, works in float64, checks forward and
+reverse mode, and compares with central differences of the value.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,24 +24,25 @@ def assert_distance_gradients(
     atol: float = 1e-4,
     **options: object,
 ) -> None:
-    """Asserts that a distance's derivatives are those of its value.
+    """Asserts that a distance's derivatives agree with finite differences.
 
-    In float64: the gradient against central differences, entry by entry, and
-    forward and reverse mode along random directions by chex.  Numbers that a
-    distance holds constant (epsilon, bandwidth, beta, ridge) move with the inputs
-    in a numerical derivative: pass them explicitly.  Inputs should lie away from
-    ties of an exact assignment.
+    Everything is computed in float64. The gradient is compared with central differences
+    entry by entry, and chex checks forward and reverse mode along random directions.
+    A distance holds some numbers constant that it computes from its inputs (epsilon,
+    bandwidth, beta, ridge). They change in a numerical derivative, so pass them
+    explicitly.  Avoid inputs at which an exact assignment is not unique.
 
     Args:
       distance: a key of `DISTANCES`, a `Distance`, or a callable.
-      *arrays: its arguments, small (each entry costs two evaluations).
-      argnums: of the arrays to differentiate by.
+      *arrays: arguments of the distance; keep them small, because each entry costs two
+        evaluations.
+      argnums: indices of the arrays to differentiate with respect to.
       rtol: relative tolerance of an entry.
       atol: absolute tolerance, as a fraction of the largest numerical derivative.
-      **options: of the distance.
+      **options: options of the distance.
 
     Raises:
-      AssertionError: a derivative is off.
+      AssertionError: if a derivative is wrong.
 
     Examples:
       >>> x = np.random.default_rng(0).normal(size=(5, 3))
@@ -72,7 +73,7 @@ def assert_distance_gradients(
 
 
 def _central_differences(value, arrays, step=1e-5):
-    """Numerical gradients, one entry at a time."""
+    """Computes numerical gradients, one entry at a time."""
     gradients = []
     for index, array in enumerate(arrays):
         h = step * max(1.0, float(jnp.max(jnp.abs(array))))
@@ -103,12 +104,12 @@ def assert_finite_gradients(
 
     Args:
       distance: a key of `DISTANCES`, a `Distance`, or a callable.
-      *arrays: its arguments.
-      argnums: of the arrays to differentiate by.
-      **options: of the distance.
+      *arrays: arguments of the distance.
+      argnums: indices of the arrays to differentiate with respect to.
+      **options: options of the distance.
 
     Raises:
-      AssertionError: value or gradient holds a NaN or an infinity.
+      AssertionError: if the value or the gradient contains NaN or infinity.
 
     Examples:
       >>> assert_finite_gradients("w2_gaussian", jnp.ones((4, 9)), jnp.ones((4, 9)))

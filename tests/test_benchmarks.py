@@ -189,7 +189,7 @@ def test_the_process_of_pytorch_that_does_not_start(monkeypatch, tmp_path):
 
 
 @pytest.mark.bench
-def test_the_python_of_pytorch_that_is_not_there(tmp_path):
+def test_a_missing_python_for_pytorch_is_an_error(tmp_path):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "step.py", "--torch-python", tmp_path / "none"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -263,7 +263,7 @@ def test_names_of_distances():
         harness.parse_distance("w3")
 
 
-def test_gaps_are_what_no_work_covers():
+def test_gaps_are_the_time_without_work():
     import gaps
 
     assert gaps.idle_ns([]) == gaps.idle_ns([(3, 9)]) == 0
@@ -314,7 +314,7 @@ def test_the_step_compiled_ahead(ahead):
     assert ahead.claims([few], 1e9, tall=False) == []
 
 
-def test_claims_of_what_is_compiled_ahead(ahead):
+def test_claims_about_compiled_programs(ahead):
     row = {
         "distance": "w2",
         "memory_gb": 17.0,

@@ -353,7 +353,7 @@ def test_damaged_ones_ahead_do_not_count(two):
         assert checkpoint.latest(two) == two / "step-00000004"
 
 
-def test_only_a_killed_save_is_no_checkpoint(one, tmp_path):
+def test_an_interrupted_first_save_leaves_no_checkpoint(one, tmp_path):
     shutil.copytree(one / "step-00000001", tmp_path / "step-00000001.partial")
     assert checkpoint.latest(tmp_path) is None
 

@@ -52,7 +52,7 @@ def test_small_examples_stand_alone(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_examples_say_what_was_measured(name):
+def test_small_examples_quote_measured_numbers(name):
     """Their lambda was the best on held-out digits, their numbers are of a command."""
     rows = {row["name"]: row for row in json.loads(CHOSEN.read_text())["found"]}
     held_out, test = rows[name]["held_out"], np.array(rows[name]["test"])

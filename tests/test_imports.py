@@ -262,7 +262,7 @@ def test_nobody_imports_through_sys_path():
 
 
 @pytest.mark.parametrize("module", GRAPH)
-def test_files_hold_one_idea_and_say_which(module):
+def test_files_are_short_and_named_by_their_idea(module):
     parts = module.split(".")
     assert not NAMELESS & set(parts)
     lines = modules(PACKAGE)[module].read_text(encoding="utf-8").count("\n")

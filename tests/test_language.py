@@ -243,7 +243,7 @@ def test_table():
         ("--positions 2000", "at most batch x context = 512"),
         ("--student-widths 64 --positions 60", "more than the student's width"),
         ("--windows 1", "--windows 1: choose at least --batch 8"),
-        ("--weights cca=1", "'cca' is no method; write METHOD=LAMBDA of procrustes"),
+        ("--weights cca=1", "'cca' is not a method; write METHOD=LAMBDA of procrustes"),
         ("--weights cka=x", "argument --weights"),
         ("--choose x", "argument --choose"),
         ("--steps 0", "--steps 0: choose at least 1"),
@@ -256,13 +256,13 @@ def test_mistakes_are_one_line(line, error, capsys):
     assert error in capsys.readouterr().err
 
 
-def test_fast_gives_way_to_what_is_said():
+def test_options_override_fast():
     args = language.parse(["--fast", "--steps", "3"])
     assert (args.steps, args.batch) == (3, language.FAST["batch"])
 
 
 @pytest.mark.slow
-def test_a_network_learns_a_text_by_heart():
+def test_a_network_memorizes_a_text():
     args = language.parse(["--fast", "--lr", "1e-2"])
     model = language.Transformer(depth=2, width=16)
     network = language.train(args, TEXT, model, name="it", steps=200, seed=0)
@@ -292,7 +292,7 @@ def test_seed_decides_a_run():
 
 
 @pytest.mark.slow
-def test_a_lambda_too_large_is_no_choice():
+def test_a_diverging_lambda_is_not_chosen():
     parts = dict.fromkeys(("training", "validation", "test"), TEXT)
     args = language.parse(["--fast", "--methods", "kd", "--choose", "inf", "1"])
     found = language.choose(args, parts)

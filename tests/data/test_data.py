@@ -863,7 +863,7 @@ def test_folders_are_tried_in_the_documented_order(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted({*data.DATASETS} - {"digits", "folder"}))
-def test_missing_tells_where_and_how(tmp_path, name):
+def test_an_error_names_the_missing_files_and_their_folder(tmp_path, name):
     (tmp_path / "data").mkdir()
     with pytest.raises(data.DataError) as caught:
         data.load(name)

@@ -93,7 +93,7 @@ def test_test_comes_before_val(tmp_path):
     assert len(load(tmp_path).test_images) == 3
 
 
-def test_what_is_no_image_is_passed_over(tmp_path):
+def test_other_files_are_skipped(tmp_path):
     write(tmp_path)
     expected = load(tmp_path)
     (tmp_path / "train" / "ant" / "README.txt").write_text("ants")
@@ -313,7 +313,7 @@ def test_exif_orientation(tmp_path, orientation):
     np.testing.assert_array_equal(load(tmp_path).train_images[0], upright)
 
 
-def test_broken_exif_is_no_damage(tmp_path):
+def test_images_with_broken_exif_are_read(tmp_path):
     # A table of nine entries that ends in the first: Pillow warns and goes on.
     exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x09\x01\x12\0\x03"
     write(tmp_path)

@@ -736,8 +736,10 @@ sys.exit(distill.main(sys.argv[1:]))
         ("no space", 2, r"error: cannot write .* 4,096 left; free space"),
     ],
 )
-def test_trouble_loses_nothing(what, status, message, shared, finished, tmp_path):
-    """One line, the last checkpoint whole; afterwards the command ends as ever."""
+def test_an_error_keeps_the_last_checkpoint(
+    what, status, message, shared, finished, tmp_path
+):
+    """The error is one line, and the same command then finishes as usual."""
     line = (*tiny("out"), "--checkpoint-seconds", "0", "--distances")
     trouble = (what, *line)
     done = command(*trouble, script=("-c", TROUBLE), cwd=tmp_path)
@@ -851,7 +853,7 @@ def test_unknown_option(tmp_path, monkeypatch, capsys):
     assert tree(tmp_path) == {}
 
 
-def test_missing_data_tells_where_and_how(tmp_path, monkeypatch, capsys):
+def test_missing_data_is_one_line_with_a_fix(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = (*TINY, "--compilation-cache", "None", "--dataset", "cifar100")
     assert call(*line, "--out", "out", "--data-dir", tmp_path / "nowhere") == 2
@@ -863,7 +865,7 @@ def test_missing_data_tells_where_and_how(tmp_path, monkeypatch, capsys):
     assert tree(tmp_path) == {}
 
 
-def test_missing_data_tells_every_place(tmp_path, monkeypatch, capsys):
+def test_missing_data_names_every_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)

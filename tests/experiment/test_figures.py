@@ -203,7 +203,7 @@ def test_student_and_teacher_are_embedded_together():
 
 
 @pytest.mark.slow
-def test_w2_is_told_in_units_of_the_teachers_spread():
+def test_w2_is_in_units_of_the_teachers_deviation():
     y = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1]])  # mean squared deviation 1
     assert figures.relative_w2(y + 2, y) == pytest.approx(8)
     assert figures.relative_w2(10 * y + 20, 10 * y) == pytest.approx(8)
@@ -414,7 +414,7 @@ nothing = lambda source, folder: None
 
 # By name: what the folder is made of, the line after it, what the error says.
 MISTAKES = {
-    "no folder": (nothing, "/none", ["/none is no folder", "--out"]),
+    "no folder": (nothing, "/none", ["/none is not a folder", "--out"]),
     "nothing given": (nothing, None, ["RUN_DIR is missing", "--figures toys --to"]),
     "not finished": (nothing, "", ["results.json", "weights.json", "not finished"]),
     "damaged": (written("results.json", "{"), "", ["results.json is not readable"]),

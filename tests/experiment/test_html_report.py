@@ -210,7 +210,7 @@ HOSTILE = """</title><script src="//x">alert('1')</script><b onload="x">&amp;`{{
 
 
 def test_strings_are_escaped():
-    """A folder, a class or a module of one's own may be called anything."""
+    """Users may give a folder, a class or a module any name."""
     results = full_results()
     results["settings"].update(dataset=HOSTILE, out=HOSTILE, student_model=HOSTILE)
     results["teacher"]["model"] = HOSTILE
@@ -379,7 +379,7 @@ def test_a_page_of_nothing_is_one_line(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
-def test_what_solvers_say():
+def test_statistics_of_solvers():
     results = full_results()
     for run, iterations in zip(results["runs"][2:], (10.0, 30.0), strict=True):
         for record, share in zip(run["history"], (0.5, 1.0), strict=True):
@@ -404,7 +404,7 @@ def test_what_solvers_say():
 
 
 def test_pca_on_the_teacher_s_axes():
-    """Its axes are those of its variance; the student is told by its own numbers."""
+    """The axes are those of its variance."""
     rng = np.random.default_rng(0)
     teacher = rng.normal(size=(50, 4)) * [1.0, 9.0, 0.1, 4.0] + 3.0
     student = rng.normal(size=(20, 4))
@@ -455,5 +455,5 @@ def test_tsne_tells_clusters_apart():
         ("w2", {"projector": "dense"}, False),
     ],
 )
-def test_who_is_tied_to_the_teacher_s_axes(name, changes, tied):
+def test_methods_that_share_the_teachers_axes(name, changes, tied):
     assert embedding.ties_axes(name, change(Settings(), **changes)) is tied

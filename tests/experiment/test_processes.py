@@ -260,7 +260,7 @@ def start(line):
     processes.start(run.coordinator, run.processes, run.process)
 
 
-def test_alone_nobody_is_asked(initialized):
+def test_one_process_does_not_communicate(initialized):
     start([])
     assert initialized == []
 
@@ -369,14 +369,14 @@ def test_devices_of_a_process_lie_together(slice_of):
         ((2, 3), 6, "--devices 6: 2 processes have 4; lower it"),
     ],
 )
-def test_devices_that_are_not_there(slice_of, counts, wanted, message):
+def test_missing_devices_are_an_error(slice_of, counts, wanted, message):
     slice_of(counts)
     with pytest.raises(UserError, match=message):
         processes.choose_devices(wanted)
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000])
-def test_what_the_first_says_reaches_all(size, monkeypatch):
+def test_values_of_the_first_process_reach_all(size, monkeypatch):
     """Values and errors, in pieces; both processes played one after the other."""
     monkeypatch.setattr(processes, "CHUNK", 300)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -274,7 +274,7 @@ def test_head_is_read_from_the_network():
     assert found.features.shape == (7, 6)
     np.testing.assert_allclose(found.head(found.features), found.logits, rtol=1e-4)
     bent = Net(bent=True)
-    with pytest.raises(UserError, match="the teacher's logits are no linear map 'fc'"):
+    with pytest.raises(UserError, match="logits must be a linear map 'fc'"):
         theorem.seen_by(problem, bent, variables, images, "teacher")
 
 
@@ -295,9 +295,9 @@ def test_epochs_are_kept(tmp_path):
 
 
 def test_epochs_of_the_table():
-    assert theorem.told_epochs(2) == [0, 1, 2]
-    assert theorem.told_epochs(15) == [0, 1, 2, 4, 8, 15]
-    assert theorem.told_epochs(30) == [0, 1, 2, 4, 8, 16, 30]
+    assert theorem.shown_epochs(2) == [0, 1, 2]
+    assert theorem.shown_epochs(15) == [0, 1, 2, 4, 8, 15]
+    assert theorem.shown_epochs(30) == [0, 1, 2, 4, 8, 16, 30]
 
 
 def test_several_tables_share_a_command():
@@ -400,7 +400,7 @@ MISTAKES = {
     "draws": ("--draws 0", ["--draws", "at least 1"]),
     "batches": ("--batches 16 1", ["--batches", "at least 2, got 1"]),
     "seeds": ("-- --seeds 0 1", ["--seeds (0, 1)", "pass one"]),
-    "projector": ("-- --projector dense", ["--projector", "as they are"]),
+    "projector": ("-- --projector dense", ["--projector", "unchanged features"]),
     "features only": ("-- --distances feature_only", ["feature_only"]),
     "nothing to distil": ("-- --distances", ["--distances is empty", "cw2"]),
     "unknown distance": ("-- --distances w3", ["unknown distance 'w3'"]),

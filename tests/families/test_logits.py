@@ -62,7 +62,7 @@ def test_equal_logits_have_finite_gradients():
             assert np.isfinite(gradient).all()
 
 
-def test_one_class_has_nothing_to_tell():
+def test_one_class_has_distance_zero():
     one = np.ones((4, 1))
     assert compiled("kd")(one, 3 * one) == 0
     assert compiled("kd", standardize=True)(one, 3 * one) == 0

@@ -380,7 +380,7 @@ def test_summed_channels_see_grey_as_colour(small):
     )
 
 
-def test_surgery_leaves_what_it_is_given(small):
+def test_surgery_does_not_change_its_input(small):
     before = jax.tree.map(np.copy, small)
     key = jax.random.key(0)
     surgery.grow(key, small, (2, 2, 2, 2))
@@ -797,7 +797,7 @@ def test_command_never_mixes_with_a_run(small, run_folder, tmp_path, capsys):
     assert "choose another name" in error
 
 
-def test_command_names_what_is_wrong(small, run_folder, tmp_path, capsys):
+def test_errors_of_the_command_name_the_cause(small, run_folder, tmp_path, capsys):
     a, b = tmp_path / "a.npz", tmp_path / "b.npz"
     assert "cannot read" in refused(tmp_path, capsys, a, b)
     weights.save(a, small)

@@ -718,9 +718,7 @@ def test_prefer_eigen_adds_to_the_flags(monkeypatch, installed, before, after):
         {"plug_ins": ["xla_cuda12", "rocm"]},
     ],
 )
-def test_prefer_eigen_spares_what_may_not_know_the_option(
-    monkeypatch, installed, found
-):
+def test_prefer_eigen_skips_platforms_without_the_option(monkeypatch, installed, found):
     installed(**found)
     monkeypatch.setenv("XLA_FLAGS", "--a=1")
     prefer_eigen()
