@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kddm_jax.experiment import study
+from kddm_jax.experiment.checks import check
 from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.settings import Settings, as_json, change, check
+from kddm_jax.experiment.settings import Settings, as_json, change
 from kddm_jax.experiment.training import runs
 
 GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from kddm_jax.experiment.checks import check
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
     FEATURE_ONLY,
@@ -24,7 +25,6 @@ from kddm_jax.experiment.settings import (
     Run,
     Settings,
     change,
-    check,
     flat,
 )
 
