@@ -364,3 +364,40 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         ),
     }
 )
+
+
+def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
+    """Looks a distance up, or makes a `Distance` of a callable.
+
+    Args:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
+
+    Returns:
+      The `Distance`.
+
+    Raises:
+      ValueError: an unknown key, naming the known ones.
+
+    Examples:
+      >>> get_distance("w2").title
+      'W2 (E)'
+    """
+    if isinstance(distance, Distance):
+        return distance
+    if isinstance(distance, str):
+        if distance not in DISTANCES:
+            raise ValueError(
+                f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}"
+            )
+        return DISTANCES[distance]
+    if callable(distance):
+        return Distance(distance, title=callable_name(distance))
+    raise ValueError(
+        "distance must be a key of DISTANCES, a Distance or a callable of (x, y), "
+        f"got {type(distance).__name__}"
+    )
+
+
+def callable_name(fn: Callable) -> str:
+    """Returns the name of a function, or of its type."""
+    return getattr(fn, "__name__", type(fn).__name__)

@@ -17,8 +17,16 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from kddm_jax.distances import DISTANCES, Distance, Options, hashable_options
+from kddm_jax.distances import (
+    Distance,
+    Options,
+    callable_name,
+    get_distance,
+    hashable_options,
+)
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
+from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import (
     check_axis,
     gather,
@@ -92,42 +100,6 @@ class Term:
             )
 
 
-def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
-    """Looks a distance up, or makes a `Distance` of a callable.
-
-    Args:
-      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
-
-    Returns:
-      The `Distance`.
-
-    Raises:
-      ValueError: an unknown key, naming the known ones.
-
-    Examples:
-      >>> get_distance("w2").title
-      'W2 (E)'
-    """
-    if isinstance(distance, Distance):
-        return distance
-    if isinstance(distance, str):
-        if distance not in DISTANCES:
-            raise ValueError(
-                f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}"
-            )
-        return DISTANCES[distance]
-    if callable(distance):
-        return Distance(distance, title=_callable_name(distance))
-    raise ValueError(
-        "distance must be a key of DISTANCES, a Distance or a callable of (x, y), "
-        f"got {type(distance).__name__}"
-    )
-
-
-def _callable_name(fn):
-    return getattr(fn, "__name__", type(fn).__name__)
-
-
 def _term_name(term):
     if term.name is not None:
         return term.name
@@ -135,7 +107,7 @@ def _term_name(term):
         name = term.distance
     else:
         fn = term.distance.fn if isinstance(term.distance, Distance) else term.distance
-        name = _callable_name(fn)
+        name = callable_name(fn)
     return name if term.layers is None else f"{name}@{term.layers[0]}"
 
 
@@ -181,7 +153,7 @@ def _lambda(weight, distance, normalization):
     if normalization not in row.weights:
         known = [f"normalization={name!r}" for name in row.weights]
         raise ValueError(
-            f"weight is None, but {row.title or _callable_name(row.fn)} has no default "
+            f"weight is None, but {row.title or callable_name(row.fn)} has no default "
             f"weight with normalization={normalization!r}"
             + (f", only with {', '.join(known)}" if known else "")
             + "; pass a number, weight=..."
@@ -206,7 +178,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
       logits: shape ``[n, k]``.
-      labels: int, shape ``[n]``; negative labels are padding.
+      labels: int, shape ``[n]``; samples with a negative label have no part, whatever
+        their logits are.
 
     Returns:
       Scalar, in nats.
@@ -217,6 +190,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     valid = labels >= 0
+    (logits,) = masks.zeroed(valid, logits)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(valid, labels, 0)
     )
@@ -267,11 +241,14 @@ def _features(term, batch, whole, normalization):
 
     ``whole`` is the batch that statistics run over: of all devices.
     """
+    known = whole["mask"]
     pair, labels = as_matrices(_pair(term, batch), batch["labels"], term.positions)
     same = pair
     if whole is not batch:
         same, _ = as_matrices(_pair(term, whole), whole["labels"], term.positions)
-    return normalize(pair, same, term.normalization or normalization), labels
+    if known is not None:  # every position of an image is as its image
+        known = jnp.repeat(known, len(same[1]) // len(known))
+    return normalize(pair, same, term.normalization or normalization, known), labels
 
 
 def _arguments(row, term, batch, whole, normalization):
@@ -315,6 +292,19 @@ def _options(row, term, given, num_classes):
     return options
 
 
+def _masked(row, term, mask, samples):
+    """The keyword argument ``mask`` for ``samples`` rows, where there is a mask."""
+    if mask is None:
+        return {}
+    known = inspect.signature(row.fn).parameters.values()
+    if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in known):
+        raise ValueError(
+            f"distance {_term_name(term)!r} does not take a mask; give it a keyword "
+            "argument mask, shape [n], zero for no sample, or leave mask out"
+        )
+    return {"mask": jnp.repeat(mask, samples // len(mask))}
+
+
 def _evaluate(term, local, gathered, options, *, normalization, axis_name, groups):
     """Value and diagnostics of a term: of the global batch if there is an axis."""
     row = get_distance(term.distance)
@@ -322,6 +312,7 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     local_only = axis_name is not None and row.per_sample
     batch = local if local_only else gathered
     arrays = _arguments(row, term, batch, gathered, normalization)
+    options = {**options, **_masked(row, term, batch["mask"], len(arrays[0]))}
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
@@ -334,6 +325,8 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     if local_only:
         labelled = "labels" in row.inputs
         count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
+        if local["mask"] is not None and not labelled:
+            count = jnp.sum(local["mask"])
         value = mean_over_images(value, count, axis_name, groups)
     if groups is not None:
         # Every device holds its group's value; averaged over devices they have the
@@ -345,19 +338,21 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
 
 
 def _check_arrays(student_logits, labels, mask, num_classes):
-    """Checks what all terms share; gives the number of samples."""
-    if mask is not None:
+    """Checks what all terms share; gives the labels and the mask."""
+    if isinstance(mask, Mapping):
         raise ValueError(
-            "mask is not available yet; leave it out, and give samples without a label "
-            "the label -1"
+            "mask must be an array [n], one number for each sample, got a mapping; "
+            "masks of tokens are not available yet: average tokens in the network"
         )
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     n, k = student_logits.shape
+    mask = masks.check_mask(mask, n)
+    labels = with_mask(jnp.asarray(labels), mask)
     check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
-    return n
+    return labels, mask
 
 
 def distill_loss(
@@ -419,7 +414,10 @@ def distill_loss(
       task: ``task(student_logits, labels) -> scalar``, a mean over samples, that takes
         the place of the cross-entropy; it gets the arrays of all devices, and has to
         leave negative labels out.
-      mask: not available yet.
+      mask: shape ``[n]``; zero means no sample: its rows may hold anything and have no
+        part in the loss.  None takes all.  A distance of your own needs a keyword
+        argument ``mask``, which where every position is a sample has one number for
+        each.
       teacher_data: arrays that are computed from the teacher, by name, for distances
         that take them: ``{"class_cost": ...}`` for ``"wkd_logits"``.  They are equal on
         all devices and get no gradient.
@@ -457,9 +455,12 @@ def distill_loss(
     lam = _lambda(weight, distance, normalization)
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
-    n = _check_arrays(student_logits, labels, mask, num_classes)
+    labels, mask = _check_arrays(student_logits, labels, mask, num_classes)
+    (student_logits,) = masks.zeroed(mask, student_logits)
+    n = student_logits.shape[0]
 
     local = {
+        "mask": mask,
         "student": _compared(student_features, terms, "student", n),
         "teacher": _compared(teacher_features, terms, "teacher", n),
         "labels": labels,

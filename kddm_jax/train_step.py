@@ -28,7 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.distances import Distance
 from kddm_jax.losses import NOTHING, Term, distill_loss
-from kddm_jax.numerics.checks import check_choice
+from kddm_jax.numerics.checks import check_choice, check_number
+from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import accuracy_of, average_state
 from kddm_jax.numerics.gradients import all_finite, gradients
 
@@ -99,8 +100,7 @@ def create_state(
     Raises:
       ValueError: ``weight < 0``.
     """
-    if not weight >= 0:
-        raise ValueError(f"weight must be a number >= 0, got {weight}")
+    check_number("weight", weight, positive=False)
     return TrainState(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
@@ -209,12 +209,13 @@ def make_train_step(
         ``group_size``, ``solver``, ...
 
     Returns:
-      ``step(state, teacher_variables, images, labels, teacher_data={}) -> (state,
-      metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this device's
-      share, ``teacher_data`` as in `distill_loss`.  Metrics are scalars, equal on all
-      devices: ``loss``, each term, ``accuracy`` of the global batch's labelled images
-      before the update, ``finite``.  Where loss or gradient is not finite, the old
-      state comes back and ``finite`` is False.
+      ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
+      (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this
+      device's share, ``teacher_data`` as in `distill_loss`, and so is ``mask``: shape
+      ``[b]``, zero where an image only fills up the batch.  Metrics are scalars, equal
+      on all devices: ``loss``, each term, ``accuracy`` of the global batch's labelled
+      images before the update, ``finite``.  Where loss or gradient is not finite, the
+      old state comes back and ``finite`` is False.
 
     Raises:
       ValueError: a distance without a teacher; several teachers; an unknown module in
@@ -224,7 +225,7 @@ def make_train_step(
     options = dict[str, Any](loss_options)
     tx = optax.with_extra_args_support(tx)
 
-    def step(state, teacher_variables, images, labels, teacher_data=NOTHING):
+    def step(state, teacher_variables, images, labels, teacher_data=NOTHING, mask=None):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
         guide = _taught(teacher_apply, teacher_variables, inputs, axis_name)
@@ -245,6 +246,7 @@ def make_train_step(
                 distance=distance,
                 weight=lam,
                 teacher_data=teacher_data,
+                mask=mask,
                 key=key,
                 axis_name=axis_name,
                 **options,
@@ -258,7 +260,7 @@ def make_train_step(
             grads = jax.lax.pmean(grads, axis_name)
             batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
-        accuracy = accuracy_of(logits, labels, axis_name)
+        accuracy = accuracy_of(logits, with_mask(labels, mask), axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         return new, metrics
 
