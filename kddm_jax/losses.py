@@ -305,6 +305,14 @@ def _masked(row, term, mask, samples):
     return {"mask": jnp.repeat(mask, samples // len(mask))}
 
 
+def _check_scalar(name, value):
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} must return a scalar, got shape {list(jnp.shape(value))}; average "
+            "it over samples"
+        )
+
+
 def _evaluate(term, local, gathered, options, *, normalization, axis_name, groups):
     """Value and diagnostics of a term: of the global batch if there is an axis."""
     row = get_distance(term.distance)
@@ -317,11 +325,7 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
         value, stats = row.fn(*arrays, **options), {}
     else:
         value, stats = row.diagnose(*arrays, **options)
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"distance {_term_name(term)!r} must return a scalar, "
-            f"got shape {list(jnp.shape(value))}"
-        )
+    _check_scalar(f"distance {_term_name(term)!r}", value)
     if local_only:
         labelled = "labels" in row.inputs
         count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
@@ -339,11 +343,6 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
 
 def _check_arrays(student_logits, labels, mask, num_classes):
     """Checks what all terms share; gives the labels and the mask."""
-    if isinstance(mask, Mapping):
-        raise ValueError(
-            "mask must be an array [n], one number for each sample, got a mapping; "
-            "masks of tokens are not available yet: average tokens in the network"
-        )
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
@@ -478,6 +477,7 @@ def distill_loss(
 
     loss_of_task = cross_entropy if task is None else task
     value = loss_of_task(whole["student_logits"], whole["labels"])
+    _check_scalar("task", value)
     loss, results, weighted = task_weight * value, {"task": value}, []
     for term in terms:
         row, name = get_distance(term.distance), _term_name(term)

@@ -211,11 +211,10 @@ def make_train_step(
     Returns:
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
       (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this
-      device's share, ``teacher_data`` as in `distill_loss`, and so is ``mask``: shape
-      ``[b]``, zero where an image only fills up the batch.  Metrics are scalars, equal
-      on all devices: ``loss``, each term, ``accuracy`` of the global batch's labelled
-      images before the update, ``finite``.  Where loss or gradient is not finite, the
-      old state comes back and ``finite`` is False.
+      device's share, ``teacher_data`` and ``mask`` as in `distill_loss`.  Metrics are
+      scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the global
+      batch's labelled images before the update, ``finite``.  Where loss or gradient is
+      not finite, the old state comes back and ``finite`` is False.
 
     Raises:
       ValueError: a distance without a teacher; several teachers; an unknown module in

@@ -160,7 +160,8 @@ def gaussian_kl(
         pair = [jnp.sum(f * f, axis=0) + ridge for f in (factor_x, factor_y)]
         return _diagonal_kl(shift**2, *_directed(pair, direction))
     factor_p, factor_q = _directed([factor_x, factor_y], direction)
-    return _full_kl(shift[None, :], factor_p, factor_q, ridge)[0]
+    value = _full_kl(shift[None, :], factor_p, factor_q, ridge)[0]
+    return value if mask is None else jnp.where(jnp.any(mask), value, 0)
 
 
 def _check_released_kl(compat, covariance, ridge, direction):

@@ -72,13 +72,10 @@ def _temperature(temperature, logits):
             f"temperature must be a number, or have shape [n]=[{n}], got "
             f"{list(np.shape(temperature))}; flatten it to one number for each image"
         )
-    elif not isinstance(temperature, Tracer) and not np.all(
-        np.asarray(temperature) > 0
-    ):
-        raise ValueError(
-            "temperature must be positive, got a least one of "
-            f"{np.min(np.asarray(temperature))}"
-        )
+    elif not isinstance(temperature, Tracer):
+        least = np.min(np.asarray(temperature))
+        if not least > 0:
+            raise ValueError(f"temperature must be positive, got {least} among them")
     return jnp.asarray(temperature, logits.dtype)
 
 

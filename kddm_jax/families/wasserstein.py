@@ -263,9 +263,10 @@ def _probs_cost(logits_x, logits_y):
 def _kl_cost(logits_x, logits_y):
     """Computes KL(student_i || teacher_j) for all pairs.
 
-    A class without mass in both contributes nothing: 0 times the least number is 0.
+    A class without mass in both contributes nothing: its logarithm is so large a
+    negative number, not infinite, that only 0 times it is small.
     """
-    least = jnp.finfo(logits_x.dtype).min
+    least = -(float(jnp.finfo(logits_x.dtype).max) ** 0.75)  # sums do not overflow
     log_p, log_q = (
         jnp.maximum(jax.nn.log_softmax(z), least) for z in (logits_x, logits_y)
     )

@@ -6,6 +6,8 @@ divided by the number of samples.  Shapes stay static, and with ``mask=None`` ev
 function here is what it is without masks, to the bit.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +23,7 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
       The mask as booleans, or None.
 
     Raises:
-      ValueError: a wrong shape.
+      ValueError: a wrong shape, or masks of several layers.
 
     Examples:
       >>> check_mask(jnp.array([1.0, 0.0]), 2)
@@ -29,6 +31,11 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
     """
     if mask is None:
         return None
+    if isinstance(mask, Mapping):
+        raise ValueError(
+            "mask must be an array [n], one number for each sample, got a mapping; "
+            "masks of tokens are not available yet: average tokens in the network"
+        )
     if jnp.shape(mask) != (n,):
         raise ValueError(
             f"mask must have shape [n]=[{n}], got {list(jnp.shape(mask))}; pass one "
