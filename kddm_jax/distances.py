@@ -3,8 +3,9 @@
 Feature distillation adds ``lambda * D(student, teacher)`` to the cross-entropy,
 ``D`` a distance between the two networks' features of one batch.  ``x`` holds the
 student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``, ``labels`` int
-``[n]``; a negative label is padding.  Every function here is pure, gives a scalar,
-jits and vmaps, and casts to float32 at least.  Wasserstein names return the
+``[n]``; a negative label means no label, and a zero in ``mask`` ``[n]`` no sample.
+Every function here is pure, gives a scalar, jits and vmaps, and casts to float32 at
+least.  Wasserstein names return the
 *squared* distance.  No function stops the teacher's gradient: `losses` does.
 
 References:
@@ -110,7 +111,8 @@ class Distance:
     It is hashable.
 
     Attributes:
-      fn: ``fn(*arrays, **options) -> scalar``, the arrays named by ``inputs``.
+      fn: ``fn(*arrays, **options) -> scalar``, the arrays named by ``inputs``; one of
+        the options is ``mask``, if it takes masks.
       inputs: names of the arrays: ``"features"``, ``"maps"``, ``"logits"`` (each a
         pair: student, teacher), ``"labels"``, ``"key"``; every other name is looked up
         in the loss's ``teacher_data``.

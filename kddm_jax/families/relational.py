@@ -6,6 +6,7 @@ may differ.
 """
 
 import jax
+import jax.numpy as jnp
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_pair
@@ -53,4 +54,4 @@ def similarity_preserving(
     # A common factor of all features cancels.  Dividing by it avoids overflow.
     x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
     gram_x, gram_y = (unit(matmul(z, z.T), axis=1) for z in (x, y))
-    return masks.mean_of_pairs((gram_x - gram_y) ** 2, mask)
+    return masks.mean_of_pairs(jnp.square(gram_x - gram_y), mask)
