@@ -105,7 +105,7 @@ def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
     """
     if mask is None or jnp.shape(labels) != jnp.shape(mask):  # check_labels refuses it
         return labels
-    return jnp.where(jnp.asarray(mask) != 0, labels, -1)
+    return jnp.where(jnp.asarray(mask).astype(bool), labels, -1)
 
 
 def labelled_pair(

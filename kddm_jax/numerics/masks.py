@@ -41,7 +41,7 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
             f"mask must have shape [n]=[{n}], got {list(jnp.shape(mask))}; pass one "
             "number for each sample, zero where there is none"
         )
-    return jnp.asarray(mask) != 0
+    return jnp.asarray(mask).astype(bool)
 
 
 def _rows(mask, x):
