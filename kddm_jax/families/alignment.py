@@ -138,7 +138,7 @@ def _u_centred(gram, mask):
     off = 1 - jnp.eye(gram.shape[0], dtype=gram.dtype)
     if mask is not None:
         # Fewer than four samples leave nothing but round-off.
-        off = jnp.where(n < 4, 0, off * masks.pairs(mask, gram.dtype))
+        off = jnp.where((n >= 4) & masks.pairs(mask), off, 0)
         n = jnp.maximum(n, 4)
     gram = gram * off
     rows = jnp.sum(gram, axis=1, keepdims=True) / (n - 2)

@@ -152,16 +152,15 @@ def gaussian_kl(
     centred = masks.zeroed(mask, x - mean_x[None, :], y - mean_y[None, :])
     factor_x, factor_y = (z / masks.size(mask, z) ** 0.5 for z in centred)
     if compat is not None:
-        return _released_kl(
-            shift, *(jnp.sum(f * f, axis=0) for f in (factor_x, factor_y))
-        )
+        variances = [jnp.sum(f * f, axis=0) for f in (factor_x, factor_y)]
+        return masks.zero_if_empty(_released_kl(shift, *variances), mask)
     ridge = _ridge(ridge, y, mask)
     if covariance == "diag":
         pair = [jnp.sum(f * f, axis=0) + ridge for f in (factor_x, factor_y)]
         return _diagonal_kl(shift**2, *_directed(pair, direction))
     factor_p, factor_q = _directed([factor_x, factor_y], direction)
     value = _full_kl(shift[None, :], factor_p, factor_q, ridge)[0]
-    return value if mask is None else jnp.where(jnp.any(mask), value, 0)
+    return masks.zero_if_empty(value, mask)
 
 
 def _check_released_kl(compat, covariance, ridge, direction):

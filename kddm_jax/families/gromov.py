@@ -40,7 +40,7 @@ def _improve(cost_x, cost_y, mask, target):
 
     What is no sample is matched with what is no sample.
     """
-    same = masks.pairs(mask, cost_x.dtype)
+    same = None if mask is None else masks.pairs(mask).astype(cost_x.dtype)
 
     def energy(target):
         differences = _same_distances(cost_x, cost_y, target)
@@ -110,7 +110,7 @@ def _solve_gromov_entropic(cost_x, cost_y, epsilon, mask):
     a, b = (jnp.full(len(c), 1 / len(c), c.dtype) for c in (cost_x, cost_y))
     if mask is not None:
         a = b = mask.astype(cost_x.dtype) / masks.size(mask, cost_x)
-    same = masks.pairs(mask, cost_x.dtype)
+    same = None if mask is None else masks.pairs(mask).astype(cost_x.dtype)
     tolerance = float(jnp.finfo(cost_x.dtype).eps ** 0.5)
     gradient = lambda plan: -4 * matmul(matmul(cost_x, plan), cost_y)
 
@@ -201,7 +201,7 @@ def gromov_cost(
       2018 (arXiv 1807.09722), for the concavity.
     """
     if mask is not None:
-        pairs = masks.pairs(mask, bool)
+        pairs = masks.pairs(mask)
         cost_x, cost_y = (jnp.where(pairs, cost, 0) for cost in (cost_x, cost_y))
     if epsilon is None:
         if len(cost_x) != len(cost_y):
@@ -213,7 +213,7 @@ def gromov_cost(
     least = jnp.finfo(cost_x.dtype).eps * largest
     epsilon = constant(jnp.maximum(jnp.asarray(epsilon, cost_x.dtype), least))
     value, stats = _gromov_entropic(cost_x, cost_y, epsilon, mask)
-    return value if mask is None else jnp.where(jnp.any(mask), value, 0), stats
+    return masks.zero_if_empty(value, mask), stats
 
 
 def _distances(x):

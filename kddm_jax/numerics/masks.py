@@ -126,19 +126,29 @@ def mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.sum(zeroed(mask, x)[0], axis=0) / size(mask, x)
 
 
-def pairs(mask: jax.Array | None, dtype: jnp.dtype) -> jax.Array | None:
+def pairs(mask: jax.Array) -> jax.Array:
     """Marks the pairs of samples.
 
     Args:
-      mask: from `check_mask`, or None.
-      dtype: of the result.
+      mask: from `check_mask`.
 
     Returns:
-      ``[n, n]``, 1 where both are samples, otherwise 0; or None.
+      ``[n, n]``, True where both are samples.
     """
-    if mask is None:
-        return None
-    return (mask[:, None] & mask[None, :]).astype(dtype)
+    return mask[:, None] & mask[None, :]
+
+
+def zero_if_empty(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Sets a number to zero if there are no samples.
+
+    Args:
+      x: any array.
+      mask: from `check_mask`, or None.
+
+    Returns:
+      The array, or zeros of its shape.
+    """
+    return x if mask is None else jnp.where(jnp.any(mask), x, 0)
 
 
 def mean_of_pairs(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -153,4 +163,4 @@ def mean_of_pairs(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """
     if mask is None:
         return jnp.mean(x)
-    return jnp.sum(jnp.where(pairs(mask, bool), x, 0)) / size(mask, x) ** 2
+    return jnp.sum(jnp.where(pairs(mask), x, 0)) / size(mask, x) ** 2
