@@ -3,8 +3,9 @@
 Feature distillation adds ``lambda * D(student, teacher)`` to the cross-entropy,
 ``D`` a distance between the two networks' features of one batch.  ``x`` holds the
 student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``, ``labels`` int
-``[n]``; a negative label is padding.  Every function here is pure, gives a scalar,
-jits and vmaps, and casts to float32 at least.  Wasserstein names return the
+``[n]``; a negative label means no label, and a zero in ``mask`` ``[n]`` no sample.
+Every function here is pure, gives a scalar, jits and vmaps, and casts to float32 at
+least.  Wasserstein names return the
 *squared* distance.  No function stops the teacher's gradient: `losses` does.
 
 References:
@@ -112,7 +113,8 @@ class Distance:
     It is hashable.
 
     Attributes:
-      fn: ``fn(*arrays, **options) -> scalar``, the arrays named by ``inputs``.
+      fn: ``fn(*arrays, **options) -> scalar``, the arrays named by ``inputs``; one of
+        the options is ``mask``, if it takes masks.
       inputs: names of the arrays: ``"features"``, ``"maps"``, ``"logits"`` (each a
         pair: student, teacher), ``"labels"``, ``"key"``; every other name is looked up
         in the loss's ``teacher_data``.
@@ -408,3 +410,40 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         ),
     }
 )
+
+
+def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
+    """Looks a distance up, or makes a `Distance` of a callable.
+
+    Args:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
+
+    Returns:
+      The `Distance`.
+
+    Raises:
+      ValueError: an unknown key, naming the known ones.
+
+    Examples:
+      >>> get_distance("w2").title
+      'W2 (E)'
+    """
+    if isinstance(distance, Distance):
+        return distance
+    if isinstance(distance, str):
+        if distance not in DISTANCES:
+            raise ValueError(
+                f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}"
+            )
+        return DISTANCES[distance]
+    if callable(distance):
+        return Distance(distance, title=callable_name(distance))
+    raise ValueError(
+        "distance must be a key of DISTANCES, a Distance or a callable of (x, y), "
+        f"got {type(distance).__name__}"
+    )
+
+
+def callable_name(fn: Callable) -> str:
+    """Returns the name of a function, or of its type."""
+    return getattr(fn, "__name__", type(fn).__name__)

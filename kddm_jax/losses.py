@@ -17,8 +17,16 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from kddm_jax.distances import DISTANCES, Distance, Options, hashable_options
+from kddm_jax.distances import (
+    Distance,
+    Options,
+    callable_name,
+    get_distance,
+    hashable_options,
+)
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
+from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import (
     check_axis,
     gather,
@@ -92,42 +100,6 @@ class Term:
             )
 
 
-def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
-    """Looks a distance up, or makes a `Distance` of a callable.
-
-    Args:
-      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
-
-    Returns:
-      The `Distance`.
-
-    Raises:
-      ValueError: an unknown key, naming the known ones.
-
-    Examples:
-      >>> get_distance("w2").title
-      'W2 (E)'
-    """
-    if isinstance(distance, Distance):
-        return distance
-    if isinstance(distance, str):
-        if distance not in DISTANCES:
-            raise ValueError(
-                f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}"
-            )
-        return DISTANCES[distance]
-    if callable(distance):
-        return Distance(distance, title=_callable_name(distance))
-    raise ValueError(
-        "distance must be a key of DISTANCES, a Distance or a callable of (x, y), "
-        f"got {type(distance).__name__}"
-    )
-
-
-def _callable_name(fn):
-    return getattr(fn, "__name__", type(fn).__name__)
-
-
 def _term_name(term):
     if term.name is not None:
         return term.name
@@ -135,7 +107,7 @@ def _term_name(term):
         name = term.distance
     else:
         fn = term.distance.fn if isinstance(term.distance, Distance) else term.distance
-        name = _callable_name(fn)
+        name = callable_name(fn)
     return name if term.layers is None else f"{name}@{term.layers[0]}"
 
 
@@ -181,7 +153,7 @@ def _lambda(weight, distance, normalization):
     if normalization not in row.weights:
         known = [f"normalization={name!r}" for name in row.weights]
         raise ValueError(
-            f"weight is None, but {row.title or _callable_name(row.fn)} has no default "
+            f"weight is None, but {row.title or callable_name(row.fn)} has no default "
             f"weight with normalization={normalization!r}"
             + (f", only with {', '.join(known)}" if known else "")
             + "; pass a number, weight=..."
@@ -206,7 +178,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
       logits: shape ``[n, k]``.
-      labels: int, shape ``[n]``; negative labels are padding.
+      labels: int, shape ``[n]``; samples with a negative label have no part, whatever
+        their logits are.
 
     Returns:
       Scalar, in nats.
@@ -217,6 +190,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     valid = labels >= 0
+    (logits,) = masks.zeroed(valid, logits)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(valid, labels, 0)
     )
@@ -262,6 +236,11 @@ def _pair(term, batch):
     return [batch["student"].get(student), batch["teacher"].get(teacher)]
 
 
+def _repeated(mask, arrays):
+    """The mask of arrays' rows: every position of an image is as its image."""
+    return None if mask is None else jnp.repeat(mask, len(arrays[0]) // len(mask))
+
+
 def _features(term, batch, whole, normalization):
     """Normalized features of both sides and their labels.
 
@@ -271,7 +250,9 @@ def _features(term, batch, whole, normalization):
     same = pair
     if whole is not batch:
         same, _ = as_matrices(_pair(term, whole), whole["labels"], term.positions)
-    return normalize(pair, same, term.normalization or normalization), labels
+    mask, whole_mask = _repeated(batch["mask"], pair), _repeated(whole["mask"], same)
+    name = term.normalization or normalization
+    return normalize(pair, same, name, mask=mask, whole_mask=whole_mask), labels
 
 
 def _arguments(row, term, batch, whole, normalization):
@@ -315,6 +296,27 @@ def _options(row, term, given, num_classes):
     return options
 
 
+def _masked(row, term, mask, arrays):
+    """The keyword argument ``mask`` for the rows of arrays, where there is a mask."""
+    if mask is None:
+        return {}
+    known = inspect.signature(row.fn).parameters.values()
+    if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in known):
+        raise ValueError(
+            f"distance {_term_name(term)!r} does not take a mask; give it a keyword "
+            "argument mask, shape [n], zero for no sample, or leave mask out"
+        )
+    return {"mask": _repeated(mask, arrays)}
+
+
+def _check_scalar(name, value):
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} must return a scalar, got shape {list(jnp.shape(value))}; average "
+            "it over samples"
+        )
+
+
 def _evaluate(term, local, gathered, options, *, normalization, axis_name, groups):
     """Value and diagnostics of a term: of the global batch if there is an axis."""
     row = get_distance(term.distance)
@@ -324,18 +326,17 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     chosen = term.normalization or normalization
     row.check_normalization(_term_name(term), chosen, options)
     arrays = _arguments(row, term, batch, gathered, normalization)
+    options = {**options, **_masked(row, term, batch["mask"], arrays)}
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
         value, stats = row.diagnose(*arrays, **options)
-    if jnp.shape(value) != ():
-        raise ValueError(
-            f"distance {_term_name(term)!r} must return a scalar, "
-            f"got shape {list(jnp.shape(value))}"
-        )
+    _check_scalar(f"distance {_term_name(term)!r}", value)
     if local_only:
         labelled = "labels" in row.inputs
         count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
+        if local["mask"] is not None and not labelled:
+            count = jnp.sum(local["mask"])
         value = mean_over_images(value, count, axis_name, groups)
     if groups is not None:
         # Every device holds its group's value; averaged over devices they have the
@@ -347,19 +348,16 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
 
 
 def _check_arrays(student_logits, labels, mask, num_classes):
-    """Checks what all terms share; gives the number of samples."""
-    if mask is not None:
-        raise ValueError(
-            "mask is not available yet; leave it out, and give samples without a label "
-            "the label -1"
-        )
+    """Checks what all terms share; gives the labels and the mask."""
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     n, k = student_logits.shape
+    mask = masks.check_mask(mask, n)
+    labels = with_mask(jnp.asarray(labels), mask)
     check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
-    return n
+    return labels, mask
 
 
 def distill_loss(
@@ -420,7 +418,10 @@ def distill_loss(
       task: ``task(student_logits, labels) -> scalar``, a mean over samples, that takes
         the place of the cross-entropy; it gets the arrays of all devices, and has to
         leave negative labels out.
-      mask: not available yet.
+      mask: shape ``[n]``; zero means no sample: its rows may hold anything and have no
+        part in the loss.  None takes all.  A distance of your own needs a keyword
+        argument ``mask``, which where every position is a sample has one number for
+        each.
       teacher_data: arrays that are computed from the teacher, by name, for distances
         that take them: ``{"class_cost": ...}`` for ``"wkd_logits"``.  They are equal on
         all devices and get no gradient.
@@ -458,9 +459,12 @@ def distill_loss(
     lam = _lambda(weight, distance, normalization)
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
-    n = _check_arrays(student_logits, labels, mask, num_classes)
+    labels, mask = _check_arrays(student_logits, labels, mask, num_classes)
+    (student_logits,) = masks.zeroed(mask, student_logits)
+    n = student_logits.shape[0]
 
     local = {
+        "mask": mask,
         "student": _compared(student_features, terms, "student", n),
         "teacher": _compared(teacher_features, terms, "teacher", n),
         "labels": jnp.asarray(labels),
@@ -478,6 +482,7 @@ def distill_loss(
 
     loss_of_task = cross_entropy if task is None else task
     value = loss_of_task(whole["student_logits"], whole["labels"])
+    _check_scalar("task", value)
     loss, results, weighted = task_weight * value, {"task": value}, []
     for term in terms:
         row, name = get_distance(term.distance), _term_name(term)

@@ -29,7 +29,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kddm_jax.distances import Distance
 from kddm_jax.losses import NOTHING, Term, distill_loss
 from kddm_jax.numerics.batches import call, check_leaf, count_samples, layers_of
-from kddm_jax.numerics.checks import check_choice, check_labels
+from kddm_jax.numerics.checks import check_choice, check_labels, check_number
+from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import accuracy_of, average_state
 from kddm_jax.numerics.gradients import all_finite, gradients
 
@@ -100,8 +101,7 @@ def create_state(
     Raises:
       ValueError: ``weight < 0``.
     """
-    if not weight >= 0:
-        raise ValueError(f"weight must be a number >= 0, got {weight}")
+    check_number("weight", weight, positive=False)
     return TrainState(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
@@ -204,10 +204,10 @@ def make_train_step(
         ``group_size``, ``solver``, ...
 
     Returns:
-      ``step(state, teacher_variables, images, labels, teacher_data={}) -> (state,
-      metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this device's
-      share, ``teacher_data`` as in `distill_loss`.  Metrics are scalars, equal on all
-      devices: ``loss``, each term, ``accuracy`` of the global batch's labelled images
+      ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
+      (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this
+      device's share, ``teacher_data`` and ``mask`` as in `distill_loss`.  Metrics are
+      scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the global batch's labelled images
       before the update, ``finite`` (loss and gradient; if not, the old state comes
       back), and with a teacher ``teacher_finite`` (its features and logits).
 
@@ -219,7 +219,7 @@ def make_train_step(
     options = dict[str, Any](loss_options)
     tx = optax.with_extra_args_support(tx)
 
-    def step(state, teacher_variables, images, labels, teacher_data=NOTHING):
+    def step(state, teacher_variables, images, labels, teacher_data=NOTHING, mask=None):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
         labels = jnp.asarray(labels)
@@ -241,6 +241,7 @@ def make_train_step(
                 distance=distance,
                 weight=lam,
                 teacher_data=teacher_data,
+                mask=mask,
                 key=key,
                 axis_name=axis_name,
                 **options,
@@ -254,7 +255,7 @@ def make_train_step(
             grads = jax.lax.pmean(grads, axis_name)
             batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
-        accuracy = accuracy_of(logits, labels, axis_name)
+        accuracy = accuracy_of(logits, with_mask(labels, mask), axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         if teacher_apply is not None:
             taught = guide[0]["features"], guide[1]

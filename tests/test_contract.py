@@ -572,3 +572,40 @@ def test_diagnosis_has_the_same_value(name):
     assert {"converged", "iterations", "marginal_error"} <= set(facts)
     chex.assert_shape(list(facts.values()), ())
     assert facts["converged"] == 1
+
+
+# Options that are one number, and those that are a count.
+ONE_NUMBER = ("epsilon", "ridge", "beta", "pairing", "gamma", "ratio", "threshold")
+COUNTS = ("max_iterations", "num_projections", "grid", "iterations")
+WITH_ONE_NUMBER = [
+    (name, option)
+    for name, row in DISTANCES.items()
+    for option in (*ONE_NUMBER, *COUNTS, "bandwidth", "temperature")
+    if option in parameters(row) and dict(row.options).get("kernel") != "linear"
+]
+
+
+@pytest.mark.parametrize(("name", "option"), WITH_ONE_NUMBER)
+def test_an_array_is_not_taken_for_a_number(name, option):
+    row = DISTANCES[name]
+    arrays = arguments(row, make_batch())
+    for wrong in (np.ones((3, 2)), jnp.ones((3, 2)), [[1.0], [4.0]], -1, float("nan")):
+        with pytest.raises(ValueError, match=f"^{option} must ") as error:
+            jax.eval_shape(
+                lambda *a: row.fn(*a, **{**options_of(row), option: wrong}),  # noqa: B023
+                *arrays,
+            )
+        shape = list(np.shape(wrong))
+        assert str(shape if shape else wrong) in str(error.value) or shape == [2, 1]
+
+
+@parametrize(["mmd_rbf", "cmmd_rbf"])
+def test_kernels_of_several_bandwidths_are_averaged(name, x64):
+    batch = make_batch()
+    one, two, both = (
+        value(name, batch, jnp.float64, bandwidth=b) for b in (0.5, 2.0, (0.5, 2.0))
+    )
+    np.testing.assert_allclose(both, (one + two) / 2, rtol=1e-9)
+    refused = lambda b: refusal(name, *arguments(DISTANCES[name], batch), bandwidth=b)
+    assert "bandwidth must be positive, got 0.0" in refused((0.5, 0.0))
+    assert "bandwidth must be a number or several, got none" in refused(())

@@ -791,7 +791,6 @@ MESSAGES = {
         {"distance": paired_l2, "weight": None},
         "paired_l2 has no default weight with normalization=None; pass a number",
     ),
-    "mask": ({"mask": np.ones(N)}, "mask is not available yet; .*the label -1"),
     "unknown": ({"distance": "emd"}, r"unknown distance 'emd'; known: .*w2.*cw2.*l2"),
     "type": ({"distance": 3}, "must be a key of DISTANCES.*got int"),
     "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.networks.projectors"),
@@ -850,6 +849,27 @@ MESSAGES = {
         {"labels": jax.nn.one_hot(LABELS, K)},
         r"labels must have shape \[n\]=\[16\], got \[16, 4\]; pass argmax",
     ),
+    "labels in a column": (
+        {"labels": LABELS[:, None]},
+        r"labels must have shape \[n\]=\[16\], got \[16, 1\]; pass labels\[:, 0\]",
+    ),
+    "other classes": (
+        {"distance": "kd", "t": BATCH.logits_y[:, :3]},
+        "logits_x and logits_y must be of the same classes, got 4 and 3; give both",
+    ),
+    "a weight for each sample": (
+        {"weight": np.ones(N)},
+        r"weight must be a number, got shape \[16\]",
+    ),
+    "a task weight for each sample": (
+        {"task_weight": jnp.ones(N)},
+        r"task_weight must be a number, got shape \[16\]",
+    ),
+    "a task that is no mean": (
+        {"task": lambda logits, labels: logits[:, 0]},
+        r"task must return a scalar, got shape \[16\]; average it over samples",
+    ),
+    "a weight that is no number": ({"weight": "1"}, "weight must be .*got '1'"),
     "label values": ({"num_classes": 2}, "labels must lie below num_classes=2"),
     "logits": ({"s": LABELS}, r"student_logits must have shape \[n, k\], got \[16\]"),
     "groups without an axis": (

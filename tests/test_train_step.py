@@ -723,3 +723,34 @@ def test_create_state():
     chex.assert_type(
         [state.step, state.seed, state.weight], [jnp.int32, jnp.uint32, jnp.float32]
     )
+
+
+# -------------------------------------------------------------------------- padding
+
+
+def test_padded_images_of_a_mask_have_no_part():
+    """Loss, terms, accuracy and update are those of the batch without them."""
+    plain = lambda key, image: NORMALIZE(image)
+
+    def apply(variables, images, *, train):
+        logits = images.reshape(len(images), -1) @ variables["params"]
+        return Outputs(logits, logits**2, {}), {}
+
+    terms = [Term("w2_gaussian"), Term("kd")]
+    step = jax.jit(
+        make_train_step(
+            *(apply, apply, TX), augment=plain, distance=terms, axis_name=None
+        )
+    )
+    rng = np.random.default_rng(4)
+    student, teacher = (rng.normal(size=(SIDE * SIDE, K)) for _ in range(2))
+    state = create_state({"params": jnp.float32(student)}, TX, weight=0.1)
+    state = state.replace(batch_stats={})
+    teacher = {"params": jnp.float32(teacher)}
+    mask = np.arange(N) % 3 != 0
+    new, metrics = step(
+        state, teacher, IMAGES, np.where(mask, LABELS, 77), {}, mask.astype(np.float32)
+    )
+    cut, expected = step(state, teacher, IMAGES[mask], LABELS[mask])
+    assert_close(metrics, expected, tolerance=1e-4)
+    assert_close(new.params, cut.params, tolerance=1e-4)

@@ -19,9 +19,12 @@ def ranks(labels: np.ndarray, draws: np.ndarray) -> np.ndarray:
 def _check_labels(labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        fix = "labels.astype(int)" if labels.ndim == 1 else "argmax(one_hot, axis=-1)"
+        # Of one column argmax would make every label 0.
+        fix = "labels[:, 0]" if labels.shape[1:] == (1,) else fix
         raise ValueError(
             "labels must be integers of shape [n], got "
-            f"{labels.dtype} {list(labels.shape)}; pass argmax(one_hot, axis=-1)"
+            f"{labels.dtype} {list(labels.shape)}; pass {fix}"
         )
     return labels
 

@@ -14,6 +14,7 @@ References:
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_pair
 from kddm_jax.numerics.linalg import (
     cross_nuclear_norm,
@@ -24,12 +25,19 @@ from kddm_jax.numerics.linalg import (
 )
 
 
-def _pair_of(x, y):
-    return check_pair(x, y, same_rows=True, same_columns=False)
+def _pair_of(x, y, mask):
+    x, y = check_pair(x, y, same_rows=True, same_columns=False)
+    mask = masks.check_mask(mask, x.shape[0])
+    return *masks.zeroed(mask, x, y), mask
 
 
 def procrustes(
-    x: jax.Array, y: jax.Array, *, unit_norm: bool = True, method: str = "auto"
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    unit_norm: bool = True,
+    method: str = "auto",
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the squared Procrustes distance between two representations, D_P^2.
 
@@ -51,6 +59,8 @@ def procrustes(
         takes them as they are.
       method: algorithm of the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
         ``"auto"``, which chooses by platform; see `linalg.nuclear_norm`.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance, in [0, 2] with ``unit_norm``.
@@ -70,14 +80,20 @@ def procrustes(
       >>> procrustes(x, 3 * turned, unit_norm=False)  # (3 - 1)^2 ||x||^2
       Array(40., dtype=float32)
     """
-    x, y = _pair_of(x, y)
+    x, y, mask = _pair_of(x, y, mask)
     if unit_norm:
-        x, y = normalized(x), normalized(y)
+        x, y = normalized(x, mask), normalized(y, mask)
     cross = cross_nuclear_norm(x.T, y.T, method=method)
     return jnp.sum(x * x) + jnp.sum(y * y) - 2 * cross
 
 
-def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.Array:
+def feature_gram(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    unit_norm: bool = True,
+    mask: jax.Array | None = None,
+) -> jax.Array:
     r"""Computes the squared distance between two Gram matrices, D_FG^2.
 
     .. math:: \|R_x R_x^\top - R_y R_y^\top\|_F^2
@@ -89,6 +105,8 @@ def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.A
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
       unit_norm: as in `procrustes`.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance (the paper's D_FG is its root), in [0, 2] with
@@ -105,26 +123,36 @@ def feature_gram(x: jax.Array, y: jax.Array, *, unit_norm: bool = True) -> jax.A
       >>> feature_gram(x, 2 * x, unit_norm=False)  # twice (4 - 1)^2
       Array(18., dtype=float32)
     """
-    x, y = _pair_of(x, y)
+    x, y, mask = _pair_of(x, y, mask)
     if unit_norm:
-        x, y = normalized(x), normalized(y)
+        x, y = normalized(x, mask), normalized(y, mask)
     return jnp.sum((matmul(x, x.T) - matmul(y, y.T)) ** 2)
 
 
-def _u_centred(gram):
+def _u_centred(gram, mask):
     """Centres a Gram matrix without its diagonal (Székely and Rizzo).
 
     Rows and columns of the result have sum zero.
     """
-    n = gram.shape[0]
-    off = 1 - jnp.eye(n, dtype=gram.dtype)
+    n = masks.size(mask, gram)
+    off = 1 - jnp.eye(gram.shape[0], dtype=gram.dtype)
+    if mask is not None:
+        # Fewer than four samples leave nothing but round-off.
+        off = jnp.where((n >= 4) & masks.pairs(mask), off, 0)
+        n = jnp.maximum(n, 4)
     gram = gram * off
     rows = jnp.sum(gram, axis=1, keepdims=True) / (n - 2)
     total = jnp.sum(gram) / ((n - 1) * (n - 2))
     return off * (gram - rows - rows.T + total)
 
 
-def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
+def cka(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    debiased: bool = False,
+    mask: jax.Array | None = None,
+) -> jax.Array:
     r"""Computes one minus the linear centred kernel alignment, 1 - CKA.
 
     .. math:: 1 - \frac{\|R_x^\top R_y\|_F^2}{\|R_x^\top R_x\|_F \|R_y^\top R_y\|_F}
@@ -138,7 +166,10 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
       debiased: True takes the unbiased estimate of HSIC, for which the alignment of
-        independent features is 0 on average; needs four samples.
+        independent features is 0 on average; needs four samples, and is 0 where a mask
+        leaves fewer.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar in [0, 1], or in [0, 2] if debiased; 1/2 if only one side is constant.
@@ -157,17 +188,19 @@ def cka(x: jax.Array, y: jax.Array, *, debiased: bool = False) -> jax.Array:
       >>> cka(x, y)  # uncorrelated
       Array(1., dtype=float32)
     """
-    x, y = _pair_of(x, y)
+    x, y, mask = _pair_of(x, y, mask)
     n = x.shape[0]
     if debiased and n < 4:
         raise ValueError(
             f"debiased=True needs at least 4 samples, got {n}; use debiased=False"
         )
     grams = []
-    for features in (normalized(x), normalized(y)):
+    for features in (normalized(x, mask), normalized(y, mask)):
         gram = matmul(features, features.T)
         if debiased:
-            gram = unit(_u_centred(gram), axis=(0, 1), floor=squared_rounding(gram))
+            gram = unit(
+                _u_centred(gram, mask), axis=(0, 1), floor=squared_rounding(gram)
+            )
         else:
             gram = unit(gram, axis=(0, 1))
         grams.append(gram)
@@ -200,7 +233,9 @@ def _regression_error_jvp(primals, tangents):
     return jnp.mean(residual**2), 2 * jnp.mean(residual * moved)
 
 
-def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
+def linear_projection(
+    x: jax.Array, y: jax.Array, *, mask: jax.Array | None = None
+) -> jax.Array:
     r"""Computes the mean squared error of the best linear map from student to teacher.
 
     .. math:: \min_W \frac{1}{n d_t} \|X W - Y\|_F^2
@@ -216,6 +251,8 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
     Args:
       x: student features, shape ``[n, d_s]`` with ``n > d_s + 1``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared error, averaged over samples and teacher features.
@@ -232,7 +269,7 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
       >>> linear_projection(x, jnp.array([[1.0], [1.0], [0.0]]))  # 2 / 3
       Array(0.6667, dtype=float32)
     """
-    x, y = _pair_of(x, y)
+    x, y, mask = _pair_of(x, y, mask)
     n, d = x.shape
     if n <= d + 1:
         raise ValueError(
@@ -240,10 +277,13 @@ def linear_projection(x: jax.Array, y: jax.Array) -> jax.Array:
             "n > d + 1; use a larger batch, or learn the map with "
             "kddm_jax.networks.projectors and distance l2"
         )
-    return _regression_error(x, y)
+    error = _regression_error(x, y)  # averaged over all rows
+    return error if mask is None else error * (n / masks.size(mask, x))
 
 
-def paired_l2(x: jax.Array, y: jax.Array) -> jax.Array:
+def paired_l2(
+    x: jax.Array, y: jax.Array, *, mask: jax.Array | None = None
+) -> jax.Array:
     r"""Computes the mean squared distance between the paired features of two networks.
 
     .. math:: \frac1n \sum_i \|x_i - y_i\|^2
@@ -259,6 +299,8 @@ def paired_l2(x: jax.Array, y: jax.Array) -> jax.Array:
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance, summed over features, averaged over samples.
@@ -275,4 +317,6 @@ def paired_l2(x: jax.Array, y: jax.Array) -> jax.Array:
       Array(25., dtype=float32)
     """
     x, y = check_pair(x, y, same_rows=True)
-    return jnp.mean(jnp.sum((x - y) ** 2, axis=1))
+    mask = masks.check_mask(mask, x.shape[0])
+    x, y = masks.zeroed(mask, x, y)
+    return masks.mean(jnp.sum((x - y) ** 2, axis=1), mask)

@@ -13,6 +13,7 @@ References:
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import as_float, as_released, check_choice, check_pair
 from kddm_jax.numerics.classes import class_means, labelled_pair
 from kddm_jax.numerics.linalg import (
@@ -33,6 +34,7 @@ def gaussian_wasserstein(
     covariance: str = "full",
     method: str = "auto",
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the squared Wasserstein distance between Gaussian fits, W2(G).
 
@@ -58,6 +60,8 @@ def gaussian_wasserstein(
       method: algorithm of the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
         ``"auto"``, which chooses by platform; see `linalg.nuclear_norm`.
       compat: ``"released"`` is ``covariance="diag"``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: squared distance.
@@ -76,14 +80,15 @@ def gaussian_wasserstein(
     """
     check_choice("covariance", covariance, COVARIANCES)
     (covariance,) = as_released(compat, covariance=(covariance, "full", "diag"))
-    x, y = check_pair(x, y)
-    mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
-    x, y = x - mean_x[None, :], y - mean_y[None, :]
+    x, y = check_pair(x, y, same_rows=mask is not None)
+    mask = masks.check_mask(mask, x.shape[0])
+    mean_x, mean_y = masks.mean(x, mask), masks.mean(y, mask)
+    x, y = masks.zeroed(mask, x - mean_x[None, :], y - mean_y[None, :])
     means = jnp.sum((mean_x - mean_y) ** 2)
     if covariance == "diag":
-        variances_x, variances_y = jnp.mean(x * x, axis=0), jnp.mean(y * y, axis=0)
+        variances_x, variances_y = masks.mean(x * x, mask), masks.mean(y * y, mask)
         return means + _squared_std_difference(variances_x, variances_y).sum()
-    n, m = x.shape[0], y.shape[0]
+    n, m = masks.size(mask, x), masks.size(mask, y)
     traces = jnp.sum(x * x) / n + jnp.sum(y * y) / m
     return means + traces - 2 * cross_nuclear_norm(x, y, method=method) / (n * m) ** 0.5
 
@@ -103,6 +108,7 @@ def class_gaussian_wasserstein(
     reduction: str = "mean",
     method: str = "auto",
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional Gaussian Wasserstein distance, CW2(G).
 
@@ -127,6 +133,8 @@ def class_gaussian_wasserstein(
         classes by their frequency, ``"sum"`` adds them (the released code).
       method: algorithm of the nuclear norm, as in `gaussian_wasserstein`.
       compat: ``"released"`` is ``covariance="diag", reduction="sum"``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance.
@@ -149,7 +157,7 @@ def class_gaussian_wasserstein(
         covariance=(covariance, "full", "diag"),
         reduction=(reduction, "mean", "sum"),
     )
-    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
     weights = groups.weights[:, None]
     means = jnp.sum(weights * (mean_x - mean_y) ** 2)

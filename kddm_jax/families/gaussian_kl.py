@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kddm_jax.families.gaussian import COVARIANCES
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import (
     DIRECTIONS,
     as_released,
@@ -24,16 +25,18 @@ from kddm_jax.numerics.classes import class_means, labelled_pair
 from kddm_jax.numerics.linalg import constant, matmul, safe_sqrt
 
 
-def _ridge(ridge, y, weights):
+def _ridge(ridge, y, mask):
     """Returns the given ridge or 1e-3 of the teacher's mean variance, as a constant."""
     if ridge is not None:
         check_number("ridge", ridge, positive=False)
         return constant(jnp.asarray(ridge, y.dtype))
+    weights = (jnp.ones(y.shape[0], bool) if mask is None else mask).astype(y.dtype)
     weights = weights[:, None] / jnp.maximum(jnp.sum(weights), 1e-6)
     mean = jnp.sum(weights * y, axis=0, keepdims=True)
     variance = jnp.mean(jnp.sum(weights * (y - mean) ** 2, axis=0))
     # A constant teacher has no variance, so its features set the scale.
-    least = jnp.finfo(y.dtype).eps * jnp.mean(y * y) + jnp.finfo(y.dtype).tiny ** 0.5
+    square = jnp.mean(y * y) if mask is None else jnp.mean(masks.mean(y * y, mask))
+    least = jnp.finfo(y.dtype).eps * square + jnp.finfo(y.dtype).tiny ** 0.5
     return constant(jnp.maximum(1e-3 * variance, least))
 
 
@@ -96,6 +99,7 @@ def gaussian_kl(
     ridge: float | jax.Array | None = None,
     direction: str = "student||teacher",
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the Kullback-Leibler divergence between Gaussian fits, KL(G).
 
@@ -120,6 +124,8 @@ def gaussian_kl(
       direction: ``"student||teacher"`` (the released code) or ``"teacher||student"``.
       compat: ``"released"`` adds 1e-9 to the deviations and has no ridge; the value is
         infinite if a feature of the teacher is constant.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: in nats, summed over features.
@@ -138,21 +144,23 @@ def gaussian_kl(
     check_choice("covariance", covariance, COVARIANCES)
     check_choice("direction", direction, DIRECTIONS)
     _check_released_kl(compat, covariance, ridge, direction)
-    x, y = check_pair(x, y)
-    mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
+    x, y = check_pair(x, y, same_rows=mask is not None)
+    mask = masks.check_mask(mask, x.shape[0])
+    x, y = masks.zeroed(mask, x, y)
+    mean_x, mean_y = masks.mean(x, mask), masks.mean(y, mask)
     shift = mean_x - mean_y
-    factor_x = (x - mean_x[None, :]) / x.shape[0] ** 0.5
-    factor_y = (y - mean_y[None, :]) / y.shape[0] ** 0.5
+    centred = masks.zeroed(mask, x - mean_x[None, :], y - mean_y[None, :])
+    factor_x, factor_y = (z / masks.size(mask, z) ** 0.5 for z in centred)
     if compat is not None:
-        return _released_kl(
-            shift, *(jnp.sum(f * f, axis=0) for f in (factor_x, factor_y))
-        )
-    ridge = _ridge(ridge, y, jnp.ones(y.shape[0], y.dtype))
+        variances = [jnp.sum(f * f, axis=0) for f in (factor_x, factor_y)]
+        return masks.zero_if_empty(_released_kl(shift, *variances), mask)
+    ridge = _ridge(ridge, y, mask)
     if covariance == "diag":
         pair = [jnp.sum(f * f, axis=0) + ridge for f in (factor_x, factor_y)]
         return _diagonal_kl(shift**2, *_directed(pair, direction))
     factor_p, factor_q = _directed([factor_x, factor_y], direction)
-    return _full_kl(shift[None, :], factor_p, factor_q, ridge)[0]
+    value = _full_kl(shift[None, :], factor_p, factor_q, ridge)[0]
+    return masks.zero_if_empty(value, mask)
 
 
 def _check_released_kl(compat, covariance, ridge, direction):
@@ -180,6 +188,7 @@ def class_gaussian_kl(
     direction: str = "student||teacher",
     reduction: str = "mean",
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional Kullback-Leibler divergence, CKL(G).
 
@@ -204,6 +213,8 @@ def class_gaussian_kl(
         classes by their frequency, ``"sum"`` adds them (the released code).
       compat: ``"released"`` is ``reduction="sum"`` with the released `gaussian_kl`; it
         is infinite for a class of one sample.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: in nats, summed over features.
@@ -224,11 +235,11 @@ def class_gaussian_kl(
     check_choice("direction", direction, DIRECTIONS)
     _check_released_kl(compat, covariance, ridge, direction)
     (reduction,) = as_released(compat, reduction=(reduction, "mean", "sum"))
-    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
-    ridge = _ridge(ridge, y, (groups.weights > 0).astype(y.dtype))
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
+    ridge = _ridge(ridge, y, groups.labelled)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
-    # Samples without a label have weight 0 and may hold any numbers: set them to zero.
-    valid = (groups.weights > 0).astype(x.dtype)[:, None]
+    # Samples without a label have weight 0: set them to zero.
+    valid = groups.labelled.astype(x.dtype)[:, None]
     shift = valid * (mean_x - mean_y)
     x, y = valid * (x - mean_x), valid * (y - mean_y)
     if compat is not None:

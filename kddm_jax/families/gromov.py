@@ -17,6 +17,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_choice, check_number, check_pair
 from kddm_jax.numerics.linalg import (
     constant,
@@ -34,14 +35,21 @@ def _same_distances(cost_x, cost_y, target):
     return cost_x - cost_y[target][:, target]
 
 
-def _improve(cost_x, cost_y, target):
-    """Solves linearised problems while E decreases."""
-    energy = lambda target: jnp.mean(_same_distances(cost_x, cost_y, target) ** 2)
+def _improve(cost_x, cost_y, mask, target):
+    """Solves linearised problems while E decreases.
+
+    What is no sample is matched with what is no sample.
+    """
+    same = None if mask is None else masks.pairs(mask).astype(cost_x.dtype)
+
+    def energy(target):
+        differences = _same_distances(cost_x, cost_y, target)
+        return masks.mean_of_pairs(differences**2, mask)
 
     def update(state):
         target, value, count, _ = state
         linear = -matmul(cost_x, cost_y[target])
-        new = best_assignment(linear).astype(target.dtype)
+        new = best_assignment(linear, same).astype(target.dtype)
         new_value = energy(new)
         # A change below round-off is no progress; two plans might alternate forever.
         better = new_value < value * (1 - 10 * jnp.finfo(value.dtype).eps)
@@ -54,21 +62,26 @@ def _improve(cost_x, cost_y, target):
     return jax.lax.while_loop(unfinished, update, (target, energy(target), 0, True))
 
 
-def _matched_ranks(cost_x, cost_y):
+def _matched_ranks(cost_x, cost_y, mask):
     """Matches samples by their mean distance: the first step from the uniform plan."""
-    x, y = (jnp.argsort(jnp.mean(cost, axis=1)) for cost in (cost_x, cost_y))
+    means = [jnp.mean(cost, axis=1) for cost in (cost_x, cost_y)]
+    if mask is not None:  # costs of all other pairs are zero
+        means = [jnp.where(mask, mean, jnp.inf) for mean in means]
+    x, y = (jnp.argsort(mean) for mean in means)
     return jnp.zeros_like(x).at[x].set(y)
 
 
 MOST_LINEARISATIONS = 100
 
 
-def _solve_gromov(cost_x, cost_y):
+def _solve_gromov(cost_x, cost_y, mask):
     # Two starts: the step from the uniform plan, and the samples paired as given.  The
     # second makes the value zero for identical samples, whatever their symmetries.
     paired = jnp.arange(cost_x.shape[0], dtype=int)
-    starts = jnp.stack([_matched_ranks(cost_x, cost_y).astype(paired.dtype), paired])
-    improve = lambda start: _improve(cost_x, cost_y, start)
+    starts = jnp.stack(
+        [_matched_ranks(cost_x, cost_y, mask).astype(paired.dtype), paired]
+    )
+    improve = lambda start: _improve(cost_x, cost_y, mask, start)
     targets, values, counts, moving = jax.lax.map(improve, starts)
     zero = jnp.zeros((), cost_x.dtype)
     met = 1 - jnp.max(moving).astype(zero.dtype)
@@ -77,30 +90,33 @@ def _solve_gromov(cost_x, cost_y):
 
 
 @jax.custom_jvp
-def _gromov(cost_x, cost_y):
-    return _solve_gromov(cost_x, cost_y)[:2]
+def _gromov(cost_x, cost_y, mask):
+    return _solve_gromov(cost_x, cost_y, mask)[:2]
 
 
 @_gromov.defjvp
 def _gromov_jvp(primals, tangents):
-    (cost_x, cost_y), (dx, dy) = primals, tangents
-    value, stats, target = _solve_gromov(cost_x, cost_y)
-    moved = _same_distances(dx, dy, target)
-    tangent = 2 * jnp.mean(_same_distances(cost_x, cost_y, target) * moved)
+    (cost_x, cost_y, mask), (dx, dy, _) = primals, tangents
+    value, stats, target = _solve_gromov(cost_x, cost_y, mask)
+    moved = _same_distances(cost_x, cost_y, target) * _same_distances(dx, dy, target)
+    tangent = 2 * masks.mean_of_pairs(moved, mask)
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
 
 
 # E + eps KL(P | a b) is stationary where P solves the entropic problem of the gradient
 # M = -4 A P B.  The value at the last P is that of the linearisation, OT_eps(M) -
 # <M, P> / 2, in which an error of P enters squared.
-def _solve_gromov_entropic(cost_x, cost_y, epsilon):
+def _solve_gromov_entropic(cost_x, cost_y, epsilon, mask):
     a, b = (jnp.full(len(c), 1 / len(c), c.dtype) for c in (cost_x, cost_y))
+    if mask is not None:
+        a = b = mask.astype(cost_x.dtype) / masks.size(mask, cost_x)
+    same = None if mask is None else masks.pairs(mask).astype(cost_x.dtype)
     tolerance = float(jnp.finfo(cost_x.dtype).eps ** 0.5)
     gradient = lambda plan: -4 * matmul(matmul(cost_x, plan), cost_y)
 
     def solve(plan):
         return solve_entropic(
-            gradient(plan), a, b, None, epsilon, tolerance, 2000, False
+            gradient(plan), a, b, same, epsilon, tolerance, 2000, False
         )
 
     def update(state):
@@ -117,20 +133,22 @@ def _solve_gromov_entropic(cost_x, cost_y, epsilon):
     plan, value, stats, change, count = jax.lax.while_loop(unfinished, update, start)
     met = stats.converged * (change <= tolerance).astype(cost_x.dtype)
     stats = Stats(met, jnp.asarray(count, cost_x.dtype), stats.marginal_error)
-    return value + jnp.mean(cost_x**2) + jnp.mean(cost_y**2), stats, plan
+    squares = [masks.mean_of_pairs(cost**2, mask) for cost in (cost_x, cost_y)]
+    return value + squares[0] + squares[1], stats, plan
 
 
 @jax.custom_jvp
-def _gromov_entropic(cost_x, cost_y, epsilon):
-    return _solve_gromov_entropic(cost_x, cost_y, epsilon)[:2]
+def _gromov_entropic(cost_x, cost_y, epsilon, mask):
+    return _solve_gromov_entropic(cost_x, cost_y, epsilon, mask)[:2]
 
 
 @_gromov_entropic.defjvp
 def _gromov_entropic_jvp(primals, tangents):
-    (cost_x, cost_y, _), (dx, dy, _) = primals, tangents
+    (cost_x, cost_y, _, mask), (dx, dy, _, _) = primals, tangents
     value, stats, plan = _solve_gromov_entropic(*primals)
-    pull_x = cost_x / len(cost_x) ** 2 - matmul(matmul(plan, cost_y), plan.T)
-    pull_y = cost_y / len(cost_y) ** 2 - matmul(matmul(plan.T, cost_x), plan)
+    shares = [masks.size(mask, cost) ** 2 for cost in (cost_x, cost_y)]
+    pull_x = cost_x / shares[0] - matmul(matmul(plan, cost_y), plan.T)
+    pull_y = cost_y / shares[1] - matmul(matmul(plan.T, cost_x), plan)
     tangent = 2 * (jnp.sum(pull_x * dx) + jnp.sum(pull_y * dy))
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
 
@@ -156,6 +174,7 @@ def gromov_cost(
     cost_y: jax.Array,
     *,
     epsilon: float | jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     r"""Finds a local minimum of the Gromov-Wasserstein problem with a square loss.
 
@@ -168,6 +187,7 @@ def gromov_cost(
       epsilon: entropic weight in units of the squared distances, a constant; it is
         never less than round-off.  None solves assignment problems; for ``n != m`` both
         samples are then repeated up to the least common multiple (1024 at most).
+      mask: from `masks.check_mask`, for ``n = m``, or None.
 
     Returns:
       ``(value, stats)``; the derivative of the value is taken at the plan found.
@@ -180,16 +200,20 @@ def gromov_cost(
       matrices, 2016, section 2.  Maron and Lipman, (Probably) concave graph matching,
       2018 (arXiv 1807.09722), for the concavity.
     """
+    if mask is not None:
+        pairs = masks.pairs(mask)
+        cost_x, cost_y = (jnp.where(pairs, cost, 0) for cost in (cost_x, cost_y))
     if epsilon is None:
         if len(cost_x) != len(cost_y):
             cost_x, cost_y = _repeated(cost_x, cost_y)
-        return _gromov(cost_x, cost_y)
+        return _gromov(cost_x, cost_y, mask)
     check_number("epsilon", epsilon, positive=True, hint="; None solves without")
     # The linear costs -4 A P B are of this size; see _rounding.
     largest = 4 * jnp.max(jnp.abs(cost_x)) * jnp.max(jnp.abs(cost_y))
     least = jnp.finfo(cost_x.dtype).eps * largest
     epsilon = constant(jnp.maximum(jnp.asarray(epsilon, cost_x.dtype), least))
-    return _gromov_entropic(cost_x, cost_y, epsilon)
+    value, stats = _gromov_entropic(cost_x, cost_y, epsilon, mask)
+    return masks.zero_if_empty(value, mask), stats
 
 
 def _distances(x):
@@ -220,6 +244,7 @@ def gromov_wasserstein(
     *,
     metric: str = "euclidean",
     epsilon: float | jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     r"""Computes the squared Gromov-Wasserstein distance between two samples.
 
@@ -244,6 +269,8 @@ def gromov_wasserstein(
       epsilon: None solves assignment problems.  A number adds ``epsilon KL(P | 1/nm)``
         to the value, in units of d^2, and solves by Sinkhorn; a number below round-off
         is raised to it.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: in units of d^2, averaged over pairs of samples.
@@ -263,6 +290,8 @@ def gromov_wasserstein(
       Array(2., dtype=float32)
     """
     check_choice("metric", metric, METRICS)
-    x, y = check_pair(x, y, same_columns=False)
+    x, y = check_pair(x, y, same_rows=mask is not None, same_columns=False)
+    mask = masks.check_mask(mask, x.shape[0])
+    x, y = masks.filled(mask, x, y)
     distances = METRICS[metric]
-    return gromov_cost(distances(x), distances(y), epsilon=epsilon)
+    return gromov_cost(distances(x), distances(y), epsilon=epsilon, mask=mask)

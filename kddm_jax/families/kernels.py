@@ -8,9 +8,12 @@ References:
   Gretton et al., A kernel two-sample test, 2012.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import (
     as_released,
     check_choice,
@@ -37,18 +40,28 @@ def _all_squares(x, y):
     return [jnp.maximum(squared_distances(*pair), 0) for pair in pairs]
 
 
-def _bandwidth(bandwidth, mean_distance, x, y):
-    """Returns the given bandwidth or the mean distance, as a constant.
+def _bandwidths(bandwidth, mean_distance, x, y, mask):
+    """Returns the given bandwidths or the mean distance, as constants.
 
     The mean distance is raised to its round-off if it is smaller.
     """
     if bandwidth is None:
         # Four times the round-off of a distance.
-        least = 4 * safe_sqrt(cost_floor(x, y)) + jnp.finfo(x.dtype).tiny ** 0.25
-        return constant(jnp.maximum(mean_distance, least))
-    hint = "; None takes the mean distance"
-    check_number("bandwidth", bandwidth, positive=True, hint=hint)
-    return constant(jnp.asarray(bandwidth, x.dtype))
+        least = 4 * safe_sqrt(cost_floor(x, y, mask)) + jnp.finfo(x.dtype).tiny ** 0.25
+        return [constant(jnp.maximum(mean_distance, least))]
+    several = bandwidth if isinstance(bandwidth, list | tuple) else [bandwidth]
+    if not several:
+        raise ValueError("bandwidth must be a number or several, got none")
+    hint = "; None takes the mean distance, and a tuple of numbers averages kernels"
+    for number in several:
+        check_number("bandwidth", number, positive=True, hint=hint)
+    return [constant(jnp.asarray(number, x.dtype)) for number in several]
+
+
+def _rbf(squares, sigmas):
+    """Averages the Gaussian kernels of several bandwidths."""
+    first, *others = [jnp.exp(-squares / (2 * sigma**2)) for sigma in sigmas]
+    return sum(others, first) / len(sigmas) if others else first
 
 
 KERNELS = ("rbf", "linear")
@@ -59,7 +72,8 @@ def mmd(
     y: jax.Array,
     *,
     kernel: str = "rbf",
-    bandwidth: float | jax.Array | None = None,
+    bandwidth: float | jax.Array | Sequence[float | jax.Array] | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the squared maximum mean discrepancy between two samples.
 
@@ -78,7 +92,10 @@ def mmd(
       y: teacher features, shape ``[m, d]``.
       kernel: ``"rbf"``, or ``"linear"``: ``||mean(x) - mean(y)||^2``.
       bandwidth: sigma of the rbf kernel; None takes the mean of all elements of the
-        three distance matrices (including zero diagonals), as a constant.
+        three distance matrices (including zero diagonals), as a constant, and a
+        sequence averages the kernels of its numbers.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: squared discrepancy, in [0, 2] for "rbf", in squared units of the features
@@ -96,14 +113,20 @@ def mmd(
       Array(9., dtype=float32)
     """
     check_choice("kernel", kernel, KERNELS)
-    x, y = check_pair(x, y)
+    x, y = check_pair(x, y, same_rows=mask is not None)
+    mask = masks.check_mask(mask, x.shape[0])
     if kernel == "linear":
-        return jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
+        return jnp.sum((masks.mean(x, mask) - masks.mean(y, mask)) ** 2)
+    x, y = masks.filled(mask, x, y)
     squares = _all_squares(x, y)
-    total = sum(jnp.sum(safe_sqrt(s)) for s in squares)
-    sigma = _bandwidth(bandwidth, total / sum(s.size for s in squares), x, y)
+    if mask is None:
+        total = sum(jnp.sum(safe_sqrt(s)) for s in squares)
+        distance = total / sum(s.size for s in squares)
+    else:
+        distance = sum(masks.mean_of_pairs(safe_sqrt(s), mask) for s in squares) / 3
+    sigmas = _bandwidths(bandwidth, distance, x, y, mask)
     within_x, within_y, between = (
-        jnp.mean(jnp.exp(-s / (2 * sigma**2))) for s in squares
+        masks.mean_of_pairs(_rbf(s, sigmas), mask) for s in squares
     )
     return within_x + within_y - 2 * between
 
@@ -115,9 +138,10 @@ def class_mmd(
     *,
     num_classes: int | None = None,
     kernel: str = "rbf",
-    bandwidth: float | jax.Array | None = None,
+    bandwidth: float | jax.Array | Sequence[float | jax.Array] | None = None,
     reduction: str = "mean",
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the class-conditional squared maximum mean discrepancy.
 
@@ -134,10 +158,13 @@ def class_mmd(
       kernel: ``"rbf"`` or ``"linear"``.
       bandwidth: sigma of the rbf kernel, the same for all classes, since a class of one
         sample has no scale of its own.  None takes the mean over pairs of one class in
-        the three distance matrices, as a constant.
+        the three distance matrices, as a constant, and a sequence averages the kernels
+        of its numbers.
       reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
         classes by their frequency, ``"sum"`` adds them (the released code).
       compat: ``"released"`` is ``reduction="sum"`` with a bandwidth for each class.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared discrepancy.
@@ -160,13 +187,10 @@ def class_mmd(
         reduction=(reduction, "mean", "sum"),
         bandwidth=(bandwidth, None, None),
     )
-    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     if kernel == "linear":
         difference = class_means(x - y, groups)
         return jnp.sum(groups.weights[:, None] * difference**2)
-    # Samples without a label may hold any numbers, so they are set to zero.
-    valid = (groups.weights > 0).astype(x.dtype)[:, None]
-    x, y = valid * x, valid * y
     squares = _all_squares(x, y)
     within = lambda pairs: jnp.sum(groups.same * pairs, axis=1)  # [n]
     total = sum(within(safe_sqrt(s)) for s in squares)  # [n]
@@ -174,8 +198,8 @@ def class_mmd(
         mean = jnp.sum(total) / (3 * jnp.maximum(jnp.sum(groups.same), 1))
     else:  # one for each sample's class, [n, 1]
         mean = class_means((total / (3 * groups.counts))[:, None], groups)
-    sigma = _bandwidth(bandwidth, mean, x, y)
+    sigmas = _bandwidths(bandwidth, mean, x, y, groups.labelled)
     within_x, within_y, between = (
-        within(jnp.exp(-s / (2 * sigma**2))) / groups.counts for s in squares
+        within(_rbf(s, sigmas)) / groups.counts for s in squares
     )
     return jnp.sum(groups.weights * (within_x + within_y - 2 * between))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.numerics.checks import as_float, check_choice, check_number
+from kddm_jax.numerics import masks
+from kddm_jax.numerics.checks import as_float, check_choice, check_count, check_number
 from kddm_jax.numerics.linalg import constant, matmul, squared_distances, unit
 from kddm_jax.numerics.pooling import adaptive_cells, average_pool
 
@@ -83,7 +84,13 @@ NST_KERNELS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 )
 
 
-def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Array:
+def nst(
+    maps_x: jax.Array,
+    maps_y: jax.Array,
+    *,
+    kernel: str = "poly",
+    mask: jax.Array | None = None,
+) -> jax.Array:
     r"""Computes the neuron selectivity transfer loss between the channels of two maps.
 
     .. math:: \frac1b \sum_i \overline{k(f, f')} + \overline{k(g, g')}
@@ -101,6 +108,8 @@ def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Ar
       maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
       kernel: ``"poly"``, the squared inner product; ``"linear"``; or ``"rbf"``, with
         the mean squared distance of all pairs as squared bandwidth, a constant.
+      mask: shape ``[b]``; zero means no image, whose maps may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared discrepancy, averaged over images (without a factor 1/2).
@@ -119,13 +128,15 @@ def nst(maps_x: jax.Array, maps_y: jax.Array, *, kernel: str = "poly") -> jax.Ar
     """
     check_choice("kernel", kernel, NST_KERNELS)
     maps_x, maps_y = _check_maps(maps_x, maps_y, same_channels=False)
+    mask = masks.check_mask(mask, maps_x.shape[0])
+    maps_x, maps_y = masks.zeroed(mask, maps_x, maps_y)
     size = tuple(np.minimum(maps_x.shape[1:3], maps_y.shape[1:3]).tolist())
     channels = []
     for maps in (maps_x, maps_y):
         pooled = average_pool(maps, size)
         flat = pooled.reshape(maps.shape[0], -1, maps.shape[3])  # [b, h w, c]
         channels.append(unit(flat, axis=1))
-    return jnp.mean(jax.vmap(NST_KERNELS[kernel])(*channels))
+    return masks.mean(jax.vmap(NST_KERNELS[kernel])(*channels), mask)
 
 
 def _cell_moments(maps, grid):
@@ -146,7 +157,12 @@ def _cell_moments(maps, grid):
 
 
 def wkd_features(
-    maps_x: jax.Array, maps_y: jax.Array, *, grid: int = 1, ratio: float = 2.0
+    maps_x: jax.Array,
+    maps_y: jax.Array,
+    *,
+    grid: int = 1,
+    ratio: float = 2.0,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the Wasserstein distance between feature maps, WKD-F.
 
@@ -167,6 +183,8 @@ def wkd_features(
       grid: number of cells along each side, g; if it does not divide the map's side,
         cells overlap as in adaptive pooling.
       ratio: weight of the means, rho.
+      mask: shape ``[b]``; zero means no image, whose maps may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance, summed over channels, averaged over images and cells.
@@ -184,12 +202,14 @@ def wkd_features(
       Array(18., dtype=float32)
     """
     maps_x, maps_y = _check_maps(maps_x, maps_y, same_channels=True)
+    mask = masks.check_mask(mask, maps_x.shape[0])
+    maps_x, maps_y = masks.zeroed(mask, maps_x, maps_y)
     check_number("ratio", ratio, positive=False)
-    if grid < 1:
-        raise ValueError(f"grid must be at least 1, got {grid}")
+    check_count("grid", grid)
     (mean_x, spread_x), (mean_y, spread_y) = (
         _cell_moments(maps, grid) for maps in (maps_x, maps_y)
     )
     sigma_x, sigma_y = jnp.sqrt(spread_x + 1e-5), jnp.sqrt(spread_y + 1e-5)
     total = ratio * (mean_x - mean_y) ** 2 + (sigma_x - sigma_y) ** 2
-    return jnp.mean(jnp.sum(total, axis=3))
+    total = jnp.sum(total, axis=3)  # [b, g, g]
+    return jnp.mean(total) if mask is None else jnp.mean(masks.mean(total, mask))

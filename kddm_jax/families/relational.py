@@ -8,11 +8,14 @@ may differ.
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_pair
 from kddm_jax.numerics.linalg import matmul, unit
 
 
-def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
+def similarity_preserving(
+    x: jax.Array, y: jax.Array, *, mask: jax.Array | None = None
+) -> jax.Array:
     r"""Computes the similarity-preserving loss between two sets of features.
 
     .. math:: \frac{1}{n^2} \|G_x - G_y\|_F^2, \quad
@@ -26,6 +29,8 @@ def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance, averaged over pairs of samples; at most ``4 / n``.
@@ -44,7 +49,9 @@ def similarity_preserving(x: jax.Array, y: jax.Array) -> jax.Array:
       Array(0.2929, dtype=float32)
     """
     x, y = check_pair(x, y, same_rows=True, same_columns=False)
+    mask = masks.check_mask(mask, x.shape[0])
+    x, y = masks.zeroed(mask, x, y)
     # A common factor of all features cancels.  Dividing by it avoids overflow.
     x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
     gram_x, gram_y = (unit(matmul(z, z.T), axis=1) for z in (x, y))
-    return jnp.mean((gram_x - gram_y) ** 2)
+    return masks.mean_of_pairs(jnp.square(gram_x - gram_y), mask)

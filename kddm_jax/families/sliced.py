@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.numerics.checks import check_pair
+from kddm_jax.numerics import masks
+from kddm_jax.numerics.checks import check_count, check_pair
 from kddm_jax.numerics.linalg import matmul
 
 
@@ -33,8 +34,25 @@ def _sliced(x, y, directions):
     return jnp.mean(jnp.sum(length[:, None] * (u[i] - v[j]) ** 2, axis=0))
 
 
+def _masked_sliced(x, y, directions, mask):
+    """Does the same with a mask of both sides: what is no sample is sorted to the end.
+
+    There are as many samples in x as in y, so that they are paired in sorted order.
+    """
+    project = lambda z: jnp.where(mask[:, None], matmul(z, directions), jnp.inf)
+    u, v = (jnp.sort(project(z), axis=0) for z in masks.zeroed(mask, x, y))
+    samples = jnp.arange(x.shape[0]) < jnp.sum(mask)
+    u, v = masks.zeroed(samples, u, v)
+    return jnp.mean(masks.mean((u - v) ** 2, samples))
+
+
 def sliced_wasserstein(
-    x: jax.Array, y: jax.Array, key: jax.Array, *, num_projections: int = 128
+    x: jax.Array,
+    y: jax.Array,
+    key: jax.Array,
+    *,
+    num_projections: int = 128,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     r"""Computes the squared sliced Wasserstein distance over random directions.
 
@@ -53,6 +71,8 @@ def sliced_wasserstein(
       y: teacher features, shape ``[m, d]``.
       key: random key of the directions; pass a new one at each step.
       num_projections: number of directions, p.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: squared distance, averaged over samples and directions.
@@ -69,11 +89,13 @@ def sliced_wasserstein(
       >>> sliced_wasserstein(x, x + 3, jax.random.key(0))  # one direction: W2
       Array(9., dtype=float32)
     """
-    x, y = check_pair(x, y)
-    if num_projections < 1:
-        raise ValueError(f"num_projections must be at least 1, got {num_projections}")
+    x, y = check_pair(x, y, same_rows=mask is not None)
+    mask = masks.check_mask(mask, x.shape[0])
+    check_count("num_projections", num_projections)
     shape = (x.shape[1], num_projections)
     # Drawn in float32, so that float64 features see the same directions.
     directions = jax.random.normal(key, shape, jnp.float32).astype(x.dtype)
     norms = jnp.sqrt(jnp.sum(directions**2, axis=0, keepdims=True))
+    if mask is not None:
+        return _masked_sliced(x, y, directions / norms, mask)
     return _sliced(x, y, directions / norms)

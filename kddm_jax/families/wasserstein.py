@@ -18,21 +18,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kddm_jax.numerics.checks import as_released, check_choice, check_number, check_pair
-from kddm_jax.numerics.classes import labelled_pair
+from kddm_jax.numerics import masks
+from kddm_jax.numerics.checks import (
+    LOGITS,
+    as_released,
+    check_choice,
+    check_number,
+    check_pair,
+)
+from kddm_jax.numerics.classes import classes, labelled_pair
 from kddm_jax.numerics.linalg import constant, cost_floor, matmul, squared_distances
 from kddm_jax.numerics.solver import Stats, solver_distance
 from kddm_jax.numerics.transport import Costs, transport_cost
 
 
-def _uniform(x):
-    return jnp.full(x.shape[0], 1 / x.shape[0], x.dtype)
+def _solve_all(x, y, xy, self_cost, mask, **options):
+    """Solves the transport problem between all samples.
+
+    Samples of a mask are one class, and the other rows have no label.
+    """
+    if mask is None:
+        a, b = (jnp.full(z.shape[0], 1 / z.shape[0], z.dtype) for z in (x, y))
+        return _solve(x, y, xy, self_cost, a, b, **options)
+    one = classes(jnp.where(mask, 0, -1), reduction="mean", dtype=x.dtype)
+    a = one.weights
+    value, stats = _solve(x, y, xy, self_cost, a, a, one.same, mask, **options)
+    return one.mass * value, stats
 
 
-def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
+def _solve(x, y, xy, self_cost, a, b, same=None, mask=None, pairing=None, **solver):
     """Solves the transport problem of a cost.
 
     The debiased solver also needs the costs within x, ``self_cost(0)``, and within y.
+    Where ``mask`` is False, samples have no weight.
     """
     debias = solver.get("solver", "sinkhorn") == "sinkhorn"
     if pairing is not None:
@@ -46,7 +64,7 @@ def _solve(x, y, xy, self_cost, a, b, same=None, pairing=None, **solver):
         same=same,
         pairing=pairing,
     )
-    return transport_cost(costs, floor=cost_floor(x, y), **solver)
+    return transport_cost(costs, floor=cost_floor(x, y, mask), **solver)
 
 
 def _check_pairing(pairing):
@@ -54,8 +72,6 @@ def _check_pairing(pairing):
 
     Without a kappa, n and m may differ.
     """
-    if np.ndim(pairing) != 0:
-        raise ValueError(f"pairing must be a number, got shape {np.shape(pairing)}")
     check_number("pairing", pairing, positive=False)
     if isinstance(pairing, Tracer):
         return pairing
@@ -77,6 +93,7 @@ def wasserstein(
     threshold: float = 1e-3,
     max_iterations: int = 2000,
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     r"""Computes the squared 2-Wasserstein distance between two samples, W2(E).
 
@@ -111,6 +128,8 @@ def wasserstein(
       max_iterations: largest number of Sinkhorn iterations; above ten, they run in
         whole tens.
       compat: ``"released"`` is ``solver="exact"``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: squared distance, averaged over samples.
@@ -132,15 +151,16 @@ def wasserstein(
         compat, pairing=(pairing, 0.0, 0.0), solver=(solver, "sinkhorn", "exact")
     )
     kappa = _check_pairing(pairing)
-    x, y = check_pair(x, y, same_rows=kappa is not None)
+    x, y = check_pair(x, y, same_rows=kappa is not None or mask is not None)
+    mask = masks.check_mask(mask, x.shape[0])
+    x, y = masks.filled(mask, x, y)
     within = lambda side: squared_distances(*((x, x), (y, y))[side])
-    return _solve(
+    return _solve_all(
         x,
         y,
         squared_distances(x, y),
         within,
-        _uniform(x),
-        _uniform(y),
+        mask,
         solver=solver,
         pairing=kappa,
         epsilon=epsilon,
@@ -162,6 +182,7 @@ def class_wasserstein(
     threshold: float = 1e-3,
     max_iterations: int = 2000,
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     r"""Computes the class-conditional squared Wasserstein distance, CW2(E).
 
@@ -189,6 +210,8 @@ def class_wasserstein(
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
       compat: ``"released"`` is ``solver="exact", reduction="sum"``.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: squared distance, averaged over samples within each class.
@@ -210,7 +233,7 @@ def class_wasserstein(
         reduction=(reduction, "mean", "sum"),
         solver=(solver, "sinkhorn", "exact"),
     )
-    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction)
+    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     # The problem is solved at mass 1, and "sum" is rescaled.  A batch without labels
     # has mass 0.
     a = groups.weights / jnp.maximum(groups.mass, 1)
@@ -224,6 +247,7 @@ def class_wasserstein(
         a,
         a,
         groups.same,
+        groups.labelled,
         solver=solver,
         epsilon=epsilon,
         threshold=threshold,
@@ -237,10 +261,16 @@ def _probs_cost(logits_x, logits_y):
 
 
 def _kl_cost(logits_x, logits_y):
-    """Computes KL(student_i || teacher_j) for all pairs."""
-    log_p = jax.nn.log_softmax(logits_x)
+    """Computes KL(student_i || teacher_j) for all pairs.
+
+    A class without mass in both contributes nothing: its logarithm is so large a
+    negative number, not infinite, that only 0 times it is small.
+    """
+    least = -(float(jnp.finfo(logits_x.dtype).max) ** 0.75)  # sums do not overflow
+    log_p, log_q = (
+        jnp.maximum(jax.nn.log_softmax(z), least) for z in (logits_x, logits_y)
+    )
     p = jnp.exp(log_p)
-    log_q = jax.nn.log_softmax(logits_y)
     return jnp.sum(p * log_p, axis=1)[:, None] - matmul(p, log_q.T)
 
 
@@ -254,7 +284,7 @@ LABEL_COSTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 def _check_joint(x, y, logits_x, logits_y, same_rows):
     """Casts all four arrays to one float dtype and checks that their samples agree."""
     x, y = check_pair(x, y, same_rows=same_rows)
-    logits_x, logits_y = check_pair(logits_x, logits_y, names=("logits_x", "logits_y"))
+    logits_x, logits_y = check_pair(logits_x, logits_y, names=LOGITS)
     if logits_x.shape[0] != x.shape[0] or logits_y.shape[0] != y.shape[0]:
         raise ValueError(
             "logits_x and logits_y must hold the samples of x and y, got "
@@ -290,6 +320,7 @@ def joint_wasserstein(
     threshold: float = 1e-3,
     max_iterations: int = 2000,
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     r"""Computes the joint squared Wasserstein distance of features and labels, JW2(E).
 
@@ -325,6 +356,8 @@ def joint_wasserstein(
         the *student to itself*, divided by the largest, without gradient, plus the cost
         of raw logits (or "kl").  The plan is exact.  The teacher's features have no
         part in this cost.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all; otherwise ``n = m``.
 
     Returns:
       Scalar: squared distance, averaged over samples.
@@ -343,6 +376,8 @@ def joint_wasserstein(
     check_choice("label_cost", label_cost, LABEL_COSTS)
     if isinstance(beta, str):
         check_choice("beta", beta, ("max",))
+    else:
+        check_number("beta", beta, positive=False)
     released_cost = "kl" if label_cost == "kl" else "logits"
     label_cost, _, pairing, solver = as_released(
         compat,
@@ -353,8 +388,10 @@ def joint_wasserstein(
     )
     kappa = _check_pairing(pairing)
     arrays = x, y, logits_x, logits_y
-    same_rows = compat is not None or kappa is not None
+    same_rows = compat is not None or kappa is not None or mask is not None
     x, y, logits_x, logits_y = _check_joint(*arrays, same_rows=same_rows)
+    mask = masks.check_mask(mask, x.shape[0])
+    x, y, logits_x, logits_y = masks.filled(mask, x, y, logits_x, logits_y)
     label = LABEL_COSTS[label_cost]
     features = squared_distances(x, y)
     scale = jnp.max(features) if isinstance(beta, str) else jnp.asarray(beta, x.dtype)
@@ -367,13 +404,12 @@ def joint_wasserstein(
     between = features + scale * label(logits_x, logits_y)
     if compat is not None:
         between = _released_joint_cost(x, label(logits_x, logits_y))
-    return _solve(
+    return _solve_all(
         x,
         y,
         between,
         within,
-        _uniform(x),
-        _uniform(y),
+        mask,
         solver=solver,
         pairing=kappa,
         epsilon=epsilon,

@@ -15,14 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kddm_jax.families.logits import NAMES
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import (
+    LOGITS,
     as_float,
     as_released,
+    check_count,
     check_labels,
     check_number,
     check_pair,
 )
+from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.linalg import constant, matmul, normalized, safe_sqrt
 from kddm_jax.numerics.solver import Stats, solver_distance
 
@@ -189,22 +192,24 @@ def _check_class_cost(class_cost, epsilon, k, dtype):
     return constant(class_cost), constant(jnp.asarray(epsilon, dtype))
 
 
-def _check_predictions(logits_x, logits_y, labels):
-    s, t = check_pair(logits_x, logits_y, names=NAMES, same_rows=True)
+def _check_predictions(logits_x, logits_y, labels, mask):
+    s, t = check_pair(logits_x, logits_y, names=LOGITS, same_rows=True)
     n, k = s.shape
     if k < 2:
         raise ValueError(f"logits_x must have two classes at least, got {k}")
+    labels = with_mask(labels, masks.check_mask(mask, n))
     labels = check_labels(labels, n, num_classes=k)
     own = labels[:, None] == jnp.arange(k)[None, :]  # [n, k], False without a label
     valid = labels >= 0
-    s, t = (jnp.where(valid[:, None], z, 0) for z in (s, t))  # they may be NaN
-    return s, t, own, valid
+    return *masks.zeroed(valid, s, t), own, valid  # they may be NaN
 
 
 def _target_term(s, t, own):
     """Computes the label's cross-entropy times the teacher's probability, ``[n]``."""
-    terms = -jax.nn.softmax(t) * jax.nn.log_softmax(s)
-    return jnp.sum(jnp.where(own, terms, 0), axis=1)
+    # Classes at -inf are left out first: 0 times inf is NaN.
+    return -jnp.sum(
+        jax.nn.softmax(t) * jnp.where(own, jax.nn.log_softmax(s), 0), axis=1
+    )
 
 
 @solver_distance
@@ -219,6 +224,7 @@ def wkd_logits(
     epsilon: float | jax.Array = 0.05,
     iterations: int | None = None,
     compat: str | None = None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
     r"""Computes the Wasserstein distance between predictions, WKD-L.
 
@@ -248,6 +254,8 @@ def wkd_logits(
         marginals.  A given number is unrolled: after ten the marginals are off by 5 to
         18 %, and the value may be less than the true cost.
       compat: ``"released"`` takes 10 iterations.
+      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
+        takes all.
 
     Returns:
       Scalar: averaged over images; its second term is in units of the cost.
@@ -266,13 +274,10 @@ def wkd_logits(
       >>> wkd_logits(s, t, jnp.array([2]), **options)  # all from class 1 to class 0
       Array(1.001, dtype=float32)
     """
-    s, t, own, valid = _check_predictions(logits_x, logits_y, labels)
+    s, t, own, valid = _check_predictions(logits_x, logits_y, labels, mask)
     (iterations,) = as_released(compat, iterations=(iterations, None, 10))
-    if iterations is not None and iterations < 1:
-        raise ValueError(
-            f"iterations must be at least 1, got {iterations}; None iterates until "
-            "it converges"
-        )
+    if iterations is not None:
+        check_count("iterations", iterations)
     check_number("temperature", temperature, positive=True)
     check_number("gamma", gamma, positive=False)
     cost, epsilon = _check_class_cost(class_cost, epsilon, s.shape[1], s.dtype)

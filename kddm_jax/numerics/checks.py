@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+# Names of the logits of student and teacher, in messages.
+LOGITS = ("logits_x", "logits_y")
 # Directions of a divergence; the released code takes the first.
 DIRECTIONS = ("student||teacher", "teacher||student")
 
@@ -66,7 +68,7 @@ def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any
 def check_number(
     name: str, value: float | jax.Array, *, positive: bool, hint: str = ""
 ) -> None:
-    """Checks the sign of a number that is not traced.
+    """Checks that a value is one number, and its sign if it is not traced.
 
     Args:
       name: name of the argument, for the message.
@@ -75,14 +77,35 @@ def check_number(
       hint: end of the message, with a fix.
 
     Raises:
-      ValueError: the number is negative, NaN, or zero if ``positive``.
+      ValueError: no number, or one that is negative, NaN, or zero if ``positive``.
     """
-    if isinstance(value, Tracer) or np.ndim(value) != 0:
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name} must be a number, got shape {list(np.shape(value))}{hint}"
+        )
+    if isinstance(value, Tracer):
         return
     number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
+    wanted = "positive" if positive else "a number >= 0"
+    if number.dtype.kind not in "biuf" and number.dtype != jnp.bfloat16:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}{hint}")
     if not (number > 0 if positive else number >= 0):
-        wanted = "positive" if positive else "a number >= 0"
         raise ValueError(f"{name} must be {wanted}, got {value}{hint}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Checks that a value is a whole number of at least one.
+
+    Args:
+      name: name of the argument, for the message.
+      value: value that the caller passed.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(value, int | np.integer) or value < 1:
+        what = f"shape {list(np.shape(value))}" if np.ndim(value) else f"{value}"
+        raise ValueError(f"{name} must be a whole number of at least 1, got {what}")
 
 
 def as_float(name: str, x: jax.Array) -> jax.Array:
@@ -136,6 +159,12 @@ def check_pair(
                 f"{name} must have shape [samples, features], got {list(array.shape)}; "
                 "pool or flatten maps, add an axis to vectors"
             )
+    if same_columns and x.shape[1] != y.shape[1] and names == LOGITS:
+        raise ValueError(
+            "logits_x and logits_y must be of the same classes, got "
+            f"{x.shape[1]} and {y.shape[1]}; give both networks a head of as many "
+            "classes, or compare their features"
+        )
     if same_columns and x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same width, got "
@@ -169,9 +198,13 @@ def check_labels(
     """
     labels = jnp.asarray(labels)
     if labels.shape != (n,):
+        # Of one column argmax would make every label 0.
+        column = labels.shape == (n, 1)
+        fix = (
+            "labels[:, 0]" if column else "argmax(one_hot, axis=-1) for one-hot labels"
+        )
         raise ValueError(
-            f"labels must have shape [n]=[{n}], got {list(labels.shape)}; "
-            "pass argmax(one_hot, axis=-1) for one-hot labels"
+            f"labels must have shape [n]=[{n}], got {list(labels.shape)}; pass {fix}"
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(

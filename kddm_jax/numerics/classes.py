@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_choice, check_labels, check_pair
 from kddm_jax.numerics.linalg import matmul
 
@@ -18,12 +19,14 @@ class Classes(NamedTuple):
     """Same-class mask and weights of a labelled batch, without a class axis.
 
     Attributes:
+      labelled: ``[n]``, True for samples with a label.
       same: ``[n, n]``, 1 where two samples share a class, else 0.
       counts: ``[n]``, size of each sample's class (1 without a label).
       weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 without a label.
       mass: scalar, sum of ``weights``: 1, or the number of classes for "sum".
     """
 
+    labelled: jax.Array
     same: jax.Array
     counts: jax.Array
     weights: jax.Array
@@ -65,7 +68,7 @@ def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
         "weighted": valid.astype(dtype) / total,
         "sum": share,
     }[reduction]
-    return Classes(same, counts, weights, jnp.sum(weights))
+    return Classes(valid, same, counts, weights, jnp.sum(weights))
 
 
 def class_means(x: jax.Array, groups: Classes) -> jax.Array:
@@ -86,14 +89,37 @@ def class_means(x: jax.Array, groups: Classes) -> jax.Array:
     return matmul(groups.same, x) / groups.counts[:, None]
 
 
+def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Takes the labels of rows that are no samples away.
+
+    Args:
+      labels: int, shape ``[n]``.
+      mask: zero for no sample, shape ``[n]``, or None.
+
+    Returns:
+      The labels, -1 where there is no sample.
+
+    Examples:
+      >>> with_mask(jnp.array([3, 99]), jnp.array([True, False])).tolist()
+      [3, -1]
+    """
+    if mask is None or jnp.shape(labels) != jnp.shape(mask):  # check_labels refuses it
+        return labels
+    return jnp.where(jnp.asarray(mask).astype(bool), labels, -1)
+
+
 def labelled_pair(
     x: jax.Array,
     y: jax.Array,
     labels: jax.Array,
     num_classes: int | None,
     reduction: str,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Classes]:
     """Checks the arguments of a class-conditional distance and masks its classes.
+
+    Samples without a label may hold anything, so they are set to the mean of those with
+    one.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -101,6 +127,7 @@ def labelled_pair(
       labels: int, shape ``[n]``; negative labels mean no label.
       num_classes: if given, labels that are not traced must be less than this.
       reduction: as in `classes`.
+      mask: zero for no sample, shape ``[n]``, or None.
 
     Returns:
       ``(x, y, groups)``, the features as float32 or float64.
@@ -109,5 +136,8 @@ def labelled_pair(
       ValueError: wrong shapes, dtypes or labels, or an unknown ``reduction``.
     """
     x, y = check_pair(x, y, same_rows=True)
+    labels = with_mask(labels, masks.check_mask(mask, x.shape[0]))
     labels = check_labels(labels, x.shape[0], num_classes=num_classes)
-    return x, y, classes(labels, reduction=reduction, dtype=x.dtype)
+    groups = classes(labels, reduction=reduction, dtype=x.dtype)
+    x, y = masks.filled(groups.labelled, x, y)
+    return x, y, groups

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import as_float, check_choice
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -118,11 +119,12 @@ def squared_rounding(x: jax.Array) -> jax.Array:
     return (10 * jnp.finfo(x.dtype).eps) ** 2 * constant(jnp.sum(x * x))
 
 
-def normalized(x: jax.Array) -> jax.Array:
+def normalized(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Centres features and divides them by their Frobenius norm.
 
     Args:
       x: features, shape ``[n, d]``.
+      mask: from `masks.check_mask`, or None.
 
     Returns:
       Shape ``[n, d]``, of norm 1; zeros if the features are constant up to round-off.
@@ -132,7 +134,8 @@ def normalized(x: jax.Array) -> jax.Array:
       Array([[-0.7071],
              [ 0.7071]], dtype=float32)
     """
-    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    (x,) = masks.zeroed(mask, x)
+    (centred,) = masks.zeroed(mask, x - masks.mean(x, mask)[None, :])
     return unit(centred, axis=(0, 1), floor=squared_rounding(x))
 
 
@@ -447,15 +450,17 @@ def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
     return squares_x + squares_y - 2 * matmul(x, y.T)
 
 
-def cost_floor(x: jax.Array, y: jax.Array) -> jax.Array:
+def cost_floor(x: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Estimates the round-off of squared distances, the least meaningful epsilon.
 
     Args:
       x: shape ``[n, d]``.
       y: shape ``[m, d]``.
+      mask: from `masks.check_mask`, or None.
 
     Returns:
       Scalar, in units of the squared distance.
     """
-    scale = jnp.mean(jnp.sum(x * x, axis=1)) + jnp.mean(jnp.sum(y * y, axis=1))
+    mean = lambda z: masks.mean(jnp.sum(z * z, axis=1), mask)
+    scale = mean(x) + mean(y)
     return jnp.finfo(x.dtype).eps * scale

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_pair
 from kddm_jax.numerics.linalg import constant
 
@@ -45,19 +46,6 @@ def check_normalization(normalization: object) -> None:
     raise ValueError(f"normalization must be one of {available}; got {normalization!r}")
 
 
-def _valid(z, mask):
-    """Replaces rows that are no samples, whatever they hold, by zeros."""
-    return z if mask is None else jnp.where(mask.astype(bool)[:, None], z, 0)
-
-
-def _mean(z, mask):
-    """The mean over the valid rows, of an array whose other rows are zeros."""
-    if mask is None:
-        return jnp.mean(z, axis=0)
-    count = jnp.maximum(jnp.sum(mask.astype(bool)), 1).astype(z.dtype)
-    return jnp.sum(z, axis=0) / count
-
-
 class _Moments(NamedTuple):
     """Statistics of one side, in units of its largest absolute value.
 
@@ -72,18 +60,18 @@ class _Moments(NamedTuple):
 
 
 def _moments(z, mask):
-    z = _valid(z, mask)
+    (z,) = masks.zeroed(mask, z)
     peak = constant(jnp.max(jnp.abs(z)))
     peak = jnp.where(peak == 0, 1, peak)
     unit = z / peak
-    mean = _mean(unit, mask)[None, :]
-    squares = _valid(unit - mean, mask) ** 2
-    deviation = _mean(jnp.sum(squares, axis=1), mask)
-    size = _mean(jnp.sum(unit**2, axis=1), mask)
+    mean = masks.mean(unit, mask)[None, :]
+    squares = (unit - mean) ** 2
+    deviation = masks.mean(jnp.sum(squares, axis=1), mask)
+    size = masks.mean(jnp.sum(unit**2, axis=1), mask)
     # False for NaN, which must not be hidden
     flat = deviation <= jnp.finfo(z.dtype).eps * size
     deviation = jnp.where(flat, 1, deviation)
-    return _Moments(peak, mean, _mean(squares, mask)[None, :], deviation, flat)
+    return _Moments(peak, mean, masks.mean(squares, mask)[None, :], deviation, flat)
 
 
 def teacher_factor(y: jax.Array, *, mask: Mask = None) -> jax.Array:
@@ -177,23 +165,7 @@ def normalize(
     .. math:: \sigma_x^2 = \tfrac1n \textstyle\sum_i \|x_i - \bar x\|^2, \quad
               \sigma_{x,j}^2 = \tfrac1n \textstyle\sum_i (x_{ij} - \bar x_j)^2
 
-    ===================  ============================  ===============================
-    normalization        ``x`` becomes                 and does not change with
-    ===================  ============================  ===============================
-    ``"teacher"``        x / σ_y                       a common factor of both sides
-    ``"unit"``           x_i / ‖x_i‖                   a factor of each row
-    ``"centered"``       (x - mean) / σ_x              a factor and a shift of a side
-    ``"standardized"``   (x_j - mean_j) / σ_{x,j}      those of each feature of a side
-    ===================  ============================  ===============================
-
-    and ``y`` likewise, by its own statistics in the last two.  σ_{x,j} is at least
-    1e-3 σ_x.  A row of zeros stays one under ``"unit"``, and a side that is constant
-    over the batch up to rounding is zero under the other three (both sides, if it is
-    the teacher under ``"teacher"``); there the gradient is zero.
-
-    Cost: n d.  Gradient: the student's statistics are differentiated, the teacher's are
-    constants.  A teacher that is not finite gives NaN.
-
+    ===================  ============================  ========================
     Args:
       pair: both sides' features, shape ``[n, d]`` each.
       whole: both sides' features of all samples that statistics run over: the same, or
@@ -221,8 +193,9 @@ def normalize(
         checked = lambda pair: check_pair(*pair, names=names, same_columns=False)
         pair, whole = checked(pair), checked(whole)
         whole = whole[0], constant(whole[1])
-    pair = [_valid(z, mask) for z in pair]
-    whole_mask = mask if whole_mask is None else whole_mask
-    return [
-        _valid(z, mask) for z in NORMALIZATIONS[normalization](pair, whole, whole_mask)
-    ]
+    mask = masks.check_mask(mask, len(pair[0]))
+    whole_mask = (
+        mask if whole_mask is None else masks.check_mask(whole_mask, len(whole[0]))
+    )
+    pair = masks.zeroed(mask, *pair)
+    return masks.zeroed(mask, *NORMALIZATIONS[normalization](pair, whole, whole_mask))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from optax.assignment import hungarian_algorithm
 
-from kddm_jax.numerics.checks import check_choice, check_number
+from kddm_jax.numerics.checks import check_choice, check_count, check_number
 from kddm_jax.numerics.linalg import constant
 from kddm_jax.numerics.solver import Stats
 
@@ -278,7 +278,9 @@ def best_assignment(cost: jax.Array, same: jax.Array | None = None) -> jax.Array
       >>> best_assignment(jnp.array([[1.0, 0.0], [0.0, 3.0]])).tolist()
       [1, 0]
     """
-    cost = _block(jnp.where(jnp.isfinite(cost), cost, 0), same, 0)
+    cost = jnp.where(jnp.isfinite(cost), cost, 0)
+    if same is not None:  # among costs of zero any positive number forbids a pair
+        cost = _block(cost, same, jnp.all(cost == 0).astype(cost.dtype))
     row, column = hungarian_algorithm(_shifted_by_duals(cost, same))
     return jnp.zeros(len(cost), column.dtype).at[row].set(column)
 
@@ -328,7 +330,7 @@ SOLVERS: Mapping[str, Callable] = MappingProxyType(
 )
 
 
-def _prepared(costs, solver, epsilon, max_iterations, floor):
+def _prepared(costs, solver, epsilon, threshold, max_iterations, floor):
     """Checks the options and returns all costs, and the epsilon in their units."""
     check_choice("solver", solver, SOLVERS)
     n, m = costs.xy.shape
@@ -345,8 +347,8 @@ def _prepared(costs, solver, epsilon, max_iterations, floor):
     if epsilon is not None:
         hint = "; None chooses it from the cost"
         check_number("epsilon", epsilon, positive=True, hint=hint)
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    check_number("threshold", threshold, positive=False)
+    check_count("max_iterations", max_iterations)
     dtype = costs.xy.dtype
     if epsilon is None:
         least = jnp.maximum(floor, jnp.sqrt(jnp.finfo(dtype).tiny))
@@ -395,7 +397,7 @@ def transport_cost(
       Interpolating between optimal transport and MMD using Sinkhorn divergences,
       2019 (arXiv 1810.08278), equation 3.
     """
-    costs, epsilon = _prepared(costs, solver, epsilon, max_iterations, floor)
+    costs, epsilon = _prepared(costs, solver, epsilon, threshold, max_iterations, floor)
     return SOLVERS[solver](costs, epsilon, threshold, max_iterations)
 
 
@@ -440,7 +442,7 @@ def transport_plan(
       >>> transport_plan(crossed, solver="exact").tolist()
       [[0.0, 0.5], [0.5, 0.0]]
     """
-    costs, epsilon = _prepared(costs, solver, epsilon, max_iterations, floor)
+    costs, epsilon = _prepared(costs, solver, epsilon, threshold, max_iterations, floor)
     if solver == "exact":
         _, target = _solve_assignment(costs.xy, costs.a, costs.same)
         return costs.a[:, None] * jax.nn.one_hot(

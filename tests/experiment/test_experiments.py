@@ -1051,3 +1051,14 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
         find_teacher(problems.prepare(settings, tmp_path))
     told = change(settings, teacher_saw_held_out=True)
     assert find_teacher(problems.prepare(told, tmp_path)).given
+
+
+def test_teacher_of_other_classes(trained, tmp_path, monkeypatch):
+    """The message counts classes; it does not name a parameter."""
+    line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
+    problem = problems.prepare(parse([*map(str, line)]), tmp_path)
+    read = checkpoint.read_meta
+    few = lambda path: {**read(path), "num_classes": 7}
+    monkeypatch.setattr(checkpoint, "read_meta", few)
+    with pytest.raises(UserError, match="has 7 classes, this data has 10; pass a tea"):
+        find_teacher(problem)

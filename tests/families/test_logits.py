@@ -71,3 +71,107 @@ def test_one_class_has_distance_zero():
 def test_unknown_direction():
     with pytest.raises(ValueError, match="direction must be one of .*'nonsense'"):
         kddm_jax.kd(*predictions(), direction="nonsense")
+
+
+# ------------------------------------------------------------ classes without mass
+
+INF = np.inf
+DIRECTIONS = ("teacher||student", "student||teacher")
+
+
+def test_a_class_at_minus_infinity_in_both_networks_contributes_nothing():
+    s, t = np.array([[1.0, 0, -INF]]), np.array([[0, 1.0, -INF]])
+    np.testing.assert_allclose(kddm_jax.kd(s, t), 0.4974, atol=5e-5)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("standardize", [False, True])
+def test_kd_of_masked_classes_is_that_of_the_others(standardize, direction):
+    s, t = predictions(k=3)
+    gone = np.full((len(s), 2), -INF)
+    wide = [np.concatenate([gone[:, :1], z, gone[:, 1:]], axis=1) for z in (s, t)]
+    fn = partial(kddm_jax.kd, standardize=standardize, direction=direction)
+    fn = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
+    (expected, slopes), (value, grads) = fn(s, t), fn(*wide)
+    np.testing.assert_allclose(value, expected, rtol=RTOL)
+    for grad, slope in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(grad[:, 1:-1], slope, rtol=1e-7, atol=1e-12)
+        np.testing.assert_array_equal(grad[:, [0, -1]], 0)
+
+
+def test_a_class_that_the_teacher_alone_leaves_out():
+    """KL(t || s) of what is left: log 3 - log 2 for a uniform student."""
+    s, t = np.zeros((1, 3)), np.array([[0.0, 0.0, -INF]])
+    fn = jax.value_and_grad(partial(kddm_jax.kd, temperature=1.0))
+    value, grad = fn(s, t)
+    np.testing.assert_allclose(value, np.log(1.5), rtol=RTOL)
+    np.testing.assert_allclose(grad[0], [-1 / 6, -1 / 6, 1 / 3], rtol=RTOL)
+    assert kddm_jax.kd(t, s) == INF  # and what the student alone leaves out
+
+
+def test_nan_is_no_class_without_mass():
+    s, t = predictions()
+    for side in (0, 1):
+        pair = [np.array(s), np.array(t)]
+        pair[side][1, 2] = np.nan
+        for standardize in (False, True):
+            assert np.isnan(kddm_jax.kd(*pair, standardize=standardize))
+
+
+def test_transport_with_masked_classes_is_that_of_the_others():
+    """Label costs by probabilities and by KL, and the transport between classes."""
+    batch = make_batch(6, 3, k=3)
+    gone = lambda z: np.concatenate([z, np.full((6, 1), -INF)], axis=1)
+    wide = batch.map(gone, "logits_x", "logits_y")
+    for cost in ("probs", "kl"):
+        fn = partial(kddm_jax.joint_wasserstein, label_cost=cost, solver="exact")
+        fn = jax.jit(jax.value_and_grad(fn, argnums=(0, 2)))
+        expected, slopes = fn(batch.x, batch.y, batch.logits_x, batch.logits_y)
+        value, grads = fn(wide.x, wide.y, wide.logits_x, wide.logits_y)
+        np.testing.assert_allclose(value, expected, rtol=1e-7)
+        np.testing.assert_allclose(grads[0], slopes[0], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(grads[1][:, :3], slopes[1], rtol=1e-6, atol=1e-9)
+    fn = partial(kddm_jax.wkd_logits, temperature=2.0)
+    fn = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
+    pair = lambda b: (b.logits_x, b.logits_y, b.labels % 3, b.class_cost)
+    cost = np.zeros((4, 4))
+    cost[:3, :3] = batch.class_cost
+    expected, slopes = fn(*pair(batch))
+    value, grads = fn(*pair(wide)[:3], cost)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for grad, slope in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(grad[:, :3], slope, rtol=1e-5, atol=1e-8)
+
+
+# ---------------------------------------------------------------------- temperatures
+
+
+def test_a_temperature_for_each_image():
+    """The mean of T_i^2 KL_i."""
+    s, t = predictions()
+    temperatures = np.linspace(1.0, 6.0, len(s))
+    rows = zip(s, t, temperatures, strict=True)
+    one = lambda s, t, temperature: reference.kd(
+        s[None], t[None], temperature=temperature
+    )
+    expected = np.mean([one(*row) for row in rows])
+    fn = compiled("kd")
+    np.testing.assert_allclose(fn(s, t, temperature=temperatures), expected, rtol=RTOL)
+    same = fn(s, t, temperature=np.full(len(s), 4.0))
+    np.testing.assert_allclose(same, fn(s, t, temperature=4.0), rtol=RTOL)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        ([[1.0], [4.0]], r"a number, or have shape \[n\]=\[6\], got \[2, 1\]"),
+        (np.ones((6, 1)), r"a number, or have shape \[n\]=\[6\], got \[6, 1\]"),
+        (np.ones(5), r"a number, or have shape \[n\]=\[6\], got \[5\]"),
+        (np.arange(6.0), r"temperature must be positive, got 0\.0 among them"),
+        (0.0, "temperature must be positive, got 0.0"),
+        ("4", "temperature must be positive, got '4'"),
+    ],
+)
+def test_messages_of_a_temperature(temperature, message):
+    with pytest.raises(ValueError, match=message):
+        kddm_jax.kd(*predictions(), temperature=temperature)

@@ -134,6 +134,12 @@ def find_teacher(problem: problems.Problem) -> Source:
             f"--teacher {path} was trained on {made.get('dataset')}, "
             f"this run is on {settings.data.dataset}; pass a teacher of the same data"
         )
+    if (classes := meta["num_classes"]) != problem.num_classes:
+        raise UserError(
+            f"--teacher {path} has {classes} classes, this data has "
+            f"{problem.num_classes}; pass a teacher of the same classes, or leave "
+            "--teacher out to train one"
+        )
     kept = made.get("held_out") == settings.data.held_out
     if settings.data.held_out and not kept and not settings.run.teacher_saw_held_out:
         raise UserError(

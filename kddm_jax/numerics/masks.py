@@ -1,0 +1,166 @@
+"""Masks of samples, which say which samples of a batch exist.
+
+A zero in a mask means no sample.  Its row may hold anything, NaN included, so it is
+replaced before any arithmetic (0 times NaN is NaN); sums then run over all rows and are
+divided by the number of samples.  Shapes stay static, and with ``mask=None`` every
+function here is what it is without masks, to the bit.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
+    """Checks a mask of samples.
+
+    Args:
+      mask: shape ``[n]``, zero for no sample, or None for all samples.
+      n: number of rows.
+
+    Returns:
+      The mask as booleans, or None.
+
+    Raises:
+      ValueError: a wrong shape, or masks of several layers.
+
+    Examples:
+      >>> check_mask(jnp.array([1.0, 0.0]), 2)
+      Array([ True, False], dtype=bool)
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, Mapping):
+        raise ValueError(
+            "mask must be an array [n], one number for each sample, got a mapping; "
+            "masks of tokens are not available yet: average tokens in the network"
+        )
+    if jnp.shape(mask) != (n,):
+        raise ValueError(
+            f"mask must have shape [n]=[{n}], got {list(jnp.shape(mask))}; pass one "
+            "number for each sample, zero where there is none"
+        )
+    return jnp.asarray(mask).astype(bool)
+
+
+def _rows(mask, x):
+    """Gives a mask the rank of an array."""
+    return mask.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def zeroed(mask: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
+    """Sets the rows that are no samples to zero.
+
+    Args:
+      mask: from `check_mask`, or None.
+      *arrays: shape ``[n, ...]`` each.
+
+    Returns:
+      The arrays.
+
+    Examples:
+      >>> zeroed(jnp.array([True, False]), jnp.array([3.0, jnp.nan]))
+      [Array([3., 0.], dtype=float32)]
+    """
+    if mask is None:
+        return list(arrays)
+    return [jnp.where(_rows(mask, x), x, jnp.zeros((), x.dtype)) for x in arrays]
+
+
+def filled(mask: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
+    """Sets the rows that are no samples to the mean of the samples.
+
+    Distances to a mean are no larger than the largest distance to a sample, so that
+    neither maxima nor the mean of all rows change, and no digits are lost far from the
+    origin.
+
+    Args:
+      mask: from `check_mask`, or None.
+      *arrays: features, shape ``[n, d]`` each.
+
+    Returns:
+      The arrays; of a mask without samples, zeros.
+
+    Examples:
+      >>> filled(jnp.array([True, False]), jnp.array([[3.0], [jnp.nan]]))[0].tolist()
+      [[3.0], [3.0]]
+    """
+    if mask is None:
+        return list(arrays)
+    return [jnp.where(mask[:, None], x, mean(x, mask)[None, :]) for x in arrays]
+
+
+def size(mask: jax.Array | None, x: jax.Array) -> jax.Array | int:
+    """Counts the samples of an array.
+
+    Args:
+      mask: from `check_mask`, or None.
+      x: shape ``[n, ...]``.
+
+    Returns:
+      Number of samples, at least 1: n without a mask, otherwise a scalar of the
+      array's dtype.
+    """
+    if mask is None:
+        return x.shape[0]
+    return jnp.maximum(jnp.sum(mask.astype(x.dtype)), 1)
+
+
+def mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Averages over samples.
+
+    Args:
+      x: shape ``[n, ...]``.
+      mask: from `check_mask`, or None.
+
+    Returns:
+      Shape ``[...]``; zero of a mask without samples.
+
+    Examples:
+      >>> mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False]))
+      Array(2., dtype=float32)
+    """
+    if mask is None:
+        return jnp.mean(x, axis=0)
+    return jnp.sum(zeroed(mask, x)[0], axis=0) / size(mask, x)
+
+
+def pairs(mask: jax.Array) -> jax.Array:
+    """Marks the pairs of samples.
+
+    Args:
+      mask: from `check_mask`.
+
+    Returns:
+      ``[n, n]``, True where both are samples.
+    """
+    return mask[:, None] & mask[None, :]
+
+
+def zero_if_empty(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Sets a number to zero if there are no samples.
+
+    Args:
+      x: any array.
+      mask: from `check_mask`, or None.
+
+    Returns:
+      The array, or zeros of its shape.
+    """
+    return x if mask is None else jnp.where(jnp.any(mask), x, 0)
+
+
+def mean_of_pairs(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Averages over all pairs of samples.
+
+    Args:
+      x: shape ``[n, n]``.
+      mask: from `check_mask`, or None.
+
+    Returns:
+      Scalar; zero of a mask without samples.
+    """
+    if mask is None:
+        return jnp.mean(x)
+    return jnp.sum(jnp.where(pairs(mask), x, 0)) / size(mask, x) ** 2
