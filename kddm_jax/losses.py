@@ -20,10 +20,10 @@ from jax.core import Tracer
 from kddm_jax.distances import DISTANCES, Distance, Options, hashable_options
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
 from kddm_jax.numerics.devices import (
-    check_axis,
     gather,
     groups_of,
     mean_over_images,
+    unsharded,
     worst,
 )
 from kddm_jax.numerics.linalg import constant
@@ -450,7 +450,6 @@ def distill_loss(
       (Array(2.0986, dtype=float32), Array(1.0986, dtype=float32),
        Array(2., dtype=float32))
     """
-    check_axis(axis_name)
     terms = _as_terms(distance)
     _check_options(distance, options)
     check_normalization(normalization)
@@ -474,6 +473,7 @@ def distill_loss(
         names = ("student_logits", "labels")
         whole = gather({name: local[name] for name in names}, axis_name)
     alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
+    alike = jax.tree.map(unsharded, alike)
 
     loss_of_task = cross_entropy if task is None else task
     value = loss_of_task(whole["student_logits"], whole["labels"])

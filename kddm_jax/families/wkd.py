@@ -63,7 +63,7 @@ def _scalings(p, q, kernel):
         return jnp.any(state[3] > tolerance) & (state[4] < MOST_ITERATIONS)
 
     u, v = (p > 0).astype(p.dtype), (q > 0).astype(p.dtype)
-    infinite = jnp.full((p.shape[0], 1), jnp.inf, p.dtype)
+    infinite = jnp.full_like(p[:, :1], jnp.inf)
     first = (u, v, matmul(u, kernel), infinite, 0)
     u, v, _, error, count = jax.lax.while_loop(unfinished, update, first)
     error, count = jnp.max(error), jnp.asarray(count, p.dtype)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from kddm_jax.numerics.devices import unsharded
+
 # Directions of a divergence; the released code takes the first.
 DIRECTIONS = ("student||teacher", "teacher||student")
 
@@ -98,7 +100,7 @@ def as_float(name: str, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: ``x`` is not a floating array.
     """
-    x = jnp.asarray(x)
+    x = unsharded(jnp.asarray(x))
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} must be floating, got {x.dtype}; cast it with .astype(jnp.float32)"
@@ -167,7 +169,7 @@ def check_labels(
     Raises:
       ValueError: a wrong shape, dtype or value.
     """
-    labels = jnp.asarray(labels)
+    labels = unsharded(jnp.asarray(labels))
     if labels.shape != (n,):
         raise ValueError(
             f"labels must have shape [n]=[{n}], got {list(labels.shape)}; "

@@ -1,0 +1,169 @@
+"""The loss of sharded arrays is that of one device: shard_map and meshes under jit.
+
+Every entry of the catalogue and its solvers are one program for each way to shard.
+`test_devices.py` has pmap, and shard_map without types that vary.
+"""
+
+import chex
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kddm_jax import DISTANCES, Term, distill_loss
+from kddm_jax.losses import get_distance
+
+N, D, K = 16, 6, helpers.NUM_CLASSES
+BATCH = helpers.make_batch(N, D).map(np.float32)
+FIELDS = (*helpers.FLOATS, "labels")
+ARRAYS = {name: np.asarray(getattr(BATCH, name)) for name in FIELDS}
+PARAMS = {
+    "scale": np.linspace(-0.2, 0.3, D, dtype=np.float32),
+    "bias": np.linspace(0.5, -0.5, K, dtype=np.float32),
+}
+
+SOLVERS = ("entropic", "exact")  # "sinkhorn" is the default
+OPTIONS = (
+    *((name, {"solver": solver}) for name in ("w2", "cw2", "jw2") for solver in SOLVERS),
+    ("w2", {"solver": "exact", "pairing": 0.1}),
+    ("jw2", {"label_cost": "kl"}),
+    *((name, {"covariance": "diag"}) for name in ("w2_gaussian", "cw2_gaussian")),
+    *((name, {"method": "newton_schulz"}) for name in ("w2_gaussian", "procrustes")),
+    ("cw2_gaussian", {"method": "newton_schulz"}),
+    *((name, {"covariance": "full"}) for name in ("kl_gaussian", "ckl_gaussian")),
+    *((name, {"kernel": "linear"}) for name in ("cmmd_rbf", "nst")),
+    ("nst", {"kernel": "rbf"}),
+    ("gromov_w2", {"metric": "sqeuclidean"}),
+    ("cka", {"debiased": True}),
+    ("wkd_logits", {"iterations": 3}),
+    ("wkd_features", {"grid": 2}),
+)
+TERMS = {
+    **{name: Term(name, options=helpers.options_of(DISTANCES[name])) for name in DISTANCES},
+    **{
+        f"{name} {options}": Term(
+            name, options={**helpers.options_of(DISTANCES[name]), **options}
+        )
+        for name, options in OPTIONS
+    },
+    "teacher": Term("mmd_linear", normalization="teacher"),
+    "each": Term("w2_gaussian", layers=("maps", "maps"), positions="each"),
+    "pool": Term("gram", layers=("maps", "maps")),
+}
+SOME = ("l2", "cw2_gaussian", "w2 {'solver': 'exact', 'pairing': 0.1}")
+
+
+def loss_of(term, params, arrays, **options):
+    """The loss and its terms, of a student with two parameters."""
+    layers = {}
+    for side in "xy":
+        maps = arrays[f"maps_{side}"]
+        named = get_distance(term.distance).inputs
+        layers[side] = {"features": maps if "maps" in named else arrays[side]}
+        layers[side]["maps"] = maps
+    bent = lambda z: z + params["scale"] * jnp.tanh(z)
+    return distill_loss(
+        jax.tree.map(bent, layers["x"]),
+        layers["y"],
+        arrays["labels"],
+        arrays["logits_x"] + params["bias"],
+        arrays["logits_y"],
+        distance=term,
+        weight=0.5,
+        teacher_data={"class_cost": helpers.class_cost(K)},
+        key=jax.random.key(3),
+        **options,
+    )
+
+
+def gradients(terms, params, arrays, **options):
+    """{name: ((loss, terms), gradient)}."""
+
+    def one(term):
+        fn = lambda params: loss_of(term, params, arrays, **options)
+        return jax.value_and_grad(fn, has_aux=True)(params)
+
+    return {name: one(term) for name, term in terms.items()}
+
+
+def assert_alike(found, expected):
+    """As on one device, but for rounding: sums are taken in another order."""
+    assert list(found) == list(expected)
+    for name, ((loss, terms), gradient) in jax.device_get(found).items():
+        (one_loss, one_terms), one_gradient = expected[name]
+        np.testing.assert_allclose(loss, one_loss, rtol=1e-5, err_msg=name)
+        for term, value in terms.items():
+            np.testing.assert_allclose(
+                value, one_terms[term], rtol=1e-4, atol=1e-5, err_msg=f"{name}: {term}"
+            )
+        for key, one in one_gradient.items():
+            largest = float(np.max(np.abs(one)))
+            assert largest > 0 or key == "scale", name
+            np.testing.assert_allclose(
+                gradient[key], one, atol=1e-4 * largest, err_msg=name
+            )
+
+
+def on_one_device(terms):
+    return jax.device_get(jax.jit(lambda *a: gradients(terms, *a))(PARAMS, ARRAYS))
+
+
+def mesh_of(shape, names, kind):
+    return jax.make_mesh(
+        shape, names, axis_types=(kind,) * len(names), devices=jax.devices()[:2]
+    )
+
+
+def by_shard_map(terms):
+    """Gradients as they come: JAX sums them over the devices."""
+    fn = lambda *a: gradients(terms, *a, axis_name="batch")
+    mesh = mesh_of((2,), ("batch",), AxisType.Auto)
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("batch"))}
+    mapped = jax.shard_map(fn, mesh=mesh, **specs, out_specs=PartitionSpec())
+    return jax.jit(mapped)(PARAMS, ARRAYS)
+
+
+def by_jit(terms, shape, names, kind, spec):
+    """Arrays that are sharded over a mesh, in a plain jit; the last axis if need be."""
+    mesh = mesh_of(shape, names, kind)
+
+    def place(array):
+        axes = [spec[0], *[None] * (array.ndim - 2), *spec[1:]]
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes[: array.ndim])))
+
+    arrays = {name: place(array) for name, array in ARRAYS.items()}
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(lambda *a: gradients(terms, *a))(params, arrays)
+
+
+MESHES = {
+    "auto": ((2,), ("batch",), AxisType.Auto, ("batch",)),
+    "explicit": ((2,), ("batch",), AxisType.Explicit, ("batch",)),
+    "explicit, features": (
+        (1, 2), ("batch", "model"), AxisType.Explicit, ("batch", "model")
+    ),
+    "auto, features": ((1, 2), ("batch", "model"), AxisType.Auto, ("batch", "model")),
+}  # fmt: skip
+WAYS = {
+    "shard_map": by_shard_map,
+    **{name: lambda terms, m=mesh: by_jit(terms, *m) for name, mesh in MESHES.items()},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_some_distances_of_sharded_arrays(way):
+    terms = {name: TERMS[name] for name in SOME}
+    assert_alike(WAYS[way](terms), on_one_device(terms))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return on_one_device(TERMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_distance_and_solver_of_sharded_arrays(expected, way):
+    assert_alike(WAYS[way](TERMS), expected)
