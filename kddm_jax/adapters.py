@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kddm_jax.numerics.convolution import conv_general_dilated
+from kddm_jax.numerics.promotion import implicit_promotion
 
 ModuleDef = Any
 
@@ -83,6 +84,15 @@ def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
     )
 
 
+class _BatchNorm(nn.BatchNorm):
+    """Flax's, which in half precision needs implicit promotion of dtypes."""
+
+    def __call__(self, *arrays, **options):
+        """Normalises as Flax's does."""
+        with implicit_promotion():
+            return super().__call__(*arrays, **options)
+
+
 def make_layers(
     *, train: bool, dtype: jax.typing.DTypeLike, axis_name: str | None
 ) -> Layers:
@@ -97,7 +107,7 @@ def make_layers(
       Both layers; they take a number of features and a name.
     """
     norm = partial(
-        nn.BatchNorm,
+        _BatchNorm,
         use_running_average=not train,
         momentum=0.9,  # of the running value: torch's momentum of 0.1
         epsilon=1e-5,

@@ -215,7 +215,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]))  # log 4
       Array(1.386, dtype=float32)
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    double = logits.dtype == jnp.float64
+    logits = logits.astype(jnp.float64 if double else jnp.float32)
     valid = labels >= 0
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(valid, labels, 0)

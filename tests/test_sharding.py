@@ -4,78 +4,13 @@ Every entry of the catalogue and its solvers are one program for each way to sha
 `test_devices.py` has pmap, and shard_map without types that vary.
 """
 
-import chex
-import helpers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_term import ARRAYS, PARAMS, TERMS, loss_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kddm_jax import DISTANCES, Term, distill_loss
-from kddm_jax.losses import get_distance
-
-N, D, K = 16, 6, helpers.NUM_CLASSES
-BATCH = helpers.make_batch(N, D).map(np.float32)
-FIELDS = (*helpers.FLOATS, "labels")
-ARRAYS = {name: np.asarray(getattr(BATCH, name)) for name in FIELDS}
-PARAMS = {
-    "scale": np.linspace(-0.2, 0.3, D, dtype=np.float32),
-    "bias": np.linspace(0.5, -0.5, K, dtype=np.float32),
-}
-
-SOLVERS = ("entropic", "exact")  # "sinkhorn" is the default
-OPTIONS = (
-    *((name, {"solver": solver}) for name in ("w2", "cw2", "jw2") for solver in SOLVERS),
-    ("w2", {"solver": "exact", "pairing": 0.1}),
-    ("jw2", {"label_cost": "kl"}),
-    *((name, {"covariance": "diag"}) for name in ("w2_gaussian", "cw2_gaussian")),
-    *((name, {"method": "newton_schulz"}) for name in ("w2_gaussian", "procrustes")),
-    ("cw2_gaussian", {"method": "newton_schulz"}),
-    *((name, {"covariance": "full"}) for name in ("kl_gaussian", "ckl_gaussian")),
-    *((name, {"kernel": "linear"}) for name in ("cmmd_rbf", "nst")),
-    ("nst", {"kernel": "rbf"}),
-    ("gromov_w2", {"metric": "sqeuclidean"}),
-    ("cka", {"debiased": True}),
-    ("wkd_logits", {"iterations": 3}),
-    ("wkd_features", {"grid": 2}),
-)
-TERMS = {
-    **{name: Term(name, options=helpers.options_of(DISTANCES[name])) for name in DISTANCES},
-    **{
-        f"{name} {options}": Term(
-            name, options={**helpers.options_of(DISTANCES[name]), **options}
-        )
-        for name, options in OPTIONS
-    },
-    "teacher": Term("mmd_linear", normalization="teacher"),
-    "each": Term("w2_gaussian", layers=("maps", "maps"), positions="each"),
-    "pool": Term("gram", layers=("maps", "maps")),
-}
-SOME = ("l2", "cw2_gaussian", "w2 {'solver': 'exact', 'pairing': 0.1}")
-
-
-def loss_of(term, params, arrays, **options):
-    """The loss and its terms, of a student with two parameters."""
-    layers = {}
-    for side in "xy":
-        maps = arrays[f"maps_{side}"]
-        named = get_distance(term.distance).inputs
-        layers[side] = {"features": maps if "maps" in named else arrays[side]}
-        layers[side]["maps"] = maps
-    bent = lambda z: z + params["scale"] * jnp.tanh(z)
-    return distill_loss(
-        jax.tree.map(bent, layers["x"]),
-        layers["y"],
-        arrays["labels"],
-        arrays["logits_x"] + params["bias"],
-        arrays["logits_y"],
-        distance=term,
-        weight=0.5,
-        teacher_data={"class_cost": helpers.class_cost(K)},
-        key=jax.random.key(3),
-        **options,
-    )
+SOME = {name: TERMS[name] for name in ("l2", "cmmd_rbf")}
 
 
 def gradients(terms, params, arrays, **options):
@@ -131,7 +66,9 @@ def by_jit(terms, shape, names, kind, spec):
 
     def place(array):
         axes = [spec[0], *[None] * (array.ndim - 2), *spec[1:]]
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes[: array.ndim])))
+        return jax.device_put(
+            array, NamedSharding(mesh, PartitionSpec(*axes[: array.ndim]))
+        )
 
     arrays = {name: place(array) for name, array in ARRAYS.items()}
     params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
@@ -154,8 +91,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_some_distances_of_sharded_arrays(way):
-    terms = {name: TERMS[name] for name in SOME}
-    assert_alike(WAYS[way](terms), on_one_device(terms))
+    assert_alike(WAYS[way](SOME), on_one_device(SOME))
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,10 @@ def _check_predictions(logits_x, logits_y, labels):
     if k < 2:
         raise ValueError(f"logits_x must have two classes at least, got {k}")
     labels = check_labels(labels, n, num_classes=k)
-    own = labels[:, None] == jnp.arange(k)[None, :]  # [n, k], False without a label
+    labels = labels.astype(jnp.int32)
+    own = (
+        labels[:, None] == jnp.arange(k, dtype=jnp.int32)[None, :]
+    )  # [n, k], False without a label
     valid = labels >= 0
     s, t = (jnp.where(valid[:, None], z, 0) for z in (s, t))  # they may be NaN
     return s, t, own, valid
@@ -286,7 +289,8 @@ def wkd_logits(
     else:
         present = 1 - own.astype(s.dtype)
         moved, stats = _unrolled_plan_cost(p, q, present, cost, kernel, iterations)
-    weights = valid.astype(s.dtype) / jnp.maximum(jnp.sum(valid), 1)
+    weights = valid.astype(s.dtype)
+    weights = weights / jnp.maximum(jnp.sum(weights), 1)
     return jnp.sum(weights * (_target_term(s, t, own) + gamma * moved)), stats
 
 

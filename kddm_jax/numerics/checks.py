@@ -149,7 +149,7 @@ def check_pair(
             f"{names[0]} and {names[1]} must hold the same samples, got "
             f"{x.shape[0]} and {y.shape[0]} rows; pass both networks the same batch"
         )
-    dtype = jnp.promote_types(x.dtype, y.dtype)
+    dtype = np.promote_types(x.dtype, y.dtype)
     return x.astype(dtype), y.astype(dtype)
 
 

@@ -78,7 +78,8 @@ def _gather_alike(array, axis_name):
     shape = (jax.lax.axis_size(axis_name), *array.shape)
     index = jax.lax.axis_index(axis_name)
     shares = jnp.zeros(shape, array.dtype).at[index].set(array)
-    return jax.lax.psum(shares, axis_name).reshape(-1, *array.shape[1:])
+    every = jax.lax.psum(shares, axis_name).reshape(-1, *array.shape[1:])
+    return every.astype(array.dtype)  # psum counts booleans
 
 
 def gather(tree: Tree, axis_name: str | None, groups: Groups = None) -> Tree:
@@ -127,7 +128,8 @@ def average_state(state: Tree, axis_name: Any) -> Tree:
 
 def accuracy_of(logits: jax.Array, labels: jax.Array, axis_name: Any) -> jax.Array:
     """Computes the share of all devices' labelled images with a right prediction."""
-    hits = jnp.sum(jnp.argmax(logits, axis=-1) == labels)  # never of a negative label
+    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    hits = jnp.sum(predicted == labels.astype(jnp.int32))  # never of a negative label
     counts = jnp.stack([hits, jnp.sum(labels >= 0)]).astype(jnp.float32)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
