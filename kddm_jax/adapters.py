@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict, freeze
 
 from kddm_jax.numerics.convolution import conv_general_dilated
 from kddm_jax.numerics.promotion import implicit_promotion
@@ -205,6 +206,9 @@ def linen_apply(
         outputs, updated = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
-        return outputs, updated.get("batch_stats") or {}
+        statistics = updated.get("batch_stats") or {}
+        if isinstance(variables.get("batch_stats"), FrozenDict):
+            statistics = freeze(statistics)  # the state keeps its structure
+        return outputs, statistics
 
     return apply
