@@ -74,6 +74,7 @@ class Term:
     def __post_init__(self):
         """Checks what can be checked without arrays."""
         object.__setattr__(self, "options", hashable_options(self.options))
+        object.__setattr__(self, "layers", self.layers and tuple(self.layers))
         name = _term_name(self)
         if isinstance(self.weight, Tracer):
             raise ValueError(

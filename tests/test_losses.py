@@ -426,6 +426,38 @@ def test_terms_and_distances_are_hashable():
     assert len(rows) == len(DISTANCES)
     assert len({Distance(paired_l2, options=o) for o in ({}, {"a": 1}, {"a": 1})}) == 2
     assert isinstance(Term("w2", weight=np.float32(2)).weight, float)
+    lists = {"layers": ["a", "b"], "options": {"bandwidth": [1.0, 2.0]}}
+    tuples = {"layers": ("a", "b"), "options": {"bandwidth": (1.0, 2.0)}}
+    assert hash(Term("mmd_rbf", **lists)) == hash(Term("mmd_rbf", **tuples))
+    row = Distance(paired_l2, inputs=["features"], promises={"zero"})
+    assert hash(row) == hash(Distance(paired_l2, promises=frozenset({"zero"})))
+    for make in (Term, Distance):
+        with pytest.raises(ValueError, match="option a is a dict, which has no hash"):
+            make("l2" if make is Term else paired_l2, options={"a": {}})
+
+
+def test_the_distance_may_be_a_static_argument():
+    """A key, an entry, a function, a Term, several: equal ones share a program."""
+    traces = []
+
+    def own(x, y):
+        traces.append(1)
+        return jnp.mean((x - y) ** 2)
+
+    loss = jax.jit(distill_loss, static_argnames="distance")
+    arguments = BATCH.x, BATCH.y, LABELS, BATCH.logits_x
+    for make in (
+        lambda: "l2",
+        lambda: DISTANCES["l2"],
+        lambda: paired_l2,
+        lambda: Term("l2", weight=2.0),
+        lambda: (Term("l2"), Term(own, weight=0.5, layers=["features", "features"])),
+    ):
+        value, _ = loss(*arguments, distance=make(), weight=0.5)
+        assert value == loss(*arguments, distance=make(), weight=0.5)[0]
+        expected, _ = distill_loss(*arguments, distance=make(), weight=0.5)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert len(traces) == 2  # one of the program, one of the call without
 
 
 def test_the_task_may_be_another():
