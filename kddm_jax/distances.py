@@ -88,8 +88,8 @@ def _hashable(name, value):
         )
     if not isinstance(value, Hashable):
         raise ValueError(
-            f"option {name} is a {type(value).__name__}, which has no hash, but options "
-            "are constants of the program; pass a number, a string or a tuple"
+            f"option {name} is a {type(value).__name__}, which has no hash, but "
+            "options are constants of the program; pass a number, a string or a tuple"
         )
     return value
 

@@ -386,9 +386,10 @@ def distill_loss(
 
     .. math:: L = w\, CE(s, y) + \lambda \sum_t w_t\, D_t(x, \mathrm{stop}(x_T))
 
-    No gradient reaches the teacher.  Under ``axis_name`` (pmap, or shard_map with
-    ``check_vma=False``) arrays are gathered first, so that every device computes the
-    loss of the *global* batch; average the gradients with ``pmean``, never sum them.
+    No gradient reaches the teacher.  Under ``axis_name`` arrays are gathered first, so
+    that every device computes the loss of the *global* batch.  Under ``jax.shard_map``
+    the gradient by parameters that are equal on all devices is right as it comes; under
+    pmap and ``check_vma=False`` average it with ``pmean``, never sum it.
 
     With ``group_size`` features are gathered within groups of that many devices only,
     which is another loss: the mean over groups of the distance within each.  The
@@ -439,8 +440,8 @@ def distill_loss(
 
     Raises:
       ValueError: shapes, unknown names, a negative weight or none, a missing key,
-        logits or teacher_data, a ``group_size`` that does not divide the devices, an
-        axis of a ``shard_map`` with ``check_vma=True``.
+        logits or teacher_data, a ``group_size`` that does not divide the devices, or
+        under a ``shard_map`` with ``check_vma=True``.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.

@@ -1,10 +1,15 @@
 """The loss of sharded arrays is that of one device: shard_map and meshes under jit.
 
+So is the loss that chex checks.
+
 Every entry of the catalogue and its solvers are one program for each way to shard.
 `test_devices.py` has pmap, and shard_map without types that vary.
 """
 
+from unittest import mock
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from every_term import ARRAYS, PARAMS, TERMS, loss_of
@@ -13,11 +18,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 SOME = {name: TERMS[name] for name in ("l2", "cmmd_rbf")}
 
 
-def gradients(terms, params, arrays, **options):
+def gradients(terms, params, arrays, prepare=lambda params: params, **options):
     """{name: ((loss, terms), gradient)}."""
 
     def one(term):
-        fn = lambda params: loss_of(term, params, arrays, **options)
+        fn = lambda params: loss_of(term, prepare(params), arrays, **options)
         return jax.value_and_grad(fn, has_aux=True)(params)
 
     return {name: one(term) for name, term in terms.items()}
@@ -83,15 +88,41 @@ MESHES = {
     ),
     "auto, features": ((1, 2), ("batch", "model"), AxisType.Auto, ("batch", "model")),
 }  # fmt: skip
+
+
+def as_chex_checks(terms):
+    """While `chex.assert_numerical_grads` runs, stop_gradient gives ones."""
+    with mock.patch("jax.lax.stop_gradient", jnp.ones_like):
+        return jax.jit(lambda *a: gradients(terms, *a))(PARAMS, ARRAYS)
+
+
 WAYS = {
+    "chex": as_chex_checks,
     "shard_map": by_shard_map,
     **{name: lambda terms, m=mesh: by_jit(terms, *m) for name, mesh in MESHES.items()},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["shard_map", "explicit, features"])
 def test_some_distances_of_sharded_arrays(way):
     assert_alike(WAYS[way](SOME), on_one_device(SOME))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_parameters_sharded_over_the_mesh(kind):
+    """Their gradients have their sharding."""
+    mesh = mesh_of((2,), ("batch",), kind)
+    shares, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in (("batch",), ()))
+
+    put = jax.reshard if kind is AxisType.Explicit else jax.device_put
+    gathered = lambda params: jax.tree.map(lambda a: put(a, whole), params)
+    program = jax.jit(lambda *a: gradients(SOME, *a, prepare=gathered))
+    found = program(jax.device_put(PARAMS, shares), jax.device_put(ARRAYS, shares))
+    for _, gradient in found.values():
+        for leaf in jax.tree.leaves(gradient):
+            assert leaf.sharding.is_equivalent_to(shares, 1) or kind is AxisType.Auto
+    assert_alike(found, on_one_device(SOME))
 
 
 @pytest.fixture(scope="module")
