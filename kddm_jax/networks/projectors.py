@@ -53,7 +53,8 @@ def _on_grid(maps, grid):
     maps = as_float("maps", maps)
     if grid is None:
         return maps
-    return average_pool(maps, tuple(map(min, maps.shape[1:3], grid)))
+    _, height, width, _ = maps.shape
+    return average_pool(maps, (min(height, grid[0]), min(width, grid[1])))
 
 
 class ConvProjector(nn.Module):
