@@ -40,7 +40,7 @@ def apply(params, x):
 
 
 @jax.jit
-@jax.shard_map(mesh=mesh, **specs, check_vma=False)  # as distill_loss asks
+@jax.shard_map(mesh=mesh, **specs)
 def fit(params, x, labels, teacher, weight):
     """Trains a network on full batches; x and labels are this device's share."""
     terms = [Term("gram")] if teacher else []
@@ -52,8 +52,8 @@ def fit(params, x, labels, teacher, weight):
 
     def step(_, state):
         params, opt_state = state
-        grads = jax.lax.pmean(jax.grad(loss_fn)(params), "batch")
-        updates, opt_state = tx.update(grads, opt_state)
+        # No average is needed: JAX sums the gradients of what all devices share.
+        updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state)
         return optax.apply_updates(params, updates), opt_state
 
     return jax.lax.fori_loop(0, STEPS, step, (params, tx.init(params)))[0]

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict, freeze
 
 from kddm_jax.numerics.convolution import conv_general_dilated
+from kddm_jax.numerics.promotion import implicit_promotion
 
 ModuleDef = Any
 
@@ -83,6 +85,15 @@ def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
     )
 
 
+class _BatchNorm(nn.BatchNorm):
+    """Flax's, which in half precision needs implicit promotion of dtypes."""
+
+    def __call__(self, *arrays, **options):
+        """Normalises as Flax's does."""
+        with implicit_promotion():
+            return super().__call__(*arrays, **options)
+
+
 def make_layers(
     *, train: bool, dtype: jax.typing.DTypeLike, axis_name: str | None
 ) -> Layers:
@@ -97,7 +108,7 @@ def make_layers(
       Both layers, which take a number of features and a name.
     """
     norm = partial(
-        nn.BatchNorm,
+        _BatchNorm,
         use_running_average=not train,
         momentum=0.9,  # weight of the running value; torch's momentum is 0.1
         epsilon=1e-5,
@@ -195,6 +206,9 @@ def linen_apply(
         outputs, updated = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
-        return outputs, updated.get("batch_stats") or {}
+        statistics = updated.get("batch_stats") or {}
+        if isinstance(variables.get("batch_stats"), FrozenDict):
+            statistics = freeze(statistics)  # the state keeps its structure
+        return outputs, statistics
 
     return apply

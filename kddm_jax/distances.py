@@ -14,7 +14,7 @@ References:
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
 
@@ -79,6 +79,24 @@ __all__ = [
 Options = Mapping[str, object] | tuple[tuple[str, object], ...]
 
 
+def _hashable(name, value):
+    """The value of an option; a list becomes a tuple."""
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(name, item) for item in value)
+    if isinstance(value, np.ndarray | jax.Array):
+        raise ValueError(
+            f"option {name} is an array of shape {list(value.shape)}, but options "
+            "are constants of the program; pass a Python number, or pass an array "
+            f"that is computed from the teacher as teacher_data={{{name!r}: ...}}"
+        )
+    if not isinstance(value, Hashable):
+        raise ValueError(
+            f"option {name} is a {type(value).__name__}, which has no hash, but "
+            "options are constants of the program; pass a number, a string or a tuple"
+        )
+    return value
+
+
 def hashable_options(options: Options) -> tuple[tuple[str, object], ...]:
     """Sorts options into pairs, which can be hashed.
 
@@ -86,24 +104,17 @@ def hashable_options(options: Options) -> tuple[tuple[str, object], ...]:
       options: a mapping from names to values, or its pairs.
 
     Returns:
-      The pairs, sorted by name.
+      The pairs, sorted by name; lists as tuples.
 
     Raises:
-      ValueError: a value is an array.
+      ValueError: a value is an array, or has no hash.
 
     Examples:
       >>> hashable_options({"solver": "exact", "pairing": 1.0})
       (('pairing', 1.0), ('solver', 'exact'))
     """
-    pairs = tuple(sorted(dict(options).items()))
-    for name, value in pairs:
-        if isinstance(value, np.ndarray | jax.Array):
-            raise ValueError(
-                f"option {name} is an array of shape {list(value.shape)}, but options "
-                "are constants of the program; pass a Python number, or pass an array "
-                f"that is computed from the teacher as teacher_data={{{name!r}: ...}}"
-            )
-    return pairs
+    pairs = sorted(dict(options).items())
+    return tuple((name, _hashable(name, value)) for name, value in pairs)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,8 @@ class Distance:
     def __post_init__(self):
         """Makes it immutable throughout."""
         object.__setattr__(self, "options", hashable_options(self.options))
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        object.__setattr__(self, "promises", frozenset(self.promises))
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
 
     def check_normalization(

@@ -28,10 +28,10 @@ from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
 from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import (
-    check_axis,
     gather,
     groups_of,
     mean_over_images,
+    unsharded,
     worst,
 )
 from kddm_jax.numerics.linalg import constant
@@ -82,6 +82,7 @@ class Term:
     def __post_init__(self):
         """Checks what can be checked without arrays."""
         object.__setattr__(self, "options", hashable_options(self.options))
+        object.__setattr__(self, "layers", self.layers and tuple(self.layers))
         name = _term_name(self)
         if isinstance(self.weight, Tracer):
             raise ValueError(
@@ -188,7 +189,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]))  # log 4
       Array(1.386, dtype=float32)
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    double = logits.dtype == jnp.float64
+    logits = logits.astype(jnp.float64 if double else jnp.float32)
     valid = labels >= 0
     (logits,) = masks.zeroed(valid, logits)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -384,9 +386,10 @@ def distill_loss(
 
     .. math:: L = w\, CE(s, y) + \lambda \sum_t w_t\, D_t(x, \mathrm{stop}(x_T))
 
-    No gradient reaches the teacher.  Under ``axis_name`` (pmap, or shard_map with
-    ``check_vma=False``) arrays are gathered first, so that every device computes the
-    loss of the *global* batch; average the gradients with ``pmean``, never sum them.
+    No gradient reaches the teacher.  Under ``axis_name`` arrays are gathered first, so
+    that every device computes the loss of the *global* batch.  Under ``jax.shard_map``
+    the gradient by parameters that are equal on all devices is right as it comes; under
+    pmap and ``check_vma=False`` average it with ``pmean``, never sum it.
 
     With ``group_size`` features are gathered within groups of that many devices only,
     which is another loss: the mean over groups of the distance within each.  The
@@ -439,8 +442,8 @@ def distill_loss(
 
     Raises:
       ValueError: shapes, unknown names, a negative weight or none, a missing key,
-        logits or teacher_data, a ``group_size`` that does not divide the devices, an
-        axis of a ``shard_map`` with ``check_vma=True``.
+        logits or teacher_data, a ``group_size`` that does not divide the devices, or
+        under a ``shard_map`` with ``check_vma=True``.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.
@@ -452,7 +455,6 @@ def distill_loss(
       (Array(2.0986, dtype=float32), Array(1.0986, dtype=float32),
        Array(2., dtype=float32))
     """
-    check_axis(axis_name)
     terms = _as_terms(distance)
     _check_options(distance, options)
     check_normalization(normalization)
@@ -479,6 +481,7 @@ def distill_loss(
         names = ("student_logits", "labels")
         whole = gather({name: local[name] for name in names}, axis_name)
     alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
+    alike = jax.tree.map(unsharded, alike)
 
     loss_of_task = cross_entropy if task is None else task
     value = loss_of_task(whole["student_logits"], whole["labels"])

@@ -10,6 +10,7 @@ biased variance. Parameter names are torchvision's, too: `layer1_0/conv2/kernel`
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import (
@@ -116,7 +117,7 @@ class ResNet(nn.Module):
                 maps[f"stage{stage}_block{block + 1}"] = x
 
         # The average and the classifier are cheap: they use float32 at least.
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, jnp.float32)
         features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
         logits = nn.Dense(
             self.num_classes, dtype=dtype, kernel_init=dense_init, name="fc"

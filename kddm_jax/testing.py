@@ -1,12 +1,15 @@
-"""Checks the gradients of distances: ours in the tests, and your own.
+"""Gradient checks for distances and losses: what our own tests use, for yours too.
 
-``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first argument,
-so with its defaults a gradient that is zero or has the wrong sign passes.
-`assert_distance_gradients` divides by this size, works in float64, checks forward and
-reverse mode, and compares with central differences of the value.
+``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first
+argument: at its defaults, a gradient that is zero or of the wrong sign passes.
+`assert_loss_gradients` and `assert_distance_gradients` divide that out, work in
+float64, in forward and in reverse mode, and compare with central differences of the
+value itself.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -49,18 +52,63 @@ def assert_distance_gradients(
       >>> assert_distance_gradients("w2", x, x[::-1] + 1.0, solver="exact")
     """
     row = get_distance(distance)
-    options = {**dict(row.options), **options}
+    fn = partial(row.fn, **{**dict(row.options), **options})
+    assert_loss_gradients(fn, *arrays, argnums=argnums, rtol=rtol, atol=atol)
+
+
+def assert_loss_gradients(
+    loss: Callable[..., Any],
+    *trees: Any,
+    argnums: Sequence[int] = (0,),
+    rtol: float = 1e-2,
+    atol: float = 1e-4,
+) -> None:
+    """Asserts that a loss's derivatives are those of its value.
+
+    In float64: the gradient against central differences, entry by entry, and
+    forward and reverse mode along random directions by chex.  Numbers that a distance
+    computes from the student and holds constant move with it in a numerical
+    derivative: pass them as options of the distance (epsilon, bandwidth, beta, ridge).
+    Inputs should lie away from ties of an exact assignment and kinks of a ReLU.
+
+    Args:
+      loss: gives a scalar, or ``(scalar, anything)`` as `distill_loss` does.
+      *trees: its arguments, PyTrees of arrays.
+      argnums: of the trees to differentiate by, small (each floating entry costs two
+        evaluations): parameters, features, logits.
+      rtol: relative tolerance of an entry.
+      atol: absolute tolerance, as a fraction of the largest numerical derivative.
+
+    Raises:
+      AssertionError: a derivative is off.
+
+    Examples:
+      >>> from kddm_jax import distill_loss
+      >>> x = np.random.default_rng(0).normal(size=(5, 3))
+      >>> labels, loss = np.array([0, 1, 2, 0, 1]), partial(distill_loss, distance="l2")
+      >>> fn = lambda params: loss(x @ params["w"], x, labels, x, weight=0.1)
+      >>> assert_loss_gradients(fn, {"w": np.eye(3) + 0.1})
+    """
+    differentiated = [index % len(trees) for index in argnums]
     with jax.enable_x64(True):
-        doubled = [_as_double(a) for a in arrays]
+        doubled = [jax.tree.map(_as_double, tree) for tree in trees]
+        leaves, structure = jax.tree.flatten(doubled)
+        owners = [i for i, tree in enumerate(doubled) for _ in jax.tree.leaves(tree)]
+        at = [
+            position
+            for position, (owner, leaf) in enumerate(zip(owners, leaves, strict=True))
+            if owner in differentiated and jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
 
         @jax.jit  # compiled once, not at each evaluation
         def value(*moving):
-            filled = list(doubled)
-            for index, array in zip(argnums, moving, strict=True):
-                filled[index] = array
-            return row.fn(*filled, **options)
+            filled = list(leaves)
+            for position, array in zip(at, moving, strict=True):
+                filled[position] = array
+            result = loss(*jax.tree.unflatten(structure, filled))
+            return result[0] if isinstance(result, tuple) else result
 
-        moving = tuple(doubled[i] for i in argnums)
+        moving = tuple(leaves[position] for position in at)
         gradients = jax.grad(value, argnums=tuple(range(len(moving))))(*moving)
         numerical = _central_differences(value, moving)
         largest = max(float(jnp.max(jnp.abs(g))) for g in numerical)

@@ -33,6 +33,7 @@ from kddm_jax.numerics.checks import check_choice, check_labels, check_number
 from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import accuracy_of, average_state
 from kddm_jax.numerics.gradients import all_finite, gradients
+from kddm_jax.numerics.promotion import implicit_promotion
 
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
 Metrics = dict[str, jax.Array]
@@ -136,7 +137,8 @@ def _rngs_for(apply, key, axis_name):
 
 def _update(tx, state, batch_stats, loss, grads):
     """The next state, or the old one where loss or gradient is not finite."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+    with implicit_promotion():  # for the optimiser
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     new = state.replace(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
@@ -207,9 +209,9 @@ def make_train_step(
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
       (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this
       device's share, ``teacher_data`` and ``mask`` as in `distill_loss`.  Metrics are
-      scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the global batch's labelled images
-      before the update, ``finite`` (loss and gradient; if not, the old state comes
-      back), and with a teacher ``teacher_finite`` (its features and logits).
+      scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the global
+      batch's labelled images before the update, ``finite`` (loss and gradient; if not,
+      the old state is returned), and with a teacher ``teacher_finite``.
 
     Raises:
       ValueError: a distance without a teacher; several teachers; an unknown module in
@@ -226,7 +228,8 @@ def make_train_step(
         guide = _taught(teacher_apply, teacher_variables, inputs, axis_name)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
-            lam = lam * weight_schedule(state.step)
+            with implicit_promotion():
+                lam = lam * weight_schedule(state.step)
 
         def forward(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -351,7 +354,7 @@ def make_eval_step(
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(
             outputs.logits, jnp.where(valid, labels, 0)
         )
-        hits = jnp.argmax(outputs.logits, axis=-1) == labels
+        hits = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32) == labels
         sums = {
             "count": jnp.sum(valid),
             "correct": jnp.sum(hits & valid),
@@ -378,10 +381,10 @@ def replicate(tree: Tree, devices: Devices | None = None) -> Tree:
     """
     mesh = Mesh(jax.devices() if devices is None else devices, (AXIS,))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    # A copy: donating the result must not delete the caller's arrays.
     if not everywhere.is_fully_addressable:
         place = partial(jax.make_array_from_process_local_data, everywhere)
         return jax.tree.map(lambda a: place(np.array(a)), tree)
+    # A copy: donating the result must not delete the caller's arrays.
     fresh = jax.tree.map(lambda a: jnp.array(a, copy=True), tree)
     return jax.device_put(fresh, everywhere)
 
@@ -436,8 +439,6 @@ def _by_shard_map(fn, in_axes, donate, devices):
     def per_device(*arguments):
         return fn(*map(own, arguments, in_axes))
 
-    # With check_vma=True gradients come out as many times too large as there are
-    # devices: pmean would no longer average them.
     shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
     program = jax.jit(
         jax.shard_map(
@@ -445,7 +446,7 @@ def _by_shard_map(fn, in_axes, donate, devices):
             mesh=mesh,
             in_specs=specs,
             out_specs=PartitionSpec(),
-            check_vma=False,
+            check_vma=False,  # for groups of devices
         ),
         in_shardings=shardings,
         donate_argnums=donate,

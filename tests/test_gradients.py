@@ -1,5 +1,7 @@
 """Gradients: of every row against differences of its value, and in closed form."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from helpers import (
 
 import kddm_jax
 from kddm_jax import DISTANCES, Distance
-from kddm_jax.testing import assert_distance_gradients
+from kddm_jax.testing import assert_distance_gradients, assert_loss_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -171,6 +173,30 @@ def test_helper_fails_on_a_wrong_second_argument():
     x, y = np.random.default_rng(0).normal(size=(2, 6, 4))
     with pytest.raises(AssertionError):
         assert_distance_gradients(stopped, x, y, argnums=(1,))
+
+
+def loss_of_network(params, x, labels, distance="l2", **options):
+    """distill_loss of a network with a counter among its parameters."""
+    features = jnp.tanh(x @ params["net"]["w"]) + params["b"]
+    arrays = features, x[:, :2], labels, features
+    return kddm_jax.distill_loss(*arrays, distance=distance, weight=0.5, **options)
+
+
+def test_loss_helper_checks_parameters():
+    rng = np.random.default_rng(0)
+    params = {"net": {"w": rng.normal(size=(3, 2))}, "b": np.ones(2), "count": 3}
+    x, labels = rng.normal(size=(6, 3)), np.array([0, 1, 0, 1, 1, -1])
+    fn = partial(loss_of_network, normalization="teacher")
+    assert_loss_gradients(fn, params, x, labels)
+    assert_loss_gradients(lambda *a: loss_of_network(*a)[0], params, x, labels)
+    wrong = {
+        "factor": lambda x, y: distorted(x, y, 0.5),
+        "constant": lambda x, y: kddm_jax.paired_l2(jax.lax.stop_gradient(x), y),
+    }
+    for distance in wrong.values():
+        fn = partial(loss_of_network, distance=distance)
+        with pytest.raises(AssertionError):
+            assert_loss_gradients(fn, params, x, labels)
 
 
 def test_helper_takes_a_key_a_row_and_a_callable():

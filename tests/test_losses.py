@@ -424,6 +424,38 @@ def test_terms_and_distances_are_hashable():
     assert len(rows) == len(DISTANCES)
     assert len({Distance(paired_l2, options=o) for o in ({}, {"a": 1}, {"a": 1})}) == 2
     assert isinstance(Term("w2", weight=np.float32(2)).weight, float)
+    lists = {"layers": ["a", "b"], "options": {"bandwidth": [1.0, 2.0]}}
+    tuples = {"layers": ("a", "b"), "options": {"bandwidth": (1.0, 2.0)}}
+    assert hash(Term("mmd_rbf", **lists)) == hash(Term("mmd_rbf", **tuples))
+    row = Distance(paired_l2, inputs=["features"], promises={"zero"})
+    assert hash(row) == hash(Distance(paired_l2, promises=frozenset({"zero"})))
+    for make in (Term, Distance):
+        with pytest.raises(ValueError, match="option a is a dict, which has no hash"):
+            make("l2" if make is Term else paired_l2, options={"a": {}})
+
+
+def test_the_distance_may_be_a_static_argument():
+    """A key, an entry, a function, a Term, several: equal ones share a program."""
+    traces = []
+
+    def own(x, y):
+        traces.append(1)
+        return jnp.mean((x - y) ** 2)
+
+    loss = jax.jit(distill_loss, static_argnames="distance")
+    arguments = BATCH.x, BATCH.y, LABELS, BATCH.logits_x
+    for make in (
+        lambda: "l2",
+        lambda: DISTANCES["l2"],
+        lambda: paired_l2,
+        lambda: Term("l2", weight=2.0),
+        lambda: (Term("l2"), Term(own, weight=0.5, layers=["features", "features"])),
+    ):
+        value, _ = loss(*arguments, distance=make(), weight=0.5)
+        assert value == loss(*arguments, distance=make(), weight=0.5)[0]
+        expected, _ = distill_loss(*arguments, distance=make(), weight=0.5)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert len(traces) == 2  # one of the program, one of the call without
 
 
 def test_the_task_may_be_another():
@@ -515,34 +547,54 @@ def by_shard_map(name):
     )
 
 
-def loss_of_all(distance):
-    arguments = BATCH.x, BATCH.x, LABELS, BATCH.logits_x
-    fn = partial(distill_loss, distance=distance, weight=1e-3)
-    return jax.jit(fn)(*arguments)[0]
+def mapped_gradient(fn):
+    """Of the student's scale, by shard_map with its default, check_vma=True."""
 
-
-@pytest.mark.parametrize("distance", [(), "l2"], ids=["cross-entropy", "l2"])
-def test_shard_map_that_checks_what_varies_is_refused(distance):
-    """Its gradients would be N times too large, or a TypeError of the solver's."""
-
-    def loss(x, s, labels):
-        options = {"distance": distance, "weight": 1e-3, "axis_name": "devices"}
-        return distill_loss(x, x, labels, s, **options)[0]
+    def loss(scale, x, s, labels):
+        return distill_loss(scale * x, x, labels, s, axis_name="devices", **fn)[0]
 
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
     spec = PartitionSpec("devices")
-    mapped = jax.shard_map(
-        jax.grad(loss), mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec
-    )
-    arguments = BATCH.x, BATCH.logits_x, LABELS
+    specs = {"in_specs": (PartitionSpec(), spec, spec, spec)}
+
+    def gradients(*arguments):
+        gradient = jax.grad(loss)(*arguments)
+        return gradient, jax.lax.pmean(gradient, "devices")
+
+    mapped = jax.shard_map(gradients, mesh=mesh, **specs, out_specs=PartitionSpec())
+    return jax.jit(mapped)(jnp.float32(2), BATCH.x, BATCH.logits_x, LABELS)
+
+
+def test_shard_map_gives_gradients_that_need_no_average():
+    """Nor does an average change them."""
+    as_they_come, averaged = mapped_gradient({"distance": "l2", "weight": 0.5})
+    expected = np.mean(np.sum(BATCH.x**2, axis=1))  # of (2 - 1)^2 |x|^2 / 2
+    np.testing.assert_allclose(as_they_come, expected, rtol=1e-5)
+    assert as_they_come == averaged
+
+
+def test_shard_map_has_no_groups():
+    """But one of all devices."""
+    options = {"distance": "l2", "weight": 0.5}
     with pytest.raises(
-        ValueError, match="axis_name='devices' .*; pass check_vma=False"
+        ValueError,
+        match="group_size=1 .*check_vma=True.*, its default; leave group_size out",
     ):
-        jax.eval_shape(mapped, *arguments)
-    # An axis of vmap, too, has devices whose loss is one.
+        mapped_gradient({**options, "group_size": 1})
+    both = [mapped_gradient({**options, **o})[0] for o in ({}, {"group_size": 2})]
+    assert both[0] == both[1]
+
+
+def test_an_axis_of_vmap_has_devices_whose_loss_is_one():
+    options = {"distance": "l2", "weight": 1e-3}
+    fn = lambda x, s, labels: distill_loss(
+        x, 2 * x, labels, s, axis_name="devices", **options
+    )[0]
+    arguments = BATCH.x, BATCH.logits_x, LABELS
     halves = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in arguments]
-    both = jax.jit(jax.vmap(loss, axis_name="devices"))(*halves)
-    np.testing.assert_allclose(both, loss_of_all(distance), rtol=1e-6)
+    both = jax.jit(jax.vmap(fn, axis_name="devices"))(*halves)
+    one = simple(BATCH.x, 2 * BATCH.x)[0]
+    np.testing.assert_allclose(both, one, rtol=1e-6)
 
 
 @pytest.mark.slow

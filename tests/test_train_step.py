@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.core import freeze
 
 from kddm_jax import Term
 from kddm_jax.adapters import linen_apply
@@ -713,6 +714,16 @@ def test_several_teachers_are_refused_for_now():
         teacher = options.pop("teacher_apply")
         with pytest.raises(ValueError, match="several teachers are not available yet"):
             make_train_step(STUDENT_APPLY, teacher, TX, augment=AUGMENT, **options)
+
+
+@pytest.mark.parametrize("head", [None, ("head",)])
+def test_frozen_variables(head):
+    """The state keeps its structure, which the next step needs."""
+    student, teacher = freeze(STUDENT), freeze(TEACHER)
+    step = make_step(linen_apply(Net()), axis_name=None, head=head)
+    state = create_state(student, TX)
+    new, _ = jax.eval_shape(step, state, teacher, IMAGES, LABELS)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
 def test_create_state():

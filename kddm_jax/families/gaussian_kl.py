@@ -275,7 +275,9 @@ def _class_full_kl_tall(shift, p, q, groups, single, ridge):
     This form is for more samples than features, where a class may have full rank: the
     n x n form below would divide round-off by a small ridge.
     """
-    pooled = (~single).astype(p.dtype) / jnp.maximum(jnp.sum(~single), 1)
+    pooled = (~single).astype(p.dtype) / jnp.maximum(
+        jnp.sum((~single).astype(p.dtype)), 1
+    )
     own = groups.same / groups.counts[:, None]
     shares = jnp.where(single[:, None], pooled[None, :], own)  # [n, n]
 

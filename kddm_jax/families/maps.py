@@ -40,7 +40,7 @@ def _check_maps(maps_x, maps_y, *, same_channels):
             f"{maps_x.shape[3]} and {maps_y.shape[3]}; map the student to the "
             "teacher's with kddm_jax.networks.projectors"
         )
-    dtype = jnp.promote_types(maps_x.dtype, maps_y.dtype)
+    dtype = np.promote_types(maps_x.dtype, maps_y.dtype)
     return maps_x.astype(dtype), maps_y.astype(dtype)
 
 

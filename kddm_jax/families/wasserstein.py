@@ -291,7 +291,7 @@ def _check_joint(x, y, logits_x, logits_y, same_rows):
             f"{logits_x.shape[0]} and {logits_y.shape[0]} rows for "
             f"{x.shape[0]} and {y.shape[0]}; pass the outputs of one batch"
         )
-    dtype = jnp.promote_types(x.dtype, logits_x.dtype)
+    dtype = np.promote_types(x.dtype, logits_x.dtype)
     return [z.astype(dtype) for z in (x, y, logits_x, logits_y)]
 
 

@@ -66,7 +66,7 @@ def _scalings(p, q, kernel):
         return jnp.any(state[3] > tolerance) & (state[4] < MOST_ITERATIONS)
 
     u, v = (p > 0).astype(p.dtype), (q > 0).astype(p.dtype)
-    infinite = jnp.full((p.shape[0], 1), jnp.inf, p.dtype)
+    infinite = jnp.full_like(p[:, :1], jnp.inf)
     first = (u, v, matmul(u, kernel), infinite, 0)
     u, v, _, error, count = jax.lax.while_loop(unfinished, update, first)
     error, count = jnp.max(error), jnp.asarray(count, p.dtype)
@@ -199,7 +199,10 @@ def _check_predictions(logits_x, logits_y, labels, mask):
         raise ValueError(f"logits_x must have two classes at least, got {k}")
     labels = with_mask(labels, masks.check_mask(mask, n))
     labels = check_labels(labels, n, num_classes=k)
-    own = labels[:, None] == jnp.arange(k)[None, :]  # [n, k], False without a label
+    labels = labels.astype(jnp.int32)
+    own = (
+        labels[:, None] == jnp.arange(k, dtype=jnp.int32)[None, :]
+    )  # [n, k], False without a label
     valid = labels >= 0
     return *masks.zeroed(valid, s, t), own, valid  # they may be NaN
 
@@ -291,7 +294,8 @@ def wkd_logits(
     else:
         present = 1 - own.astype(s.dtype)
         moved, stats = _unrolled_plan_cost(p, q, present, cost, kernel, iterations)
-    weights = valid.astype(s.dtype) / jnp.maximum(jnp.sum(valid), 1)
+    weights = valid.astype(s.dtype)
+    weights = weights / jnp.maximum(jnp.sum(weights), 1)
     return jnp.sum(weights * (_target_term(s, t, own) + gamma * moved)), stats
 
 

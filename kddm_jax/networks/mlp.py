@@ -6,6 +6,7 @@ Features are the last hidden layer after its ReLU; it is 128 wide in both networ
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import Outputs
@@ -52,7 +53,7 @@ class MLP(nn.Module):
         for i, width in enumerate(self.hidden, start=1):
             x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"hidden{i}")(x))
             maps[f"hidden{i}"] = x
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, jnp.float32)
         features = x.astype(dtype)
         logits = nn.Dense(self.num_classes, dtype=dtype, name="fc")(features)
         return Outputs(logits, features, maps)

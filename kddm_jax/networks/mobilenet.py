@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import (
@@ -188,7 +189,7 @@ class MobileNetV2(nn.Module):
         maps["last"] = x
 
         # The average and the classifier are too cheap to lose digits in.
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = np.promote_types(self.dtype, jnp.float32)
         features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
         logits = nn.Dense(
             self.num_classes,

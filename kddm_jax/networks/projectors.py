@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kddm_jax.numerics.checks import as_float
 from kddm_jax.numerics.pooling import average_pool
 
 NAME = "projectors"
@@ -39,7 +40,8 @@ class DenseProjector(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps ``[n, d_student]`` to ``[n, features]``."""
-        return nn.Dense(self.features, use_bias=False, name="dense")(x)
+        dense = nn.Dense(self.features, use_bias=False, name="dense")
+        return dense(as_float("x", x))
 
 
 def _conv(features, kernel, name):
@@ -48,9 +50,11 @@ def _conv(features, kernel, name):
 
 def _on_grid(maps, grid):
     """Averages maps along the sides that are longer than the grid's."""
+    maps = as_float("maps", maps)
     if grid is None:
         return maps
-    return average_pool(maps, tuple(map(min, maps.shape[1:3], grid)))
+    _, height, width, _ = maps.shape
+    return average_pool(maps, (min(height, grid[0]), min(width, grid[1])))
 
 
 class ConvProjector(nn.Module):

@@ -13,17 +13,19 @@ normalised.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import Outputs, check_images, check_positive
+from kddm_jax.numerics.promotion import implicit_promotion
 
 _xavier = nn.initializers.xavier_uniform()
 
 
-def _norm(dtype: jax.typing.DTypeLike, name: str) -> nn.LayerNorm:
+def _norm(x: jax.Array, dtype: jax.typing.DTypeLike, name: str) -> jax.Array:
     # Half precision has no digits for means of squares.
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
+    dtype = np.promote_types(dtype, jnp.float32)
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)(x.astype(dtype))
 
 
 def _dense(features: int, dtype: jax.typing.DTypeLike, name: str) -> nn.Dense:
@@ -53,8 +55,8 @@ class EncoderBlock(nn.Module):
             attention_fn=jax.nn.dot_product_attention,  # its softmax is in float32
             name="self_attention",
         )
-        x = x + attention(_norm(self.dtype, "ln_1")(x))
-        y = _dense(self.hidden, self.dtype, "mlp_0")(_norm(self.dtype, "ln_2")(x))
+        x = x + attention(_norm(x, self.dtype, "ln_1"))
+        y = _dense(self.hidden, self.dtype, "mlp_0")(_norm(x, self.dtype, "ln_2"))
         y = nn.gelu(y, approximate=False)
         return x + _dense(x.shape[-1], self.dtype, "mlp_3")(y)
 
@@ -162,10 +164,11 @@ class ViT(nn.Module):
             block = EncoderBlock(
                 self.heads, hidden, self.dtype, name=f"encoder_layer_{i}"
             )
-            x = block(x)
+            with implicit_promotion():  # Flax's attention needs it in half precision
+                x = block(x)
             maps[f"block{i + 1}"] = x.reshape(b, rows, columns, width)
 
-        features = jnp.mean(_norm(self.dtype, "ln")(x), axis=1)  # [b, width]
+        features = jnp.mean(_norm(x, self.dtype, "ln"), axis=1)  # [b, width]
         logits = nn.Dense(
             self.num_classes,
             dtype=features.dtype,

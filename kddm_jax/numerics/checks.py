@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from kddm_jax.numerics.devices import unsharded
+
 # Names of the logits of student and teacher, in messages.
 LOGITS = ("logits_x", "logits_y")
 # Directions of a divergence; the released code takes the first.
@@ -121,7 +123,7 @@ def as_float(name: str, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: ``x`` is not a floating array.
     """
-    x = jnp.asarray(x)
+    x = unsharded(jnp.asarray(x))
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} must be floating, got {x.dtype}; cast it with .astype(jnp.float32)"
@@ -176,7 +178,7 @@ def check_pair(
             f"{names[0]} and {names[1]} must hold the same samples, got "
             f"{x.shape[0]} and {y.shape[0]} rows; pass both networks the same batch"
         )
-    dtype = jnp.promote_types(x.dtype, y.dtype)
+    dtype = np.promote_types(x.dtype, y.dtype)
     return x.astype(dtype), y.astype(dtype)
 
 
@@ -196,7 +198,7 @@ def check_labels(
     Raises:
       ValueError: a wrong shape, dtype or value.
     """
-    labels = jnp.asarray(labels)
+    labels = unsharded(jnp.asarray(labels))
     if labels.shape != (n,):
         # Of one column argmax would make every label 0.
         column = labels.shape == (n, 1)

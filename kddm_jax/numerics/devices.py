@@ -11,28 +11,30 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Groups = list[list[int]] | None
 Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
 
 
-def check_axis(axis_name: str | None) -> None:
-    """Refuses ``jax.shard_map(check_vma=True)``, whose gradients would be wrong.
+def _checks_variance(axis_name):
+    """Whether the axis is of a ``jax.shard_map(check_vma=True)``.
 
-    It replaces the transpose of a replicated argument by a sum over devices, so that
-    gradients come out N times too large.  There, and only there, the index of the
-    device has a type that varies over the axis.
+    There, and only there, the index of the device has a type that varies over the axis.
     """
-    if axis_name is None:
-        return
-    index = jax.typeof(jax.lax.axis_index(axis_name))
-    if index.manual_axis_type.varying:
-        raise ValueError(
-            f"axis_name={axis_name!r} belongs to a jax.shard_map with check_vma=True "
-            "(its default), under which gradients of this loss would be wrong; pass "
-            "check_vma=False to jax.shard_map and average the gradients with "
-            "jax.lax.pmean"
-        )
+    return bool(jax.typeof(jax.lax.axis_index(axis_name)).manual_axis_type.varying)
+
+
+def unsharded(x: jax.Array) -> jax.Array:
+    """Puts an array that is sharded over an explicit mesh whole on all its devices.
+
+    On such a mesh most operations between arrays of different shardings are errors.
+    Other arrays come back as they are: there the compiler decides.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def groups_of(axis_name: str | None, group_size: int | None) -> Groups:
@@ -52,16 +54,44 @@ def groups_of(axis_name: str | None, group_size: int | None) -> Groups:
         )
     if group_size == devices:
         return None
+    if _checks_variance(axis_name):
+        raise ValueError(
+            f"group_size={group_size} makes groups of axis {axis_name!r}, which is not "
+            "available under jax.shard_map(check_vma=True), its default; leave "
+            "group_size out, or pass check_vma=False to jax.shard_map and average the "
+            "gradients with jax.lax.pmean"
+        )
     return [
         list(range(start, start + group_size))
         for start in range(0, devices, group_size)
     ]
 
 
+def _gather_alike(array, axis_name):
+    """Concatenates arrays of all devices to one whose type does not vary over them.
+
+    JAX sums the cotangents of what does not vary, such as parameters, over devices.  So
+    the loss must not vary, or the sum counts it once for each device.  The result of
+    ``all_gather`` has a varying type; that of ``psum`` has not, and what each device
+    adds is zero but for its own share, which is exact.
+    """
+    shape = (jax.lax.axis_size(axis_name), *array.shape)
+    index = jax.lax.axis_index(axis_name)
+    shares = jnp.zeros(shape, array.dtype).at[index].set(array)
+    every = jax.lax.psum(shares, axis_name).reshape(-1, *array.shape[1:])
+    return every.astype(array.dtype)  # psum counts booleans
+
+
 def gather(tree: Tree, axis_name: str | None, groups: Groups = None) -> Tree:
-    """Concatenates every array with those of the other devices of the group."""
+    """Concatenates every array with those of the other devices of the group.
+
+    Without an axis, arrays that are sharded over an explicit mesh are put whole on each
+    of its devices.
+    """
     if axis_name is None:
-        return tree
+        return jax.tree.map(unsharded, tree)
+    if _checks_variance(axis_name):
+        return jax.tree.map(lambda a: _gather_alike(a, axis_name), tree)
     return jax.tree.map(
         lambda a: jax.lax.all_gather(
             a, axis_name, axis=0, tiled=True, axis_index_groups=groups
@@ -83,10 +113,10 @@ def mean_over_images(
 
 def worst(stats: Mapping[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
     """Takes the least "converged" and the largest of all other diagnostics."""
-    # neither has a derivative by axis, and diagnostics need none
-    extreme = lambda name: jax.lax.pmin if name == "converged" else jax.lax.pmax
-    stats = jax.lax.stop_gradient(stats)
-    return {name: extreme(name)(stat, axis_name) for name, stat in stats.items()}
+    # pmin and pmax have no derivative, not even of a constant
+    extreme = lambda name: jnp.min if name == "converged" else jnp.max
+    every = gather({n: jnp.reshape(s, 1) for n, s in stats.items()}, axis_name)
+    return {name: extreme(name)(stat) for name, stat in every.items()}
 
 
 def average_state(state: Tree, axis_name: Any) -> Tree:
@@ -98,7 +128,8 @@ def average_state(state: Tree, axis_name: Any) -> Tree:
 
 def accuracy_of(logits: jax.Array, labels: jax.Array, axis_name: Any) -> jax.Array:
     """Computes the share of all devices' labelled images with a right prediction."""
-    hits = jnp.sum(jnp.argmax(logits, axis=-1) == labels)  # never of a negative label
+    predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    hits = jnp.sum(predicted == labels.astype(jnp.int32))  # never of a negative label
     counts = jnp.stack([hits, jnp.sum(labels >= 0)]).astype(jnp.float32)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)

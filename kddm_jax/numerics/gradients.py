@@ -13,6 +13,11 @@ import jax.numpy as jnp
 Tree = Any
 
 
+def _module(path):
+    """The name of the top module that a leaf belongs to, in a tree of any type."""
+    return jax.tree_util.keystr(path[:1], simple=True)
+
+
 def gradients(
     forward: Callable, objective: Callable, params: Tree, head: Sequence[str] | None
 ) -> tuple:
@@ -42,10 +47,11 @@ def gradients(
         (loss, (terms, state, logits)), grads = grad_fn(params)
         return loss, terms, state, logits, grads
 
-    if missing := [name for name in head if name not in params]:
+    modules = {_module(path): None for path, _ in jax.tree.leaves_with_path(params)}
+    if missing := [name for name in head if name not in modules]:
         raise ValueError(
             f"head names {', '.join(missing)}; the student's modules are "
-            f"{', '.join(params)}"
+            f"{', '.join(modules)}"
         )
     # One forward pass, two ways back: from the logits to the head, of which XLA
     # computes nothing else, and from the layers to the rest.
@@ -55,10 +61,8 @@ def gradients(
     zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     (of_logits,) = pull_back((by_logits, zero(by_layers)))
     (of_layers,) = pull_back((zero(by_logits), by_layers))
-    grads = {
-        name: jax.tree.map(jnp.add, tree, of_logits[name]) if name in head else tree
-        for name, tree in of_layers.items()
-    }
+    add = lambda path, a, b: a + b if _module(path) in head else a
+    grads = jax.tree.map_with_path(add, of_layers, of_logits)
     return loss, terms, state, outputs[0], grads
 
 

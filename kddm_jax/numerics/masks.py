@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics.devices import unsharded
+
 
 def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
     """Checks a mask of samples.
@@ -41,7 +43,7 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
             f"mask must have shape [n]=[{n}], got {list(jnp.shape(mask))}; pass one "
             "number for each sample, zero where there is none"
         )
-    return jnp.asarray(mask).astype(bool)
+    return unsharded(jnp.asarray(mask)).astype(bool)
 
 
 def _rows(mask, x):

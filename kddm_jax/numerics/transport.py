@@ -19,6 +19,7 @@ from optax.assignment import hungarian_algorithm
 
 from kddm_jax.numerics.checks import check_choice, check_count, check_number
 from kddm_jax.numerics.linalg import constant
+from kddm_jax.numerics.promotion import implicit_promotion
 from kddm_jax.numerics.solver import Stats
 
 
@@ -164,9 +165,10 @@ def solve_entropic(
     )
     blocked = _block(cost, same, epsilon)
     # ott declares a float; it takes an array, too.
-    geometry = Geometry(cost_matrix=blocked, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
-    out = solver(LinearProblem(geometry, a=a, b=b))
-    plan = out.matrix
+    with implicit_promotion():
+        geometry = Geometry(cost_matrix=blocked, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
+        out = solver(LinearProblem(geometry, a=a, b=b))
+        plan = out.matrix
     error = jnp.maximum(
         jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)),
         jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b)),
@@ -281,7 +283,9 @@ def best_assignment(cost: jax.Array, same: jax.Array | None = None) -> jax.Array
     cost = jnp.where(jnp.isfinite(cost), cost, 0)
     if same is not None:  # among costs of zero any positive number forbids a pair
         cost = _block(cost, same, jnp.all(cost == 0).astype(cost.dtype))
-    row, column = hungarian_algorithm(_shifted_by_duals(cost, same))
+    cost = _shifted_by_duals(cost, same)
+    with implicit_promotion():
+        row, column = hungarian_algorithm(cost)
     return jnp.zeros(len(cost), column.dtype).at[row].set(column)
 
 

@@ -1,0 +1,136 @@
+"""The loss of sharded arrays is that of one device: shard_map and meshes under jit.
+
+So is the loss that chex checks.
+
+Every entry of the catalogue and its solvers are one program for each way to shard.
+`test_devices.py` has pmap, and shard_map without types that vary.
+"""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from every_term import ARRAYS, PARAMS, TERMS, loss_of
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+SOME = {name: TERMS[name] for name in ("l2", "cmmd_rbf")}
+
+
+def gradients(terms, params, arrays, prepare=lambda params: params, **options):
+    """{name: ((loss, terms), gradient)}."""
+
+    def one(term):
+        fn = lambda params: loss_of(term, prepare(params), arrays, **options)
+        return jax.value_and_grad(fn, has_aux=True)(params)
+
+    return {name: one(term) for name, term in terms.items()}
+
+
+def assert_alike(found, expected):
+    """As on one device, but for rounding: sums are taken in another order."""
+    assert list(found) == list(expected)
+    for name, ((loss, terms), gradient) in jax.device_get(found).items():
+        (one_loss, one_terms), one_gradient = expected[name]
+        np.testing.assert_allclose(loss, one_loss, rtol=1e-5, err_msg=name)
+        for term, value in terms.items():
+            np.testing.assert_allclose(
+                value, one_terms[term], rtol=1e-4, atol=1e-5, err_msg=f"{name}: {term}"
+            )
+        for key, one in one_gradient.items():
+            largest = float(np.max(np.abs(one)))
+            assert largest > 0 or key == "scale", name
+            np.testing.assert_allclose(
+                gradient[key], one, atol=1e-4 * largest, err_msg=name
+            )
+
+
+def on_one_device(terms):
+    return jax.device_get(jax.jit(lambda *a: gradients(terms, *a))(PARAMS, ARRAYS))
+
+
+def mesh_of(shape, names, kind):
+    return jax.make_mesh(
+        shape, names, axis_types=(kind,) * len(names), devices=jax.devices()[:2]
+    )
+
+
+def by_shard_map(terms):
+    """Gradients as they come: JAX sums them over the devices."""
+    fn = lambda *a: gradients(terms, *a, axis_name="batch")
+    mesh = mesh_of((2,), ("batch",), AxisType.Auto)
+    specs = {"in_specs": (PartitionSpec(), PartitionSpec("batch"))}
+    mapped = jax.shard_map(fn, mesh=mesh, **specs, out_specs=PartitionSpec())
+    return jax.jit(mapped)(PARAMS, ARRAYS)
+
+
+def by_jit(terms, shape, names, kind, spec):
+    """Arrays that are sharded over a mesh, in a plain jit; the last axis if need be."""
+    mesh = mesh_of(shape, names, kind)
+
+    def place(array):
+        axes = [spec[0], *[None] * (array.ndim - 2), *spec[1:]]
+        return jax.device_put(
+            array, NamedSharding(mesh, PartitionSpec(*axes[: array.ndim]))
+        )
+
+    arrays = {name: place(array) for name, array in ARRAYS.items()}
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(lambda *a: gradients(terms, *a))(params, arrays)
+
+
+MESHES = {
+    "auto": ((2,), ("batch",), AxisType.Auto, ("batch",)),
+    "explicit": ((2,), ("batch",), AxisType.Explicit, ("batch",)),
+    "explicit, features": (
+        (1, 2), ("batch", "model"), AxisType.Explicit, ("batch", "model")
+    ),
+    "auto, features": ((1, 2), ("batch", "model"), AxisType.Auto, ("batch", "model")),
+}  # fmt: skip
+
+
+def as_chex_checks(terms):
+    """While `chex.assert_numerical_grads` runs, stop_gradient gives ones."""
+    with mock.patch("jax.lax.stop_gradient", jnp.ones_like):
+        return jax.jit(lambda *a: gradients(terms, *a))(PARAMS, ARRAYS)
+
+
+WAYS = {
+    "chex": as_chex_checks,
+    "shard_map": by_shard_map,
+    **{name: lambda terms, m=mesh: by_jit(terms, *m) for name, mesh in MESHES.items()},
+}
+
+
+@pytest.mark.parametrize("way", ["shard_map", "explicit, features"])
+def test_some_distances_of_sharded_arrays(way):
+    assert_alike(WAYS[way](SOME), on_one_device(SOME))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_parameters_sharded_over_the_mesh(kind):
+    """Their gradients have their sharding."""
+    mesh = mesh_of((2,), ("batch",), kind)
+    shares, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in (("batch",), ()))
+
+    put = jax.reshard if kind is AxisType.Explicit else jax.device_put
+    gathered = lambda params: jax.tree.map(lambda a: put(a, whole), params)
+    program = jax.jit(lambda *a: gradients(SOME, *a, prepare=gathered))
+    found = program(jax.device_put(PARAMS, shares), jax.device_put(ARRAYS, shares))
+    for _, gradient in found.values():
+        for leaf in jax.tree.leaves(gradient):
+            assert leaf.sharding.is_equivalent_to(shares, 1) or kind is AxisType.Auto
+    assert_alike(found, on_one_device(SOME))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return on_one_device(TERMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_distance_and_solver_of_sharded_arrays(expected, way):
+    assert_alike(WAYS[way](TERMS), expected)
