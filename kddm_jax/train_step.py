@@ -344,7 +344,8 @@ def make_eval_step(
     """
 
     def evaluate(variables, images, labels):
-        outputs, _ = apply(variables, jax.vmap(normalize)(images), train=False)
+        inputs, rngs = jax.vmap(normalize)(images), _rngs_for(apply, None, axis_name)
+        outputs, _ = apply(variables, inputs, train=False, **rngs)
         valid = labels >= 0
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(
             outputs.logits, jnp.where(valid, labels, 0)

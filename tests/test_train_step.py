@@ -567,7 +567,10 @@ def test_rngs_are_passed_through_projectors():
     images = jax.random.normal(jax.random.key(2), (2, SIDE, SIDE, 1))
     takes = lambda fn: "rngs" in inspect.signature(fn).parameters
     assert takes(projected)
-    assert not takes(projected_apply(STUDENT_APPLY, {}))
+    plain = lambda variables, images, *, train: STUDENT_APPLY(
+        variables, images, train=train
+    )
+    assert not takes(projected_apply(plain, {}))
     one, other = (
         projected(STUDENT, images, train=True, rngs={"dropout": jax.random.key(seed)})
         for seed in (0, 1)
