@@ -14,7 +14,6 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from kddm_jax.distances import DISTANCES, Distance, Options, hashable_options
@@ -29,6 +28,12 @@ from kddm_jax.numerics.devices import (
 from kddm_jax.numerics.linalg import constant
 from kddm_jax.numerics.normalization import check_normalization, normalize
 from kddm_jax.numerics.positions import POSITIONS, as_matrices
+from kddm_jax.numerics.targets import (
+    check_targets,
+    class_labels,
+    cross_entropy,
+    is_soft,
+)
 
 Features = jax.Array | Mapping[str, jax.Array]
 NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
@@ -199,31 +204,6 @@ def _check_options(distance, options):
     hashable_options({name: o for name, o in options.items() if np.ndim(o)})
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""Computes the mean cross-entropy of the labelled samples.
-
-    .. math:: -\frac1n \sum_i \log \mathrm{softmax}(s_i)_{y_i}
-
-    Args:
-      logits: shape ``[n, k]``.
-      labels: int, shape ``[n]``; negative labels are padding.
-
-    Returns:
-      Scalar, in nats.
-
-    Examples:
-      >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]))  # log 4
-      Array(1.386, dtype=float32)
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    valid = labels >= 0
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(valid, labels, 0)
-    )
-    count = jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
-    return jnp.sum(jnp.where(valid, losses, 0)) / count
-
-
 DEFAULT_LAYER = "features"
 
 
@@ -356,7 +336,10 @@ def _check_arrays(student_logits, labels, mask, num_classes):
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     n, k = student_logits.shape
-    check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
+    if is_soft(labels):
+        check_targets(labels, n, k)
+    else:
+        check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
     return n
 
 
@@ -402,7 +385,9 @@ def distill_loss(
         without layers compares ``"features"``; see `Term` for maps and tokens.
       teacher_features: the same of the teacher, of the same images.
       labels: int, ``[n]``; samples with a negative label have no part in the
-        cross-entropy and in distances that take labels; other distances use them.
+        cross-entropy and in distances that take labels; other distances use them.  Or
+        float, ``[n, k]``, a probability for each class: distances that take labels use
+        the largest one's class, and a row of zeros is no label.
       student_logits: ``[n, k]``.
       teacher_logits: ``[n, k]``; needed by distances of predictions only.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
@@ -458,6 +443,8 @@ def distill_loss(
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
     n = _check_arrays(student_logits, labels, mask, num_classes)
+    soft = {"targets": labels} if is_soft(labels) else {}
+    labels = class_labels(labels)
 
     local = {
         "student": _compared(student_features, terms, "student", n),
@@ -465,18 +452,20 @@ def distill_loss(
         "labels": labels,
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
+        **soft,
     }
     for name in ("teacher", "teacher_logits"):
         local[name] = jax.tree.map(constant, local[name])
     groups = groups_of(axis_name, group_size)
     gathered = whole = gather(local, axis_name, groups)
     if groups is not None:
-        names = ("student_logits", "labels")
+        names = ("student_logits", "labels", *soft)
         whole = gather({name: local[name] for name in names}, axis_name)
     alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
 
     loss_of_task = cross_entropy if task is None else task
-    value = loss_of_task(whole["student_logits"], whole["labels"])
+    targets = whole["targets"] if soft else whole["labels"]
+    value = loss_of_task(whole["student_logits"], targets)
     loss, results, weighted = task_weight * value, {"task": value}, []
     for term in terms:
         row, name = get_distance(term.distance), _term_name(term)

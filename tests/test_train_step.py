@@ -692,14 +692,6 @@ def test_create_state_refuses_a_weight(weight):
         create_state(STUDENT, TX, weight=weight)
 
 
-def test_several_teachers_are_refused_for_now():
-    for options in ({"teacher_apply": {"a": TEACHER_APPLY}}, {"distance": {"a": ()}}):
-        options = {"teacher_apply": TEACHER_APPLY, "distance": "l2", **options}
-        teacher = options.pop("teacher_apply")
-        with pytest.raises(ValueError, match="several teachers are not available yet"):
-            make_train_step(STUDENT_APPLY, teacher, TX, augment=AUGMENT, **options)
-
-
 def test_create_state():
     state = create_state({"params": STUDENT["params"]}, TX, seed=5, weight=0.25)
     assert state.batch_stats == {}
