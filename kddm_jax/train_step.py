@@ -13,6 +13,7 @@ it, is a mapping with the key of ``"dropout"``; ``state`` is the new
 ``variables["batch_stats"]``, whose floating arrays are averaged over devices.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -119,9 +120,27 @@ def _augment_batch(augment, key, images, axis_name):
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
+def _updates(tx, grads, opt_state, params, loss):
+    """The optimiser's updates and next state; it gets the loss if it takes it."""
+    takes = inspect.signature(tx.update).parameters
+    whatever = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    given = {"value": loss} if whatever or "value" in takes else {}
+    try:
+        return tx.update(grads, opt_state, params, **given)
+    except TypeError as error:
+        _, missing, names = str(error).partition("required keyword-only argument")
+        if not missing:
+            raise
+        raise ValueError(
+            f"tx needs {names.partition(':')[2].strip()}, which a step does not have "
+            "(line searches, for one, evaluate the loss again); choose an optimizer "
+            "that needs the gradient and the loss only"
+        ) from error
+
+
 def _update(tx, state, batch_stats, loss, grads):
     """The next state, or the old one where loss or gradient is not finite."""
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+    updates, opt_state = _updates(tx, grads, state.opt_state, state.params, loss)
     new = state.replace(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
@@ -153,7 +172,7 @@ def make_train_step(
         must be ``()``).  A mapping holds several teachers by name; ``distance`` and the
         step's ``teacher_variables`` and ``teacher_data`` are then mappings, too, and
         terms are called ``"teacher:term"``.
-      tx: the optimiser.
+      tx: the optimiser, of optax; it gets the loss as ``value`` if it takes that.
       augment: ``(key, image) -> float image`` of one uint8 image; student and teacher
         see the same one.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
@@ -182,7 +201,6 @@ def make_train_step(
     """
     check_teachers(teacher_apply, distance)
     options = dict[str, Any](loss_options)
-    tx = optax.with_extra_args_support(tx)
 
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
