@@ -109,7 +109,9 @@ def load(option: str, path: Path, model: models.Network, channels: int) -> Pretr
     if found.channels != channels:
         changes.append("first convolution summed over the colours for grey images")
         variables = surgery.sum_channels(variables)
-    if found.num_classes != model.num_classes:
+    if not found.num_classes:
+        changes.append(f"no head: one is drawn for {model.num_classes} classes")
+    elif found.num_classes != model.num_classes:
         changes.append(
             f"{found.num_classes} classes: head replaced by one for {model.num_classes}"
         )
