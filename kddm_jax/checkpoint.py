@@ -327,7 +327,7 @@ def restore_arrays(path: Path) -> tuple[Arrays, dict[str, object]]:
     if (path / _ARRAYS).exists():
         arrays = _checkpointer().restore(path / _ARRAYS)
     if (path / _EMPTY).exists():
-        flat = flax.traverse_util.flatten_dict(arrays, keep_empty_nodes=True)
+        flat: Any = flax.traverse_util.flatten_dict(arrays, keep_empty_nodes=True)
         for one in json.loads((path / _EMPTY).read_text()):
             flat[tuple(one["name"])] = np.zeros(one["shape"], jnp.dtype(one["dtype"]))
         arrays = flax.traverse_util.unflatten_dict(flat)

@@ -128,12 +128,13 @@ def build(name: str, **options: object) -> Network:
     if "num_classes" not in known:
         raise UserError(f"model {name!r} does not take num_classes; add the argument")
     given = {k: v for k, v in options.items() if k in known}
+    network: Any
     try:
         if "rngs" in known:
-            model = NNXNetwork(make, tuple(given.items()))
-            made = nnx.eval_shape(lambda: model.module(jax.random.key(0)))
+            network = NNXNetwork(make, tuple(given.items()))
+            made: Any = nnx.eval_shape(lambda: network.module(jax.random.key(0)))
         else:
-            model = made = make(**given)
+            network = made = make(**given)
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name!r}: {error}") from error
     if isinstance(made, nnx.Module) and "rngs" not in known:
@@ -146,7 +147,7 @@ def build(name: str, **options: object) -> Network:
             f"model {name!r} gives {type(made).__name__}, not a flax.linen.Module or a "
             "flax.nnx.Module; wrap yours in one"
         )
-    return model
+    return network
 
 
 def shapes(name: str, model: Network, image: tuple[int, ...], batch: int):
