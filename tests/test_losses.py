@@ -846,7 +846,7 @@ MESSAGES = {
         r"must return a scalar, got shape \[6\]",
     ),
     "labels": (
-        {"labels": jax.nn.one_hot(LABELS, K)},
+        {"labels": jax.nn.one_hot(LABELS, K, dtype=int)},
         r"labels must have shape \[n\]=\[16\], got \[16, 4\]; pass argmax",
     ),
     "label values": ({"num_classes": 2}, "labels must lie below num_classes=2"),
