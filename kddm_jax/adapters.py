@@ -1,24 +1,29 @@
 """Adapts networks to the train step, and contains the layers that our networks share.
 
-The train step calls a function ``apply(variables, images, *, train) -> (outputs,
-new_batch_stats)``; `linen_apply` makes one from a Linen module. Our networks return
-`Outputs`. `make_layers` returns the convolution and the BatchNorm of torchvision's
-networks, in a form that is fast on a CPU. All networks share the checks of arguments.
+The train step calls a function ``apply(variables, images, *, train, rngs) -> (outputs,
+state)``. `linen_apply` makes one from a Linen module, `nnx_apply` from an NNX module.
+Our networks return `Outputs`. `make_layers` returns the convolution and the BatchNorm
+of torchvision's networks, in a form that is fast on a CPU. All networks share the
+checks of arguments.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 from flax.core import FrozenDict, freeze
 
 from kddm_jax.numerics.convolution import conv_general_dilated
 from kddm_jax.numerics.promotion import implicit_promotion
 
 ModuleDef = Any
+NO_KEYS: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 class Outputs(NamedTuple):
@@ -182,9 +187,11 @@ def linen_apply(
       model: a Linen module whose `__call__` takes images and `train`.
 
     Returns:
-      A function `apply(variables, images, *, train) -> (outputs, new_batch_stats)`,
-      where variables are `{"params": ..., "batch_stats": ...}`. In evaluation the
-      statistics are returned unchanged. A module without statistics returns `{}`.
+      A function `apply(variables, images, *, train, rngs={}) -> (outputs,
+      batch_stats)`, where variables are `{"params": ..., "batch_stats": ...}` and
+      `rngs` holds the key of `"dropout"`, from which modules that draw from a
+      collection of another name get keys, too.  In evaluation nothing is random, and
+      the statistics come back as given; a module without any gives `{}`.
 
     Examples:
       >>> from kddm_jax.resnet import ResNet9
@@ -198,13 +205,20 @@ def linen_apply(
     """
 
     def apply(
-        variables: Mapping[str, Any], images: jax.Array, *, train: bool
+        variables: Mapping[str, Any],
+        images: jax.Array,
+        *,
+        train: bool,
+        rngs: Mapping[str, jax.Array] = NO_KEYS,
     ) -> tuple[Any, Mapping[str, Any]]:
         if not train:
             outputs = model.apply(variables, images, train=False)
             return outputs, variables.get("batch_stats", {})
+        keys = dict(rngs)
+        if "dropout" in keys:  # Linen draws from "params" for names without a key
+            keys.setdefault("params", jax.random.fold_in(keys["dropout"], 0))
         outputs, updated = model.apply(
-            variables, images, train=True, mutable=["batch_stats"]
+            variables, images, train=True, mutable=["batch_stats"], rngs=keys
         )
         statistics = updated.get("batch_stats") or {}
         if isinstance(variables.get("batch_stats"), FrozenDict):
@@ -212,3 +226,82 @@ def linen_apply(
         return outputs, statistics
 
     return apply
+
+
+# Written during a call, and read by who makes the call: no part of a network's state.
+_TRANSIENT = nnx.Any(nnx.Intermediate, nnx.Perturbation)
+
+
+def _split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
+    """Splits a module into its graph, parameters, random keys, and other state."""
+    graph, params, streams, _, state = nnx.split(
+        model, nnx.Param, nnx.RngState, _TRANSIENT, ...
+    )
+    return graph, *map(nnx.to_pure_dict, (params, streams, state))
+
+
+def _reseeded(streams: Any, key: jax.Array) -> Any:
+    """Gives every stream of random numbers a key of its own; counters begin anew."""
+    leaves, structure = jax.tree.flatten(streams)
+    for i, leaf in enumerate(leaves):
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaves[i] = jnp.zeros(leaf.shape, leaf.dtype)
+            continue
+        own = jax.random.fold_in(key, i)
+        leaves[i] = jax.random.split(own, leaf.shape) if leaf.shape else own
+    return jax.tree.unflatten(structure, leaves)
+
+
+def nnx_apply(
+    model: nnx.Module,
+) -> tuple[Callable[..., tuple[Any, Mapping[str, Any]]], dict[str, Any]]:
+    """Turns an NNX module into the apply function and the variables of the train step.
+
+    The step trains copies of the module's arrays.  To use them in the module again:
+    `nnx.update(model, state.params)`, then `nnx.update(model, state.batch_stats)`.
+
+    Args:
+      model: a module of images, called as `model(images)`, after `model.train()` or
+        `model.eval()`; `train` is passed if its `__call__` takes it.  Layers that draw
+        random numbers hold their own `nnx.Rngs`, as `nnx.Dropout(0.1, rngs=rngs)`.
+
+    Returns:
+      The function `apply(variables, images, *, train, rngs={}) -> (outputs, state)`,
+      and its variables `{"params": ..., "batch_stats": ...}`, nested dictionaries of
+      the arrays of `nnx.Param`, and of all that is neither parameter, random key nor
+      intermediate.  In training, `rngs` holds the key of `"dropout"`, which replaces
+      those of the module; in evaluation the state comes back as given.
+
+    Raises:
+      ValueError: in training, a module with random keys without `rngs`.
+
+    Examples:
+      >>> apply, variables = nnx_apply(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      >>> outputs, state = apply(variables, jnp.ones((2, 3)), train=True)
+      >>> sorted(variables["params"]), sorted(state)
+      (['bias', 'scale'], ['mean', 'var'])
+    """
+    graph, params, own_streams, state = _split(model)
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+
+    def apply(
+        variables: Mapping[str, Any],
+        images: jax.Array,
+        *,
+        train: bool,
+        rngs: Mapping[str, jax.Array] = NO_KEYS,
+    ) -> tuple[Any, Mapping[str, Any]]:
+        streams, given = own_streams, variables.get("batch_stats", {})
+        if train and streams:
+            if "dropout" not in rngs:
+                raise ValueError(
+                    f"{type(model).__name__} draws random numbers in training, but "
+                    'rngs has no "dropout"; pass rngs={"dropout": key}'
+                )
+            streams = _reseeded(streams, rngs["dropout"])
+        module = nnx.merge(graph, variables["params"], streams, given)
+        (module.train if train else module.eval)()
+        outputs = module(images, train=train) if takes_train else module(images)
+        return outputs, _split(module)[3] if train else given
+
+    return apply, {"params": params, "batch_stats": state}

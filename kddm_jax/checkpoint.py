@@ -1,9 +1,10 @@
 """Saves, verifies and restores checkpoints, which are complete or absent.
 
-A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), ``meta.json``, and
-``manifest.json`` with the SHA-256 of every other file.  It is written under another
-name and renamed last, so that a killed save leaves nothing that looks like a
-checkpoint.  Older checkpoints are removed after that; they, too, are renamed first.
+A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), those without any
+element (``empty.json``), ``meta.json``, and ``manifest.json`` with the SHA-256 of every
+other file.  It is written under another name and renamed last, so that a killed save
+leaves nothing that looks like a checkpoint.  Older checkpoints are removed after that,
+and are renamed first, too.
 """
 
 import contextlib
@@ -18,9 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flax.serialization
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax.extras import extra
@@ -28,7 +29,8 @@ from kddm_jax.extras import extra
 Arrays = dict[str, Any]  # nested by module, NumPy arrays at the end
 Tree = TypeVar("Tree")  # any PyTree, the same out as in
 
-_ARRAYS, _META, _MANIFEST = "arrays", "meta.json", "manifest.json"
+_ARRAYS, _EMPTY, _META = "arrays", "empty.json", "meta.json"
+_MANIFEST = "manifest.json"
 
 
 class CheckpointError(Exception):
@@ -54,6 +56,34 @@ def _steps(folder):
     )
 
 
+def _named(tree: object) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """Lists path and leaf by the names on the path, of keys, fields and positions."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        leaves[parts or ("value",)] = path, leaf
+    return leaves
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+
+
+def _on_host(target: Path, name: tuple[str, ...], leaf: Any) -> np.ndarray:
+    """Copies a leaf to the host, or refuses what is no array of numbers."""
+    array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        kind = f"array of {array.dtype}" if np.ndim(leaf) else type(leaf).__name__
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: {'/'.join(name)} is no array of "
+            f"numbers, but {kind}; keep text in meta, and the rest out of the tree (of "
+            "an Equinox module save eqx.filter(module, eqx.is_array))"
+        )
+    return array
+
+
 def save(
     folder: Path, step: int, tree: object, meta: Mapping[str, object], *, keep: int = 2
 ) -> Path:
@@ -64,7 +94,8 @@ def save(
     Args:
       folder: folder of a run's checkpoints; made if absent.
       step: number in the checkpoint's name; an existing one of that step is replaced.
-      tree: arrays of any PyTree that ``flax.serialization`` knows.
+      tree: arrays and numbers in any PyTree: dictionaries, dataclasses, a `TrainState`,
+        an NNX module or its state, the arrays of an Equinox module.
       meta: record that JSON can hold.
       keep: number of checkpoints to keep, including this one.  Checkpoints of later
         steps do not count: a run that resumed before them found them damaged.
@@ -73,22 +104,39 @@ def save(
       The checkpoint's folder.
 
     Raises:
-      CheckpointError: the files cannot be written; earlier checkpoints are intact.
+      CheckpointError: a leaf is no array of numbers, ``meta`` no JSON, or the files
+        cannot be written; earlier checkpoints are intact.
       ValueError: ``keep < 1``.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     target = Path(folder).absolute() / f"step-{step:08d}"
     partial, aside = (target.with_suffix(f".{s}") for s in ("partial", "old.partial"))
-    host = jax.tree.map(np.asarray, flax.serialization.to_state_dict(tree))
+    host = {name: _on_host(target, name, a) for name, (_, a) in _named(tree).items()}
+    full = {name: array for name, array in host.items() if array.size}
+    arrays = flax.traverse_util.unflatten_dict(full)
+    empty = [
+        {"name": name, "dtype": a.dtype.name, "shape": a.shape}
+        for name, a in host.items()
+        if not a.size
+    ]
+    try:
+        record = json.dumps(dict(meta), indent=1)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: meta: {error}; keep arrays in the tree"
+        ) from error
     checkpointer = _checkpointer()
     try:
         _remove_partial(target.parent)  # remains of killed saves
         partial.mkdir(parents=True)
-        _check_space(partial, host)
-        with _silent("absl"):
-            checkpointer.save(partial / _ARRAYS, host)
-        (partial / _META).write_text(json.dumps(dict(meta), indent=1))
+        _check_space(partial, arrays)
+        if arrays:
+            with _silent("absl"):
+                checkpointer.save(partial / _ARRAYS, arrays)
+        if empty:  # Orbax does not know them
+            (partial / _EMPTY).write_text(json.dumps(empty))
+        (partial / _META).write_text(record)
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
         if target.exists():  # none has the name between the two renames
@@ -100,9 +148,11 @@ def save(
             aside.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2]
+        of_disk = isinstance(error, OSError) or "OS error" in str(error)
+        cure = "free space or choose another folder"
+        cure = cure if of_disk else "save arrays of the dtypes of JAX"
         raise CheckpointError(
-            f"cannot write checkpoint {target}: {reason}; "
-            "free space or choose another folder"
+            f"cannot write checkpoint {target}: {reason}; {cure}"
         ) from error
     for old in [path for path in _steps(target.parent) if path <= target][keep:]:
         with contextlib.suppress(OSError):  # half removed, it would look damaged
@@ -273,7 +323,14 @@ def restore_arrays(path: Path) -> tuple[Arrays, dict[str, object]]:
     """
     meta = read_meta(path)
     verify(path)
-    arrays = _checkpointer().restore(Path(path).absolute() / _ARRAYS)
+    path, arrays = Path(path).absolute(), {}
+    if (path / _ARRAYS).exists():
+        arrays = _checkpointer().restore(path / _ARRAYS)
+    if (path / _EMPTY).exists():
+        flat: Any = flax.traverse_util.flatten_dict(arrays, keep_empty_nodes=True)
+        for one in json.loads((path / _EMPTY).read_text()):
+            flat[tuple(one["name"])] = np.zeros(one["shape"], jnp.dtype(one["dtype"]))
+        arrays = flax.traverse_util.unflatten_dict(flat)
     return arrays, meta
 
 
@@ -286,39 +343,34 @@ def match(path: Path, arrays: Mapping[str, object], like: Tree) -> Tree:
       like: a tree of the wanted structure and shapes.
 
     Returns:
-      The tree, its arrays on the host.
+      The tree, its arrays on the host, its keys of `jax.random` on the device.
 
     Raises:
       CheckpointError: the structure or a shape differs.
     """
-    names = lambda tree: set(flax.traverse_util.flatten_dict(tree, sep="/"))
-    wanted, found = names(flax.serialization.to_state_dict(like)), names(arrays)
-    for name in sorted(wanted ^ found):
+    wanted, found = _named(like), _named(arrays)
+    for name in sorted(wanted.keys() ^ found.keys()):
         raise CheckpointError(
-            f"checkpoint {path} is of another model: {name} is "
+            f"checkpoint {path} is of another model: {'/'.join(name)} is "
             f"{'missing' if name in wanted else 'not expected'}; "
             "choose the model that it was made by"
         )
-    try:
-        tree: Any = flax.serialization.from_state_dict(like, dict(arrays))
-        differing = [
-            f"{jax.tree_util.keystr(key)} has shape {list(np.shape(a))}, "
-            f"expected {list(np.shape(b))}"
-            for (key, a), b in zip(
-                jax.tree_util.tree_leaves_with_path(tree),
-                jax.tree.leaves(like),
-                strict=True,
+    leaves = []
+    for name, (place, expected) in wanted.items():
+        _, leaf = found[name]
+        shape = np.shape(expected)
+        if _is_key(expected):  # its numbers have an axis more
+            shape = jax.eval_shape(jax.random.key_data, expected).shape
+        if np.shape(leaf) != shape:
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: "
+                f"{jax.tree_util.keystr(place)} has shape {list(np.shape(leaf))}, "
+                f"expected {list(shape)}; choose the model that it was made by"
             )
-            if np.shape(a) != np.shape(b)
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        tree, differing = like, [" ".join(str(error).split())[:200]]
-    if differing:
-        raise CheckpointError(
-            f"checkpoint {path} is of another model: {differing[0]}; "
-            "choose the model that it was made by"
-        )
-    return tree
+        if _is_key(expected):
+            leaf = jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(expected))
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def restore(path: Path, like: Tree) -> tuple[Tree, dict[str, object]]:

@@ -14,7 +14,6 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from kddm_jax.distances import (
@@ -37,6 +36,12 @@ from kddm_jax.numerics.devices import (
 from kddm_jax.numerics.linalg import constant
 from kddm_jax.numerics.normalization import check_normalization, normalize
 from kddm_jax.numerics.positions import POSITIONS, as_matrices
+from kddm_jax.numerics.targets import (
+    check_targets,
+    class_labels,
+    cross_entropy,
+    is_soft,
+)
 
 Features = jax.Array | Mapping[str, jax.Array]
 NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
@@ -170,34 +175,6 @@ def _check_options(distance, options):
             "own; write Term(..., options={...})"
         )
     hashable_options({name: o for name, o in options.items() if np.ndim(o)})
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    r"""Computes the mean cross-entropy of the labelled samples.
-
-    .. math:: -\frac1n \sum_i \log \mathrm{softmax}(s_i)_{y_i}
-
-    Args:
-      logits: shape ``[n, k]``.
-      labels: int, shape ``[n]``; samples with a negative label have no part, whatever
-        their logits are.
-
-    Returns:
-      Scalar, in nats.
-
-    Examples:
-      >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]))  # log 4
-      Array(1.386, dtype=float32)
-    """
-    double = logits.dtype == jnp.float64
-    logits = logits.astype(jnp.float64 if double else jnp.float32)
-    valid = labels >= 0
-    (logits,) = masks.zeroed(valid, logits)
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(valid, labels, 0)
-    )
-    count = jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
-    return jnp.sum(jnp.where(valid, losses, 0)) / count
 
 
 DEFAULT_LAYER = "features"
@@ -356,9 +333,12 @@ def _check_arrays(student_logits, labels, mask, num_classes):
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     n, k = student_logits.shape
-    mask = masks.check_mask(mask, n)
-    labels = with_mask(jnp.asarray(labels), mask)
-    check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
+    mask, labels = masks.check_mask(mask, n), jnp.asarray(labels)
+    if is_soft(labels):
+        (labels,) = masks.zeroed(mask, check_targets(labels, n, k))
+    else:
+        labels = with_mask(labels, mask)
+        check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
     return labels, mask
 
 
@@ -405,7 +385,9 @@ def distill_loss(
         without layers compares ``"features"``; see `Term` for maps and tokens.
       teacher_features: the same of the teacher, of the same images.
       labels: int, ``[n]``; samples with a negative label have no part in the
-        cross-entropy and in distances that take labels; other distances use them.
+        cross-entropy and in distances that take labels; other distances use them.  Or
+        float, ``[n, k]``, a probability for each class: distances that take labels use
+        the largest one's class, and a row of zeros is no label.
       student_logits: ``[n, k]``.
       teacher_logits: ``[n, k]``; needed by distances of predictions only.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
@@ -464,27 +446,31 @@ def distill_loss(
     labels, mask = _check_arrays(student_logits, labels, mask, num_classes)
     (student_logits,) = masks.zeroed(mask, student_logits)
     n = student_logits.shape[0]
+    soft = {"targets": labels} if is_soft(labels) else {}
+    labels = class_labels(labels)
 
     local = {
         "mask": mask,
         "student": _compared(student_features, terms, "student", n),
         "teacher": _compared(teacher_features, terms, "teacher", n),
-        "labels": jnp.asarray(labels),
+        "labels": labels,
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
+        **soft,
     }
     for name in ("teacher", "teacher_logits"):
         local[name] = jax.tree.map(constant, local[name])
     groups = groups_of(axis_name, group_size)
     gathered = whole = gather(local, axis_name, groups)
     if groups is not None:
-        names = ("student_logits", "labels")
+        names = ("student_logits", "labels", *soft)
         whole = gather({name: local[name] for name in names}, axis_name)
     alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
     alike = jax.tree.map(unsharded, alike)
 
     loss_of_task = cross_entropy if task is None else task
-    value = loss_of_task(whole["student_logits"], whole["labels"])
+    targets = whole["targets"] if soft else whole["labels"]
+    value = loss_of_task(whole["student_logits"], targets)
     _check_scalar("task", value)
     loss, results, weighted = task_weight * value, {"task": value}, []
     for term in terms:

@@ -27,21 +27,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.distances import Distance
-from kddm_jax.losses import NOTHING, Term, distill_loss
+from kddm_jax.losses import NOTHING, Term
 from kddm_jax.numerics.batches import call, check_leaf, count_samples, layers_of
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
 from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import accuracy_of, average_state
 from kddm_jax.numerics.gradients import all_finite, gradients
 from kddm_jax.numerics.promotion import implicit_promotion
+from kddm_jax.numerics.targets import class_labels
+from kddm_jax.teachers import check_teachers, loss_of, rngs_for, seen, teach
 
 Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
 Metrics = dict[str, jax.Array]
 Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
 Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm] # a class
 AXIS = "batch"
-# Folded into a step's key; positions of images, which are folded in, too, are smaller.
-DROPOUT = np.uint32(2**32 - 1)
 
 
 class Outputs(Protocol):
@@ -54,6 +54,7 @@ class Outputs(Protocol):
 
 ApplyFn = Callable[..., tuple[Outputs, Variables]]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Teaching = str | Distance | Callable[..., jax.Array] | Term | Sequence[Term]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -121,24 +122,28 @@ def _augment_batch(augment, key, images, axis_name):
     return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
-def _rngs_for(apply, key, axis_name):
-    """The keyword argument ``rngs`` where an apply function takes it; else none.
-
-    Without a key it is empty.  Every device has keys of its own.
-    """
-    if "rngs" not in inspect.signature(apply).parameters:
-        return {}
-    if key is None:
-        return {"rngs": {}}
-    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-    key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), device)
-    return {"rngs": {"dropout": key}}
+def _updates(tx, grads, opt_state, params, loss):
+    """The optimiser's updates and next state; it gets the loss if it takes it."""
+    takes = inspect.signature(tx.update).parameters
+    whatever = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    given = {"value": loss} if whatever or "value" in takes else {}
+    try:
+        return tx.update(grads, opt_state, params, **given)
+    except TypeError as error:
+        _, missing, names = str(error).partition("required keyword-only argument")
+        if not missing:
+            raise
+        raise ValueError(
+            f"tx needs {names.partition(':')[2].strip()}, which a step does not have "
+            "(line searches, for one, evaluate the loss again); choose an optimizer "
+            "that needs the gradient and the loss only"
+        ) from error
 
 
 def _update(tx, state, batch_stats, loss, grads):
     """The next state, or the old one where loss or gradient is not finite."""
     with implicit_promotion():  # for the optimiser
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        updates, opt_state = _updates(tx, grads, state.opt_state, state.params, loss)
     new = state.replace(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
@@ -149,37 +154,13 @@ def _update(tx, state, batch_stats, loss, grads):
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), finite
 
 
-def _check_teacher(teacher_apply, distance):
-    """Answers what can be wrong with a teacher before anything is traced."""
-    if isinstance(teacher_apply, Mapping) or isinstance(distance, Mapping):
-        raise ValueError(
-            "several teachers are not available yet; pass one apply function as "
-            "teacher_apply, and Terms as distance"
-        )
-    alone = isinstance(distance, Sequence) and len(distance) == 0
-    if teacher_apply is None and not alone:
-        raise ValueError(
-            f"teacher_apply is None, but distance is {distance!r}; "
-            "pass the teacher's apply function, or distance=()"
-        )
-
-
-def _taught(teacher_apply, variables, inputs, axis_name):
-    """The teacher's layers and logits; nothing without a teacher."""
-    if teacher_apply is None:
-        return {}, None
-    rngs = _rngs_for(teacher_apply, None, axis_name)
-    outputs, _ = call(teacher_apply, variables, inputs, train=False, **rngs)
-    return layers_of(outputs), outputs.logits
-
-
 def make_train_step(
     student_apply: ApplyFn,
-    teacher_apply: ApplyFn | None,
+    teacher_apply: ApplyFn | Mapping[str, ApplyFn] | None,
     tx: optax.GradientTransformation,
     *,
     augment: Augment,
-    distance: str | Distance | Callable[..., jax.Array] | Term | Sequence[Term] = (),
+    distance: Teaching | Mapping[str, Teaching] = (),
     weight: float | jax.Array | None = None,
     weight_schedule: Callable[[jax.Array], jax.Array] | None = None,
     head: Sequence[str] | None = None,
@@ -191,8 +172,10 @@ def make_train_step(
     Args:
       student_apply: of the network that is trained.
       teacher_apply: of the fixed one; None trains on labels alone (then ``distance``
-        must be ``()``).
-      tx: the optimiser.
+        must be ``()``).  A mapping holds several teachers by name; ``distance`` and the
+        step's ``teacher_variables`` and ``teacher_data`` are then mappings, too, and
+        terms are called ``"teacher:term"``.
+      tx: the optimiser, of optax; it gets the loss as ``value`` if it takes that.
       augment: ``(key, image) -> float image`` of one uint8 image; student and teacher
         see the same one.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
@@ -207,25 +190,24 @@ def make_train_step(
 
     Returns:
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
-      (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, labels int ``[b]``, this
-      device's share, ``teacher_data`` and ``mask`` as in `distill_loss`.  Metrics are
+      (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, this device's share;
+      labels, ``teacher_data`` and ``mask`` are as in `distill_loss`.  Metrics are
       scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the global
       batch's labelled images before the update, ``finite`` (loss and gradient; if not,
       the old state is returned), and with a teacher ``teacher_finite``.
 
     Raises:
-      ValueError: a distance without a teacher; several teachers; an unknown module in
-        ``head``, when the step is traced.
+      ValueError: a distance without a teacher; teachers and distances of other names;
+        an unknown module in ``head``, when the step is traced.
     """
-    _check_teacher(teacher_apply, distance)
+    check_teachers(teacher_apply, distance)
     options = dict[str, Any](loss_options)
-    tx = optax.with_extra_args_support(tx)
 
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING, mask=None):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = _augment_batch(augment, key, images, axis_name)
         labels = jnp.asarray(labels)
-        guide = _taught(teacher_apply, teacher_variables, inputs, axis_name)
+        guide = teach(teacher_apply, teacher_variables, inputs)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
             with implicit_promotion():
@@ -233,14 +215,13 @@ def make_train_step(
 
         def forward(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
-            rngs = _rngs_for(student_apply, key, axis_name)
+            rngs = rngs_for(student_apply, key, axis_name)
             outputs, new = call(student_apply, variables, inputs, train=True, **rngs)
             return (outputs.logits, layers_of(outputs)), new
 
         def objective(outputs):
-            logits, layers = outputs
-            return distill_loss(
-                *(layers, guide[0], labels, logits, guide[1]),
+            return loss_of(
+                *(outputs, guide, labels),
                 distance=distance,
                 weight=lam,
                 teacher_data=teacher_data,
@@ -258,11 +239,11 @@ def make_train_step(
             grads = jax.lax.pmean(grads, axis_name)
             batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
-        accuracy = accuracy_of(logits, with_mask(labels, mask), axis_name)
+        classes = with_mask(class_labels(labels), mask)
+        accuracy = accuracy_of(logits, classes, axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         if teacher_apply is not None:
-            taught = guide[0]["features"], guide[1]
-            metrics["teacher_finite"] = all_finite(taught, axis_name)
+            metrics["teacher_finite"] = all_finite(seen(guide), axis_name)
         return new, metrics
 
     return step
@@ -349,7 +330,8 @@ def make_eval_step(
 
     def evaluate(variables, images, labels):
         labels = check_labels(labels, count_samples(images))
-        outputs, _ = call(apply, variables, jax.vmap(normalize)(images), train=False)
+        inputs, rngs = jax.vmap(normalize)(images), rngs_for(apply, None, axis_name)
+        outputs, _ = call(apply, variables, inputs, train=False, **rngs)
         valid = labels >= 0
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(
             outputs.logits, jnp.where(valid, labels, 0)

@@ -7,14 +7,18 @@ import shutil
 from pathlib import Path
 
 import chex
+import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import kddm_jax
 from kddm_jax import checkpoint, train_step
+from kddm_jax.adapters import nnx_apply
 from kddm_jax.checkpoint import CheckpointError
 
 
@@ -117,6 +121,113 @@ def test_empty_tree_of_statistics(tmp_path):
     state = make_state().replace(batch_stats={})
     path = checkpoint.save(tmp_path, 1, state, {})
     assert_bit_equal(checkpoint.restore(path, state)[0], state)
+
+
+class NNXNet(nnx.Module):
+    """With a list, statistics, and random keys."""
+
+    def __init__(self, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+def mlp(seed=0):
+    module = eqx.nn.MLP(2, 2, 3, depth=1, key=jax.random.key(seed))
+    return eqx.filter(module, eqx.is_array)
+
+
+# Trees by seed; the arrays of two seeds differ.
+TREES = {
+    "NNX module": NNXNet,
+    "state of an NNX module": lambda seed: nnx.state(NNXNet(seed)),
+    "variables of nnx_apply": lambda seed: nnx_apply(NNXNet(seed))[1],
+    "train state of an NNX module": lambda seed: train_step.create_state(
+        nnx_apply(NNXNet(seed))[1], optax.adam(0.1), seed=seed
+    ),
+    "Equinox module": mlp,
+    "Equinox module and optimizer": lambda seed: (
+        mlp(seed),
+        optax.adam(0.1).init(mlp(seed)),
+    ),
+    "FrozenDict": lambda seed: flax.core.freeze({"a": {"b": jnp.full(2, seed)}}),
+    "keys": lambda seed: {
+        "one": jax.random.key(seed),
+        "many": jax.random.split(jax.random.key(seed), 3),
+        "other": jax.random.key(seed, impl="rbg"),
+        "old": jax.random.PRNGKey(seed),
+    },
+    "noise of an optimizer": lambda seed: optax.add_noise(
+        0.1, 0.5, jax.random.key(seed)
+    ).init({"a": jnp.full(2, seed)}),
+    "empty arrays": lambda seed: {
+        "a": jnp.zeros((0, 3), jnp.bfloat16),
+        "b": {"c": np.zeros(0, bool), "d": jnp.full(2, seed)},
+    },
+    "only empty arrays": lambda seed: {"a": jnp.zeros((0, 3))},
+    "nothing": lambda seed: {"a": (), "b": None},
+    "one array": lambda seed: jnp.full(2, seed),
+    "numbers": lambda seed: [seed, 0.5 * seed, seed > 0, np.float32(seed), None],
+    "names": lambda seed: {"a/b": seed, "a.b": seed, "": seed, "a b": (seed,)},
+    "dtypes": lambda seed: {
+        name: jnp.full(2, seed, name)
+        for name in ("bfloat16", "float8_e4m3fn", "int4", "complex64", "float16")
+    },
+}
+
+
+def plain(tree):
+    """The tree with the numbers of its keys, NumPy arrays at the end."""
+    is_key = lambda a: (
+        isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    )
+    data = lambda a: jax.random.key_data(a) if is_key(a) else a
+    return jax.tree.map(lambda a: np.asarray(data(a)), jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_of_any_kind(name, tmp_path):
+    tree, like = TREES[name](1), TREES[name](0)
+    path = checkpoint.save(tmp_path, 1, tree, {})
+    restored, _ = checkpoint.restore(path, like)
+    assert jax.tree.structure(restored) == jax.tree.structure(like)
+    assert_bit_equal(plain(restored), plain(tree))
+    for leaf, old in zip(*map(jax.tree.leaves, (restored, tree)), strict=True):
+        assert jnp.result_type(leaf) == jnp.result_type(old)  # keys are keys again
+
+
+# A tree, and what the message must say.
+REFUSED = {
+    "text": ({"a": {"b": "x"}, "c": 1}, "a/b is no array of numbers, but str"),
+    "bytes": ({"a": b"x"}, "a is no array of numbers, but bytes"),
+    "function": ([1, jax.nn.relu], "1 is no array of numbers, but custom_jvp"),
+    "object": ({"a": np.array([None])}, "a is no array of numbers, but array of obj"),
+    "texts": ({"a": np.array(["x"])}, "a is no array of numbers, but array of <U1"),
+    "date": ({"a": np.array("2020", "M8[D]")}, "a is no array of numbers"),
+}
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "Equinox", "meta"])
+def test_what_is_no_array_is_named(name, tmp_path):
+    tree, message = REFUSED.get(name, ({"a": jnp.zeros(1)}, "meta: .*not JSON"))
+    if name == "Equinox":
+        tree = {"net": eqx.nn.MLP(2, 2, 3, depth=1, key=jax.random.key(0))}
+        message = r"net/activation is no array .*eqx.filter\(module, eqx.is_array\)"
+    checkpoint.save(tmp_path, 1, {"a": jnp.zeros(1)}, {})
+    meta = {"array": np.zeros(2)} if name == "meta" else {}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.save(tmp_path, 2, tree, meta)
+    assert "space" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_keys_of_another_kind_are_refused(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"a": jax.random.key(0)}, {})
+    for like, shape in ((jax.random.key(0, impl="rbg"), 4), (jnp.zeros(3), 3)):
+        with pytest.raises(CheckpointError, match=rf"\[2\], expected \[{shape}\]"):
+            checkpoint.restore(path, {"a": like})
 
 
 def test_restore_arrays_needs_no_structure(one):

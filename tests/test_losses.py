@@ -898,7 +898,7 @@ MESSAGES = {
         r"must return a scalar, got shape \[6\]",
     ),
     "labels": (
-        {"labels": jax.nn.one_hot(LABELS, K)},
+        {"labels": jax.nn.one_hot(LABELS, K, dtype=int)},
         r"labels must have shape \[n\]=\[16\], got \[16, 4\]; pass argmax",
     ),
     "labels in a column": (

@@ -586,7 +586,10 @@ def test_rngs_are_passed_through_projectors():
     images = jax.random.normal(jax.random.key(2), (2, SIDE, SIDE, 1))
     takes = lambda fn: "rngs" in inspect.signature(fn).parameters
     assert takes(projected)
-    assert not takes(projected_apply(STUDENT_APPLY, {}))
+    plain = lambda variables, images, *, train: STUDENT_APPLY(
+        variables, images, train=train
+    )
+    assert not takes(projected_apply(plain, {}))
     one, other = (
         projected(STUDENT, images, train=True, rngs={"dropout": jax.random.key(seed)})
         for seed in (0, 1)
@@ -706,14 +709,6 @@ def test_a_distance_needs_a_teacher(distance):
 def test_create_state_refuses_a_weight(weight):
     with pytest.raises(ValueError, match="weight must be a number >= 0, got"):
         create_state(STUDENT, TX, weight=weight)
-
-
-def test_several_teachers_are_refused_for_now():
-    for options in ({"teacher_apply": {"a": TEACHER_APPLY}}, {"distance": {"a": ()}}):
-        options = {"teacher_apply": TEACHER_APPLY, "distance": "l2", **options}
-        teacher = options.pop("teacher_apply")
-        with pytest.raises(ValueError, match="several teachers are not available yet"):
-            make_train_step(STUDENT_APPLY, teacher, TX, augment=AUGMENT, **options)
 
 
 @pytest.mark.parametrize("head", [None, ("head",)])

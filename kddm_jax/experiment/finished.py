@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax import linen as nn
-
 from kddm_jax import checkpoint
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import change, from_json
-from kddm_jax.experiment.training import problems, runs
+from kddm_jax.experiment.training import models, problems, runs
 from kddm_jax.experiment.training.teacher import Source, find_teacher, variables_of
 
 
@@ -32,7 +30,7 @@ class Finished:
     results: dict[str, Any]
     teacher: Source
 
-    def student(self, name: str, seed: int) -> tuple[nn.Module, object]:
+    def student(self, name: str, seed: int) -> tuple[models.Network, object]:
         """Loads a student.
 
         Args:

@@ -79,7 +79,8 @@ class Networks:
     teacher_model: str = "ResNet34"
     """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
     module:function. The function is called with num_classes and, if it takes them,
-    stem, width, dtype and axis_name."""
+    stem, width, dtype and axis_name, and gives a Linen module, or with rngs an NNX
+    module."""
     student_model: str = "ResNet18"
     """The same for the student."""
     pretrained_teacher: Path | None = None

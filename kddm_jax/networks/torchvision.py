@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax import adapters, resnet
+from kddm_jax.networks.names import COUNTER, torchvision_names
 from kddm_jax.networks.projectors import without_projectors
 
 Tensors = Mapping[str, np.ndarray]
@@ -29,7 +30,6 @@ NAMED = {
     model.blocks: model.__name__
     for model in (resnet.ResNet9, resnet.ResNet18, resnet.ResNet34)
 }
-_COUNTER = "num_batches_tracked"
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -51,7 +51,7 @@ class Architecture(NamedTuple):
       stem: "imagenet" for a 7x7 first convolution, "cifar" for 3x3.  Weights do not
         say if a max pooling follows; after 3x3 it is assumed to be left out.
       width: channels of the first stage.
-      num_classes: number of logits.
+      num_classes: number of logits; 0 for weights without a head.
       channels: number of channels of the images.
     """
 
@@ -68,13 +68,19 @@ class Architecture(NamedTuple):
 
     def __str__(self) -> str:
         """Describes the network in words."""
+        head = f"{self.num_classes} classes" if self.num_classes else "no head"
         return (
             f"{self.name}, width {self.width}, {self.stem} stem, "
-            f"{self.channels} channels, {self.num_classes} classes"
+            f"{self.channels} channels, {head}"
         )
 
     def model(self) -> resnet.ResNet:
-        """Makes the network, in float32."""
+        """Makes the network, in float32; it needs a head."""
+        if not self.num_classes:
+            raise WeightsError(
+                "these weights have no head; add one by "
+                "kddm_jax.networks.surgery.replace_head"
+            )
         return resnet.ResNet(
             num_classes=self.num_classes,
             stem=self.stem,
@@ -85,7 +91,11 @@ class Architecture(NamedTuple):
     def shapes(self) -> Variables:
         """Returns the shapes of the variables as `jax.ShapeDtypeStruct`."""
         images = jax.ShapeDtypeStruct((1, 32, 32, self.channels), jnp.float32)
-        return jax.eval_shape(self.model().init, jax.random.key(0), images)
+        model = self._replace(num_classes=self.num_classes or 1).model()
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+        if not self.num_classes:
+            del shapes["params"]["fc"]
+        return shapes
 
 
 def _torch_layout(shape: Sequence[int]) -> tuple[int, ...]:
@@ -121,7 +131,10 @@ def _expected(found: Architecture) -> dict[str, tuple[tuple[str, ...], tuple]]:
 
 def _find(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Recognises the network by the names of tensors, the stem and the head."""
+    has_head = "fc.weight" in shapes or "fc.bias" in shapes
     for name, rank in (("conv1.weight", 4), ("fc.weight", 2)):
+        if name == "fc.weight" and not has_head:
+            continue
         shape = shapes.get(name, ())
         if len(shape) != rank or 0 in shape:
             some = ", ".join(sorted(shapes)[:3]) or "nothing"
@@ -152,7 +165,7 @@ def _find(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         blocks=tuple(max(count, 1) for count in counts),
         stem=stems[tuple(kernel)],
         width=width,
-        num_classes=shapes["fc.weight"][0],
+        num_classes=shapes["fc.weight"][0] if has_head else 0,
         channels=channels,
     )
 
@@ -180,13 +193,12 @@ def _check(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
 
 def _plain_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Removes BatchNorm's counters, and a prefix that all names have."""
-    kept = {k: v for k, v in tensors.items() if not k.endswith(_COUNTER)}
-    first = min((k for k in kept if k.endswith("conv1.weight")), key=len, default="")
-    prefix = first.removesuffix("conv1.weight")  # DataParallel's "module."
-    if not all(name.startswith(prefix) for name in kept):
-        return kept
-    return {name.removeprefix(prefix): value for name, value in kept.items()}
+    """Gives the network's tensors by torchvision's names."""
+    try:
+        known = torchvision_names(tensors)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+    return {known[name]: tensors[name] for name in known}
 
 
 def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
@@ -205,20 +217,21 @@ def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
 def from_torchvision(tensors: Tensors) -> dict[str, dict[str, Any]]:
     """Turns the tensors of a torchvision ResNet into variables.
 
-    BatchNorm's ``num_batches_tracked`` is left out, and so is a prefix that all names
-    have, such as ``module.``.
+    Names of other libraries are translated, and what surrounds the network is left
+    out, see `kddm_jax.networks.names`.
 
     Args:
-      tensors: tensors by torchvision's name, of any floating dtype, such as a
-        ``state_dict()`` on the CPU.
+      tensors: tensors by name, of any floating dtype, such as a ``state_dict()`` on the
+        CPU.
 
     Returns:
       ``{"params": ..., "batch_stats": ...}``, nested dictionaries of float32 NumPy
-      arrays; `architecture` finds their network.
+      arrays, without ``params/fc`` if there is no head; `architecture` finds their
+      network.
 
     Raises:
-      WeightsError: a tensor is missing, not expected, misshaped, not floating point
-        or not finite.
+      WeightsError: there are several networks, or a tensor is missing, not expected,
+        misshaped, not floating point or not finite.
 
     Examples:
       >>> shapes = Architecture(width=4, num_classes=5).shapes()
@@ -272,7 +285,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
         tensors[name] = np.array(_float32(name, transposed), order="C")
     _check({name: tensor.shape for name, tensor in tensors.items()})
     norms = [name for name in tensors if name.endswith("running_var")]
-    counters = [name.replace("running_var", _COUNTER) for name in norms]
+    counters = [name.replace("running_var", COUNTER) for name in norms]
     return {**tensors, **{name: np.zeros((), np.int64) for name in counters}}
 
 

@@ -1,7 +1,8 @@
 """Reads and writes files of ResNet weights, and converts them.
 
 Files end in ``.safetensors``, ``.npz``, or ``.pth`` (``.pt``) and hold tensors under
-torchvision's names (`kddm_jax.networks.torchvision`). ``.pth`` needs PyTorch and is
+names of torchvision, timm, transformers or kuangliu (`kddm_jax.networks.names`).
+``.pth`` needs PyTorch and is
 read without running any code that it holds; ``.safetensors`` needs the extra
 ``experiments``. Checkpoints of runs are read and written, too.
 
@@ -86,6 +87,18 @@ def _read_npz(path: Path) -> Tensors:
     return tensors
 
 
+# As training scripts save it, beside epochs and optimizers.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+
+
+def _unwrapped(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Finds the state_dict in what a training script has saved."""
+    for key in _WRAPPERS:
+        if isinstance(loaded.get(key), Mapping):
+            return _unwrapped(loaded[key])
+    return loaded
+
+
 def _read_torch(path: Path) -> Tensors:
     torch = _torch(path.suffix)
 
@@ -95,9 +108,8 @@ def _read_torch(path: Path) -> Tensors:
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model"):  # as training scripts save it
-            loaded = loaded.get(key, loaded)
-        return {name: as_array(tensor) for name, tensor in loaded.items()}
+        tensors = _unwrapped(loaded).items()
+        return {name: as_array(tensor) for name, tensor in tensors}
     except Exception as error:  # torch's, pickle's, zipfile's; of no tensors, too
         raise WeightsError(
             "damaged, or more than tensors; in PyTorch save model.state_dict() alone"

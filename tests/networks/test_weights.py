@@ -232,7 +232,7 @@ MISTAKES = {
     ),
     "rank": (with_tensor("conv1.weight", (4,)), ["4-d", "conv1.weight", "[4]"]),
     "empty": (with_tensor("conv1.weight", (0, 3, 7, 7)), ["[0, 3, 7, 7]"]),
-    "no head": (without("fc.weight"), ["2-d", "fc.weight", "bn1.bias", "ResNet18"]),
+    "half a head": (without("fc.weight"), ["2-d", "fc.weight", "bn1.bias", "ResNet18"]),
     "nothing": (dict.clear, ["conv1.weight", "nothing", "torchvision"]),
     "kernel": (with_tensor("conv1.weight", (4, 3, 5, 5)), ["[5, 5]", "3x3 or 7x7"]),
     "bottleneck": (with_tensor("layer1.0.conv3.weight"), ["conv3", "ResNet50"]),
@@ -477,7 +477,7 @@ UNREADABLE = {
     "nothing": (damaged("a.safetensors", b""), ["a.safetensors: damaged"]),
     "text": (damaged("a.npz", b"<html>"), ["a.npz: damaged, or no .npz"]),
     "lone array": (lone_array, ["one.npz: damaged, or no .npz"]),
-    "another network": (other_network, ["other.npz: the 2-d tensor fc.weight"]),
+    "another network": (other_network, ["other.npz: tensor bn1.bias is missing"]),
 }
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import linen as nn
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
-from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training import methods, models, runs
 from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.teacher import Teacher, variables_of
@@ -94,7 +93,7 @@ def _as_json(points):
 class Network(NamedTuple):
     """A network, as `features_of` takes it."""
 
-    model: nn.Module
+    model: models.Network
     variables: object
 
 

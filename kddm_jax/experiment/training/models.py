@@ -5,13 +5,17 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
+from kddm_jax import adapters
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.networks.mlp import StudentMLP, TeacherMLP
 from kddm_jax.networks.mobilenet import MobileNetV2
@@ -37,7 +41,7 @@ def load_module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _find(name: str):
+def _find(name: str) -> Callable[..., Any]:
     """Finds the function that builds a network."""
     if name in NETWORKS:
         return NETWORKS[name]
@@ -62,40 +66,91 @@ def source_digest(name: str) -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def build(name: str, **options: object) -> nn.Module:
+@dataclass(frozen=True)
+class NNXNetwork:
+    """An NNX module and how to make it anew; `init` is that of a Linen module.
+
+    Attributes:
+      make: function that takes the options and `rngs`, and gives an `nnx.Module`.
+      options: their values, as pairs.
+    """
+
+    make: Callable[..., nnx.Module]
+    options: tuple[tuple[str, object], ...]
+
+    def module(self, key: jax.Array) -> nnx.Module:
+        """Makes the module, with parameters drawn by a key."""
+        return self.make(**dict(self.options), rngs=nnx.Rngs(key))
+
+    def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
+        """Draws parameters and state."""
+        del images
+        return adapters.nnx_apply(self.module(key))[1]
+
+    def init_with_output(self, key: jax.Array, images: jax.Array) -> tuple:
+        """Draws parameters and state, and computes the outputs in evaluation."""
+        apply, variables = adapters.nnx_apply(self.module(key))
+        return apply(variables, images, train=False)[0], variables
+
+
+Network = nn.Module | NNXNetwork
+
+
+def network_apply(model: Network) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
+    """Turns a network into the apply function that the train step takes."""
+    if isinstance(model, nn.Module):
+        return adapters.linen_apply(model)
+    shapes = nnx.eval_shape(lambda: model.module(jax.random.key(0)))
+    return adapters.nnx_apply(shapes)[0]
+
+
+def build(name: str, **options: object) -> Network:
     """Builds a network.
 
     Args:
       name: a known name, or ``module:function``.  The function is called with those
         of the options that it has: ``num_classes``, which it must have, ``stem``,
-        ``width``, ``dtype``, ``axis_name``.
+        ``width``, ``dtype``, ``axis_name``; if it makes an NNX module, with ``rngs``.
       **options: their values.
 
     Returns:
-      A Linen module whose ``__call__(images, train=...)`` gives something with
-      ``logits``, ``features`` and ``maps``.
+      A Linen module whose ``__call__(images, train=...)``, or an `NNXNetwork` whose
+      ``__call__(images)``, gives something with ``logits``, ``features`` and ``maps``.
 
     Raises:
       UserError: there is no such function, it does not take ``num_classes``, refuses
         an option, or gives something else.
     """
     make = _find(name)
-    known = inspect.signature(make).parameters
+    is_nnx = isinstance(make, type) and issubclass(make, nnx.Module)
+    # The signature of the class itself is that of its metaclass.
+    known = inspect.signature(make.__init__ if is_nnx else make).parameters
     if "num_classes" not in known:
         raise UserError(f"model {name!r} does not take num_classes; add the argument")
+    given = {k: v for k, v in options.items() if k in known}
+    network: Any
     try:
-        model = make(**{k: v for k, v in options.items() if k in known})
+        if "rngs" in known:
+            network = NNXNetwork(make, tuple(given.items()))
+            made: Any = nnx.eval_shape(lambda: network.module(jax.random.key(0)))
+        else:
+            network = made = make(**given)
     except (TypeError, ValueError) as error:
         raise UserError(f"model {name!r}: {error}") from error
-    if not isinstance(model, nn.Module):
+    if isinstance(made, nnx.Module) and "rngs" not in known:
         raise UserError(
-            f"model {name!r} gives {type(model).__name__}, not a flax.linen.Module; "
-            "wrap yours in one"
+            f"model {name!r} gives an nnx.Module, but does not take rngs; add the "
+            "argument, by which each seed starts from parameters of its own"
         )
-    return model
+    if not isinstance(made, nn.Module | nnx.Module):
+        raise UserError(
+            f"model {name!r} gives {type(made).__name__}, not a flax.linen.Module or a "
+            "flax.nnx.Module; wrap yours in one"
+        )
+    return network
 
 
-def shapes(name: str, model: nn.Module, image: tuple[int, ...], batch: int):
+def shapes(name: str, model: Network, image: tuple[int, ...], batch: int):
     """Returns the shapes of a network's outputs for a batch, without computing them.
 
     Args:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from kddm_jax import adapters
+from kddm_jax.experiment.training import models
 from kddm_jax.experiment.training.problems import Problem
 
 WIDEST = 262_144  # features of a sample; larger maps are max-pooled, as in the paper
@@ -25,9 +24,9 @@ def _pool(maps, shape):
     return maps
 
 
-def program(problem: Problem, model: nn.Module, pick: Callable) -> Callable:
+def program(problem: Problem, model: models.Network, pick: Callable) -> Callable:
     """Compiles a network in evaluation, and a function ``pick`` of its outputs."""
-    apply = adapters.linen_apply(model)
+    apply = models.network_apply(model)
 
     def one(variables, images):
         normal = lambda image: problem.normalize(None, image)
@@ -75,7 +74,7 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(
-    problem: Problem, model: nn.Module, variables, images: np.ndarray
+    problem: Problem, model: models.Network, variables, images: np.ndarray
 ) -> Outputs:
     """Computes features and logits in evaluation; one program for each network."""
     key = ("features and logits", model)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from flax import linen as nn
 
 from kddm_jax import resnet
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.training import models
 from kddm_jax.networks import surgery, torchvision, weights
 
 
@@ -69,7 +69,7 @@ def _refuse(option, path, found, model, channels):
         )
 
 
-def load(option: str, path: Path, model: nn.Module, channels: int) -> Pretrained:
+def load(option: str, path: Path, model: models.Network, channels: int) -> Pretrained:
     """Reads a file for a network, and refuses one that does not fit.
 
     Args:
@@ -109,7 +109,9 @@ def load(option: str, path: Path, model: nn.Module, channels: int) -> Pretrained
     if found.channels != channels:
         changes.append("first convolution summed over the colours for grey images")
         variables = surgery.sum_channels(variables)
-    if found.num_classes != model.num_classes:
+    if not found.num_classes:
+        changes.append(f"no head: one is drawn for {model.num_classes} classes")
+    elif found.num_classes != model.num_classes:
         changes.append(
             f"{found.num_classes} classes: head replaced by one for {model.num_classes}"
         )

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from kddm_jax import adapters, data, train_step
+from kddm_jax import data, train_step
 from kddm_jax.data import augment, stream
 from kddm_jax.experiment.machine import processes, signals
 from kddm_jax.experiment.machine.errors import UserError
@@ -243,7 +242,7 @@ class Problem:
         del key
         return self.augment(None, image, train=False)
 
-    def model(self, name: str, width: int) -> nn.Module:
+    def model(self, name: str, width: int) -> models.Network:
         """Builds a network whose BatchNorm sees the global batch."""
         return models.build(
             name,
@@ -255,7 +254,7 @@ class Problem:
         )
 
     @property
-    def student(self) -> nn.Module:
+    def student(self) -> models.Network:
         """Builds the student's network."""
         networks = self.settings.networks
         return self.model(networks.student_model, networks.width)
@@ -266,7 +265,7 @@ class Problem:
         networks = self.settings.networks
         return networks.teacher_width or networks.width
 
-    def init(self, model: nn.Module, seed: int):
+    def init(self, model: models.Network, seed: int):
         """Initializes a network's variables, on the host."""
         key = ("init", model)
         if key not in self.programs:  # tracing and compiling it takes seconds
@@ -329,11 +328,11 @@ def _check_images(problem):
             )
 
 
-def evaluate(problem: Problem, model: nn.Module, variables) -> float:
+def evaluate(problem: Problem, model: models.Network, variables) -> float:
     """Measures the accuracy on the evaluation images, in percent."""
     if model not in problem.programs:
         step = train_step.make_eval_step(
-            adapters.linen_apply(model),
+            models.network_apply(model),
             normalize=lambda image: problem.normalize(None, image),
         )
         problem.programs[model] = train_step.parallel(

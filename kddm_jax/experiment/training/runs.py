@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
 
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
@@ -31,7 +30,7 @@ from kddm_jax.experiment.training.problems import Problem
 ALONE = ("teacher", "student")  # runs without a teacher
 
 
-def check_distances(problem: Problem, teacher: nn.Module) -> None:
+def check_distances(problem: Problem, teacher: models.Network) -> None:
     """Traces every method on the shapes to come, to find errors before any training."""
     settings = problem.settings
     image = problem.dataset.train_images.shape[1:]

@@ -8,17 +8,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.training import problems, runs, train
+from kddm_jax.experiment.training import models, problems, runs, train
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.networks.projectors import without_projectors
 
 
-def variables_of(problem: problems.Problem, path: Path, model: nn.Module):
+def variables_of(problem: problems.Problem, path: Path, model: models.Network):
     """Reads parameters and statistics of a run's checkpoint, without its optimizer."""
     arrays, _ = checkpoint.restore_arrays(path)
     like = problem.init(model, 0)
@@ -56,7 +55,7 @@ class Source:
     """
 
     problem: problems.Problem
-    model: nn.Module
+    model: models.Network
     width: int
     given: Path | None
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
-from kddm_jax import adapters, train_step
+from kddm_jax import train_step
 from kddm_jax.experiment.machine import processes, records, signals
-from kddm_jax.experiment.training import methods, optimizers, problems
+from kddm_jax.experiment.training import methods, models, optimizers, problems
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.progress import Progress
 from kddm_jax.experiment.training.runs import (
@@ -43,7 +42,7 @@ class Teacher:
       result: the result of its run; None for a given checkpoint.
     """
 
-    model: nn.Module
+    model: models.Network
     width: int
     variables: object
     digest: str
@@ -101,13 +100,13 @@ def _train_program(problem, run, method, model, teacher, tx, length):
         teacher_apply = None
         if distilled:
             known = train_step.known_outputs
-            teacher_apply = known if of_views else adapters.linen_apply(teacher.model)
+            teacher_apply = known if of_views else models.network_apply(teacher.model)
         steps = run.epochs * (len(run.indices) // problem.settings.optimizer.batch_size)
         weight_schedule = optimizers.make_weight_schedule(
             problem.settings.method, steps
         )
         step = train_step.make_train_step(
-            methods.apply_of(method, adapters.linen_apply(model)),
+            methods.apply_of(method, models.network_apply(model)),
             teacher_apply,
             tx,
             augment=problem.normalize if of_views else problem.augment,
@@ -235,7 +234,7 @@ def _end_epoch(problem, model, variables, progress, lr, final):
 def train(
     problem: Problem,
     run: Run,
-    model: nn.Module,
+    model: models.Network,
     teacher: Teacher | None,
     report: Callable[..., None],
     observe: Callable[[int, object], None] = lambda epoch, variables: None,

@@ -22,6 +22,7 @@ from kddm_jax.data import augment
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import Settings
+from kddm_jax.experiment.training import models
 
 BATCH = 500
 
@@ -112,7 +113,7 @@ class Views:
         return Path(problem.out) / "teacher-outputs" / f"{digest}.npz"
 
     def _compute(self, problem, teacher, layers):
-        apply = adapters.linen_apply(teacher.model)
+        apply = models.network_apply(teacher.model)
 
         @jax.jit
         def outputs_of(variables, images):

@@ -1,0 +1,105 @@
+"""What a student should answer: classes ``[n]``, or soft labels ``[n, k]``.
+
+Soft labels hold a probability for each class, as label smoothing and mixup make them.
+A sample without a label has a negative class, or a row of zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from kddm_jax.numerics import masks
+
+
+def is_soft(labels: jax.Array) -> bool:
+    """Tells soft labels ``[n, k]``, which are floating, from classes ``[n]``."""
+    return jnp.ndim(labels) == 2 and jnp.issubdtype(
+        jnp.result_type(labels), jnp.floating
+    )
+
+
+def class_labels(labels: jax.Array) -> jax.Array:
+    """Gives the class of each sample: of soft labels the argmax, -1 of a row of zeros.
+
+    Args:
+      labels: int ``[n]``, which come back as they are, or float ``[n, k]``.
+
+    Returns:
+      Int ``[n]``.
+
+    Examples:
+      >>> class_labels(jnp.array([[0.2, 0.8], [0.0, 0.0]])).tolist()
+      [1, -1]
+    """
+    if not is_soft(labels):
+        return labels
+    labelled = jnp.any(labels != 0, axis=1)  # NaN is no label that is missing
+    return jnp.where(labelled, jnp.argmax(labels, axis=1), -1)
+
+
+def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:
+    """Checks soft labels, and their signs if they are not traced.
+
+    Args:
+      targets: float, shape ``[n, k]``, a probability for each class; a row of zeros
+        means no label.
+      n: number of samples.
+      k: number of logits.
+
+    Returns:
+      The targets.
+
+    Raises:
+      ValueError: a wrong shape, or a negative number.
+    """
+    if targets.shape != (n, k):
+        raise ValueError(
+            f"soft labels must have shape [n, k]=[{n}, {k}], as the logits, got "
+            f"{list(targets.shape)}; pass a probability for each class"
+        )
+    if not isinstance(targets, Tracer) and (np.asarray(targets) < 0).any():
+        raise ValueError(
+            f"soft labels must be >= 0, got {np.asarray(targets).min()}; a sample "
+            "without a label has a row of zeros"
+        )
+    return targets
+
+
+def _soft_cross_entropy(logits, targets):
+    """Of each sample; a class of probability 0 may have a logit of minus infinity."""
+    logs = jnp.where(targets == 0, 0, jax.nn.log_softmax(logits))
+    return -jnp.sum(targets.astype(logs.dtype) * logs, axis=1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    r"""Computes the mean cross-entropy of the labelled samples.
+
+    .. math:: -\frac1n \sum_i \log \mathrm{softmax}(s_i)_{y_i}
+
+    Args:
+      logits: shape ``[n, k]``.
+      labels: int, shape ``[n]``; samples with a negative label have no part, whatever
+        their logits are.  Or float, ``[n, k]``: probabilities, for which the logarithm
+        is averaged; a row of zeros means no label.
+
+    Returns:
+      Scalar, in nats.
+
+    Examples:
+      >>> cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]))  # log 4
+      Array(1.386, dtype=float32)
+    """
+    double = logits.dtype == jnp.float64
+    logits = logits.astype(jnp.float64 if double else jnp.float32)
+    valid = class_labels(labels) >= 0
+    (logits,) = masks.zeroed(valid, logits)
+    if is_soft(labels):
+        losses = _soft_cross_entropy(logits, labels)
+    else:
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.where(valid, labels, 0)
+        )
+    count = jnp.maximum(jnp.sum(valid), 1).astype(losses.dtype)
+    return jnp.sum(jnp.where(valid, losses, 0)) / count

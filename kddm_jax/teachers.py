@@ -1,0 +1,177 @@
+"""What the train step takes from its teachers: none, one, or several by name.
+
+Several teachers are a mapping from names to apply functions, with a mapping from the
+same names to distances.  Each has its own `distill_loss`, in which lambda is the same;
+the losses are added, and the task is counted once.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kddm_jax.losses import NOTHING, distill_loss
+from kddm_jax.numerics.batches import call, layers_of
+
+# Folded into a step's key; positions of images, which are folded in, too, are smaller.
+DROPOUT = np.uint32(2**32 - 1)
+Taught = tuple[Mapping[str, jax.Array], jax.Array | None]  # layers and logits
+
+
+def rngs_for(apply: Callable, key: jax.Array | None, axis_name: Any) -> dict[str, Any]:
+    """Makes the keyword argument ``rngs`` where an apply function takes it.
+
+    Args:
+      apply: the function.
+      key: of the step; None for a network that draws nothing.
+      axis_name: of the mapped axis, on which every device has keys of its own.
+
+    Returns:
+      ``{}`` if it does not take it, else ``rngs`` with the key of ``"dropout"``.
+    """
+    if "rngs" not in inspect.signature(apply).parameters:
+        return {}
+    if key is None:
+        return {"rngs": {}}
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), device)
+    return {"rngs": {"dropout": key}}
+
+
+def check_teachers(teacher_apply: Any, distance: Any) -> None:
+    """Checks teachers and distances before anything is traced.
+
+    Args:
+      teacher_apply: apply function, mapping of them, or None.
+      distance: distance of a teacher, or mapping of them.
+
+    Raises:
+      ValueError: a distance without a teacher, or other names than the teachers'.
+    """
+    if not isinstance(teacher_apply, Mapping) and not isinstance(distance, Mapping):
+        alone = isinstance(distance, Sequence) and len(distance) == 0
+        if teacher_apply is None and not alone:
+            raise ValueError(
+                f"teacher_apply is None, but distance is {distance!r}; "
+                "pass the teacher's apply function, or distance=()"
+            )
+        return
+    _check_names("teacher_apply", teacher_apply, "distance", distance)
+    if not distance:
+        raise ValueError("teacher_apply names no teacher; pass None, and distance=()")
+    if wrong := [name for name in distance if ":" in name or "/" in name]:
+        raise ValueError(
+            f'a teacher cannot be named {wrong[0]!r}: ":" and "/" divide the names of '
+            "terms; give it another name"
+        )
+
+
+def _check_names(one_name, one, other_name, other):
+    """Checks that two arguments are mappings of the same names."""
+    for name, given in ((one_name, one), (other_name, other)):
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                "several teachers are mappings by name in teacher_apply, distance and "
+                f"teacher_variables, got {type(given).__name__} as {name}; pass a "
+                "mapping from each teacher's name"
+            )
+    if set(one) != set(other):
+        raise ValueError(
+            f"{one_name} and {other_name} must name the same teachers, got "
+            f"{', '.join(sorted(one)) or 'none'} and "
+            f"{', '.join(sorted(other)) or 'none'}; pass one of each for every teacher"
+        )
+
+
+def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
+    """Runs the teachers, in evaluation.
+
+    Args:
+      teacher_apply: apply function, mapping of them, or None.
+      variables: the teacher's, or a mapping of them.
+      inputs: the images that the student sees.
+
+    Returns:
+      The layers and logits of the teacher, or a mapping of them.
+    """
+    if isinstance(teacher_apply, Mapping):
+        _check_names("teacher_apply", teacher_apply, "teacher_variables", variables)
+        return {
+            name: teach(apply, variables[name], inputs)
+            for name, apply in teacher_apply.items()
+        }
+    if teacher_apply is None:
+        return {}, None
+    rngs = rngs_for(teacher_apply, None, None)
+    outputs, _ = call(teacher_apply, variables, inputs, train=False, **rngs)
+    return layers_of(outputs), outputs.logits
+
+
+def seen(taught: Taught | Mapping[str, Taught]) -> list[Any]:
+    """Lists the features, where there are any, and the logits of all teachers."""
+    every = taught.values() if isinstance(taught, Mapping) else [taught]
+    return [(layers.get("features"), logits) for layers, logits in every]
+
+
+def loss_of(
+    student: tuple[jax.Array, Mapping[str, jax.Array]],
+    taught: Taught | Mapping[str, Taught],
+    labels: jax.Array,
+    *,
+    distance: Any,
+    teacher_data: Mapping[str, Any] = NOTHING,
+    **options: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes the loss of one teacher, or the sum over several.
+
+    Args:
+      student: logits and layers.
+      taught: from `teach`.
+      labels: as in `distill_loss`.
+      distance: as in `distill_loss`, or a mapping from the teachers' names.
+      teacher_data: as in `distill_loss`, or a mapping from the teachers' names.
+      **options: of `distill_loss`.
+
+    Returns:
+      The loss and its terms, as `distill_loss`; those of several teachers are called
+      ``"teacher:term"``.
+    """
+    logits, layers = student
+    if isinstance(taught, Mapping):
+        return _sum(
+            student,
+            taught,
+            labels,
+            distance=distance,
+            teacher_data=teacher_data,
+            **options,
+        )
+    return distill_loss(
+        *(layers, taught[0], labels, logits, taught[1]),
+        distance=distance,
+        teacher_data=teacher_data,
+        **options,
+    )
+
+
+def _sum(student, taught, labels, *, distance, teacher_data, **options):
+    if unknown := [name for name in teacher_data if name not in taught]:
+        raise ValueError(
+            f"teacher_data has {unknown[0]!r}, which is no teacher; the teachers are "
+            f"{', '.join(taught)}, and each takes a mapping of its own"
+        )
+    losses, terms = [], {}
+    for name, outputs in taught.items():
+        loss, found = loss_of(
+            *(student, outputs, labels),
+            distance=distance[name],
+            teacher_data=teacher_data.get(name, NOTHING),
+            **options,
+        )
+        terms["task"] = found.pop("task")
+        terms |= {f"{name}:{term}": value for term, value in found.items()}
+        losses.append(loss)
+        options["task_weight"] = 0.0  # from the second teacher on
+    return sum(losses[1:], losses[0]), terms
