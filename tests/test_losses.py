@@ -683,7 +683,10 @@ def test_groups_of_devices_have_the_mean_of_their_losses():
         largest = float(np.max(np.abs(one)))
         np.testing.assert_allclose(gradient_on_two[key], one, atol=1e-5 * largest)
     # Of diagnostics the worst of the groups.
-    firsts = [float(bent(half[0, 0], 0.1)) for half in halves[0]]
+    firsts = [
+        float(bent(x[0, 0], 0.1) * teacher_factor(y))
+        for x, y in zip(*halves[:2], strict=True)
+    ]
     np.testing.assert_allclose(terms_on_two["means/first"], max(firsts), rtol=1e-6)
     assert bool(terms_on_two["means/converged"]) == (min(firsts) > 0)
     # It is another loss than that of the whole batch.
