@@ -94,7 +94,7 @@ def within(row, groups):
     def fn(*arrays, **options):
         kinds = [kind for kind in row.inputs for _ in helpers.FIELDS[kind]]
         one = lambda *parts: row.fn(*parts, **options)
-        axes = tuple(None if kind == "key" else 0 for kind in kinds)
+        axes = tuple(None if kind in WHOLE else 0 for kind in kinds)
         parts = (
             a if axis is None else a.reshape(groups, -1, *a.shape[1:])
             for a, axis in zip(arrays, axes, strict=True)
