@@ -105,9 +105,11 @@ def check_count(name: str, value: int) -> None:
     Raises:
       ValueError: it is not.
     """
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not isinstance(value, int | np.integer):
         what = f"shape {list(np.shape(value))}" if np.ndim(value) else f"{value}"
-        raise ValueError(f"{name} must be a whole number of at least 1, got {what}")
+        raise ValueError(f"{name} must be a whole number, got {what}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def as_float(name: str, x: jax.Array) -> jax.Array:
