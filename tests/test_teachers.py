@@ -38,6 +38,7 @@ def test_losses_of_teachers_are_added():
     assert set(found) == {"loss", "task", "one:l2", "other:kd", "other:cka"} | {
         "accuracy",
         "finite",
+        "teacher_finite",
     }
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     close(found["loss"], of_one["loss"] + of_other["loss"])

@@ -98,7 +98,7 @@ Network = nn.Module | NNXNetwork
 
 def network_apply(model: Network) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
     """Turns a network into the apply function that the train step takes."""
-    if isinstance(model, nn.Module):
+    if not isinstance(model, NNXNetwork):
         return adapters.linen_apply(model)
     shapes = nnx.eval_shape(lambda: model.module(jax.random.key(0)))
     return adapters.nnx_apply(shapes)[0]

@@ -133,7 +133,8 @@ def find_teacher(problem: problems.Problem) -> Source:
             f"--teacher {path} was trained on {made.get('dataset')}, "
             f"this run is on {settings.data.dataset}; pass a teacher of the same data"
         )
-    if (classes := meta["num_classes"]) != problem.num_classes:
+    classes = meta.get("num_classes", problem.num_classes)
+    if classes != problem.num_classes:
         raise UserError(
             f"--teacher {path} has {classes} classes, this data has "
             f"{problem.num_classes}; pass a teacher of the same classes, or leave "
