@@ -49,26 +49,30 @@ NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Term:
-    """One distance of a loss, between one pair of layers.
+    """Describes one distance in the loss, between a student and a teacher layer.
 
-    It is hashable.
+    Terms are hashable.
 
     Attributes:
       distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
-      weight: number ``>= 0``, relative to lambda, which weighs all terms.
-      layers: student and teacher key, where features are mappings layer -> array;
-        None is ``"features"``.  A distance of predictions needs none.
+      weight: number ``>= 0`` that multiplies this distance; lambda then multiplies the
+        sum of all terms.
+      layers: ``(student_layer, teacher_layer)``, the layers to compare if features are
+        mappings from layer name to array.  None compares ``"features"`` of both
+        networks.  Distances of predictions do not need layers.
       options: keyword arguments of the distance, as a mapping; stored as sorted pairs.
-      name: in the loss's terms; None takes the key or the function's name.
-      positions: how a distance of features reads maps ``[n, h, w, c]`` or tokens ``[n,
-        t, c]``: ``"pool"`` averages them over positions, ``"each"`` takes every
-        position as a sample (of its image's label), the larger map averaged down to
-        the smaller one's grid.
-      normalization: as in `distill_loss`, of this term; None takes the loss's.
+      name: name of this term in the dict that `distill_loss` returns; None uses the key
+        of the distance or the function's name.
+      positions: how a distance of features treats maps ``[n, h, w, c]`` or tokens ``[n,
+        t, c]``.  ``"pool"`` averages them over positions.  ``"each"`` makes every
+        position a sample with the label of its image; the larger map is first
+        average-pooled to the grid of the smaller one.
+      normalization: normalization for this term only, as in `distill_loss`; None uses
+        the one given to `distill_loss`.
 
     Raises:
-      ValueError: a weight that is no number ``>= 0``, an array among the options, an
-        unknown choice, a normalization without features.
+      ValueError: the weight is not a number ``>= 0``, an option is an array, a choice
+        is unknown, or a distance without features has a normalization.
 
     Examples:
       >>> Term("w2", weight=0.5, options={"solver": "exact"}).options
@@ -371,56 +375,60 @@ def distill_loss(
     the gradient by parameters that are equal on all devices is right as it comes; under
     pmap and ``check_vma=False`` average it with ``pmean``, never sum it.
 
-    With ``group_size`` features are gathered within groups of that many devices only,
-    which is another loss: the mean over groups of the distance within each.  The
-    task remains that of the global batch.
+    With ``group_size``, features are gathered only within groups of that many devices.
+    This is a different loss: the distance is computed in each group and averaged over
+    groups.  The task loss is still computed over the global batch.
 
-    Cost: n k and that of each distance, of the global batch under ``axis_name``.
-    Gradient: that of the loss by the student; second derivatives do not pass
-    transport.  Not for: raw features of unknown scale at a weight from a table: take
-    ``normalization="teacher"``, by which weights there are chosen.
+    Cost: n k plus the cost of each distance, where n is the size of the global batch
+    under ``axis_name``.  Gradient: with respect to the student only; transport
+    distances have no second derivatives.  Not for: raw features of unknown scale with a
+    weight from a table of results: use ``normalization="teacher"``, because the weights
+    in those tables are chosen with it.
 
     Args:
-      student_features: ``[n, d]``, or a mapping layer -> array, of which a Term
-        without layers compares ``"features"``; see `Term` for maps and tokens.
-      teacher_features: the same of the teacher, of the same images.
-      labels: int, ``[n]``; samples with a negative label have no part in the
-        cross-entropy and in distances that take labels; other distances use them.  Or
+      student_features: shape ``[n, d]``, or a mapping from layer name to array.  In a
+        mapping, a Term without layers compares ``"features"``; see `Term` for maps and
+        tokens.
+      teacher_features: the teacher's features of the same images, in the same form.
+      labels: int, shape ``[n]``.  Samples with a negative label are ignored by the
+        cross-entropy and by distances that take labels; other distances use them.  Or
         float, ``[n, k]``, a probability for each class: distances that take labels use
         the largest one's class, and a row of zeros is no label.
-      student_logits: ``[n, k]``.
-      teacher_logits: ``[n, k]``; needed by distances of predictions only.
+      student_logits: shape ``[n, k]``.
+      teacher_logits: shape ``[n, k]``; only distances of predictions need them.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
         or a sequence of them.
-      weight: lambda, ``>= 0``, the weight of all terms together.  None is 1 with Terms
-        and with one distance the catalogue's default for the normalization.
-      normalization: how the features of both sides are transformed before a distance
-        of features sees them: None, ``"teacher"``, ``"unit"``, ``"centered"`` or
-        ``"standardized"``, as in `numerics.normalization.normalize`, over the batch of
-        all devices or of the group.  Options with a unit, such as ``beta`` or
-        ``epsilon``, are in that of the normalized features.
+      weight: lambda, ``>= 0``, which multiplies the sum of all terms.  If it is None,
+        lambda is the catalogue's default for the normalization with a single distance,
+        and 1 with Terms.
+      normalization: how to transform the features of both networks before a distance of
+        features is computed: None, ``"teacher"``, ``"unit"``, ``"centered"`` or
+        ``"standardized"``; see `numerics.normalization.normalize`.  Statistics run over
+        the batch of all devices or of the group.  Options that have a unit, such as
+        ``beta`` or ``epsilon``, refer to the normalized features.
       task_weight: weight of the task, ``>= 0``.
-      task: ``task(student_logits, labels) -> scalar``, a mean over samples, that takes
-        the place of the cross-entropy; it gets the arrays of all devices, and has to
-        leave negative labels out.
-      mask: shape ``[n]``; zero means no sample: its rows may hold anything and have no
-        part in the loss.  None takes all.  A distance of your own needs a keyword
-        argument ``mask``, which where every position is a sample has one number for
-        each.
-      teacher_data: arrays that are computed from the teacher, by name, for distances
-        that take them: ``{"class_cost": ...}`` for ``"wkd_logits"``.  They are equal on
-        all devices and get no gradient.
-      key: for random distances.
-      num_classes: checks concrete labels.
-      axis_name: of the mapped axis that holds the devices' shares of the batch.
-      group_size: devices of a group, neighbours along the axis; None: all, the
-        distance of the global batch.
-      **options: of the one distance (``solver``, ``covariance``, ...).  Terms have
-        their own.
+      task: function ``task(student_logits, labels) -> scalar`` that replaces the
+        cross-entropy.  It gets the arrays of all devices, and must return a mean over
+        the samples whose label is not negative.
+      mask: shape ``[n]``; samples whose mask is zero are ignored by the loss, whatever
+        their values.  None uses all samples.  A distance of your own must accept a
+        keyword argument ``mask``; with ``positions="each"`` it has one entry for every
+        position.
+      teacher_data: mapping from name to array, for distances that need other arrays
+        computed from the teacher, such as ``{"class_cost": ...}`` for ``"wkd_logits"``.
+        The arrays must be equal on all devices and get no gradient.
+      key: random key; only random distances need it.
+      num_classes: number of classes, used to check labels that are not traced.
+      axis_name: name of the mapped axis over which the batch is split.
+      group_size: number of neighbouring devices along the axis that form a group.
+        None computes the distance of the global batch.
+      **options: options of a single distance (``solver``, ``covariance``, ...).  Terms
+        have their own options.
 
     Returns:
-      ``(loss, terms)``: scalars; ``terms`` holds ``"task"``, each distance by name,
-      unweighted, and its diagnostics as ``"name/converged"`` and so on.
+      ``(loss, terms)``: the loss, and a dict of scalars.  ``terms`` holds ``"task"``,
+      the unweighted value of each distance under its name, and its diagnostics under
+      ``"name/converged"`` and so on.
 
     Raises:
       ValueError: shapes, unknown names, a negative weight or none, a missing key,

@@ -202,38 +202,42 @@ def knowledge_quality(
               \|f_i - f_j\|}{\mathrm{mean}_c \mathrm{mean}_{i \in c} \|f_i\|}, \quad
               K = (n_\mathrm{train} / \pi)^{1 / \min(n, d)}, \quad Q = S + \sqrt{I E}
 
-    where H_c is the entropy, in nats, of the squared singular values of the centred
-    features of class c, as shares of their sum. n_c centred samples have n_c - 1
-    singular values, so H_c is divided by the logarithm of this number. It does not
-    depend on the layer, so layers can be compared, but a layer narrower than n_c - 1
-    cannot reach 1. None of S, I, E, Q depends on the scale of the features.
+    where G_ij is the absolute cosine between samples i and j. H_c is the entropy, in
+    nats, of the squared singular values of the centred features of class c, divided by
+    their sum. The n_c centred samples of a class have at most n_c - 1 nonzero singular
+    values, so H_c is divided by log(n_c - 1). This divisor is the same for all layers,
+    so layers can be compared, but H_c / log(n_c - 1) cannot reach 1 for a layer with
+    fewer than n_c - 1 features. S, I, E and Q do not depend on the scale of the
+    features.
 
-    All values depend on the number of samples: compare layers on the same samples. The
-    paper takes 5,000 random samples of the training set, the same number of each class
-    (and for I up to 500 of each).
+    All values depend on the number of samples, so compare layers on the same samples.
+    The paper uses 5,000 random training samples, with the same number from each class;
+    for I it uses up to 500 samples of each class.
 
     This function cannot be traced, because shapes depend on values. It takes 2 n^2 d
-    floating point operations and a few copies of an `[n, n]` matrix for any d. For
-    5,000 samples this is 1 second of CPU time for 512 features and 13 for 16,384.
+    floating point operations. Its memory is a few `[n, n]` matrices, for any d. With
+    5,000 samples it takes 1 second of CPU time for 512 features, and 13 seconds for
+    16,384.
 
     Args:
       features: features of one layer, floating, shape `[n, ...]`, flattened to
         `[n, d]`. NumPy arrays are moved to the device in blocks.
       labels: int, shape `[n]`; samples with negative labels are left out.
-      n_train: size of the training set that the samples were drawn from, for K. None is
-        the number of samples.
-      include_diagonal: whether S includes each sample's alignment with itself, as in
+      n_train: size of the training set that the samples were drawn from; used in K.
+        None uses the number of samples.
+      include_diagonal: True includes each sample's alignment with itself in S, as in
         the released code.
-      log_const: H_c is divided by log(log_const), and by log(n_c - 1) if it is None.
-        The released code uses 5. `**RELEASED` sets this and `include_diagonal`.
+      log_const: number whose logarithm divides H_c; None uses n_c - 1. The released
+        code uses 5. Pass `**RELEASED` to set this and `include_diagonal` as in the
+        released code.
 
     Returns:
       `KnowledgeQuality` of floats.
 
     Raises:
-      ValueError: if a shape or dtype is wrong, there are fewer than two classes, a
-        class has one sample, features are not finite or all zero, or an option is out
-        of range.
+      ValueError: if a shape or dtype is wrong, if there are fewer than two classes, if
+        a class has only one sample, if features are not finite or are all zero, or if
+        an option is out of range.
 
     References:
       Cooper et al., Logit-Based Losses Limit the Effectiveness of Feature Knowledge

@@ -167,26 +167,30 @@ def make_train_step(
     axis_name: str | None = AXIS,
     **loss_options: object,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Makes the distillation step of one device.
+    """Makes a function that runs one distillation step on one device.
 
     Args:
-      student_apply: of the network that is trained.
-      teacher_apply: of the fixed one; None trains on labels alone (then ``distance``
-        must be ``()``).  A mapping holds several teachers by name; ``distance`` and the
-        step's ``teacher_variables`` and ``teacher_data`` are then mappings, too, and
-        terms are called ``"teacher:term"``.
+      student_apply: apply function of the student, the network that is trained.
+      teacher_apply: apply function of the teacher, which stays fixed.  None trains on
+        labels alone; ``distance`` must then be ``()``.  A mapping holds several
+        teachers by name; ``distance`` and the step's ``teacher_variables`` and
+        ``teacher_data`` are then mappings, too, and terms are called
+        ``"teacher:term"``.
       tx: the optimiser, of optax; it gets the loss as ``value`` if it takes that.
-      augment: ``(key, image) -> float image`` of one uint8 image; student and teacher
-        see the same one.
+      augment: function ``(key, image) -> float image`` that augments one uint8 image.
+        Student and teacher get the same augmented image.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
-      weight: lambda; None takes the state's, which no other value retraces.
-      weight_schedule: an optax schedule, lambda's factor at each step; None: always 1.
-      head: names of the student's top modules which alone learn from its logits (from
-        cross-entropy and distances of predictions); all others learn from distances
-        of features only, as in arXiv 2511.14981.  None: all learns from everything.
-      axis_name: of the mapped axis; None for a single device without pmap.
-      **loss_options: of `distill_loss`: ``task_weight``, ``normalization``,
-        ``group_size``, ``solver``, ...
+      weight: lambda.  None uses ``state.weight``, which can change without retracing
+        the step.
+      weight_schedule: optax schedule that gives the factor of lambda at each step.
+        None means a factor of 1 at every step.
+      head: names of the student's top modules that form its head.  Only the head learns
+        from the logits (from cross-entropy and distances of predictions), and all other
+        modules learn only from distances of features, as in arXiv 2511.14981.  None
+        trains all modules on the whole loss.
+      axis_name: name of the mapped axis; None for a single device without pmap.
+      **loss_options: other arguments of `distill_loss`: ``task_weight``,
+        ``normalization``, ``group_size``, ``solver``, ...
 
     Returns:
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->

@@ -23,7 +23,10 @@ MODELS = (
 
 
 class AtMost(int):
-    """A number of a recipe, lowered where a data set or its devices have less."""
+    """A recipe's number that is lowered if the data set has fewer images.
+
+    The batch size is also lowered to fit the number of devices.
+    """
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,24 @@ class Data:
     """Name of the data set: digits (embedded), cifar10, cifar100, svhn, mnist,
     fashion_mnist, folder (of images), or a set prepared by TFDS."""
     image_size: int | None = None
-    """Pixels a side to which the middle square of every image is resized; None keeps
+    """Side in pixels to which the central square of every image is resized; None keeps
     images as they are."""
     skip_damaged: bool = False
-    """Skip files of a folder or a TFDS set that are damaged or of a kind that is not
-    read, with a warning."""
+    """Skip files of a folder or a TFDS data set that are damaged or in an unsupported
+    format, and print a warning."""
     train_images: int | None = None
-    """Number of images that the teacher sees, a stratified choice; None uses all."""
+    """Number of training images of the teacher, a stratified sample; None uses all."""
     student_images: int | None = None
-    """Number of images that students see, chosen among the teacher's; None uses all of
-    them."""
+    """Number of training images of the students, a sample of the teacher's; None uses
+    all of the teacher's."""
     test_images: int | None = None
-    """Number of test images to evaluate on, a stratified choice; None uses all."""
+    """Number of test images to evaluate on, a stratified sample; None uses all."""
     held_out: int = 0
-    """Number of training images to keep from training and to evaluate on, instead of
-    the test set; for choosing lambda."""
+    """Number of training images that are not trained on and replace the test set in
+    evaluation; use it to choose lambda."""
     views: int | None = None
-    """Number of fixed augmented copies of each image; the teacher is run on them once
-    for all students. None draws new ones at every step."""
+    """Number of fixed augmented copies of each training image; the teacher is run on
+    them once for all students. None augments images anew at every step."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ class Augmentation:
     degrees: float = 0.0
     """Largest angle of the random rotation."""
     shift: float = 0.0
-    """Largest random displacement, as a share of the image."""
+    """Largest random displacement, as a fraction of the image's height and width."""
     zoom: float = 0.0
-    """Largest random change of scale, as a share of the image."""
+    """Largest random change of scale; 0.1 scales by a factor between 0.9 and 1.1."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +88,17 @@ class Networks:
     """The same for the student."""
     pretrained_teacher: Path | None = None
     """Weights of a torchvision ResNet (.safetensors, .npz, .pth) from which the teacher
-    starts. They are grown if the teacher is deeper, and their head is replaced if the
-    classes differ."""
+    starts. If the teacher is deeper, blocks are added; if the number of classes
+    differs, the head is replaced."""
     pretrained_student: Path | None = None
-    """The same for every student."""
+    """Weights from which every student starts, as for --pretrained-teacher."""
     stem: str = "cifar"
     """First layers of ResNets: cifar (3x3) or imagenet (7x7/2 and max pooling)."""
     width: int = 64
-    """Width of the networks; 64 is the published one. ResNets: channels of the first
-    stage; features have 8 times as many. MobileNetV2: channels are multiplied by
-    width / 64, features have at least 1280. ViT: tokens and features have 3 times as
-    many."""
+    """Width of the networks; 64 is the published width. ResNets: number of channels of
+    the first stage; the features have 8 times this width. MobileNetV2: channels are
+    multiplied by width / 64; the features have width 1280 or more. ViT: tokens and
+    features have 3 times this width."""
     teacher_width: int | None = None
     """Width of the teacher; None uses the student's."""
     dtype: str = "float32"
@@ -107,42 +110,42 @@ class Method:
     """How students learn from the teacher."""
 
     distances: tuple[str, ...] = KD2M
-    """Distances to distil with, one student for each: keys of the catalogue, distances
-    of your own as module:NAME, or feature_only (labels train the head alone)."""
+    """Distances to distil with; one student is trained for each. Keys of the catalogue,
+    your own distances as module:NAME, or feature_only (labels train only the head)."""
     weight: float | None = None
-    """Lambda of every distance; None uses --weights, then 1e-4, that of the released
-    code; with a --normalization it uses the catalogue's, where there is one."""
+    """Lambda of every distance that --weights does not name. None uses 1e-4, as in the
+    released code, or with --normalization the catalogue's default, if it has one."""
     weights: dict[str, float] | None = None
-    """Lambda by distance: --weights w2 1e-4 cw2 1e-3."""
+    """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3."""
     weight_schedule: str = "constant"
     """Schedule of every lambda: constant; warmup (rises from zero over the first half
-    of the steps); decay (falls to zero by half a cosine over all steps)."""
+    of the steps); decay (falls to zero along half a cosine over all steps)."""
     normalization: str | None = None
     """How features are transformed before they are compared. None: not at all, as in
-    the paper; teacher: both networks' are divided by the teacher's root mean squared
-    deviation, so that lambda has no unit; unit: rows of length 1; centered: each
-    network's minus their mean, divided by their own deviation; standardized: so with
-    each feature. feature_only compares features as they are."""
+    the paper. teacher: the features of both networks are divided by the teacher's root
+    mean squared deviation, so that lambda has no unit. unit: each feature vector is
+    scaled to length 1. centered: each network's mean is subtracted, and the result is
+    divided by that network's root mean squared deviation. standardized: like centered,
+    but for each feature separately. feature_only does not transform features."""
     layers: tuple[str, ...] = ()
     """Pairs of layers that every distance compares instead of the pooled features:
-    STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. If there are none, feature_only uses the
-    teacher's layers of highest quality."""
+    STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. Without --layers, feature_only uses the
+    teacher's layers of highest knowledge quality."""
     projector: str | None = None
-    """Learned map of the student's layers to the teacher's width: dense, conv (1x1) or
-    conv3 (three layers); None uses no map."""
+    """Learned projection of the student's layers to the teacher's width: dense, conv
+    (1x1) or conv3 (three layers); None uses no projection."""
     positions: str = "pool"
-    """Maps in distances of features: pool (their average) or each (every position is a
-    sample)."""
+    """How distances of features treat feature maps: pool (averages over positions) or
+    each (every position is a sample)."""
     quality_images: int = 5000
-    """Number of training images, as many of each class, on which the quality of layers
-    is measured."""
+    """Number of training images, the same number from each class, on which the
+    knowledge quality of the teacher's layers is measured."""
     head: tuple[str, ...] | None = None
-    """Modules of the student that labels train in feature_only; None uses those that
-    follow its features."""
+    """Modules of the student that are trained with labels in feature_only; None uses
+    the modules after its features."""
     distance_group: int | None = None
     """Number of devices that gather features from each other; None uses all. A smaller
-    group is another loss: the mean over groups of the distance of each group's
-    images."""
+    number changes the loss to the mean of the distances of all groups."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,10 @@ class Optimizer:
     lr_end: float = 1e-4
     """Learning rate at the end of the cosine."""
     schedule: str = "cosine-epoch"
-    """Schedule of the learning rate: cosine-epoch (constant within an epoch, as in the
-    released code), cosine (per step, after --warmup), onecycle (rises by a cosine over
-    the first 30 %, then falls almost to zero), constant (as in the released
-    baseline)."""
+    """Schedule of the learning rate: cosine-epoch (a cosine that changes once per
+    epoch, as in the released code), cosine (changes at every step, after --warmup),
+    onecycle (rises along a cosine over the first 30 % of the steps, then falls almost
+    to zero), constant (as in the released baseline)."""
     warmup: float = 0.0
     """Share of the steps over which the rate rises from zero (cosine only)."""
     momentum: float = 0.9
@@ -175,60 +178,64 @@ class Optimizer:
     nesterov: bool = False
     """Use Nesterov momentum."""
     weight_decay: float = 0.0
-    """Decay of all parameters: an L2 penalty with sgd, as torch.optim.SGD has it, and
+    """Weight decay of all parameters: an L2 penalty with sgd, as in torch.optim.SGD;
     decoupled with adamw."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where, how fast and how often runs are made; decides no result."""
+    """Where, how fast and how often to run; does not change the result of a run."""
 
     recipe: str = "laptop"
     """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
     or feature_only."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds; for each, one student alone and one for each distance."""
+    """Random seeds. For each seed, one student is trained without distillation and one
+    for each distance."""
     out: Path | None = None
     """Folder of the results; None uses runs/<dataset>-<recipe>."""
     data_dir: Path | None = None
     """Folder of the data; None searches $KDDM_DATA_DIR, or ./data and
     ~/.cache/kddm_jax, and for TFDS sets $TFDS_DATA_DIR and ~/tensorflow_datasets."""
     teacher_saw_held_out: bool = False
-    """Accept a --teacher that may have been trained on the held-out images; students
-    never are."""
+    """Accept a --teacher that may have been trained on the held-out images. Students
+    are never trained on them."""
     devices: int | None = None
     """Number of devices of all processes together; None uses all."""
     coordinator: str | None = None
-    """HOST:PORT of the first of several processes, one on each host; None asks Cloud
-    TPU and Slurm, and otherwise runs this process alone."""
+    """HOST:PORT of the first process, if there are several, one on each host. None
+    detects Cloud TPU and Slurm, and otherwise runs a single process."""
     processes: int | None = None
-    """Number of processes; 1 runs this one alone, wherever it is."""
+    """Number of processes; 1 runs a single process, even on Cloud TPU or Slurm."""
     process: int | None = None
-    """Index of this process, from 0."""
+    """Index of this process, starting at 0."""
     stream_above: float | None = None
-    """Megabytes of training images above which they stay in host memory and are read
-    ahead; None uses a quarter of the device's memory."""
+    """If the training images take more than this many megabytes, they stay in host
+    memory and are sent to the devices batch by batch, ahead of time; None uses a
+    quarter of the device's memory."""
     checkpoint_seconds: float = 30.0
-    """Least number of seconds between checkpoints. A checkpoint is always written at
+    """Minimum number of seconds between checkpoints. A checkpoint is always written at
     the end of a run and on SIGTERM."""
     on_nonfinite: str = "stop"
-    """What to do after a step whose loss or gradient is not finite: stop, or skip,
-    which counts such steps in the history and warns. Such a step changes nothing."""
+    """What to do after a step whose loss or gradient is not finite: stop; or skip,
+    which counts such steps in the history and warns. Either way, the step does not
+    change the parameters."""
     embedding: str = "pca"
-    """Picture of the features in report.html: pca, tsne (slower) or none."""
+    """Method for the picture of the features in report.html: pca, tsne (slower) or
+    none."""
     compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
     """Folder that keeps compiled programs for later commands."""
     progress: bool = True
-    """Show a live bar on a terminal; otherwise print one line for each epoch."""
+    """Show a progress bar on a terminal; otherwise print one line for each epoch."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Distils a teacher into students by matching distributions of their features.
 
-    Trains the teacher, the student alone, and one student per distance and seed, then
-    prints the table. Rerun the same command to resume it; finished runs are not
-    repeated.
+    Trains the teacher and, for each seed, a student without distillation and one
+    student for each distance, then prints a table of results. Rerun the same command to
+    resume; finished runs are not repeated.
     """
 
     data: Data = field(default_factory=Data)

@@ -44,23 +44,23 @@ def procrustes(
     .. math:: \min_{Q^\top Q = I} \|R_x - R_y Q\|_F^2
               = \|R_x\|_F^2 + \|R_y\|_F^2 - 2 \|R_x^\top R_y\|_*
 
-    This is the difference that remains after the best rotation.  It equals the squared
-    Bures distance between the two Gram matrices.  A narrower ``x`` is padded with
-    zeros.
+    This is the difference that remains after the best rotation or reflection.  It
+    equals the squared Bures distance between the two Gram matrices.  If ``x`` is
+    narrower than ``y``, it is padded with zeros.
 
-    Cost: n d² + d³, in the smaller of n and d.  Gradient: that of the value, by the
-    nuclear norm's own rule.  Not for: a student that must keep the teacher's
-    coordinates (`paired_l2`), or, unless ``unit_norm=False``, the teacher's scale.
+    Cost: n d² + d³ if d < n, else with n and d exchanged.  Gradient: exact, with a
+    custom derivative of the nuclear norm.  Not for: a student that must keep the
+    teacher's coordinates (use `paired_l2`) or its scale (use ``unit_norm=False``).
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      unit_norm: True centres both sides and divides each by its Frobenius norm; False
-        takes them as they are.
+      unit_norm: True centres the features of both networks and divides them by their
+        Frobenius norm; False uses them unchanged.
       method: algorithm of the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
         ``"auto"``, which chooses by platform; see `linalg.nuclear_norm`.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples where it is zero are ignored, whatever their features
+        contain.  None uses all samples.
 
     Returns:
       Scalar: squared distance, in [0, 2] with ``unit_norm``.
@@ -105,8 +105,8 @@ def feature_gram(
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
       unit_norm: as in `procrustes`.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: squared distance (the paper's D_FG is its root), in [0, 2] with
@@ -168,8 +168,8 @@ def cka(
       debiased: True takes the unbiased estimate of HSIC, for which the alignment of
         independent features is 0 on average; needs four samples, and is 0 where a mask
         leaves fewer.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar in [0, 1], or in [0, 2] if debiased; 1/2 if only one side is constant.
@@ -251,8 +251,8 @@ def linear_projection(
     Args:
       x: student features, shape ``[n, d_s]`` with ``n > d_s + 1``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: squared error, averaged over samples and teacher features.
@@ -299,8 +299,8 @@ def paired_l2(
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: squared distance, summed over features, averaged over samples.

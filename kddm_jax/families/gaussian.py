@@ -36,32 +36,33 @@ def gaussian_wasserstein(
     compat: str | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Computes the squared Wasserstein distance between Gaussian fits, W2(G).
+    r"""Computes the squared Wasserstein distance of two fitted Gaussians, W2(G).
 
     .. math:: \|\mu_x - \mu_y\|^2 + \mathrm{Tr}\,S_x + \mathrm{Tr}\,S_y
               - 2\,\mathrm{Tr}\,(S_x^{1/2} S_y S_x^{1/2})^{1/2}, \quad
               \mathrm{Tr}\,(\cdot)^{1/2} = \|X_c Y_c^\top\|_* / \sqrt{nm}
 
-    The second identity needs no square root of a matrix.  It is exact for
-    rank-deficient covariances (``n < d``) and has a finite derivative there.
+    The second identity avoids the square root of a matrix.  It is also exact for
+    rank-deficient covariances (``n < d``), where its derivative is finite.
 
-    Cost: n² d + n³ (n d² + d³ where d is smaller, by products where it is less than
-    n / 2), n d if diagonal.  Gradient: that of the value; directions of zero singular
-    values are left out, which is the minimal-norm choice.  Not for: samples that share
-    mean and covariance, which it does not tell apart (`wasserstein`), nor classes
-    (`class_gaussian_wasserstein`).
+    Cost: n² d + n³.  If d < n (d < n / 2 with "newton_schulz"), n d² + d³.  With
+    "diag", n d.  Gradient: exact; where it is not unique, at zero singular values, it
+    is the subgradient of minimal norm.  Not for: samples with equal means and
+    covariances, which it cannot distinguish (use `wasserstein`), or keeping classes
+    apart (use `class_gaussian_wasserstein`).
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
-      covariance: ``"full"``, or ``"diag"`` (the released code):
-        ``||mu_x - mu_y||^2 + ||sigma_x - sigma_y||^2``.  Both take the population form
-        (``1/n``).
-      method: algorithm of the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
+      covariance: ``"full"``, or ``"diag"`` as in the released code, which computes
+        ``||mu_x - mu_y||^2 + ||sigma_x - sigma_y||^2``.  Both normalize covariances by
+        ``1/n``.
+      method: algorithm for the nuclear norm: ``"svd"``, ``"newton_schulz"``, or
         ``"auto"``, which chooses by platform; see `linalg.nuclear_norm`.
-      compat: ``"released"`` is ``covariance="diag"``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+      compat: ``"released"`` reproduces the released code; it is the same as
+        ``covariance="diag"``.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples; a mask requires ``n = m``.
 
     Returns:
       Scalar: squared distance.
@@ -133,8 +134,8 @@ def class_gaussian_wasserstein(
         classes by their frequency, ``"sum"`` adds them (the released code).
       method: algorithm of the nuclear norm, as in `gaussian_wasserstein`.
       compat: ``"released"`` is ``covariance="diag", reduction="sum"``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: squared distance.

@@ -124,8 +124,8 @@ def gaussian_kl(
       direction: ``"student||teacher"`` (the released code) or ``"teacher||student"``.
       compat: ``"released"`` adds 1e-9 to the deviations and has no ridge; the value is
         infinite if a feature of the teacher is constant.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples; otherwise ``n = m``.
 
     Returns:
       Scalar: in nats, summed over features.
@@ -213,8 +213,8 @@ def class_gaussian_kl(
         classes by their frequency, ``"sum"`` adds them (the released code).
       compat: ``"released"`` is ``reduction="sum"`` with the released `gaussian_kl`; it
         is infinite for a class of one sample.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: in nats, summed over features.

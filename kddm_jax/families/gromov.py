@@ -269,8 +269,8 @@ def gromov_wasserstein(
       epsilon: None solves assignment problems.  A number adds ``epsilon KL(P | 1/nm)``
         to the value, in units of d^2, and solves by Sinkhorn; a number below round-off
         is raised to it.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples; otherwise ``n = m``.
 
     Returns:
       Scalar: in units of d^2, averaged over pairs of samples.

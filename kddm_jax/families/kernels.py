@@ -94,8 +94,8 @@ def mmd(
       bandwidth: sigma of the rbf kernel; None takes the mean of all elements of the
         three distance matrices (including zero diagonals), as a constant, and a
         sequence averages the kernels of its numbers.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples; otherwise ``n = m``.
 
     Returns:
       Scalar: squared discrepancy, in [0, 2] for "rbf", in squared units of the features
@@ -163,8 +163,8 @@ def class_mmd(
       reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
         classes by their frequency, ``"sum"`` adds them (the released code).
       compat: ``"released"`` is ``reduction="sum"`` with a bandwidth for each class.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: squared discrepancy.

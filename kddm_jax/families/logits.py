@@ -89,7 +89,7 @@ def kd(
     compat: str | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Computes the divergence between softened predictions (knowledge distillation).
+    r"""Computes the KL divergence between softened predictions, as in Hinton et al.
 
     .. math:: \frac{T^2}{n} \sum_i KL\big(\mathrm{softmax}(t_i / T)
               \,\|\, \mathrm{softmax}(s_i / T)\big)
@@ -98,21 +98,24 @@ def kd(
 
     Cost: n k.  Gradient: ``T (softmax(s / T) - softmax(t / T)) / n`` with respect to
     the student's logits, unless they are standardised or the direction is reversed.
-    Not for: a teacher of other classes, or features.
+    Not for: a teacher with other classes than the student, or features.
 
     Args:
       logits_x: student logits s, shape ``[n, k]``.
       logits_y: teacher logits t, shape ``[n, k]``.
-      temperature: T, a number, or ``[n]``, one for each image.
+      temperature: temperature T, by which the logits are divided: a number, or an
+        array of shape ``[n]`` with one temperature for each image.
       standardize: True first centres each image's logits and divides them by their
-        deviation, so that the student need not learn the scale of the teacher's logits.
-      direction: ``"teacher||student"`` or ``"student||teacher"``.
-      compat: ``"released"`` takes the direction of KD2M's code, ``"student||teacher"``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+        standard deviation, so that the student need not learn the scale of the
+        teacher's logits.
+      direction: order of the arguments of KL: ``"teacher||student"`` (the formula
+        above) or ``"student||teacher"``.
+      compat: ``"released"`` uses the direction of KD2M's code, ``"student||teacher"``.
+      mask: shape ``[n]``; samples where it is zero are ignored, whatever their
+        logits contain.  None uses all samples.
 
     Returns:
-      Scalar: in nats times ``T^2``, averaged over images.
+      Scalar: divergence in nats times ``T^2``, averaged over images.
 
     Raises:
       ValueError: wrong shapes or dtypes, an unknown option, or ``temperature <= 0``.

@@ -29,8 +29,8 @@ def similarity_preserving(
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: squared distance, averaged over pairs of samples; at most ``4 / n``.

@@ -71,8 +71,8 @@ def sliced_wasserstein(
       y: teacher features, shape ``[m, d]``.
       key: random key of the directions; pass a new one at each step.
       num_projections: number of directions, p.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples; otherwise ``n = m``.
 
     Returns:
       Scalar: squared distance, averaged over samples and directions.

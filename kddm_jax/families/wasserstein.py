@@ -95,19 +95,20 @@ def wasserstein(
     compat: str | None = None,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
-    r"""Computes the squared 2-Wasserstein distance between two samples, W2(E).
+    r"""Computes the squared 2-Wasserstein distance of two empirical samples, W2(E).
 
     .. math:: W_2^2(x, y) = \min_{P \in \Gamma(1/n, 1/m)}
               \sum_{ij} P_{ij} \big(\|x_i - y_j\|^2 + \kappa\, 1_{i \ne j}\big)
 
     The gradient is ``2 sum_j P_ij (x_i - y_j)`` at the optimal plan.  The plan may
-    match features of different classes, so a large weight of this distance harms
+    match features of different classes, so a large weight on this distance harms
     training.
 
-    Cost: n² d + iterations n², three solves if debiased; n² d + n³ at most if exact.
-    Gradient: as above; if debiased, minus half of those of the terms within x and
-    within y.  The plan, epsilon and kappa are constants.  Not for: keeping classes
-    apart (`class_wasserstein`), nor second derivatives.
+    Cost: n² d + iterations n²; the debiased solver solves three such problems.  The
+    exact solver costs at most n² d + n³.  Gradient: as above; the debiased solver
+    subtracts half the gradients of OT_eps(x, x) and OT_eps(y, y).  The plan, epsilon
+    and kappa are treated as constants.  Not for: keeping classes apart (use
+    `class_wasserstein`), or second derivatives.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -115,21 +116,22 @@ def wasserstein(
         "exact" or ``pairing`` is positive.
       pairing: kappa, a constant: cost added to matching different samples (i ≠ j), in
         units of the squared distance.  0 gives the plain Wasserstein distance.  As
-        kappa grows, the value rises to `paired_l2` (with "entropic", to that plus
-        ``epsilon log n``).
-      solver: ``"sinkhorn"`` is the debiased Sinkhorn divergence, within 5 % of the
-        exact value for unrelated samples and equal to 6 digits once the student follows
-        the teacher; ``"entropic"`` is the biased ``OT_eps``; ``"exact"`` solves an
-        assignment problem.
-      epsilon: entropic weight in units of the squared distance.  None takes 0.02 times
-        the mean squared distance, as a constant.  A number below the round-off of the
-        costs is raised to it.
+        kappa grows, the value increases towards `paired_l2` (towards `paired_l2` plus
+        ``epsilon log n`` with "entropic").
+      solver: ``"sinkhorn"`` is the debiased Sinkhorn divergence.  It is within 5 % of
+        the exact value for unrelated samples, and agrees with it to 6 digits once the
+        student's features are close to the teacher's.  ``"entropic"`` is the biased
+        entropic cost ``OT_eps``; ``"exact"`` solves an assignment problem.
+      epsilon: weight of the entropy, in units of the squared distance.  None uses 0.02
+        times the mean squared distance, without differentiating it.  A value below the
+        rounding error of the costs is replaced by that rounding error.
       threshold: L1 error of the marginals at which Sinkhorn stops.
-      max_iterations: largest number of Sinkhorn iterations; above ten, they run in
-        whole tens.
-      compat: ``"released"`` is ``solver="exact"``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+      max_iterations: maximum number of Sinkhorn iterations.  Above ten, iterations
+        run in blocks of ten.
+      compat: ``"released"`` reproduces the released code; it is the same as
+        ``solver="exact"``.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples; otherwise ``n = m``.
 
     Returns:
       Scalar: squared distance, averaged over samples.
@@ -188,30 +190,33 @@ def class_wasserstein(
 
     .. math:: \sum_c w_c W_2^2(x_{|c}, y_{|c}), \quad w_c = 1 / n_{classes}
 
-    All classes are one transport problem with a mask that forbids pairs of different
-    classes.  Its plan is block-diagonal, and it costs as much as `wasserstein`, for 10
-    classes as for 1000.  Classes without a sample in the batch are left out; a class
-    with one sample matches it with itself.
+    All classes are solved as one transport problem, with a mask that forbids pairs of
+    different classes.  The plan is block-diagonal.  The cost is the same as that of
+    `wasserstein`, for any number of classes.  Classes without a sample in the batch are
+    left out.  If a class has one sample x_i, it is matched with y_i.
 
-    Cost: n² d + iterations n².  Gradient: that of `wasserstein` within each class.
-    Not for: batches in which most classes have one sample: matching is then the same as
-    in `paired_l2`.
+    Cost: n² d + iterations n².  Gradient: as for `wasserstein`, within each class.
+    Not for: batches in which most classes have one sample, because x_i is then matched
+    with y_i, as in `paired_l2`.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
-      labels: class labels, int, shape ``[n]``; negative labels have no weight.
-      num_classes: number of classes, used only to check labels that are not traced.
+      labels: class labels, int, shape ``[n]``; samples with a negative label are
+        ignored.
+      num_classes: number of classes; used only to check the labels, and only outside
+        `jit`, where their values are known.
       reduction: ``"mean"`` averages over the classes present (the paper),
-        ``"weighted"`` weighs classes by their frequency, ``"sum"`` adds them (the
-        released code).
+        ``"weighted"`` weights classes by their frequency, ``"sum"`` adds them up (as in
+        the released code).
       solver: as in `wasserstein`; all three also handle unbalanced classes.
-      epsilon: as in `wasserstein`; None takes the mean over pairs of one class.
+      epsilon: as in `wasserstein`, but None takes 0.02 times the mean over pairs of
+        the same class.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
       compat: ``"released"`` is ``solver="exact", reduction="sum"``.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples where it is zero are ignored, whatever their
+        features contain.  None uses all samples.
 
     Returns:
       Scalar: squared distance, averaged over samples within each class.
@@ -329,20 +334,22 @@ def joint_wasserstein(
               + \kappa\, 1_{i \ne j}\big)
 
     ``s`` and ``t`` are the predictions of student and teacher.  Squared distances of
-    features are often in the hundreds: with ``beta=1`` the labels change the value by
-    only 0.04 to 0.2 %.  The default for beta is therefore the largest feature cost.
+    features are often in the hundreds, so with ``beta=1`` the label cost changes the
+    value by only 0.04 to 0.2 %.  The default for beta is therefore the largest squared
+    distance of features.
 
     Cost: n² (d + k) + iterations n².  Gradient: with respect to features and logits, at
-    the plan found; epsilon and beta are constants.  Not for: large weights: while
-    predictions are still wrong, the plan moves samples to other classes.
+    the plan that was found; epsilon and beta are constants.  Not for: large weights of
+    the loss term, because the plan matches samples of different classes while
+    predictions are still wrong.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
       logits_x: student logits, shape ``[n, k]``.
       logits_y: teacher logits, shape ``[m, k]``.
-      beta: weight of the label cost; ``"max"`` is the largest feature cost as a
-        constant (the released code's scaling, up to a factor).
+      beta: weight of the label cost; ``"max"`` takes the largest squared distance of
+        features, as a constant.  Up to a factor, the released code scales this way.
       label_cost: ``"probs"`` is the squared distance of softmax outputs, in [0, 2];
         ``"logits"`` is that of raw logits; ``"kl"`` is ``KL(student_i || teacher_j)``,
         which is not symmetric, so that the debiased value may be negative at a large
@@ -353,11 +360,11 @@ def joint_wasserstein(
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
       compat: ``"released"`` takes the cost of the released code: squared distances of
-        the *student to itself*, divided by the largest, without gradient, plus the cost
-        of raw logits (or "kl").  The plan is exact.  The teacher's features have no
-        part in this cost.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all; otherwise ``n = m``.
+        the student's features to *each other*, divided by the largest, without
+        gradient, plus the cost of raw logits (or "kl").  The plan is exact.  This cost
+        does not depend on the teacher's features.
+      mask: shape ``[n]``; samples where it is zero are ignored, whatever their arrays
+        contain.  None uses all samples.  With a mask, n and m must be equal.
 
     Returns:
       Scalar: squared distance, averaged over samples.
@@ -370,7 +377,7 @@ def joint_wasserstein(
 
     Examples:
       >>> x, s = jnp.array([[0.0], [1.0]]), jnp.array([[9.0, -9.0], [-9.0, 9.0]])
-      >>> joint_wasserstein(x, x[::-1], s, s, beta=10.0, solver="exact")  # labels bind
+      >>> joint_wasserstein(x, x[::-1], s, s, beta=10.0, solver="exact")  # labels rule
       Array(1., dtype=float32)
     """
     check_choice("label_cost", label_cost, LABEL_COSTS)

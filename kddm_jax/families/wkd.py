@@ -257,8 +257,8 @@ def wkd_logits(
         marginals.  A given number is unrolled: after ten the marginals are off by 5 to
         18 %, and the value may be less than the true cost.
       compat: ``"released"`` takes 10 iterations.
-      mask: shape ``[n]``; zero means no sample, whose row may hold anything.  None
-        takes all.
+      mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
+        values.  None uses all samples.
 
     Returns:
       Scalar: averaged over images; its second term is in units of the cost.
