@@ -165,15 +165,31 @@ def normalize(
     .. math:: \sigma_x^2 = \tfrac1n \textstyle\sum_i \|x_i - \bar x\|^2, \quad
               \sigma_{x,j}^2 = \tfrac1n \textstyle\sum_i (x_{ij} - \bar x_j)^2
 
-    ===================  ============================  ========================
+    ===================  ============================  ==============================
+    normalization        ``x`` becomes                 and does not change with
+    ===================  ============================  ==============================
+    ``"teacher"``        x / σ_y                       a common factor of both sides
+    ``"unit"``           x_i / ‖x_i‖                   a factor of each row
+    ``"centered"``       (x - mean) / σ_x              a factor and a shift of a side
+    ``"standardized"``   (x_j - mean_j) / σ_{x,j}      those of each feature of a side
+    ===================  ============================  ==============================
+
+    and ``y`` likewise, by its own statistics in the last two.  σ_{x,j} is at least
+    1e-3 σ_x.  A row of zeros stays one under ``"unit"``.  Under the other three, a side
+    that is constant over the batch up to rounding becomes zero (under ``"teacher"``
+    both sides, if it is the teacher).  The gradient is zero there.
+
+    Cost: n d.  Gradient: the student's statistics are differentiated, the teacher's are
+    constants.  A teacher that is not finite gives NaN.
+
     Args:
       pair: both sides' features, shape ``[n, d]`` each.
       whole: both sides' features of all samples that statistics run over: the same, or
         those of all devices.
       normalization: a key of `NORMALIZATIONS`.
-      mask: shape ``[n]``; zeros are no samples, which have no part in statistics and
-        come out as zeros, whatever they hold.
-      whole_mask: the same of ``whole``; None takes ``mask``.
+      mask: shape ``[n]``; samples whose mask is zero have no part in the statistics and
+        become zeros, whatever their values.
+      whole_mask: the mask of ``whole``; None uses ``mask``.
 
     Returns:
       Both sides, in float32 at least unless the normalization is None.
