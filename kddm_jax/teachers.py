@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from kddm_jax.losses import NOTHING, distill_loss
+from kddm_jax.numerics import masks
 from kddm_jax.numerics.batches import call, layers_of
 
 # Folded into a step's key; positions of images, which are folded in, too, are smaller.
@@ -109,10 +110,19 @@ def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
     return layers_of(outputs), outputs.logits
 
 
-def seen(taught: Taught | Mapping[str, Taught]) -> list[Any]:
-    """Lists the features, where there are any, and the logits of all teachers."""
+def seen(
+    taught: Taught | Mapping[str, Taught], mask: jax.Array | None
+) -> list[jax.Array]:
+    """Lists the features, if there are any, and the logits of all teachers.
+
+    Args:
+      taught: from `teach`.
+      mask: as in `distill_loss`; where it is zero, the arrays are zero.
+    """
     every = taught.values() if isinstance(taught, Mapping) else [taught]
-    return [(layers.get("features"), logits) for layers, logits in every]
+    outputs = [(layers.get("features"), logits) for layers, logits in every]
+    arrays = jax.tree.leaves(outputs)
+    return masks.zeroed(masks.check_mask(mask, len(arrays[0])), *arrays)
 
 
 def loss_of(

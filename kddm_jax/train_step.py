@@ -247,7 +247,7 @@ def make_train_step(
         accuracy = accuracy_of(logits, classes, axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         if teacher_apply is not None:
-            metrics["teacher_finite"] = all_finite(seen(guide), axis_name)
+            metrics["teacher_finite"] = all_finite(seen(guide, mask), axis_name)
         return new, metrics
 
     return step

@@ -350,7 +350,7 @@ def test_where_prepared_sets_are_looked_for(tmp_path, home, monkeypatch):
     copy(home / "tensorflow_datasets", "tiny_fixed", to="mnist")
     with pytest.raises(data.DataError, match="for mnist as prepared by TFDS"):
         data.load("mnist", data_dir=tmp_path)
-    with pytest.raises(data.DataError, match=f"there, in {tmp_path}/mine .*home"):
+    with pytest.raises(data.DataError, match=f"may also be in {tmp_path}/mine .*home"):
         data.load("cifar10")
 
 
