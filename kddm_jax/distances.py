@@ -1,4 +1,4 @@
-"""The catalogue of all distances between the outputs of two networks.
+"""Lists all distances between the outputs of two networks in a catalogue.
 
 Feature distillation adds ``lambda * D(student, teacher)`` to the cross-entropy, where
 ``D`` is a distance between the two networks' features of one batch.  ``x`` are the

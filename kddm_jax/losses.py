@@ -1,4 +1,4 @@
-"""The distillation loss: cross-entropy plus weighted distances.
+"""Computes the distillation loss, which is cross-entropy plus weighted distances.
 
 ``loss = task_weight * task + lambda * sum_t weight_t * D_t(student, teacher)``, where
 the task is the cross-entropy and lambda the argument ``weight`` of `distill_loss`.
@@ -426,9 +426,9 @@ def distill_loss(
         have their own options.
 
     Returns:
-      ``(loss, terms)``: the loss, and a dict of scalars.  ``terms`` holds ``"task"``,
-      the unweighted value of each distance under its name, and its diagnostics under
-      ``"name/converged"`` and so on.
+      ``(loss, terms)``: the loss, and a dict of scalars with ``"task"``, the unweighted
+      value of each distance under its name, and its diagnostics under names such as
+      ``"name/converged"``.
 
     Raises:
       ValueError: a shape is wrong, a name is unknown, a weight is negative or missing,

@@ -18,7 +18,8 @@ class Dataset(NamedTuple):
       train_images: training images, ``uint8``, shape ``[n, h, w, c]``.  For a folder or
         a prepared TFDS set they are a read-only memory map and may exceed the memory.
       train_labels: training labels, ``int32``, shape ``[n]``.
-      test_images: test images, ``uint8``, shape ``[m, h, w, c]``, stored likewise.
+      test_images: test images, ``uint8``, shape ``[m, h, w, c]``; memory maps in the
+        same cases.
       test_labels: test labels, ``int32``, shape ``[m]``.
       class_names: the name of each label.
       mean: mean of the training images per channel, in ``[0, 1]`` units.

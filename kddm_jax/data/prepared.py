@@ -296,8 +296,8 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
       The folder of the prepared set.
 
     Raises:
-      DataError: TensorFlow is not installed, TFDS does not know the set, or cannot
-        download or prepare it.
+      DataError: TensorFlow is not installed, or the set is unknown to TFDS or cannot be
+        downloaded or prepared.
     """
     if not _has_tensorflow():
         raise DataError(f"preparing {name} needs TensorFlow: {INSTALL}")

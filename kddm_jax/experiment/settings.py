@@ -31,7 +31,7 @@ class AtMost(int):
 
 @dataclass(frozen=True)
 class Data:
-    """The data set, and which of its images are used."""
+    """Chooses the data set and its images."""
 
     dataset: str = "digits"
     """Name of the data set: digits (embedded), cifar10, cifar100, svhn, mnist,
@@ -59,7 +59,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images."""
+    """Changes training images at random."""
 
     padding: int = 4
     """Pixels of padding of the random crop."""
@@ -75,7 +75,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Networks:
-    """Teacher and student."""
+    """Chooses teacher and student."""
 
     teacher: Path | None = None
     """Checkpoint, or run folder, of a trained teacher; None trains one."""
@@ -107,7 +107,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Method:
-    """How students learn from the teacher."""
+    """Sets how students learn from the teacher."""
 
     distances: tuple[str, ...] = KD2M
     """Distances to distil with; one student is trained for each. Keys of the catalogue,
@@ -150,7 +150,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How the networks are trained."""
+    """Sets how the networks are trained."""
 
     teacher_epochs: int = 15
     """Number of epochs of the teacher."""
@@ -184,7 +184,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Run:
-    """Where, how fast and how often to run; does not change the result of a run."""
+    """Sets where, how fast and how often to run; does not change a run's result."""
 
     recipe: str = "laptop"
     """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop

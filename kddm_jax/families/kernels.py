@@ -80,7 +80,7 @@ def mmd(
     .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\,\overline{k(x, y)}, \quad
               k = \exp(-r^2 / 2\sigma^2)
 
-    This is the biased V-statistic: means are over all pairs, including those of a
+    This is the biased V-statistic: it averages over all pairs, including pairs of a
     sample with itself.
 
     Cost: n² d, or n d if linear.  Gradient: that of the value; sigma is a constant.

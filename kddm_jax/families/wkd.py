@@ -1,4 +1,4 @@
-"""Computes transport between the classes of two predictions, and the cost of it.
+"""Computes the transport between the classes of two predictions, and its cost.
 
 ``logits_x`` are the student's logits and ``logits_y`` the teacher's of the same images,
 both ``[n, k]``.  The transport moves probability from class to class at a cost ``[k,

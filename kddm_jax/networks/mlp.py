@@ -60,7 +60,7 @@ class MLP(nn.Module):
 
 
 class TeacherMLP(MLP):
-    """Applies widths 784-512-256-128-128-128, with 600,458 parameters for 10 classes.
+    """Has the widths 784-512-256-128-128-128 and 600,458 parameters for 10 classes.
 
     Examples:
       >>> images = jnp.zeros((2, 28, 28, 1))
@@ -74,6 +74,6 @@ class TeacherMLP(MLP):
 
 
 class StudentMLP(MLP):
-    """Applies widths 784-512-256-128, with 567,434 parameters for 10 classes."""
+    """Has the widths 784-512-256-128 and 567,434 parameters for 10 classes."""
 
     hidden: tuple[int, ...] = (512, 256, 128)

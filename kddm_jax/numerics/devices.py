@@ -111,7 +111,7 @@ def mean_over_images(
 
 
 def worst(stats: Mapping[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
-    """Takes the smallest "converged" and the largest value of other diagnostics."""
+    """Returns the smallest "converged" and the largest value of other diagnostics."""
     # pmin and pmax have no derivative, not even for a constant
     extreme = lambda name: jnp.min if name == "converged" else jnp.max
     every = gather({n: jnp.reshape(s, 1) for n, s in stats.items()}, axis_name)

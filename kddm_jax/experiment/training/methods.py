@@ -46,7 +46,7 @@ class Method:
         Terms are relative to the run's lambda.
       options: options of `distill_loss`.
       projectors: a module for each student layer that is projected.
-      head: the student's modules that labels train; None trains all with labels.
+      head: the only modules of the student that labels train; None trains all of them.
     """
 
     distance: Any = ()
@@ -249,7 +249,7 @@ def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
 
 
 def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
-    """Checks, before training, that any choice of layers by quality will work."""
+    """Checks before training that any choice of layers by quality will work."""
     own, known = student_layers(settings, student), teacher["maps"]
     if len(known) < len(own):
         raise UserError(

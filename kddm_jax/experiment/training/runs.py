@@ -124,7 +124,7 @@ def _identity(problem, name, start, **more):
         if model in decisive:
             decisive[f"{model}_source"] = models.source_digest(decisive[model])
     decisive["pretrained"] = start.sha256 if start else None
-    return json.loads(json.dumps({**decisive, **more}))  # as it is read back
+    return json.loads(json.dumps({**decisive, **more}))  # in the form that is read back
 
 
 def teacher_run(problem: Problem) -> Run:

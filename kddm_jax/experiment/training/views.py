@@ -2,7 +2,7 @@
 
 Every training image gets V augmented copies, which are drawn once. Teacher and student
 see the same copy. The teacher's outputs are computed once and saved in the folder of
-results.
+results, under a name that depends on the teacher's digest.
 """
 
 import hashlib
