@@ -1,10 +1,10 @@
 """Saves, verifies and restores checkpoints, which are complete or absent.
 
-A checkpoint is a folder ``step-00000123`` with the arrays (Orbax), those without any
-element (``empty.json``), ``meta.json``, and ``manifest.json`` with the SHA-256 of every
-other file.  It is written under another name and renamed last, so that a killed save
-leaves nothing that looks like a checkpoint.  Older checkpoints are removed after that,
-and are renamed first, too.
+A checkpoint is a folder ``step-00000123``.  It contains the arrays (in Orbax's format;
+``empty.json`` lists arrays of size zero), ``meta.json``, and ``manifest.json`` with the
+SHA-256 of every other file.  A checkpoint is written under another name and then
+renamed, so that an interrupted save leaves nothing that looks like a checkpoint.  Older
+checkpoints are then removed; they are renamed first for the same reason.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ import numpy as np
 
 from kddm_jax.extras import extra
 
-Arrays = dict[str, Any]  # nested by module, NumPy arrays at the end
-Tree = TypeVar("Tree")  # any PyTree, the same out as in
+Arrays = dict[str, Any]  # dicts nested by module; the leaves are NumPy arrays
+Tree = TypeVar("Tree")  # any PyTree; the result has the same structure
 
 _ARRAYS, _EMPTY, _META = "arrays", "empty.json", "meta.json"
 _MANIFEST = "manifest.json"
 
 
 class CheckpointError(Exception):
-    """Raised if a checkpoint is missing, damaged, or of another model, in one line."""
+    """Reports a missing or damaged checkpoint, or one of another model, in one line."""
 
 
 def _digest(path):
@@ -57,7 +57,7 @@ def _steps(folder):
 
 
 def _named(tree: object) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """Lists path and leaf by the names on the path, of keys, fields and positions."""
+    """Maps the names of keys, fields and positions to each leaf and its path."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -72,7 +72,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _on_host(target: Path, name: tuple[str, ...], leaf: Any) -> np.ndarray:
-    """Copies a leaf to the host, or refuses what is no array of numbers."""
+    """Copies a leaf to the host; raises if it is not an array of numbers."""
     array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
     if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool):
         kind = f"array of {array.dtype}" if np.ndim(leaf) else type(leaf).__name__
@@ -87,26 +87,27 @@ def _on_host(target: Path, name: tuple[str, ...], leaf: Any) -> np.ndarray:
 def save(
     folder: Path, step: int, tree: object, meta: Mapping[str, object], *, keep: int = 2
 ) -> Path:
-    """Saves a tree of arrays and a JSON record, atomically.
+    """Saves a tree of arrays and a JSON record atomically.
 
-    The calling process saves and waits for no other process.
+    The calling process saves on its own, without waiting for other processes.
 
     Args:
-      folder: folder of a run's checkpoints; made if absent.
-      step: number in the checkpoint's name; an existing one of that step is replaced.
+      folder: folder of a run's checkpoints; it is made if it does not exist.
+      step: number in the checkpoint's name; an existing checkpoint of that step is
+        replaced.
       tree: arrays and numbers in any PyTree: dictionaries, dataclasses, a `TrainState`,
         an NNX module or its state, the arrays of an Equinox module.
-      meta: record that JSON can hold.
+      meta: record that can be written as JSON.
       keep: number of checkpoints to keep, including this one.  Checkpoints of later
-        steps do not count: a run that resumed before them found them damaged.
+        steps do not count, because the run found them damaged when it resumed.
 
     Returns:
       The checkpoint's folder.
 
     Raises:
-      CheckpointError: a leaf is no array of numbers, ``meta`` no JSON, or the files
-        cannot be written; earlier checkpoints are intact.
-      ValueError: ``keep < 1``.
+      CheckpointError: a leaf is not an array of numbers, ``meta`` cannot be written as
+        JSON, or the files cannot be written.  Earlier checkpoints stay intact.
+      ValueError: ``keep`` is less than 1.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -134,16 +135,16 @@ def save(
         if arrays:
             with _silent("absl"):
                 checkpointer.save(partial / _ARRAYS, arrays)
-        if empty:  # Orbax does not know them
+        if empty:  # Orbax cannot save them
             (partial / _EMPTY).write_text(json.dumps(empty))
         (partial / _META).write_text(record)
         (partial / _MANIFEST).write_text(json.dumps(_digests(partial), indent=1))
         _sync(partial)
-        if target.exists():  # none has the name between the two renames
+        if target.exists():  # between the renames, no folder has the target's name
             target.rename(aside)
         partial.rename(target)
         _sync_folder(target.parent)
-    except (OSError, ValueError) as error:  # a full disk is Orbax's ValueError
+    except (OSError, ValueError) as error:  # Orbax raises ValueError for a full disk
         if aside.exists() and not target.exists():
             aside.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
@@ -155,7 +156,7 @@ def save(
             f"cannot write checkpoint {target}: {reason}; {cure}"
         ) from error
     for old in [path for path in _steps(target.parent) if path <= target][keep:]:
-        with contextlib.suppress(OSError):  # half removed, it would look damaged
+        with contextlib.suppress(OSError):  # a half-removed one would look damaged
             old.rename(old.with_suffix(".partial"))
     _remove_partial(target.parent)
     return target
@@ -167,7 +168,7 @@ def _remove_partial(folder):
 
 
 def _checkpointer():
-    """Makes Orbax's checkpointer for this process alone, which waits for no other."""
+    """Makes an Orbax checkpointer that does not wait for other processes."""
     with extra("kddm_jax.checkpoint"):  # imported here: it takes 1.5 s
         import orbax.checkpoint as ocp
 
@@ -182,7 +183,7 @@ def _checkpointer():
 
 
 def _check_space(folder, tree):
-    """Checks the space on disk; Orbax's threads log a hundred lines if it is full."""
+    """Checks the disk space, because Orbax logs a hundred lines if the disk is full."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -193,7 +194,7 @@ def _check_space(folder, tree):
 
 @contextlib.contextmanager
 def _silent(name):
-    """Silences a logger: Orbax logs a page for an error that it then raises."""
+    """Silences a logger, because Orbax logs a page for an error that it also raises."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -243,7 +244,7 @@ def verify(path: Path) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """Finds the newest undamaged checkpoint; warns of damaged ones.
+    """Finds the newest undamaged checkpoint, and warns about damaged ones.
 
     Args:
       folder: folder of a run's checkpoints.
@@ -270,13 +271,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def find(path: Path) -> Path | None:
-    """Finds the checkpoint that a path stands for.
+    """Finds the checkpoint at a path or in a folder.
 
     Args:
       path: a checkpoint, a folder of checkpoints, or a run's folder.
 
     Returns:
-      The checkpoint itself, or the newest undamaged one of the folder; None if the
+      The checkpoint itself, or the newest undamaged one in the folder; None if the
       folder has no checkpoint.
 
     Raises:
@@ -295,7 +296,7 @@ def read_meta(path: Path) -> dict[str, object]:
       path: folder of the checkpoint.
 
     Returns:
-      The record that was given to `save`.
+      The record that was passed to `save`.
 
     Raises:
       CheckpointError: there is no readable record.
@@ -335,15 +336,15 @@ def restore_arrays(path: Path) -> tuple[Arrays, dict[str, object]]:
 
 
 def match(path: Path, arrays: Mapping[str, object], like: Tree) -> Tree:
-    """Gives restored arrays the structure of a tree, checking every shape.
+    """Puts restored arrays into the structure of a tree and checks every shape.
 
     Args:
-      path: folder of the checkpoint, for messages.
-      arrays: nested dictionaries, from `restore_arrays`.
-      like: a tree of the wanted structure and shapes.
+      path: folder of the checkpoint, for error messages.
+      arrays: nested dictionaries from `restore_arrays`.
+      like: a tree with the wanted structure and shapes.
 
     Returns:
-      The tree, its arrays on the host, its keys of `jax.random` on the device.
+      The tree with its arrays on the host and its `jax.random` keys on the device.
 
     Raises:
       CheckpointError: the structure or a shape differs.
@@ -359,7 +360,7 @@ def match(path: Path, arrays: Mapping[str, object], like: Tree) -> Tree:
     for name, (place, expected) in wanted.items():
         _, leaf = found[name]
         shape = np.shape(expected)
-        if _is_key(expected):  # its numbers have an axis more
+        if _is_key(expected):  # its numbers have one more axis
             shape = jax.eval_shape(jax.random.key_data, expected).shape
         if np.shape(leaf) != shape:
             raise CheckpointError(
@@ -378,10 +379,10 @@ def restore(path: Path, like: Tree) -> tuple[Tree, dict[str, object]]:
 
     Args:
       path: folder of the checkpoint.
-      like: a tree of the same structure and shapes.
+      like: a tree with the same structure and shapes.
 
     Returns:
-      The tree, its arrays on the host, and the record.
+      The tree with its arrays on the host, and the record.
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or its structure or a shape

@@ -1,12 +1,12 @@
-"""The catalogue of all distances between the outputs of two networks.
+"""Lists all distances between the outputs of two networks in a catalogue.
 
-Feature distillation adds ``lambda * D(student, teacher)`` to the cross-entropy,
-``D`` a distance between the two networks' features of one batch.  ``x`` holds the
-student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``, ``labels`` int
+Feature distillation adds ``lambda * D(student, teacher)`` to the cross-entropy, where
+``D`` is a distance between the two networks' features of one batch.  ``x`` are the
+student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``, and ``labels`` int
 ``[n]``; a negative label means no label, and a zero in ``mask`` ``[n]`` no sample.
-Every function here is pure, gives a scalar, jits and vmaps, and casts to float32 at
-least.  Wasserstein names return the
-*squared* distance.  No function stops the teacher's gradient: `losses` does.
+Every function is pure, returns a scalar in float32 or float64, and works under jit and
+vmap.  Wasserstein names return the *squared* distance.  No function stops the teacher's
+gradient; `losses` does.
 
 References:
   Fernandes Montesuma, KD2M: a unifying framework for feature knowledge
@@ -80,7 +80,7 @@ Options = Mapping[str, object] | tuple[tuple[str, object], ...]
 
 
 def _hashable(name, value):
-    """The value of an option; a list becomes a tuple."""
+    """Checks that an option can be hashed; turns a list into a tuple."""
     if isinstance(value, list | tuple):
         return tuple(_hashable(name, item) for item in value)
     if isinstance(value, np.ndarray | jax.Array):
@@ -104,7 +104,7 @@ def hashable_options(options: Options) -> tuple[tuple[str, object], ...]:
       options: a mapping from names to values, or its pairs.
 
     Returns:
-      The pairs, sorted by name; lists as tuples.
+      The pairs, sorted by name; lists become tuples.
 
     Raises:
       ValueError: a value is an array, or has no hash.
@@ -119,28 +119,30 @@ def hashable_options(options: Options) -> tuple[tuple[str, object], ...]:
 
 @dataclass(frozen=True)
 class Distance:
-    """An entry of `DISTANCES`; a distance of your own is passed as one, too.
+    """Describes a distance: an entry of `DISTANCES`, or a distance of your own.
 
-    It is hashable.
+    Distances are hashable.
 
     Attributes:
-      fn: ``fn(*arrays, **options) -> scalar``, the arrays named by ``inputs``; one of
-        the options is ``mask``, if it takes masks.
+      fn: function ``fn(*arrays, **options) -> scalar`` of the arrays in ``inputs``.  A
+        distance that takes masks has an option ``mask``.
       inputs: names of the arrays: ``"features"``, ``"maps"``, ``"logits"`` (each a
         pair: student, teacher), ``"labels"``, ``"key"``; every other name is looked up
         in the loss's ``teacher_data``.
       options: fixed keyword arguments of the entry, as a mapping; stored as sorted
         pairs.
-      title: name in tables.
+      title: name of the distance in tables.
       complexity: cost of value and gradient.
-      promises: properties that the tests check: "zero" for identical clouds,
+      promises: properties that the tests check: "zero" for identical samples,
         "symmetric", invariant to a common "translation" or "rotation", "squared":
         ``D(a x, a y) = a^2 D(x, y)``, different "widths".
-      per_sample: a mean over images, so that devices need not gather.
-      diagnose: same arguments as ``fn``, gives ``(value, {name: scalar})``; of several
-        devices the least "converged" and the largest of all else is shown.
-      weights: default of lambda for each ``normalization`` of `distill_loss`; where
-        there is none, the caller has to pass a number.
+      per_sample: whether the distance is a mean over images, so that it can be
+        averaged over devices without gathering arrays.
+      diagnose: function of the same arguments as ``fn`` that returns ``(value, {name:
+        scalar})``.  With several devices, the smallest "converged" and the largest
+        values of the others are reported.
+      weights: default of lambda for each ``normalization`` of `distill_loss`.  For a
+        normalization without a default, the caller must pass a number.
     """
 
     fn: Callable[..., jax.Array]
@@ -155,7 +157,7 @@ class Distance:
     weights: Mapping[str | None, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        """Makes it immutable throughout."""
+        """Makes all attributes immutable."""
         object.__setattr__(self, "options", hashable_options(self.options))
         object.__setattr__(self, "inputs", tuple(self.inputs))
         object.__setattr__(self, "promises", frozenset(self.promises))
@@ -164,15 +166,15 @@ class Distance:
     def check_normalization(
         self, name: str, normalization: str | None, options: Mapping[str, object]
     ) -> None:
-        """Refuses a normalization that makes the distance zero, whatever it compares.
+        """Rejects a normalization with which the distance is always zero.
 
         Args:
-          name: name of the term, for the message.
+          name: name of the term, for the error message.
           normalization: a key of `numerics.normalization.NORMALIZATIONS`.
           options: all keyword arguments of the distance.
 
         Raises:
-          ValueError: the distance compares only what is equal on both sides then.
+          ValueError: the normalization makes equal all that the distance compares.
         """
         for fn, option, value, compared, equal in _EQUALIZED:
             if self.fn is not fn or normalization not in equal:
@@ -188,8 +190,8 @@ class Distance:
                 )
 
 
-# Function, option, its value, all that is then compared, and the normalizations that
-# make it equal on both sides.
+# Function, option and its value; all that the function then compares; and the
+# normalizations that make that equal on both sides.
 _MOMENTS = "each feature's mean and variance"
 _EQUALIZED = (
     (mmd, "kernel", "linear", "means", ("centered", "standardized")),
@@ -205,23 +207,25 @@ _GEOMETRY = _RIGID | {"widths"}
 
 
 def _either(weight):
-    """The same default, since a common factor of both sides changes nothing."""
+    """Gives both the same default, because a common factor changes nothing."""
     return {None: weight, "teacher": weight}
 
 
 def _any(weight: float) -> dict[str | None, float]:
-    """The same default, since predictions and maps are compared as they are."""
+    """Gives all the same default, because predictions and maps are not normalized."""
     return dict.fromkeys(NORMALIZATIONS, weight)
 
 
-# Squared distances have a default of lambda for normalization="teacher" only, whose
-# unit they share.  The others do not change with it, but for "linear_projection", whose
-# default is for features as they are; none has a default for a normalization that
-# changes what is compared.  Those down to "l2": held-out digits, 3 seeds
+# Squared distances have a default of lambda only for normalization="teacher", which
+# fixes their unit.  The other distances do not change with that normalization, except
+# "linear_projection", whose default is for features without normalization.  None has a
+# default for a normalization that changes what is compared.  The defaults from "w2" to
+# "l2" were measured on held-out digits with 3 seeds
 # (experiments/results/digits-weights*.json).  Between 1e-2 and 1 most entries are flat
-# within a standard error of one point; the smaller is taken where more is known to hurt
-# ("w2" pairs across classes, the Kullback-Leibler divergences and "jw2" diverge).
-# After "l2" they are those of the works named above them, not measured here.
+# within a standard error of one point; the smaller number is used if a larger one is
+# known to hurt ("w2" pairs across classes, the Kullback-Leibler divergences and "jw2"
+# diverge).  The defaults after "l2" were not measured; their sources are named above
+# the entries.
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
         "w2": Distance(
@@ -303,8 +307,8 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="n² d",
             promises=_RIGID,
         ),
-        # One over the share of the squared distance that a direction sees would be d:
-        # as "w2" at d = 100.
+        # One direction measures 1/d of the squared distance, so this is the weight of
+        # "w2" at d = 100.
         "sliced_w2": Distance(
             sliced_wasserstein,
             inputs=("features", "key"),
@@ -313,7 +317,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="p n (d + log n)",
             promises=frozenset({"zero", "symmetric", "translation", "squared"}),
         ),
-        # That of "w2".
+        # The weight of "w2".
         "gromov_w2": Distance(
             gromov_wasserstein,
             title="Gromov W2",
@@ -330,8 +334,8 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             promises=_METRIC,
             per_sample=True,
         ),
-        # arXiv 2509.25253 holds its factor fixed and does not print it; these are of
-        # order one, as the cross-entropy is.
+        # arXiv 2509.25253 uses a fixed factor without stating it.  These three
+        # distances are of order one, like the cross-entropy.
         "procrustes": Distance(
             procrustes,
             title="Procrustes",
@@ -353,7 +357,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="n² d",
             promises=_GEOMETRY,
         ),
-        # RepDistiller's weight of FitNets, whose regressor is learnt.
+        # RepDistiller's weight of FitNets, which learns its regressor.
         "linear_projection": Distance(
             linear_projection,
             title="linear projection",
@@ -361,7 +365,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="n d²",
             promises=frozenset({"zero", "rotation", "widths"}),
         ),
-        # RepDistiller.
+        # RepDistiller's weight.
         "similarity": Distance(
             similarity_preserving,
             title="SP",
@@ -369,7 +373,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="n² d",
             promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
         ),
-        # RepDistiller.
+        # RepDistiller's weight.
         "nst": Distance(
             nst,
             inputs=("maps",),
@@ -379,8 +383,8 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             promises=frozenset({"zero", "symmetric", "widths"}),
             per_sample=True,
         ),
-        # CE + T² KL at T = 4: "vanilla KD" of arXiv 2511.14981; RepDistiller weighs
-        # 0.1 and 0.9.
+        # CE + T² KL at T = 4: "vanilla KD" of arXiv 2511.14981.  RepDistiller weights
+        # CE by 0.1 and KL by 0.9.
         "kd": Distance(
             kd,
             inputs=("logits",),
@@ -426,7 +430,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
 
 
 def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distance:
-    """Looks a distance up, or makes a `Distance` of a callable.
+    """Looks up a distance, or makes a `Distance` from a callable.
 
     Args:
       distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
@@ -435,7 +439,7 @@ def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distanc
       The `Distance`.
 
     Raises:
-      ValueError: an unknown key, naming the known ones.
+      ValueError: the key is unknown; the message lists the known ones.
 
     Examples:
       >>> get_distance("w2").title
@@ -458,5 +462,5 @@ def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distanc
 
 
 def callable_name(fn: Callable) -> str:
-    """Returns the name of a function, or of its type."""
+    """Returns the name of a function, or of its type if it has no name."""
     return getattr(fn, "__name__", type(fn).__name__)

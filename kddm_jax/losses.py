@@ -1,9 +1,9 @@
-"""The distillation loss: cross-entropy plus weighted distances.
+"""Computes the distillation loss, which is cross-entropy plus weighted distances.
 
 ``loss = task_weight * task + lambda * sum_t weight_t * D_t(student, teacher)``, where
 the task is the cross-entropy and lambda the argument ``weight`` of `distill_loss`.
-Arrays in, scalars out: no framework, so it composes with Flax, Equinox and plain
-functions, under jit, grad, vmap, pmap and shard_map.  The teacher gets no gradient.
+It takes arrays and returns scalars, so it works with Flax, Equinox and plain functions,
+under jit, grad, vmap, pmap and shard_map.  The teacher gets no gradient.
 """
 
 import inspect
@@ -89,7 +89,7 @@ class Term:
     normalization: str | None = None
 
     def __post_init__(self):
-        """Checks what can be checked without arrays."""
+        """Checks everything that does not depend on arrays."""
         object.__setattr__(self, "options", hashable_options(self.options))
         object.__setattr__(self, "layers", self.layers and tuple(self.layers))
         name = _term_name(self)
@@ -122,12 +122,12 @@ def _term_name(term):
 
 
 def _is_one(distance):
-    """Whether it is one distance, whose weight and options are the loss's."""
+    """Returns whether this is a single distance rather than Terms."""
     return isinstance(distance, str | Distance) or callable(distance)
 
 
 def _as_terms(distance):
-    """One distance, one Term or a sequence of Terms, as a tuple of Terms."""
+    """Turns one distance, one Term or a sequence of Terms into a tuple of Terms."""
     if isinstance(distance, Term):
         terms = (distance,)
     elif isinstance(distance, Sequence) and not isinstance(distance, str):
@@ -153,7 +153,7 @@ def _as_terms(distance):
 
 
 def _lambda(weight, distance, normalization):
-    """The weight of all terms: 1 of Terms, of one distance the catalogue's default."""
+    """Returns lambda, by default 1 for Terms or the catalogue's for one distance."""
     if weight is not None:
         check_number("weight", weight, positive=False)
         return weight
@@ -172,7 +172,7 @@ def _lambda(weight, distance, normalization):
 
 
 def _check_options(distance, options):
-    """Refuses options beside Terms, and arrays: a scalar may be traced."""
+    """Rejects options given together with Terms, and arrays other than scalars."""
     if options and not _is_one(distance):
         raise ValueError(
             f"got the option {', '.join(options)}, but Terms have options of their "
@@ -185,7 +185,7 @@ DEFAULT_LAYER = "features"
 
 
 def _compared(features, terms, side, n):
-    """The layers that some term compares, by name: no other is ever gathered."""
+    """Returns the layers that some term compares; no other layers are gathered."""
     if not isinstance(features, Mapping):
         features = {DEFAULT_LAYER: features}
     index = ("student", "teacher").index(side)
@@ -205,7 +205,7 @@ def _compared(features, terms, side, n):
 
 
 def _takes_layers(term):
-    """Whether its distance compares features or maps: predictions have no layer."""
+    """Returns whether a term's distance compares layers rather than predictions."""
     return not {"features", "maps"}.isdisjoint(get_distance(term.distance).inputs)
 
 
@@ -214,20 +214,20 @@ def _layers(term):
 
 
 def _pair(term, batch):
-    """Student's and teacher's array of a term's layers; None of predictions'."""
+    """Returns both arrays of a term's layers, None if it compares predictions."""
     student, teacher = _layers(term)
     return [batch["student"].get(student), batch["teacher"].get(teacher)]
 
 
 def _repeated(mask, arrays):
-    """The mask of arrays' rows: every position of an image is as its image."""
+    """Repeats the mask of images for each of their positions."""
     return None if mask is None else jnp.repeat(mask, len(arrays[0]) // len(mask))
 
 
 def _features(term, batch, whole, normalization):
-    """Normalized features of both sides and their labels.
+    """Returns the normalized features of both sides, and their labels.
 
-    ``whole`` is the batch that statistics run over: of all devices.
+    Statistics are computed over ``whole``, the batch of all devices.
     """
     pair, labels = as_matrices(_pair(term, batch), batch["labels"], term.positions)
     same = pair
@@ -239,7 +239,7 @@ def _features(term, batch, whole, normalization):
 
 
 def _arguments(row, term, batch, whole, normalization):
-    """The arrays that the entry's function takes, in its order."""
+    """Returns the arrays that the entry's function takes, in order."""
     pair, labels = _pair(term, batch), batch["labels"]
     known = {"maps": pair}
     if "features" in row.inputs:
@@ -258,7 +258,7 @@ def _arguments(row, term, batch, whole, normalization):
 
 
 def _options(row, term, given, num_classes):
-    """Keyword arguments of the entry's function; those without a default must be."""
+    """Returns the function's keyword arguments; requires those without a default."""
     options = {**dict(row.options), **dict(term.options), **given}
     if wrong := [name for name in options if name in row.inputs]:
         raise ValueError(
@@ -280,7 +280,7 @@ def _options(row, term, given, num_classes):
 
 
 def _masked(row, term, mask, arrays):
-    """The keyword argument ``mask`` for the rows of arrays, where there is a mask."""
+    """Returns the keyword argument ``mask``, or ``{}`` if there is no mask."""
     if mask is None:
         return {}
     known = inspect.signature(row.fn).parameters.values()
@@ -301,9 +301,9 @@ def _check_scalar(name, value):
 
 
 def _evaluate(term, local, gathered, options, *, normalization, axis_name, groups):
-    """Value and diagnostics of a term: of the global batch if there is an axis."""
+    """Computes a term's value and diagnostics, with an axis over the global batch."""
     row = get_distance(term.distance)
-    # A mean over images needs no gathering: the mean of the devices' means is it.
+    # A mean over images needs no gathering: it is the mean of the devices' means.
     local_only = axis_name is not None and row.per_sample
     batch = local if local_only else gathered
     chosen = term.normalization or normalization
@@ -322,8 +322,8 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
             count = jnp.sum(local["mask"])
         value = mean_over_images(value, count, axis_name, groups)
     if groups is not None:
-        # Every device holds its group's value; averaged over devices they have the
-        # mean over groups, and so have the gradients that the caller averages.
+        # Every device has its group's value, so the mean over devices is the mean over
+        # groups.  The same is true of the gradients, which the caller averages.
         value = jax.lax.pmean(value, axis_name)
     if local_only or groups is not None:
         stats = worst(stats, axis_name)
@@ -331,7 +331,7 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
 
 
 def _check_arrays(student_logits, labels, mask, num_classes):
-    """Checks what all terms share; gives the labels and the mask."""
+    """Checks the arrays that all terms share, and returns the labels and the mask."""
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
@@ -370,20 +370,20 @@ def distill_loss(
 
     .. math:: L = w\, CE(s, y) + \lambda \sum_t w_t\, D_t(x, \mathrm{stop}(x_T))
 
-    No gradient reaches the teacher.  Under ``axis_name`` arrays are gathered first, so
-    that every device computes the loss of the *global* batch.  Under ``jax.shard_map``
-    the gradient by parameters that are equal on all devices is right as it comes; under
-    pmap and ``check_vma=False`` average it with ``pmean``, never sum it.
+    No gradient reaches the teacher.  With ``axis_name``, arrays are gathered first, so
+    that every device computes the loss of the *global* batch.  ``jax.shard_map`` gives
+    the right gradient of parameters that are equal on all devices.  Under pmap or
+    ``check_vma=False``, average it over devices with ``pmean``; never sum it.
 
     With ``group_size``, features are gathered only within groups of that many devices.
     This is a different loss: the distance is computed in each group and averaged over
     groups.  The task loss is still computed over the global batch.
 
     Cost: n k plus the cost of each distance, where n is the size of the global batch
-    under ``axis_name``.  Gradient: with respect to the student only; transport
+    if there is an axis.  Gradient: with respect to the student only; transport
     distances have no second derivatives.  Not for: raw features of unknown scale with a
-    weight from a table of results: use ``normalization="teacher"``, because the weights
-    in those tables are chosen with it.
+    weight from a table of results; use ``normalization="teacher"``, because the weights
+    in those tables were chosen with it.
 
     Args:
       student_features: shape ``[n, d]``, or a mapping from layer name to array.  In a
@@ -391,9 +391,9 @@ def distill_loss(
         tokens.
       teacher_features: the teacher's features of the same images, in the same form.
       labels: int, shape ``[n]``.  Samples with a negative label are ignored by the
-        cross-entropy and by distances that take labels; other distances use them.  Or
-        float, ``[n, k]``, a probability for each class: distances that take labels use
-        the largest one's class, and a row of zeros is no label.
+        cross-entropy and by distances that take labels; other distances use them.  Soft
+        labels are float, ``[n, k]``, a probability for each class; distances that take
+        labels use the most probable class, and a row of zeros means no label.
       student_logits: shape ``[n, k]``.
       teacher_logits: shape ``[n, k]``; only distances of predictions need them.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
@@ -426,14 +426,14 @@ def distill_loss(
         have their own options.
 
     Returns:
-      ``(loss, terms)``: the loss, and a dict of scalars.  ``terms`` holds ``"task"``,
-      the unweighted value of each distance under its name, and its diagnostics under
-      ``"name/converged"`` and so on.
+      ``(loss, terms)``: the loss, and a dict of scalars with ``"task"``, the unweighted
+      value of each distance under its name, and its diagnostics under names such as
+      ``"name/converged"``.
 
     Raises:
-      ValueError: shapes, unknown names, a negative weight or none, a missing key,
-        logits or teacher_data, a ``group_size`` that does not divide the devices, or
-        under a ``shard_map`` with ``check_vma=True``.
+      ValueError: a shape is wrong, a name is unknown, a weight is negative or missing,
+        or the key, logits or teacher_data are missing; or ``group_size`` does not
+        divide the devices or is used in a ``shard_map`` with ``check_vma=True``.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), the objective.

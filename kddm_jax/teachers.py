@@ -1,8 +1,8 @@
-"""What the train step takes from its teachers: none, one, or several by name.
+"""Computes the loss with no teacher, with one, or with several teachers by name.
 
 Several teachers are a mapping from names to apply functions, with a mapping from the
-same names to distances.  Each has its own `distill_loss`, in which lambda is the same;
-the losses are added, and the task is counted once.
+same names to distances.  `distill_loss` is computed for each teacher with the same
+lambda; the losses are added, and the task is counted once.
 """
 
 import inspect
@@ -16,21 +16,22 @@ from kddm_jax.losses import NOTHING, distill_loss
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.batches import call, layers_of
 
-# Folded into a step's key; positions of images, which are folded in, too, are smaller.
+# Folded into a step's key, like the positions of images, which are smaller numbers.
 DROPOUT = np.uint32(2**32 - 1)
 Taught = tuple[Mapping[str, jax.Array], jax.Array | None]  # layers and logits
 
 
 def rngs_for(apply: Callable, key: jax.Array | None, axis_name: Any) -> dict[str, Any]:
-    """Makes the keyword argument ``rngs`` where an apply function takes it.
+    """Makes the keyword argument ``rngs`` for an apply function that takes it.
 
     Args:
-      apply: the function.
-      key: of the step; None for a network that draws nothing.
-      axis_name: of the mapped axis, on which every device has keys of its own.
+      apply: the apply function.
+      key: key of the step; None for a network that draws no random numbers.
+      axis_name: name of the mapped axis; each device gets its own key.
 
     Returns:
-      ``{}`` if it does not take it, else ``rngs`` with the key of ``"dropout"``.
+      ``rngs`` with the key of ``"dropout"``, or ``{}`` if the function does not take
+      ``rngs``.
     """
     if "rngs" not in inspect.signature(apply).parameters:
         return {}
@@ -45,11 +46,12 @@ def check_teachers(teacher_apply: Any, distance: Any) -> None:
     """Checks teachers and distances before anything is traced.
 
     Args:
-      teacher_apply: apply function, mapping of them, or None.
-      distance: distance of a teacher, or mapping of them.
+      teacher_apply: the teacher's apply function, a mapping of them, or None.
+      distance: the distance to the teacher, or a mapping of them.
 
     Raises:
-      ValueError: a distance without a teacher, or other names than the teachers'.
+      ValueError: there is a distance but no teacher, or distances and teachers have
+        different names.
     """
     if not isinstance(teacher_apply, Mapping) and not isinstance(distance, Mapping):
         alone = isinstance(distance, Sequence) and len(distance) == 0
@@ -87,15 +89,15 @@ def _check_names(one_name, one, other_name, other):
 
 
 def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
-    """Runs the teachers, in evaluation.
+    """Runs the teachers in evaluation mode.
 
     Args:
-      teacher_apply: apply function, mapping of them, or None.
-      variables: the teacher's, or a mapping of them.
+      teacher_apply: the teacher's apply function, a mapping of them, or None.
+      variables: the teacher's variables, or a mapping of them.
       inputs: the images that the student sees.
 
     Returns:
-      The layers and logits of the teacher, or a mapping of them.
+      ``(layers, logits)`` of the teacher, or a mapping from names to such pairs.
     """
     if isinstance(teacher_apply, Mapping):
         _check_names("teacher_apply", teacher_apply, "teacher_variables", variables)
@@ -137,16 +139,16 @@ def loss_of(
     """Computes the loss of one teacher, or the sum over several.
 
     Args:
-      student: logits and layers.
-      taught: from `teach`.
+      student: the student's logits and layers.
+      taught: the teachers' layers and logits, from `teach`.
       labels: as in `distill_loss`.
       distance: as in `distill_loss`, or a mapping from the teachers' names.
       teacher_data: as in `distill_loss`, or a mapping from the teachers' names.
-      **options: of `distill_loss`.
+      **options: other arguments of `distill_loss`.
 
     Returns:
-      The loss and its terms, as `distill_loss`; those of several teachers are called
-      ``"teacher:term"``.
+      The loss and its terms, as in `distill_loss`.  With several teachers, terms are
+      called ``"teacher:term"``.
     """
     logits, layers = student
     if isinstance(taught, Mapping):
@@ -183,5 +185,5 @@ def _sum(student, taught, labels, *, distance, teacher_data, **options):
         terms["task"] = found.pop("task")
         terms |= {f"{name}:{term}": value for term, value in found.items()}
         losses.append(loss)
-        options["task_weight"] = 0.0  # from the second teacher on
+        options["task_weight"] = 0.0  # the task is counted with the first teacher only
     return sum(losses[1:], losses[0]), terms

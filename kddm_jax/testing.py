@@ -1,10 +1,10 @@
-"""Gradient checks for distances and losses: what our own tests use, for yours too.
+"""Checks gradients of distances and losses, in this package's tests and in yours.
 
-``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first
-argument: at its defaults, a gradient that is zero or of the wrong sign passes.
-`assert_loss_gradients` and `assert_distance_gradients` divide that out, work in
-float64, in forward and in reverse mode, and compare with central differences of the
-value itself.
+``chex.assert_numerical_grads`` multiplies ``atol`` by the size of its first argument,
+so that at its defaults a gradient that is zero or has the wrong sign passes.
+`assert_loss_gradients` and `assert_distance_gradients` divide by that size.  They work
+in float64, check forward and reverse mode, and compare with central differences of the
+value.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ def assert_distance_gradients(
 ) -> None:
     """Asserts that a distance's derivatives agree with finite differences.
 
-    Everything is computed in float64. The gradient is compared with central differences
-    entry by entry, and chex checks forward and reverse mode along random directions.
-    A distance holds some numbers constant that it computes from its inputs (epsilon,
-    bandwidth, beta, ridge). They change in a numerical derivative, so pass them
-    explicitly.  Avoid inputs at which an exact assignment is not unique.
+    Everything is computed in float64.  The gradient is compared with central
+    differences entry by entry, and chex checks forward and reverse mode along random
+    directions.  A distance computes some numbers from its inputs and treats them as
+    constants (epsilon, bandwidth, beta, ridge).  They change in a numerical derivative,
+    so pass them explicitly.  Avoid inputs at which an exact assignment is not unique.
 
     Args:
       distance: a key of `DISTANCES`, a `Distance`, or a callable.
@@ -45,7 +45,7 @@ def assert_distance_gradients(
       **options: options of the distance.
 
     Raises:
-      AssertionError: if a derivative is wrong.
+      AssertionError: a derivative is wrong.
 
     Examples:
       >>> x = np.random.default_rng(0).normal(size=(5, 3))
@@ -63,24 +63,26 @@ def assert_loss_gradients(
     rtol: float = 1e-2,
     atol: float = 1e-4,
 ) -> None:
-    """Asserts that a loss's derivatives are those of its value.
+    """Asserts that a loss's derivatives agree with finite differences.
 
-    In float64: the gradient against central differences, entry by entry, and
-    forward and reverse mode along random directions by chex.  Numbers that a distance
-    computes from the student and holds constant move with it in a numerical
-    derivative: pass them as options of the distance (epsilon, bandwidth, beta, ridge).
-    Inputs should lie away from ties of an exact assignment and kinks of a ReLU.
+    Everything is computed in float64, as in `assert_distance_gradients`.  Pass numbers
+    that a distance computes from the student and treats as constants (epsilon,
+    bandwidth, beta, ridge) as options of the distance, because they change in a
+    numerical derivative.  Avoid inputs at ties of an exact assignment or at kinks of a
+    ReLU.
 
     Args:
-      loss: gives a scalar, or ``(scalar, anything)`` as `distill_loss` does.
-      *trees: its arguments, PyTrees of arrays.
-      argnums: of the trees to differentiate by, small (each floating entry costs two
-        evaluations): parameters, features, logits.
+      loss: function that returns a scalar, or ``(scalar, anything)`` as `distill_loss`
+        does.
+      *trees: arguments of the loss, PyTrees of arrays.
+      argnums: indices of the trees to differentiate with respect to, such as
+        parameters, features or logits; keep them small, because each floating entry
+        costs two evaluations.
       rtol: relative tolerance of an entry.
       atol: absolute tolerance, as a fraction of the largest numerical derivative.
 
     Raises:
-      AssertionError: a derivative is off.
+      AssertionError: a derivative is wrong.
 
     Examples:
       >>> from kddm_jax import distill_loss
@@ -100,7 +102,7 @@ def assert_loss_gradients(
             if owner in differentiated and jnp.issubdtype(leaf.dtype, jnp.floating)
         ]
 
-        @jax.jit  # compiled once, not at each evaluation
+        @jax.jit  # compiled once rather than at each evaluation
         def value(*moving):
             filled = list(leaves)
             for position, array in zip(at, moving, strict=True):
@@ -157,7 +159,7 @@ def assert_finite_gradients(
       **options: options of the distance.
 
     Raises:
-      AssertionError: if the value or the gradient contains NaN or infinity.
+      AssertionError: the value or the gradient contains NaN or infinity.
 
     Examples:
       >>> assert_finite_gradients("w2_gaussian", jnp.ones((4, 9)), jnp.ones((4, 9)))

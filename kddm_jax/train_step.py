@@ -1,16 +1,15 @@
-"""The train step: student and teacher forward, distance, update; then one mapping.
+"""Makes the steps of training and evaluation, and maps them over devices.
 
-A step is a pure function of ``(state, teacher_variables, images, labels)`` and what
-distances need that is computed from the teacher, on one device's share of the batch.
-`parallel` maps it over devices, by pmap or shard_map; no other line of the package says
-which.  Nothing that varies between runs is a constant of the program: seed and lambda
-are in the state, and all that comes from the teacher is an argument, so that a second
-run of the same shape never retraces.
+A step is a pure function of ``(state, teacher_variables, images, labels, ...)`` on one
+device's share of the batch.  `parallel` maps it over devices, and is the only place
+that chooses between pmap and shard_map.  Nothing that varies between runs is a constant
+of the program: seed and lambda are in the state, and all teacher arrays are arguments,
+so that a second run of the same shape does not retrace.
 
-A model enters as ``apply(variables, images, *, train, rngs) -> (outputs, state)``:
-``outputs`` has ``logits``, ``features`` and ``maps``; ``rngs``, where the signature has
-it, is a mapping with the key of ``"dropout"``; ``state`` is the new
-``variables["batch_stats"]``, whose floating arrays are averaged over devices.
+A model is a function ``apply(variables, images, *, train, rngs) -> (outputs, state)``.
+``outputs`` has ``logits``, ``features`` and ``maps``.  ``state`` is the new
+``variables["batch_stats"]``, whose floating arrays are averaged over devices.  ``rngs``
+may be left out of the signature; it is a mapping with the key of ``"dropout"``.
 """
 
 import inspect
@@ -37,15 +36,15 @@ from kddm_jax.numerics.promotion import implicit_promotion
 from kddm_jax.numerics.targets import class_labels
 from kddm_jax.teachers import check_teachers, loss_of, rngs_for, seen, teach
 
-Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
+Variables = Mapping[str, Any]  # nested by module, which Python's types cannot express
 Metrics = dict[str, jax.Array]
-Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
+Tree = TypeVar("Tree")  # any PyTree of arrays; the result has the same structure
 Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm] # a class
 AXIS = "batch"
 
 
 class Outputs(Protocol):
-    """What a model gives: ``adapters.Outputs``, or anything with these attributes."""
+    """Describes the outputs of a model, such as ``adapters.Outputs``."""
 
     logits: jax.Array
     features: jax.Array
@@ -58,14 +57,14 @@ Teaching = str | Distance | Callable[..., jax.Array] | Term | Sequence[Term]
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that changes from step to step.
+    """Contains everything that changes from step to step.
 
     Attributes:
-      params: of the student.
-      batch_stats: of its normalisation layers; ``{}`` without any.
-      opt_state: of the optimiser.
+      params: parameters of the student.
+      batch_stats: statistics of its normalization layers; ``{}`` if it has none.
+      opt_state: state of the optimizer.
       step: number of updates made, int32.
-      seed: of the run, uint32; keys are folded from seed and step.
+      seed: seed of the run, uint32; random keys are derived from seed and step.
       weight: lambda, for steps made with ``weight=None``.
     """
 
@@ -78,7 +77,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Variables]:
-        """Parameters and statistics, as a model's apply takes them."""
+        """Returns parameters and statistics in the form that a model's apply takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -92,16 +91,16 @@ def create_state(
     """Makes the state before the first step.
 
     Args:
-      variables: of the student, ``{"params": ..., "batch_stats": ...}``.
-      tx: the optimiser.
-      seed: of augmentation and random distances.
+      variables: the student's variables, ``{"params": ..., "batch_stats": ...}``.
+      tx: the optimizer.
+      seed: seed of augmentation and random distances.
       weight: lambda.
 
     Returns:
-      `TrainState`; `replicate` it before the first step.
+      A `TrainState`; call `replicate` on it before the first step.
 
     Raises:
-      ValueError: ``weight < 0``.
+      ValueError: ``weight`` is negative.
     """
     check_number("weight", weight, positive=False)
     return TrainState(
@@ -115,7 +114,7 @@ def create_state(
 
 
 def _augment_batch(augment, key, images, axis_name):
-    """Keys from the position in the global batch: the same on any number of devices."""
+    """Augments images with keys that do not depend on the number of devices."""
     n = count_samples(images)
     start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     fold = lambda position: jax.random.fold_in(key, position)
@@ -123,7 +122,7 @@ def _augment_batch(augment, key, images, axis_name):
 
 
 def _updates(tx, grads, opt_state, params, loss):
-    """The optimiser's updates and next state; it gets the loss if it takes it."""
+    """Computes the updates; an optimizer that takes ``value`` gets the loss."""
     takes = inspect.signature(tx.update).parameters
     whatever = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     given = {"value": loss} if whatever or "value" in takes else {}
@@ -141,8 +140,8 @@ def _updates(tx, grads, opt_state, params, loss):
 
 
 def _update(tx, state, batch_stats, loss, grads):
-    """The next state, or the old one where loss or gradient is not finite."""
-    with implicit_promotion():  # for the optimiser
+    """Returns the next state, or the old one if loss or gradient is not finite."""
+    with implicit_promotion():  # for the optimizer
         updates, opt_state = _updates(tx, grads, state.opt_state, state.params, loss)
     new = state.replace(
         params=optax.apply_updates(state.params, updates),
@@ -172,11 +171,11 @@ def make_train_step(
     Args:
       student_apply: apply function of the student, the network that is trained.
       teacher_apply: apply function of the teacher, which stays fixed.  None trains on
-        labels alone; ``distance`` must then be ``()``.  A mapping holds several
-        teachers by name; ``distance`` and the step's ``teacher_variables`` and
+        labels alone; ``distance`` must then be ``()``.  For several teachers, pass a
+        mapping from their names; ``distance`` and the step's ``teacher_variables`` and
         ``teacher_data`` are then mappings, too, and terms are called
         ``"teacher:term"``.
-      tx: the optimiser, of optax; it gets the loss as ``value`` if it takes that.
+      tx: the optax optimizer; if its update takes ``value``, it gets the loss.
       augment: function ``(key, image) -> float image`` that augments one uint8 image.
         Student and teacher get the same augmented image.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
@@ -196,13 +195,14 @@ def make_train_step(
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
       (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, this device's share;
       labels, ``teacher_data`` and ``mask`` are as in `distill_loss`.  Metrics are
-      scalars, equal on all devices: ``loss``, each term, ``accuracy`` of the global
-      batch's labelled images before the update, ``finite`` (loss and gradient; if not,
-      the old state is returned), and with a teacher ``teacher_finite``.
+      scalars, equal on all devices: ``loss``; each term; ``accuracy`` on the global
+      batch's labelled images before the update; ``finite``, which is False if loss or
+      gradient is not finite (the step then returns the old state); and with a teacher
+      ``teacher_finite``.
 
     Raises:
-      ValueError: a distance without a teacher; teachers and distances of other names;
-        an unknown module in ``head``, when the step is traced.
+      ValueError: there is a distance but no teacher, or teachers and distances have
+        different names; or ``head`` names an unknown module (when the step is traced).
     """
     check_teachers(teacher_apply, distance)
     options = dict[str, Any](loss_options)
@@ -239,7 +239,7 @@ def make_train_step(
             forward, objective, state.params, head
         )
         if axis_name is not None:
-            # Every device differentiates the same global loss: average, never sum.
+            # Every device differentiates the same global loss, so average: never sum.
             grads = jax.lax.pmean(grads, axis_name)
             batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
@@ -256,14 +256,14 @@ def make_train_step(
 def known_outputs(
     outputs: Outputs, images: jax.Array, *, train: bool
 ) -> tuple[Outputs, Variables]:
-    """The apply function of a teacher whose outputs are known.
+    """Returns the outputs of a teacher that were computed before.
 
-    With it as ``teacher_apply``, what the step takes as the teacher's variables are the
-    teacher's outputs on this very batch: an object with ``logits``, ``features`` and
-    ``maps``.  Images must then be fixed views, not augmented anew at every step.
+    With this as ``teacher_apply``, pass the step the teacher's outputs on the batch as
+    ``teacher_variables``: an object with ``logits``, ``features`` and ``maps``.  Images
+    must then be fixed views, because the outputs do not follow random augmentation.
 
     Args:
-      outputs: of the teacher on this batch.
+      outputs: the teacher's outputs on this batch.
       images: ignored.
       train: ignored.
 
@@ -275,22 +275,22 @@ def known_outputs(
 
 
 def scan_steps(step: Callable, *, known: bool = False) -> Callable:
-    """Makes several steps one program, over data that stay on the device.
+    """Runs several steps in one program, over data that stay on the device.
 
-    For accelerators, where it saves the host's part of every step.  XLA:CPU runs
-    the inside of a loop 15 times slower (18 against 340 ms for a small ResNet), so
-    there give one step at a time: a single row of indices makes no loop.
+    Use it on accelerators, where it saves the host's work between steps.  XLA:CPU runs
+    the body of a loop 15 times slower (18 against 340 ms for a small ResNet), so on a
+    CPU pass one step at a time: a single row of indices makes no loop.
 
     Args:
-      step: from `make_train_step`.
-      known: whether the step's teacher is `known_outputs`: then ``f`` takes the
-        teacher's outputs on all images in place of its variables.
+      step: a step from `make_train_step`.
+      known: whether the step's teacher is `known_outputs`.  ``f`` then takes the
+        teacher's outputs on all images as ``teacher_variables``.
 
     Returns:
       ``f(state, teacher_variables, images, labels, indices, teacher_data={}) ->
-      (state, metrics)``: images uint8 ``[n, h, w, c]`` and labels ``[n]`` whole,
-      ``indices`` ``[steps, b]`` this device's share of each batch; metrics have a
-      leading axis of steps.
+      (state, metrics)``.  Images are uint8 ``[n, h, w, c]`` and labels ``[n]``, both of
+      the whole data set; ``indices`` ``[steps, b]`` are this device's share of each
+      batch.  Metrics have a leading axis of steps.
     """
 
     def scanned(state, teacher_variables, images, labels, indices, *teacher_data):
@@ -320,16 +320,17 @@ def make_eval_step(
     normalize: Callable[[jax.Array], jax.Array],
     axis_name: str | None = AXIS,
 ) -> Callable[..., Metrics]:
-    """Makes the evaluation step of one device.
+    """Makes a function that evaluates a network on one device's share of a batch.
 
     Args:
-      apply: of the network.
-      normalize: uint8 image -> float image, of one image.
-      axis_name: of the mapped axis; None for a single device without pmap.
+      apply: apply function of the network.
+      normalize: function ``uint8 image -> float image`` of one image.
+      axis_name: name of the mapped axis; None for a single device without pmap.
 
     Returns:
-      ``g(variables, images, labels) -> {"count", "correct", "loss"}``, sums over all
-      devices' shares (loss: summed cross-entropy in nats); a label of -1 is padding.
+      ``g(variables, images, labels) -> {"count", "correct", "loss"}``, sums over the
+      images of all devices (the loss is the summed cross-entropy in nats).  Images with
+      label -1 are padding and are not counted.
     """
 
     def evaluate(variables, images, labels):
@@ -352,18 +353,17 @@ def make_eval_step(
 
 
 def replicate(tree: Tree, devices: Devices | None = None) -> Tree:
-    """Puts a tree on all devices, laid out as `parallel` takes it.
+    """Copies a tree to all devices, in the layout that `parallel` takes.
 
-    A NumPy or single-device state is traced and compiled twice and, across
-    processes, cannot be donated; so call this before the first step.
+    Call this before the first step: a NumPy or single-device state is traced and
+    compiled twice, and cannot be donated across processes.
 
     Args:
-      tree: arrays.
-      devices: of the mesh; None takes all, of all processes (each of which must then
-        have the same tree).
+      tree: tree of arrays; all processes must have the same one.
+      devices: devices of the mesh; None uses all devices of all processes.
 
     Returns:
-      The tree, replicated on a mesh whose axis is the pmap's.
+      The tree, replicated on a mesh whose axis is the one that `parallel` maps.
     """
     mesh = Mesh(jax.devices() if devices is None else devices, (AXIS,))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -386,7 +386,7 @@ def shard(batch: Tree, devices: int) -> Tree:
       The tree with a leading axis of devices.
 
     Raises:
-      ValueError: the devices do not divide the batch, or a leaf is no array.
+      ValueError: the devices do not divide the batch, or a leaf is not an array.
     """
 
     def split(array):
@@ -438,7 +438,7 @@ def _by_shard_map(fn, in_axes, donate, devices):
         donate_argnums=donate,
     )
 
-    def placed(tree, sharding):  # jit takes NumPy arrays for those of all processes
+    def placed(tree, sharding):  # jit takes a NumPy array as the array of all processes
         place = partial(jax.make_array_from_process_local_data, sharding)
         put = lambda a: place(a) if isinstance(a, np.ndarray) else a
         return jax.tree.map(put, tree)
@@ -446,7 +446,7 @@ def _by_shard_map(fn, in_axes, donate, devices):
     def mapped(*arguments):
         return program(*map(placed, arguments, shardings))
 
-    mapped.lower = program.lower  # as pmap has it
+    mapped.lower = program.lower  # as under pmap
     return mapped
 
 
@@ -463,26 +463,26 @@ def parallel(
     devices: Devices | None = None,
     how: str = "pmap",
 ) -> Callable:
-    """Maps a per-device function over devices: the one place that says how.
+    """Maps a per-device function over devices, by pmap or shard_map.
 
-    Outputs must be equal on all devices (after pmean or psum) and come back
-    replicated; `replicate` makes what goes in with axis None.
+    Outputs must be equal on all devices (after pmean or psum), and are returned
+    replicated.  Arguments with axis None must be replicated by `replicate`.
 
     Args:
       fn: per-device function with collectives over ``"batch"``.
       in_axes: 0 for arguments with a leading axis of devices (see `shard`), None for
-        replicated ones.  Of several processes each gives the shares of its devices.
+        replicated ones.  Each of several processes passes the shares of its devices.
       donate: argument numbers whose buffers may be reused.
-      devices: None takes all, of all processes.
+      devices: devices to map over; None uses all devices of all processes.
       how: a key of `MAPPINGS`: ``"pmap"``, or ``"shard_map"`` under jit, which does
-        the same and is what JAX recommends for new code.
+        the same and is recommended by JAX for new code.
 
     Returns:
-      The mapped, compiled function; its ``lower`` is that of `jax.jit`, and takes
-      ``jax.ShapeDtypeStruct`` in place of arrays.
+      The mapped, compiled function.  It has the method ``lower`` of `jax.jit`, which
+      also takes ``jax.ShapeDtypeStruct`` for arrays.
 
     Raises:
-      ValueError: an unknown ``how``.
+      ValueError: ``how`` is unknown.
     """
     check_choice("how", how, MAPPINGS)
     devices = jax.devices() if devices is None else list(devices)

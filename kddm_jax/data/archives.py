@@ -1,7 +1,8 @@
 """Reads data sets from the files that their authors publish: CIFAR, MNIST, SVHN.
 
 Nothing is downloaded, unpickled or unpacked to disk.  The size of every file is checked
-against the official one, so that a file cut short is an error, not a smaller data set.
+against the official one, so that a truncated file is an error rather than a smaller
+data set.
 """
 
 import gzip
@@ -39,8 +40,8 @@ def _in_range(labels: np.ndarray, num_classes: int, path: Path) -> np.ndarray:
 
 
 def _open(path: Path):
-    """Opens a file, through gzip if its content is compressed, whatever its name."""
-    # Some browsers decompress a download and leave the name ending in .gz.
+    """Opens a file, through gzip if its content (not its name) is compressed."""
+    # Some browsers decompress a download, but keep the ending .gz.
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if compressed else path.open("rb")
@@ -51,11 +52,11 @@ _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError)
 
 
 class _Cifar(NamedTuple):
-    """Describes a binary CIFAR: each record is label bytes and 3 x 32 x 32 pixels."""
+    """Describes a binary CIFAR, with records of label bytes and 3 x 32 x 32 pixels."""
 
     title: str
     archive: str
-    python: tuple[str, ...]  # places of the version that holds pickles
+    python: tuple[str, ...]  # places of the version with pickles
     train: tuple[str, ...]
     test: str
     names: str
@@ -88,12 +89,12 @@ _CIFAR = {
 _PIXELS = 3 * 32 * 32
 # The class names of both sets take less than a kilobyte.
 _NAMES_LIMIT = 65_536
-# An archive holds more than records: names, headers, padding, a readme.
+# An archive also contains names, headers, padding and a readme.
 _BESIDE_LIMIT = 2**20
 
 
 def how_to_get_cifar(name: str, where: object = "a folder above") -> str:
-    """Says how to get the binary version of CIFAR."""
+    """Describes how to get the binary version of CIFAR."""
     return (
         f"put {_CIFAR[name].archive} (the binary version, no need to unpack) from "
         f"https://www.cs.toronto.edu/~kriz/cifar.html into {where}"
@@ -131,7 +132,7 @@ def _python_version(name: str, path: Path) -> DataError:
 
 
 def _check_size(path: Path, size: int, expected: int | None) -> None:
-    """Checks the exact size of records, or a bound for class names (``None``)."""
+    """Checks the size of records exactly, or that of class names (None) by a bound."""
     if expected is None:
         if size > _NAMES_LIMIT:
             raise damaged(path, f"{size:,} bytes", f"at most {_NAMES_LIMIT:,}")
@@ -157,7 +158,7 @@ def _from_folder(dataset: str, folder: Path, sizes: Mapping[str, int | None]):
 
 
 class _Bounded(io.RawIOBase):
-    """Reads a file up to a limit: a small gzip may inflate without end."""
+    """Reads a file up to a limit, because a small gzip may inflate without end."""
 
     def __init__(self, file, limit: int):
         self._file, self._limit, self._left = file, limit, limit
@@ -175,7 +176,7 @@ def _from_archive(dataset: str, archive: Path, sizes: Mapping[str, int | None]):
     files, pickled = {}, {name.removesuffix(".bin") for name in sizes}
     limit = _BESIDE_LIMIT + sum(size or 0 for size in sizes.values())
     try:
-        # Members are read in their order in the archive: nothing is decompressed twice.
+        # Members are read in the archive's order, so nothing is decompressed twice.
         with (
             _open(archive) as whole,
             tarfile.open(fileobj=(file := _Bounded(whole, limit)), mode="r|") as tar,
@@ -189,7 +190,7 @@ def _from_archive(dataset: str, archive: Path, sizes: Mapping[str, int | None]):
                     content = tar.extractfile(member)
                     assert content is not None, "a regular file has content"
                     files[name] = np.frombuffer(content.read(), "u1")
-            # gzip compares its checksum at the very end.
+            # gzip compares the checksum at the end of the file.
             while file.read(1 << 20):
                 pass
     except _BROKEN as error:
@@ -213,7 +214,7 @@ def read_cifar(name: str, path: Path) -> Dataset:
 
 
 def _to_dataset(layout: _Cifar, path: Path, files: Mapping[str, np.ndarray]) -> Dataset:
-    """Makes a data set of CIFAR's records, checking labels and class names."""
+    """Makes a data set from CIFAR's records, and checks labels and class names."""
     length = layout.label_bytes + _PIXELS
 
     def read(parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -263,8 +264,8 @@ _MNIST_CLASSES = {
         "Ankle boot",
     ),
 }
-# MNIST and Fashion-MNIST publish files of the same names and sizes, so that one is
-# easily read as the other.  The first training labels tell them apart.
+# MNIST and Fashion-MNIST have files of the same names and sizes, so that one is easily
+# read as the other.  The first training labels differ.
 FIRST_LABELS = {
     "mnist": (5, 0, 4, 1, 9, 2, 1, 3, 1, 4),
     "fashion_mnist": (9, 0, 0, 3, 0, 2, 7, 2, 5, 5),
@@ -277,7 +278,7 @@ def _idx_header(header: bytes) -> str:
 
 
 def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
-    """Reads the IDX file ``stem`` or ``stem.gz``; returns its path and its array."""
+    """Reads the IDX file ``stem`` or ``stem.gz``, and returns its path and array."""
     paths = [stem, stem.with_name(f"{stem.name}.gz")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -298,7 +299,7 @@ def _read_idx(stem: Path, shape: tuple[int, ...]) -> tuple[Path, np.ndarray]:
         found = "more" if len(content) > size else f"{len(content):,} bytes"
         raise damaged(path, found, f"{size:,} bytes uncompressed")
     pixels = np.frombuffer(content, np.uint8, offset=len(header))
-    return path, pixels.reshape(shape).copy()  # writeable, as those of other readers
+    return path, pixels.reshape(shape).copy()  # writeable, as from other readers
 
 
 def read_mnist(name: str, path: Path) -> Dataset:
@@ -351,7 +352,7 @@ def _read_mat(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise DataError(f"{path} is missing; the files belong together")
     try:
-        # The headers are checked first: nothing of another size is inflated.
+        # The headers are checked first, so that no other size is inflated.
         listed = {name: (kind, shape) for name, shape, kind in whosmat(path)}
         _check_mat(path, listed, count)
         content = loadmat(path, variable_names=["X", "y"])

@@ -1,9 +1,9 @@
-"""Crops, flips, turns, zooms and normalises one image at random.
+"""Crops, flips, turns and zooms an image at random, and normalizes it.
 
 Each function takes one image ``[h, w, c]``, after a key if it is random; batch it with
-``jax.vmap``.  Images stay ``uint8`` until they are normalised.  The crop then moves a
-quarter of the bytes, and pads with black pixels, as torchvision's ``RandomCrop`` does
-before ``ToTensor`` and ``Normalize``.
+``jax.vmap``.  Images stay ``uint8`` until they are normalized.  The crop therefore
+moves a quarter of the bytes, and pads with black pixels, as torchvision's
+``RandomCrop`` does before ``ToTensor`` and ``Normalize``.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,20 +29,20 @@ def _check_padding(padding: int) -> None:
 
 
 def random_crop(key: jax.Array, image: jax.Array, *, padding: int = 4) -> jax.Array:
-    """Pads an image with zeros and crops it back to its size at a random place.
+    """Pads an image with zeros and crops it to its old size at a random position.
 
     Both offsets are uniform on ``0, ..., 2 * padding``, independently.
 
     Args:
       key: random key.
       image: image, shape ``[h, w, c]``, any dtype.
-      padding: rows and columns of zeros added on each side.
+      padding: number of rows and columns of zeros added on each side.
 
     Returns:
       The crop, shape ``[h, w, c]``, dtype of ``image``.
 
     Raises:
-      ValueError: if ``image`` is not of rank 3 or ``padding`` is negative.
+      ValueError: ``image`` does not have rank 3, or ``padding`` is negative.
 
     Examples:
       >>> image = jnp.ones((8, 8, 1), jnp.uint8)
@@ -56,7 +56,7 @@ def random_crop(key: jax.Array, image: jax.Array, *, padding: int = 4) -> jax.Ar
     h, w, _ = image.shape
     top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    # One gather takes rows and columns.  On two CPU cores, crop, flip and normalisation
+    # One gather takes rows and columns.  On two CPU cores, crop, flip and normalization
     # of [128, 32, 32, 3] inside a scan take 1.5 ms this way, 3.8 ms by a vmapped
     # dynamic_slice and 2.1 ms by products with one-hot matrices.
     rows = top + jnp.arange(h, dtype=top.dtype)
@@ -75,7 +75,7 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
       The image or its mirror image, shape ``[h, w, c]``, dtype of ``image``.
 
     Raises:
-      ValueError: if ``image`` is not of rank 3.
+      ValueError: ``image`` does not have rank 3.
 
     Examples:
       >>> image = jnp.array([[[1], [2]]], jnp.uint8)
@@ -93,10 +93,10 @@ def random_affine(
 ) -> jax.Array:
     """Turns, enlarges and moves an image about its centre, each by a random amount.
 
-    The pixel at ``q`` comes from ``p = c + R(-angle) (q - c - t) / s``, ``c`` the
-    centre, by bilinear interpolation; pixels from outside the image are black.  The
-    angle is uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height
-    and width, ``s`` on ``[1 - zoom, 1 + zoom]``.
+    The pixel at ``q`` is interpolated bilinearly at ``p = c + R(-angle) (q - c - t) /
+    s``, where ``c`` is the centre; pixels from outside the image are black.  The angle
+    is uniform on ``[-degrees, degrees]``, ``t`` on ``[-shift, shift]`` of height and
+    width, and ``s`` on ``[1 - zoom, 1 + zoom]``.
 
     Args:
       key: random key.
@@ -109,7 +109,7 @@ def random_affine(
       The image, shape ``[h, w, c]``, dtype of ``image`` (``uint8`` is rounded).
 
     Raises:
-      ValueError: if ``image`` is not of rank 3, or a number is negative or
+      ValueError: ``image`` does not have rank 3, a number is negative, or
         ``zoom >= 1``.
 
     Examples:
@@ -153,9 +153,9 @@ def _check_affine(degrees: float, shift: float, zoom: float) -> None:
 def normalize(
     image: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-    """Standardises each channel of an image whose pixels are ``0, ..., 255``.
+    """Standardizes each channel of an image whose pixels are ``0, ..., 255``.
 
-    ``(image / 255 - mean) / std``
+    The result is ``(image / 255 - mean) / std``.
 
     Args:
       image: image, shape ``[h, w, c]``, ``uint8`` or floating, in ``[0, 255]``.
@@ -164,11 +164,11 @@ def normalize(
         channel whose deviation is 0 is constant and becomes 0.
 
     Returns:
-      The normalised image, shape ``[h, w, c]``, ``float32``.
+      The normalized image, shape ``[h, w, c]``, ``float32``.
 
     Raises:
-      ValueError: if ``image`` is not of rank 3 or of another dtype, or if ``mean``
-        or ``std`` has another number of channels.
+      ValueError: ``image`` has another rank or dtype, or ``mean`` or ``std`` has
+        another number of channels.
 
     Examples:
       >>> image = jnp.full((1, 1, 1), 255, jnp.uint8)
@@ -222,7 +222,7 @@ def distort(
     shift: float = 0.0,
     zoom: float = 0.0,
 ) -> jax.Array:
-    """Applies a random affine map, crop and flip, leaving out what is 0 or False.
+    """Applies a random affine map, crop and flip, except those that are 0 or False.
 
     Args:
       key: random key.
@@ -237,7 +237,7 @@ def distort(
       The image, shape ``[h, w, c]``, dtype of ``image``.
 
     Raises:
-      ValueError: if ``image`` is not of rank 3 or a number is out of range.
+      ValueError: ``image`` does not have rank 3, or a number is out of range.
 
     Examples:
       >>> image = jnp.ones((8, 8, 1), jnp.uint8)
@@ -266,7 +266,7 @@ def make_augment(
     zoom: float = 0.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Callable[..., jax.Array]:
-    """Makes the augmentation of one data set: affine map, crop, flip, normalisation.
+    """Makes a function that applies affine map, crop, flip and normalization.
 
     Args:
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
@@ -281,12 +281,12 @@ def make_augment(
 
     Returns:
       ``augment(key, image, *, train=True)`` from ``uint8`` ``[h, w, c]`` to the
-      normalised image ``[h, w, c]``.  With ``train=False`` it normalises only and
+      normalized image ``[h, w, c]``.  With ``train=False`` it only normalizes, and
       ``key`` may be ``None``.
 
     Raises:
-      ValueError: if an option is out of range, here; if ``image`` is not ``uint8``
-        of rank 3, when ``augment`` is called.
+      ValueError: an option is out of range; or, when ``augment`` is called, ``image``
+        is not ``uint8`` or does not have rank 3.
 
     Examples:
       >>> augment = make_augment(mean=(0.5,), std=(0.5,))

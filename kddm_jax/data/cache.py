@@ -2,10 +2,10 @@
 
 A cache is a folder.  Its name is a digest of everything that decides its contents: the
 names, sizes and times of the files read, and the options.  A changed file therefore
-gives another cache, never a stale one.  A cache is written under another name and
-renamed last, so a killed process leaves nothing that looks like a cache, and if two
-processes build the same one, the first wins.  Caches are in ``.kddm_jax`` of the data
-folder, or in ``~/.cache/kddm_jax/images`` if that folder is not writable.
+gives another cache.  A cache is written under another name and then renamed, so that a
+killed process leaves nothing that looks like a cache.  If two processes build the same
+cache, the first one is used.  Caches are in ``.kddm_jax`` in the data folder, or in
+``~/.cache/kddm_jax/images`` if that folder is not writable.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 
 from kddm_jax.data.dataset import DataError, Dataset, Options, count_values, statistics
 
-# Part of every key: raise it when decoding, resizing or these files change.
+# Part of every key; increase it when decoding, resizing or these files change.
 _FORMAT = 2
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _MANIFEST, _PARTIAL = "manifest.json", ".partial-"
@@ -34,15 +34,16 @@ KEPT_FROM = 32 * 2**20
 
 
 class Unwritable(DataError):
-    """Raised if no folder for the cache is writable, or the disk is full."""
+    """Reports that no folder for the cache is writable, or that the disk is full."""
 
 
 class Key(NamedTuple):
-    """Holds everything that decides the contents of a cache.
+    """Contains everything that decides the contents of a cache.
 
     Attributes:
       name: name of the data set.
-      where: the folder of its files; a copy elsewhere has the same contents.
+      where: folder of the data set's files; not part of the digest, because a copy in
+        another folder has the same contents.
       listing: digest of the files' names, sizes and times, from ``list_files``.
       image_size: the option of ``load``.
       skip_damaged: the option of ``load``.
@@ -67,7 +68,7 @@ class Key(NamedTuple):
         return f"{self.name.replace('/', '-').replace(':', '-')}-{digest}"
 
     def roots(self) -> list[Path]:
-        """Lists the folders that may hold the cache, in order."""
+        """Lists the folders that may contain the cache, in order."""
         home = Path("~/.cache/kddm_jax").expanduser()
         return [self.where / ".kddm_jax", home / "images"]
 
@@ -81,10 +82,10 @@ def list_files(files: Iterable[tuple[str, os.stat_result]]) -> str:
 
 
 class Writer:
-    """Writes the images of both splits piece by piece, keeping none in memory."""
+    """Writes the images of both splits in pieces, without keeping them in memory."""
 
     def __init__(self, folder: Path):
-        """Writes into ``folder``."""
+        """Prepares to write into ``folder``."""
         self._folder, self._files = folder, {}
         self.restart()
 
@@ -115,11 +116,11 @@ class Writer:
             self._histogram = self._histogram + count_values(images)
 
     def is_constant(self) -> bool:
-        """Returns whether all training images are constant, and equal, per channel."""
+        """Returns whether every channel has one value in all training images."""
         return not any(statistics(self._histogram)[1])
 
     def _write_header(self, split):
-        # NumPy pads headers so that the number of images may grow in place.
+        # NumPy pads headers, so that a larger number of images fits in place.
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shapes[split]}
         self._files[split].seek(0)
         np.lib.format.write_array_header_1_0(self._files[split], header)
@@ -157,7 +158,7 @@ def _sync(file):
 
 
 def _read_manifest(folder):
-    """Reads the manifest; it is empty if there is none."""
+    """Reads the manifest; returns an empty one if there is none."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except (OSError, ValueError):
@@ -234,7 +235,7 @@ def _publish(partial, target, key):
         except OSError:
             if attempt == 4:
                 raise
-        # A damaged cache has this name; a rename removes it in one operation.
+        # A damaged cache has this name, so rename it away in one operation.
         aside = target.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):
             target.rename(aside)
@@ -291,9 +292,9 @@ def cached(
     """Opens a cache, building it first if there is none.
 
     Args:
-      key: everything that decides its contents.
-      build: adds all images to a ``Writer`` and returns the class names and the names
-        of the images left out.
+      key: key of the cache.
+      build: function that adds all images to a ``Writer`` and returns the class names
+        and the names of the images left out.
       in_memory: whether to read the images into memory instead of mapping them.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Defines what every reader returns and raises: ``Dataset`` and ``DataError``."""
+"""Defines `Dataset` and `DataError`, which every reader returns or raises."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,22 +8,23 @@ import numpy as np
 
 
 class DataError(ValueError):
-    """Raised if a data set is unknown, not found, or damaged."""
+    """Reports that a data set is unknown, not found, or damaged."""
 
 
 class Dataset(NamedTuple):
-    """Holds the images and labels of a data set.
+    """Contains the images and labels of a data set.
 
     Attributes:
       train_images: training images, ``uint8``, shape ``[n, h, w, c]``.  For a folder or
         a prepared TFDS set they are a read-only memory map and may exceed the memory.
       train_labels: training labels, ``int32``, shape ``[n]``.
-      test_images: test images, ``uint8``, shape ``[m, h, w, c]``, likewise.
+      test_images: test images, ``uint8``, shape ``[m, h, w, c]``; memory maps in the
+        same cases.
       test_labels: test labels, ``int32``, shape ``[m]``.
       class_names: the name of each label.
       mean: mean of the training images per channel, in ``[0, 1]`` units.
-      std: their standard deviation per channel, in ``[0, 1]`` units; 0 for a channel
-        that is constant, but never for all channels.
+      std: standard deviation of the training images per channel, in ``[0, 1]`` units; 0
+        for a constant channel, but never for all channels.
     """
 
     train_images: np.ndarray
@@ -36,7 +37,7 @@ class Dataset(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Holds the options of a reader; see ``data.load``."""
+    """Contains the options of a reader; see ``data.load``."""
 
     image_size: int | None = None
     skip_damaged: bool = False
@@ -78,7 +79,7 @@ def make_dataset(
     test: tuple[np.ndarray, np.ndarray],
     class_names: Sequence[str],
 ) -> Dataset:
-    """Makes a data set of images and labels in memory, with its statistics."""
+    """Makes a data set from images and labels in memory, with its statistics."""
     mean, std = statistics(count_values(train[0]))
     if not any(std):
         raise DataError(

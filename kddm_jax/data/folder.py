@@ -1,10 +1,10 @@
 """Reads images from ``train/<class>/`` and ``test/<class>/`` or ``val/<class>/``.
 
-Folders within the folder of a class belong to the class.  All endings that Pillow reads
-are read.  Hidden files, text and tables (`COMPANIONS`) are ignored; any other file is
-an error, or with ``skip_damaged`` left out with a warning.  Images are decoded once
-(`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`): 60,000 small images take
-ten seconds the first time and a fraction of one afterwards.
+Folders within the folder of a class belong to the class.  All files that Pillow can
+read are read.  Hidden files, text and tables (`COMPANIONS`) are ignored; any other file
+is an error, or with ``skip_damaged`` is left out with a warning.  Images are decoded
+once (`kddm_jax.data.images`) into a cache (`kddm_jax.data.cache`): 60,000 small images
+take ten seconds the first time and a fraction of a second afterwards.
 """
 
 import os
@@ -16,8 +16,8 @@ from kddm_jax.data.cache import Writer, cached, key_of, list_files
 from kddm_jax.data.dataset import DataError, Dataset, Options
 from kddm_jax.data.images import Encoded, Split, endings, write_images
 
-# Files that often accompany images.  Any other is named: were it an image, leaving it
-# out silently would make a smaller data set.
+# Files that often accompany images.  Any other file is reported, because it may be an
+# image, and ignoring it silently would make a smaller data set.
 COMPANIONS = frozenset(
     (
         *(".txt", ".md", ".rst", ".json", ".xml", ".csv", ".tsv", ".yaml", ".yml"),
@@ -67,12 +67,12 @@ def _check_classes(train, test) -> list[str]:
 def _stat(entry):
     try:
         return entry.stat()
-    except OSError as error:  # a link to nowhere
+    except OSError as error:  # a broken link
         raise DataError(f"{entry.path}: {error.strerror}") from error
 
 
 def _files(folder: Path, name: str, above: tuple = ()):
-    """Yields name and entry of the files of a folder, then of the folders within it."""
+    """Yields name and entry of each file of a folder, then of the folders within it."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -93,12 +93,12 @@ def _ending(name: str) -> str:
 
 
 class _Listing(NamedTuple):
-    """Holds the files of both splits, by their names below the data folder.
+    """Contains the files of both splits, by their names below the data folder.
 
     Attributes:
       images: names and labels of the images of each split.
-      unread: names of files whose endings are not read.
-      outside: names of files in no class.
+      unread: names of files that Pillow cannot read.
+      outside: names of files outside the folders of classes.
     """
 
     images: dict[str, list[tuple[str, int]]]
@@ -108,7 +108,7 @@ class _Listing(NamedTuple):
     def scan(
         self, folders: Mapping[str, Path], classes: Sequence[str]
     ) -> Iterator[tuple[str, os.stat_result]]:
-        """Fills the lists; yields what tells one listing from another."""
+        """Fills the lists, and yields the names and stats that identify the listing."""
         read = endings()
         for split, folder in folders.items():
             for entry in _entries(folder):
@@ -126,7 +126,7 @@ class _Listing(NamedTuple):
                         yield f"unread: {path}", _stat(entry)
 
     def check(self, where: Path, skip: bool) -> None:
-        """Raises an error for files that would be left out, unless they may be."""
+        """Raises an error for files that would be left out, unless ``skip`` is True."""
         leave = "or leave such files out with skip_damaged=True (--skip-damaged)"
         if self.unread and not skip:
             kinds = sorted({_ending(name) or "no ending" for name in self.unread})
@@ -165,14 +165,14 @@ def read_folder(train: Path, options: Options) -> Dataset:
 
     Args:
       train: the folder of the training images' classes.
-      options: size, damaged images, progress.
+      options: options of the reader.
 
     Returns:
       The data set; its images are memory maps.
 
     Raises:
-      DataError: the classes differ, an image is damaged or of a kind that is not read,
-        all pixels are equal, or the images differ in size and ``image_size`` is None.
+      DataError: the classes differ, an image is damaged or cannot be read, all pixels
+        are equal, or the images differ in size and ``image_size`` is None.
     """
     where = train.parent
     if not train.is_dir():

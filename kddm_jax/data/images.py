@@ -1,8 +1,8 @@
 """Decodes images with Pillow into ``uint8`` arrays of one size.
 
 An image is turned upright by its EXIF orientation, palettes become RGB, 16 bits become
-8, and transparency is dropped, as torchvision and TFDS do.  Of an animation the first
-image is read.  A set whose images are all grey has one channel, any other has three.
+8, and transparency is dropped, as in torchvision and TFDS.  For an animation, the first
+image is read.  A set with only grey images has one channel, and any other has three.
 With ``image_size`` the middle square of each image is resized.
 """
 
@@ -23,28 +23,28 @@ from kddm_jax.data.cache import Writer
 from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
 from kddm_jax.extras import extra
 
-# Number of images held in memory at a time, and of those that a thread takes at a time:
-# with fewer, handing them over would cost more than decoding 32 x 32 pixels.
+# Number of images in memory at a time, and number that a thread takes at a time.  With
+# fewer, passing them to the thread would cost more than decoding 32 x 32 pixels.
 _PIECE, _SHARE = 256, 16
 
 
-# Formats that Pillow names but cannot decode by itself.
+# Formats that Pillow lists but cannot decode by itself.
 _UNDECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def endings() -> set[str]:
-    """Returns the endings of files that this Pillow reads: ``.jpg``, ``.png``, ..."""
+    """Returns the endings of files that Pillow reads, such as ``.jpg``."""
     with extra("kddm_jax.data"):
         from PIL import Image
 
     formats = Image.registered_extensions()
-    # An MPO holds JPEGs, and Pillow opens it as one.
+    # An MPO contains JPEGs, and Pillow opens it as a JPEG.
     decoded = ({*Image.OPEN} | {"MPO"}) - _UNDECODED
     return {ending for ending, format in formats.items() if format in decoded}
 
 
 class Encoded(NamedTuple):
-    """Holds an image to decode: its name for messages, its file or bytes, its label."""
+    """Contains an image to decode: name for messages, file or bytes, and label."""
 
     name: str
     content: Path | bytes
@@ -52,28 +52,28 @@ class Encoded(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Holds the images of one split: their number, and a function that yields them."""
+    """Contains the number of images of a split, and a function that yields them."""
 
     number: int
     images: Callable[[], Iterable[Encoded]]
 
 
 class _Damaged(NamedTuple):
-    """Stands for an image that cannot be decoded."""
+    """Replaces an image that cannot be decoded."""
 
     reason: str
 
 
 class _RangeUnknownError(Exception):
-    """Raised for pixels that no convention maps to 0, ..., 255."""
+    """Is raised for pixels that no convention maps to 0, ..., 255."""
 
 
 class _ColourFoundError(Exception):
-    """Raised if an image has colours and all before it were grey."""
+    """Is raised if an image has colours and all images before it were grey."""
 
 
 def _fit(image, size):
-    """Resizes the middle square, in one pass, so that no side grows without bound."""
+    """Crops the middle square and resizes it in one pass, to limit memory."""
     from PIL import Image
 
     if image.size == (size, size):
@@ -91,7 +91,7 @@ def _convert(image, channels):
 
     if image.mode == "F":
         raise _RangeUnknownError("pixels are floating-point numbers")
-    if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion ends at 255
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise _RangeUnknownError("pixels have more than 16 bits")
@@ -140,14 +140,14 @@ def _decode_share(images, channels, image_size):
         except _RangeUnknownError as error:
             decoded.append(_Damaged(f"{error}, whose range is not known"))
         # For damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error
-        # and others; for far too many pixels it warns, an error in ``write_images``.
+        # and others.  Its warning about too many pixels is an error in `write_images`.
         except Exception as error:
             decoded.append(_Damaged(f"damaged image ({' '.join(str(error).split())})"))
     return decoded
 
 
 def _decode_pieces(pool, images, channels, image_size):
-    """Yields pairs of images and their arrays, a piece at a time."""
+    """Yields lists of pairs of an image and its array."""
     iterator = iter(images)
     work = partial(_decode_share, channels=channels, image_size=image_size)
     while piece := list(itertools.islice(iterator, _PIECE)):
@@ -157,7 +157,7 @@ def _decode_pieces(pool, images, channels, image_size):
 
 
 def _without_damaged(pairs, skip_damaged):
-    """Returns the undamaged pairs of a piece, and the names of the other images."""
+    """Returns the undamaged pairs of a list, and the names of the other images."""
     bad = [(image.name, a.reason) for image, a in pairs if isinstance(a, _Damaged)]
     if bad and not skip_damaged:
         raise DataError(
@@ -180,7 +180,7 @@ def _check_sizes(pairs, first):
 
 
 def _write_splits(writer, splits, pool, channels, options, progress):
-    """Writes every image; returns the names of those left out."""
+    """Writes all images, and returns the names of those left out."""
     left_out, done, first = [], 0, None
     total = sum(split.number for split in splits.values())
     for name, split in splits.items():
@@ -204,7 +204,7 @@ def _write_splits(writer, splits, pool, channels, options, progress):
 
 @contextlib.contextmanager
 def _show_progress(progress: Callable[[int, int], None] | None):
-    """Yields the caller's progress, else a bar, which shows on a terminal only."""
+    """Yields the caller's function, or one that shows a bar on a terminal."""
     if progress is not None:
         yield progress
         return
@@ -222,7 +222,7 @@ def _show_progress(progress: Callable[[int, int], None] | None):
 
 
 def _check_contrast(writer, images):
-    """Checks that the training images differ; the first one tells why they do not."""
+    """Checks that pixels differ; the error's reason comes from the first image."""
     from PIL import Image
 
     if not writer.is_constant():
@@ -269,7 +269,7 @@ def write_images(
       The names of the damaged images that were left out.
 
     Raises:
-      DataError: an image is damaged, they differ in size, or all pixels are equal.
+      DataError: an image is damaged, images differ in size, or all pixels are equal.
     """
     with extra("kddm_jax.data"):
         from PIL import Image
@@ -279,7 +279,7 @@ def write_images(
         ThreadPoolExecutor(_usable_cores()) as pool,
         _show_progress(options.progress) as progress,
     ):
-        # Pillow warns of transparency that is dropped, and of EXIF that it cannot read.
+        # Pillow warns about dropped transparency, and about EXIF that it cannot read.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for number in channels:
@@ -296,7 +296,7 @@ def write_images(
 
 
 def resized(dataset: Dataset, image_size: int | None) -> Dataset:
-    """Resizes the images of a data set in memory, as those of a folder are."""
+    """Resizes the images of a data set in memory, in the same way as a folder's."""
     if image_size is None:
         return dataset
     with extra("kddm_jax.data"):

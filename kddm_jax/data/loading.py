@@ -1,10 +1,10 @@
 """Finds and loads image data sets by name.
 
 ``digits`` comes with scikit-learn and needs no file.  The other named sets are read
-from the files that their authors publish, ``folder`` from ``train/<class>/`` and
-``test/<class>/``.  Any other name is that of an image classification of TensorFlow
-Datasets (TFDS).  Loading downloads nothing; ``kddm prepare NAME`` downloads and
-prepares a TFDS set.  These folders are searched:
+from the files that their authors publish, and ``folder`` from ``train/<class>/`` and
+``test/<class>/``.  Any other name is the name of an image classification set of
+TensorFlow Datasets (TFDS).  Loading downloads nothing; ``kddm prepare NAME`` downloads
+and prepares a TFDS set.  These folders are searched:
 
 1. ``data_dir`` if given,
 2. else ``$KDDM_DATA_DIR`` if set,
@@ -54,7 +54,7 @@ def _folders(data_dir: str | os.PathLike[str] | None) -> list[Path]:
 def _missing(
     name: str, folders: Sequence[Path], tfds_folders: Sequence[Path]
 ) -> DataError:
-    """Makes the error for missing files: where they were searched, how to get them."""
+    """Makes the error for missing files, with the searched folders and the remedies."""
     source = DATASETS[name]
     show = lambda f: f"{f.absolute()}{'' if f.is_dir() else ' (no such folder)'}"
     looked = f"They were searched for {', '.join(source.places)}"
@@ -107,25 +107,25 @@ def load(
 
     Args:
       name: a key of ``DATASETS``, or the name of a set prepared by TFDS: ``name``,
-        ``name/config``, ``name:version``.  Official files come first.
+        ``name/config``, ``name:version``.  Official files are tried first.
       data_dir: folder with the data.  By default ``$KDDM_DATA_DIR``, or if that is
         not set ``./data`` and then ``~/.cache/kddm_jax``; for prepared sets then
         ``$TFDS_DATA_DIR`` and ``~/tensorflow_datasets``.
       image_size: side in pixels to which the middle square of every image is resized;
         with None images are kept and must have one size.
       skip_damaged: whether to leave out files that cannot be read or decoded, with a
-        warning that names them, instead of raising an error.
-      progress: function that is called with the number of images decoded and the number
-        of all; by default a bar is shown on a terminal.
+        warning that lists them, instead of raising an error.
+      progress: function that is called with the number of decoded images and the number
+        of all images; by default a bar is shown on a terminal.
 
     Returns:
       The data set, with mean and standard deviation of its training images.
 
     Raises:
-      DataError: if the name is unknown; if the files are not found, with every
-        place looked in and the ways to get them; if a file is damaged or cut short;
-        if images differ in size; if a set was prepared in a format that needs
-        TensorFlow where there is none.
+      DataError: the name is unknown, the files are not found (the message lists the
+        searched folders and how to get the files), a file is damaged or truncated,
+        images differ in size, or the set's format needs TensorFlow, which is not
+        installed.
 
     Examples:
       >>> digits = load("digits")
@@ -165,7 +165,7 @@ def _read_digits(_: None) -> Dataset:
     levels = np.asarray(digits.images)[..., None]  # 0, ..., 16
     images = np.round(levels * (255 / 16)).astype(np.uint8)
     labels = np.asarray(digits.target).astype(np.int32)
-    # The split follows a rule: no change of a random generator can alter it.
+    # The split follows a rule, so that no change of a random generator alters it.
     is_test = ranks(labels, np.arange(len(labels))) % 5 == 4
     return make_dataset(
         (images[~is_test], labels[~is_test]),
@@ -175,7 +175,7 @@ def _read_digits(_: None) -> Dataset:
 
 
 class Source(NamedTuple):
-    """Holds an entry of ``DATASETS``.
+    """Describes an entry of ``DATASETS``.
 
     Attributes:
       title: name for tables.
@@ -183,8 +183,8 @@ class Source(NamedTuple):
         needs no file.
       read: function that reads the data set from the first of ``places`` that exists
         (None if there are no places) with ``Options``.
-      get: one line that says how to get the files.
-      tfds: its name in TFDS, None if TFDS has no such set.
+      get: a line that explains how to get the files.
+      tfds: name of the set in TFDS, None if TFDS has no such set.
     """
 
     title: str
@@ -261,7 +261,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Downloads and prepares a TFDS set; returns the exit status."""
+    """Downloads and prepares a TFDS set, and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="kddm prepare",
         description="Downloads a set of TensorFlow Datasets and prepares it as "

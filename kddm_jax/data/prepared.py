@@ -1,9 +1,9 @@
 """Reads sets that TensorFlow Datasets (TFDS) has prepared, and prepares them.
 
 TFDS reads sets in ArrayRecord format without TensorFlow, with the parts of
-``tfds.data_source``; its default, TFRecord, needs TensorFlow.  Images come encoded as
-they were stored and are decoded once into a cache, as those of a folder are.
-``prepare`` downloads and prepares a set, for which TFDS needs TensorFlow.
+``tfds.data_source``; its default, TFRecord, needs TensorFlow.  Images are read encoded
+and are decoded once into a cache, like images of a folder.  ``prepare`` downloads and
+prepares a set, for which TFDS needs TensorFlow.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from kddm_jax.extras import extra
 _NAME = re.compile(r"([a-z]\w*)(?:/([\w.+-]+))?(?::(\d+\.\d+\.\d+))?", re.ASCII)
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _TEST_SPLITS = ("test", "validation", "valid", "val")
-_PIECE = 256  # records read at a time
+_PIECE = 256  # number of records read at a time
 _FREE = {"array_record", "parquet"}  # formats that TFDS reads without TensorFlow
 INSTALL = 'pip install "kddm-jax[prepare]"'
 
 
 class Prepared(NamedTuple):
-    """Holds the data folder of a prepared set and the path of the set below it."""
+    """Contains the data folder of a prepared set, and the set's path within it."""
 
     root: Path
     path: str
@@ -61,7 +61,7 @@ def _versions(folder: Path) -> list[str]:
 
 
 def _default_config(folder: Path) -> str | None:
-    """Returns the prepared config that a name without one stands for."""
+    """Returns the prepared config that is used for a name without a config."""
     configs = sorted(path.name for path in folder.glob("*") if _versions(path))
     with contextlib.suppress(OSError, ValueError, KeyError):
         text = (folder / ".config" / "metadata.json").read_text()
@@ -103,7 +103,7 @@ def find(name: str, folders: Sequence[Path]) -> Prepared | None:
 
 def _import_tfds():
     """Imports TFDS, which takes half a second and does not import TensorFlow."""
-    # Silences messages of TensorFlow's C++ parts, which every import prints.
+    # Silences messages of TensorFlow's C++ code, which every import prints.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with extra("kddm_jax.data"):
         import tensorflow_datasets as tfds
@@ -116,14 +116,14 @@ def _has_tensorflow() -> bool:
 
 
 class _Source(NamedTuple):
-    """Holds an opened set.
+    """Contains an opened set.
 
     Attributes:
       tfds: the library.
-      builder: reads the set.
-      folder: the folder of its files.
-      image: the feature that holds the image.
-      label: the feature that holds the class.
+      builder: TFDS builder that reads the set.
+      folder: folder of the set's files.
+      image: name of the feature with the image.
+      label: name of the feature with the class.
     """
 
     tfds: Any
@@ -137,23 +137,23 @@ class _Source(NamedTuple):
         return {f.value for f in self.builder.info.available_file_formats()}
 
     def decoders(self) -> dict[str, object]:
-        """Returns decoders that leave images encoded: Pillow decodes in parallel."""
+        """Returns decoders that keep images encoded, because Pillow decodes them."""
         features, image = self.builder.info.features, self.tfds.features.Image
         skip = self.tfds.decode.SkipDecoding
         return {k: skip() for k, f in features.items() if isinstance(f, image)}
 
 
 def _image_and_label(tfds, info) -> tuple[str, str]:
-    """Finds the features that hold the image and its class."""
+    """Finds the names of the features with the image and its class."""
 
     def find_one(kind):
         names = [name for name, f in info.features.items() if isinstance(f, kind)]
-        # CIFAR-100 has two labels; its supervised keys say which one is meant.
+        # CIFAR-100 has two labels; its supervised keys contain the one to use.
         meant = [name for name in names if name in (info.supervised_keys or ())]
         return meant or names
 
     images, labels = find_one(tfds.features.Image), find_one(tfds.features.ClassLabel)
-    # TFDS stores an image of floats as one of four channels of bytes.
+    # TFDS stores an image of floats as an image with four channels of bytes.
     pixels = [name for name in images if info.features[name].np_dtype != np.float32]
     if len(pixels) != 1 or len(labels) != 1:
         kinds = sorted(info.features.items())
@@ -182,7 +182,7 @@ def _open(folder: Path) -> _Source:
 
 
 def _unreadable(what: object, error: Exception) -> DataError:
-    # TensorFlow puts the name of its operation in braces first.
+    # TensorFlow's messages begin with the name of the operation in braces.
     reason = " ".join(re.sub(r"\{\{.*?\}\}", "", str(error)).split())
     return DataError(f"cannot read {what}: {reason}")
 
@@ -196,7 +196,7 @@ def _array_records(source, split) -> Iterator[dict[str, Any]]:
 
 
 def _tf_records(source, split) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a split in the order they were written, by TensorFlow."""
+    """Yields the examples of a split with TensorFlow, in the order of the files."""
     import tensorflow as tf  # pyright: ignore[reportMissingModuleSource]
 
     with contextlib.suppress(RuntimeError):  # TensorFlow is running already
@@ -233,14 +233,14 @@ def _share(
 
 
 def _splits(source: _Source) -> dict[str, Split]:
-    """Returns training and test examples, of the training split if it is alone."""
+    """Returns training and test examples, both from "train" if there is no other."""
     counts = {k: s.num_examples for k, s in source.builder.info.splits.items()}
     if not counts.get("train"):
         found = ", ".join(counts)
         raise DataError(f"{source.folder} has no split train, only {found}")
     train, share = counts["train"], partial(_share, source)
     for name in _TEST_SPLITS:
-        # ImageNet's test split has no labels: they are -1.
+        # ImageNet's test split has no labels; they are -1.
         if counts.get(name) and next(_examples(source, name)).label >= 0:
             test = Split(counts[name], partial(share, name))
             return {"train": Split(train, partial(share, "train")), "test": test}
@@ -258,15 +258,15 @@ def read_prepared(found: Prepared, options: Options) -> Dataset:
     image of each class is a test image.
 
     Args:
-      found: the set.
-      options: size, damaged images, progress.
+      found: the set, from `find`.
+      options: options of the reader.
 
     Returns:
       The data set; its images are memory maps.
 
     Raises:
       DataError: the set has no images or no labels, is damaged, or is in a format that
-        needs TensorFlow where there is none.
+        needs TensorFlow, which is not installed.
     """
     folder = found.root / found.path
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -288,16 +288,16 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
     """Downloads a set and prepares it as ArrayRecord, with TFDS' progress bars.
 
     Args:
-      name: name of the set, as for ``find``.
-      data_dir: data folder; None is TFDS' own, ``$TFDS_DATA_DIR`` or
+      name: name of the set, as in `find`.
+      data_dir: data folder; None uses TFDS' own, ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``.
 
     Returns:
       The folder of the prepared set.
 
     Raises:
-      DataError: TensorFlow is not installed, TFDS does not know the set, or cannot
-        download or prepare it.
+      DataError: TensorFlow is not installed, or the set is unknown to TFDS or cannot be
+        downloaded or prepared.
     """
     if not _has_tensorflow():
         raise DataError(f"preparing {name} needs TensorFlow: {INSTALL}")

@@ -20,7 +20,7 @@ def _check_labels(labels: np.ndarray) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         fix = "labels.astype(int)" if labels.ndim == 1 else "argmax(one_hot, axis=-1)"
-        # Of one column argmax would make every label 0.
+        # argmax over a single column would make every label 0.
         fix = "labels[:, 0]" if labels.shape[1:] == (1,) else fix
         raise ValueError(
             "labels must be integers of shape [n], got "
@@ -45,8 +45,7 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
       Indices into ``labels``, ``int64``, shape ``[count]``, without repetition.
 
     Raises:
-      ValueError: if ``labels`` has another shape or dtype, or ``count`` is out of
-        range.
+      ValueError: ``labels`` has another shape or dtype, or ``count`` is out of range.
 
     Examples:
       >>> labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
@@ -65,19 +64,19 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def stratified_split(
     labels: np.ndarray, held_out: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Holds samples out for validation, each class in proportion to its size.
+    """Splits off samples for validation, from each class in proportion to its size.
 
     Args:
       labels: labels, integers, shape ``[n]``.
-      held_out: number of samples to hold out, less than ``n``.
+      held_out: number of validation samples, less than ``n``.
       seed: seed of the draw, the same split on every platform.
 
     Returns:
-      Indices of the samples to train on, shape ``[n - held_out]``, and of those held
-      out, shape ``[held_out]``; ``int64``, ascending, disjoint.
+      Indices of the training samples, shape ``[n - held_out]``, and of the validation
+      samples, shape ``[held_out]``; ``int64``, ascending, disjoint.
 
     Raises:
-      ValueError: if ``labels`` has another shape or dtype, or ``held_out`` is out of
+      ValueError: ``labels`` has another shape or dtype, or ``held_out`` is out of
         range.
 
     Examples:
@@ -93,8 +92,8 @@ def stratified_split(
         )
     draws = np.random.PCG64(seed).random_raw(len(labels))
     _, class_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    # Sample r of a class of n_c has its turn at (r + 1/2) / n_c: at any moment each
-    # class has given the same share of its samples, rounded (Sainte-Lague).
+    # Sample r of a class of n_c has its turn at (r + 1/2) / n_c, so that at any time
+    # the same share of each class is drawn, up to rounding (Sainte-Lague).
     turn = (ranks(labels, draws) + 0.5) / counts[class_of]
     order = np.lexsort((draws, turn))
     return np.sort(order[held_out:]), np.sort(order[:held_out])

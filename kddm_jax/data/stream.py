@@ -1,10 +1,9 @@
 """Reads batches of a data set that is too large for the device ahead of time.
 
 The images stay in host memory or in a memory-mapped file.  Grain's threads gather the
-images of the next dispatches while the device computes.  The caller decides which
-images make a batch, by an array of indices.  A streamed run therefore sees the same
-batches in the same order as one whose images are on the device, and can continue at any
-epoch.
+images of the next dispatches while the device computes.  The caller passes the indices
+of the images in each batch.  A streamed run therefore uses the same batches in the same
+order as a run whose images are on the device, and can continue at any epoch.
 """
 
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ def reads(order: np.ndarray, *, length: int, shares: range, of: int) -> np.ndarr
 
     Args:
       order: indices of an epoch's batches, shape ``[steps, b]``.
-      length: steps in one dispatch; divides ``steps``.
+      length: number of steps in one dispatch; must divide ``steps``.
       shares: indices of the shares of each batch that the devices of this process
         read; a batch has ``of`` equal shares.
-      of: number of devices of all processes; divides ``b``.
+      of: number of devices of all processes; must divide ``b``.
 
     Returns:
       Indices, shape ``[steps / length, len(shares), length, b / of]``.
@@ -72,7 +71,7 @@ def stream(
     threads: int = 2,
     ahead: int = 4,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reads the images of one dispatch after another, some of them ahead of time.
+    """Reads the images of one dispatch after another, some dispatches ahead.
 
     Args:
       images: an array or a memory-mapped file, shape ``[n, h, w, c]``.

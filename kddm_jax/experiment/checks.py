@@ -1,4 +1,4 @@
-"""Checks settings without data: names, ranges, and options that exclude each other."""
+"""Checks names and ranges of settings, and options that exclude each other."""
 
 import math
 
@@ -14,7 +14,7 @@ def _require(condition, message):
 
 
 def check(settings: Settings) -> None:
-    """Raises a `UserError` if the settings contradict each other or their ranges."""
+    """Raises a `UserError` if settings contradict each other or are out of range."""
     _check_distances(settings)
     _check_choices(settings)
     _check_ranges(settings)

@@ -1,9 +1,9 @@
-"""The command ``kddm choose-weights``: lambda of each distance on held-out images.
+"""Implements ``kddm choose-weights``, which chooses lambdas on held-out images.
 
     kddm choose-weights --grid 1e-4 1e-3 1e-2 -- --dataset digits --held-out 300
 
 Settings of ``kddm distill`` follow after ``--``. The command prints the held-out
-accuracy of every lambda (0: the loss did not stay finite) and the ``--weights`` line
+accuracy for every lambda (0 if the loss did not stay finite) and the ``--weights`` line
 for ``kddm distill``, and writes ``weights.json``. The test set is never used. All
 lambdas of a distance share one compiled program, except for distances between layers.
 """
@@ -33,17 +33,17 @@ def train(opened: study.Study, run: runs.Run) -> float:
     """Trains one student of the grid; if it diverges, its accuracy is 0.
 
     Divergence is recorded in ``diverged.json``.  A recorded run is not trained again,
-    unless it stopped under ``--on-nonfinite stop`` and the command now says ``skip``.
+    unless it stopped under ``--on-nonfinite stop`` and the option is now ``skip``.
 
     Args:
       opened: the study.
-      run: one of its runs.
+      run: one of the study's runs.
 
     Returns:
-      Its accuracy on held-out images in percent, 0 if it diverged.
+      The student's accuracy on held-out images in percent, 0 if it diverged.
 
     Raises:
-      UserError, Terminated, CheckpointError: as `train.train`.
+      UserError, Terminated, CheckpointError: as in `train.train`.
     """
     problem = opened.problem
     how = problem.settings.run.on_nonfinite
@@ -77,23 +77,23 @@ def choose(
 ) -> dict[str, Any]:
     """Trains a student for each distance, lambda and seed, and averages over seeds.
 
-    A seed that diverges counts as zero.
+    The accuracy of a seed that diverges counts as zero.
 
     Args:
       settings: settings of ``kddm distill``, with held-out images.
       grid: the lambdas to try.
-      console: where lines are printed.
+      console: console that prints the lines.
 
     Returns:
       The content of ``weights.json``: settings, accuracy by distance and lambda, and
       the best lambda of each distance.
 
     Raises:
-      UserError: there are no held-out images; or as `study.open`.
+      UserError: there are no held-out images; or as in `study.open`.
     """
     if not settings.data.held_out:
         raise UserError("--held-out is 0; keep some training images, such as 300")
-    named = {f"{weight:g}": weight for weight in grid}  # so their folders
+    named = {f"{weight:g}": weight for weight in grid}  # as in the folders' names
     if len(named) < len(grid):
         lost = ", ".join(str(w) for w in grid if w not in named.values())
         raise UserError(f"--grid: {lost} and another are one number to six digits")
@@ -138,7 +138,7 @@ def show(chosen, grid, console) -> None:
 
 
 def main(arguments: list[str], prog: str = "kddm choose-weights") -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     first = argparse.ArgumentParser(description=ABOUT, prog=prog)
     first.add_argument(
         "--grid", type=float, nargs="+", default=GRID, help="lambdas to try"

@@ -1,4 +1,4 @@
-"""The command ``kddm distill``: teacher, students alone, distilled students, table."""
+"""Implements ``kddm distill``, which trains teacher and students and prints a table."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ def run_all(settings: Settings, console: Console) -> dict[str, Any]:
 
     Args:
       settings: the settings of the command.
-      console: where lines are printed.
+      console: console that prints the lines.
 
     Returns:
       The results, as in ``results.json``.
@@ -65,7 +65,7 @@ def _summary(opened, results, seconds):
 
 def write(results: dict[str, Any], out: Path) -> None:
     """Writes ``results.json``, ``table.md`` and ``curves.png``."""
-    # Matplotlib is imported where there is something to draw: no command waits for it.
+    # Matplotlib is slow to import, so it is imported only if there is a plot to draw.
     from kddm_jax.experiment.report import curves
 
     records.write_json(out / "results.json", results)
@@ -74,7 +74,7 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 
 def _write_page(opened, summary):
-    # scikit-learn's manifolds, Jinja2 and Matplotlib: likewise.
+    # scikit-learn's manifolds, Jinja2 and Matplotlib are slow to import, too.
     from kddm_jax.experiment.report import embedding, page
 
     problem, results = opened.problem, summary["runs"]
@@ -94,7 +94,7 @@ def _warn_of_weak_teacher(summary, console):
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
 
     def work():
         settings = parse(arguments)

@@ -1,7 +1,7 @@
 """Reads the folder of a finished study: its data, its teacher and its students.
 
-A folder of ``kddm distill`` holds ``results.json`` and the checkpoints of each run:
-enough to compute the outputs of both networks for the same images later.
+A folder of ``kddm distill`` contains ``results.json`` and the checkpoints of each run,
+so that the outputs of both networks for the same images can be computed later.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from kddm_jax.experiment.training.teacher import Source, find_teacher, variables
 
 @dataclass(frozen=True)
 class Finished:
-    """The folder of a finished study.
+    """Describes a finished study.
 
     Attributes:
-      problem: its settings, on one device; its data.
+      problem: data and settings of the study, on one device.
       results: the content of ``results.json``.
-      teacher: its network, variables and digest.
+      teacher: network, variables and digest of the teacher.
     """
 
     problem: problems.Problem
@@ -34,8 +34,8 @@ class Finished:
         """Loads a student.
 
         Args:
-          name: "student" for the one that learnt alone, or a method.
-          seed: seed of its run.
+          name: "student" for the student trained alone, or a method.
+          seed: seed of the student's run.
 
         Returns:
           ``(network, variables)``, the variables on the host, without projectors.
@@ -74,13 +74,14 @@ def load(
     Args:
       folder: ``--out`` of ``kddm distill``.
       data_dir: folder of the data; None uses that of the command.
-      teacher: its checkpoint, where one was given and lies elsewhere now.
+      teacher: checkpoint of the teacher; pass it if the command had ``--teacher`` and
+        that checkpoint was moved.
 
     Returns:
-      Its data and teacher; students are read one by one.
+      The study with its data and teacher; students are read one by one.
 
     Raises:
-      UserError: not finished, or the teacher has no checkpoint.
+      UserError: the command has not finished, or the teacher has no checkpoint.
     """
     path = folder / "results.json"
     if not path.exists():
@@ -101,7 +102,7 @@ def load(
         data_dir=data_dir or settings.run.data_dir,
         teacher=given,
         compilation_cache=cache if cache and cache.is_dir() else None,
-        devices=1,  # however many it was trained on
+        devices=1,  # regardless of the number that it was trained on
         **dict.fromkeys(("distance_group", "coordinator", "processes", "process")),
     )
     problem = problems.prepare(settings, folder)

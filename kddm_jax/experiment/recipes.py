@@ -1,7 +1,8 @@
-"""Recipes: the defaults of the settings for a purpose, and the command line over them.
+"""Defines the recipes and parses the command line.
 
-A recipe is a function that returns the settings of a data set; the command line comes
-last. ``--help`` shows the values of the recipe and the data set that it is given.
+A recipe is a function that returns the default settings for a data set; options on the
+command line replace them. ``--help`` shows the values for the given recipe and data
+set.
 """
 
 import argparse
@@ -46,11 +47,11 @@ def augmentation(dataset: str, recipe: Augmentation | None = None) -> Augmentati
 
 
 def paper(dataset: str) -> Settings:
-    """KD2M's settings (arXiv 2504.01757).
+    """Returns KD2M's settings (arXiv 2504.01757).
 
-    ImageNet weights are part of it (--pretrained-teacher, --pretrained-student); images
-    are normalised by the data set's own statistics. On MNIST these are the perceptrons
-    of the released code's first benchmark.
+    The paper starts from ImageNet weights (--pretrained-teacher, --pretrained-student).
+    Images are normalized by the data set's own statistics. On MNIST the networks are
+    the perceptrons of the released code's first benchmark.
     """
     networks, distorted = Networks(stem="imagenet", width=64), augmentation(dataset)
     if dataset == "mnist":
@@ -72,7 +73,7 @@ def paper(dataset: str) -> Settings:
 
 
 def strong(dataset: str) -> Settings:
-    """Trains from scratch on an accelerator."""
+    """Returns settings for training from scratch on an accelerator."""
     optimizer = replace(
         SGD,
         teacher_epochs=100,
@@ -93,7 +94,10 @@ def strong(dataset: str) -> Settings:
 
 
 def laptop(dataset: str) -> Settings:
-    """Takes minutes on two cores: narrow networks, students with few labels."""
+    """Returns settings that take minutes on two cores.
+
+    Networks are narrow, and students see few labels.
+    """
     data = Data(
         dataset,
         train_images=AtMost(5000),
@@ -118,10 +122,11 @@ def laptop(dataset: str) -> Settings:
 
 
 def feature_only(dataset: str) -> Settings:
-    """Features alone train the backbone (arXiv 2511.14981).
+    """Returns settings in which only features train the backbone (arXiv 2511.14981).
 
-    ResNet34 to ResNet9, AdamW, one cycle; the student alone and KD are trained too. The
-    paper does not augment.
+    The teacher is a ResNet34 and the student a ResNet9, trained by AdamW with a
+    one-cycle schedule; the student alone and KD are trained, too. As in the paper,
+    images are not augmented.
     """
     return Settings(
         Data(dataset),
@@ -150,7 +155,7 @@ def defaults(dataset: str, recipe: str) -> Settings:
     """Returns the settings of a recipe on a data set, before the command line.
 
     Raises:
-      UserError: there is no such recipe.
+      UserError: the recipe is unknown.
     """
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
@@ -162,13 +167,13 @@ def parse(arguments: Sequence[str], prog: str = "kddm distill") -> Settings:
 
     Args:
       arguments: the command line.
-      prog: the name of the command, for ``--help``.
+      prog: name of the command, for ``--help``.
 
     Returns:
       The settings.
 
     Raises:
-      UserError: the settings contradict each other or their ranges.
+      UserError: settings contradict each other or are out of range.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default=Data.dataset)

@@ -1,11 +1,11 @@
-"""The command ``kddm report``: renders results again from their JSON.
+"""Implements the command ``kddm report``, which renders results again from their JSON.
 
     kddm report runs/digits-laptop
     kddm report experiments/results/digits.json
     kddm report experiments/README.md
 
-For a folder of ``kddm distill`` it writes table, curves and page again. For a JSON file
-it prints the table. In a Markdown page it replaces the tables between their marks.
+For a folder of ``kddm distill``, the command writes table, curves and page again. For a
+JSON file, it prints the table. In a Markdown page, it replaces the marked tables.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def fill(page: Path) -> str:
     """Renders the tables of a Markdown page.
 
     Args:
-      page: a page with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around each
-        table, files relative to the page; several grids of ``kddm choose-weights``
-        make one table.
+      page: path of a page with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around
+        each table.  Paths of files are relative to the page; several grids of ``kddm
+        choose-weights`` make one table.
 
     Returns:
-      The text of the page, each table rendered from its JSON.
+      The text of the page with each table rendered from its JSON.
     """
 
     def render(match):
@@ -56,7 +56,7 @@ def fill(page: Path) -> str:
 
 def folder(path: Path) -> None:
     """Writes the table, the curves and the page of a folder of results again."""
-    # Jinja2 and Matplotlib are imported where there is something to draw.
+    # Jinja2 and Matplotlib are imported only if there is something to draw.
     from kddm_jax.experiment.report import page
 
     results = read_json(path / "results.json")
@@ -68,9 +68,9 @@ def folder(path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns its exit status.
+    """Runs the command and returns its exit status.
 
-    A page that cannot be rendered is left as it is.
+    A page that cannot be rendered is not changed.
     """
     parser = argparse.ArgumentParser(description=ABOUT, prog="kddm report")
     parser.add_argument(

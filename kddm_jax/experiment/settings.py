@@ -1,9 +1,9 @@
-"""The settings of the command: typed, and grouped by what they are about.
+"""Defines the settings of the commands, grouped by topic.
 
 The groups are frozen dataclasses inside `Settings`. On the command line and in JSON
-their fields are flat, since every name occurs once. `identity` says which settings
-decide the result of a run: all of them, except the group `Run`. The recipes are in
-`recipes.py`.
+their fields are flat, because every name occurs once. `identity` returns the settings
+that decide the result of a run, which are all except those of the group `Run`. The
+recipes are in `recipes.py`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ MODELS = (
 
 
 class AtMost(int):
-    """A recipe's number that is lowered if the data set has fewer images.
+    """Marks a recipe's number that is lowered if the data set has fewer images.
 
     The batch size is also lowered to fit the number of devices.
     """
@@ -31,7 +31,7 @@ class AtMost(int):
 
 @dataclass(frozen=True)
 class Data:
-    """The data set, and which of its images are used."""
+    """Chooses the data set and its images."""
 
     dataset: str = "digits"
     """Name of the data set: digits (embedded), cifar10, cifar100, svhn, mnist,
@@ -59,7 +59,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images."""
+    """Changes training images at random."""
 
     padding: int = 4
     """Pixels of padding of the random crop."""
@@ -75,7 +75,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Networks:
-    """Teacher and student."""
+    """Chooses teacher and student."""
 
     teacher: Path | None = None
     """Checkpoint, or run folder, of a trained teacher; None trains one."""
@@ -107,7 +107,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Method:
-    """How students learn from the teacher."""
+    """Sets how students learn from the teacher."""
 
     distances: tuple[str, ...] = KD2M
     """Distances to distil with; one student is trained for each. Keys of the catalogue,
@@ -150,7 +150,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How the networks are trained."""
+    """Sets how the networks are trained."""
 
     teacher_epochs: int = 15
     """Number of epochs of the teacher."""
@@ -184,7 +184,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Run:
-    """Where, how fast and how often to run; does not change the result of a run."""
+    """Sets where, how fast and how often to run; does not change a run's result."""
 
     recipe: str = "laptop"
     """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
@@ -283,7 +283,7 @@ def as_json(settings: Settings) -> dict[str, Any]:
 
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives settings that were recorded before version 0.2.0 their present names."""
+    """Renames settings that were recorded before version 0.2.0."""
     names = {"scale": "normalization", "view": "positions"}
     found = {names.get(name, name): value for name, value in values.items()}
     if values.get("view") == "positions":
@@ -292,7 +292,7 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> Settings:
-    """Reads the settings that `as_json` wrote; those that are missing get defaults."""
+    """Reads settings that `as_json` wrote; missing ones get their defaults."""
     found, values = {}, renamed(values)
     for kind in GROUPS.values():
         for of in fields(kind):
@@ -307,8 +307,8 @@ def from_json(values: Mapping[str, Any]) -> Settings:
 # ---------------------------------------------------------------------------
 # What decides a result.
 
-# The identity of a run names these otherwise: files by their digests, and of several
-# distances, weights and seeds the run's own.
+# The identity of a run has these in another form: files by their digests, and only the
+# run's own distance, weight and seed.
 NAMED_OTHERWISE = (
     *("teacher", "pretrained_teacher", "pretrained_student", "teacher_width"),
     *("distances", "weight", "weights", "distance_group"),
@@ -316,12 +316,12 @@ NAMED_OTHERWISE = (
 OF_STUDENTS = ("student_model", "student_images", "epochs", "views")
 OF_TEACHER = ("teacher_model", "teacher_epochs")
 OF_FEATURE_ONLY = ("head", "quality_images")
-# Settings that each of several processes may have for itself.
+# Settings that may differ between processes.
 OWN = (
     *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
     *("teacher", "pretrained_teacher", "pretrained_student"),
 )
-# Settings that a table does not mention, and files that it mentions by their name.
+# Settings that are left out of a table's command, and files that it shows by name.
 PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress", "embedding")
 FILES = ("pretrained_teacher", "pretrained_student")
 
@@ -329,12 +329,13 @@ FILES = ("pretrained_teacher", "pretrained_student")
 def identity(settings: Settings, name: str) -> dict[str, Any]:
     """Returns the settings that decide the result of a run.
 
-    They are those of all groups but `Run`, without those of other runs: the teacher's
-    run does not depend on how students learn, and a student alone has no method.
+    These are the settings of all groups except `Run`, without those of other runs: the
+    teacher's run does not depend on how students learn, and a student alone has no
+    method.
 
     Args:
       settings: the settings of the command.
-      name: "teacher", "student" (alone), or a distance.
+      name: name of the run: "teacher", "student" (alone), or a distance.
     """
     left_out = {*NAMED_OTHERWISE, *(OF_STUDENTS if name == "teacher" else OF_TEACHER)}
     if name != FEATURE_ONLY:
@@ -353,7 +354,7 @@ RELEASED_WEIGHT = 1e-4
 
 
 def weight_of(settings: Settings, distance: str) -> float:
-    """Lambda of one distance: --weights, then --weight, then its default."""
+    """Returns lambda of one distance from --weights, --weight, or its default."""
     weights = settings.method.weights or {}
     if distance in weights:
         return weights[distance]

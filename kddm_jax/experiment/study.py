@@ -1,9 +1,9 @@
-"""Opens a study: everything that the runs of one command share.
+"""Opens a study, which contains everything that the runs of one command share.
 
 Every command that trains opens its study here. `open` reads the data and finds the
-teacher, checks everything that can be wrong before anything is trained or written,
-locks the folder of results, trains or reads the teacher, and computes the arrays that
-distances take from the teacher. The command then trains the runs of the study.
+teacher, checks all settings before anything is trained or written, locks the folder of
+results, trains or reads the teacher, and computes the arrays that distances take from
+the teacher. The command then trains the runs of the study.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ Plan = Callable[[Problem, str | None], Iterable[Run]]
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of one command, and what they share.
+    """Contains all runs of one command, and the data and teacher that they share.
 
     Attributes:
       problem: the data, the devices and the settings.
@@ -75,7 +75,7 @@ class Study:
 
 
 def default_out(settings: Settings, suffix: str = "") -> Path:
-    """Returns the folder of the results: that of the settings, or one in ``runs``."""
+    """Returns the folder of results in the settings, or a default one in ``runs``."""
     name = f"{settings.data.dataset}-{settings.run.recipe}{suffix}"
     return settings.run.out or Path("runs") / name
 
@@ -93,11 +93,11 @@ def open(
 
     Args:
       settings: the settings of the command.
-      console: where lines are printed.
-      suffix: the end of the folder's name where the settings name no folder.
-      plan: gives the students' runs, from the problem and the teacher's digest (None
-        while the teacher is unknown).
-      check: a check of the command's own, called before anything is trained.
+      console: console that prints the lines.
+      suffix: end of the default folder's name, used if the settings have no folder.
+      plan: function that returns the students' runs from the problem and the teacher's
+        digest (None while the teacher is unknown).
+      check: additional check of the command, called before anything is trained.
 
     Yields:
       The study, with a trained teacher.
@@ -108,7 +108,7 @@ def open(
     """
     out = default_out(settings, suffix)
 
-    # --- all that can be wrong, before anything is trained or written ----------
+    # --- all checks, before anything is trained or written ---------------------
     problem = _read(settings, out)
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
@@ -132,9 +132,9 @@ def open(
 
 
 def _read(settings, out):
-    """Reads data and weights in every process; all must have the same."""
+    """Reads data and weights in every process, and checks that they are the same."""
     problem = processes.together(lambda: problems.prepare(settings, out))
-    processes.together(lambda: problem.starts)  # files that each of them reads
+    processes.together(lambda: problem.starts)  # every process reads these files
     weights = {who: start.sha256 for who, start in problem.starts.items()}
     shared = {k: v for k, v in as_json(settings).items() if k not in OWN}
     processes.agree_on(shared, problem.dataset, weights)
@@ -156,7 +156,7 @@ def _introduce(problem, console):
 
 
 def _draw_quality(record, path):
-    # Matplotlib is imported where there is something to draw: no command waits for it.
+    # Matplotlib is slow to import, so it is imported only if there is a plot to draw.
     from kddm_jax.experiment.report import curves
 
     curves.of_layers(record, path)
@@ -168,7 +168,7 @@ def _draw_quality(record, path):
 
 @contextlib.contextmanager
 def only_one(out: Path) -> Iterator[None]:
-    """Refuses a folder in which another command is running."""
+    """Locks a folder; raises if another command is running in it."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +181,7 @@ def only_one(out: Path) -> Iterator[None]:
 
 
 def _open_folder(out, planned, stack):
-    """Makes the folder and locks it until the stack is closed."""
+    """Checks and makes the folder, and locks it until the stack is closed."""
     for run in planned:
         runs.check_folder(run, out)
     try:

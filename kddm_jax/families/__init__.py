@@ -1,1 +1,1 @@
-"""The distances, one file for each kind; `kddm_jax.distances` lists them all."""
+"""Computes the distances, one file for each kind; `kddm_jax.distances` lists them."""

@@ -1,9 +1,9 @@
-"""Alignment distances: how differently two networks arrange the same samples.
+"""Computes distances between the arrangements of the same samples by two networks.
 
-Unlike distances between distributions they compare the representations sample by
-sample.  ``x`` holds the student's features ``[n, d_s]`` and ``y`` the teacher's
-``[n, d_t]`` of the same samples.  ``R`` stands for features that are centred and
-divided by their Frobenius norm, ``K = R R^T`` for their Gram matrix.  All distances but
+Unlike distances between distributions, these compare the representations sample by
+sample.  ``x`` are the student's features ``[n, d_s]`` and ``y`` the teacher's ``[n,
+d_t]`` of the same samples.  ``R`` are features that are centred and divided by their
+Frobenius norm, and ``K = R R^T`` is their Gram matrix.  All distances except
 `paired_l2` allow rotations or linear maps of the student, so the widths may differ.
 
 References:
@@ -66,7 +66,7 @@ def procrustes(
       Scalar: squared distance, in [0, 2] with ``unit_norm``.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or an unknown ``method``.
+      ValueError: shapes or dtypes are wrong, or ``method`` is unknown.
 
     References:
       arXiv 2509.25253, the distance D_P.  Schoenemann, A generalized solution of the
@@ -98,8 +98,8 @@ def feature_gram(
 
     .. math:: \|R_x R_x^\top - R_y R_y^\top\|_F^2
 
-    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher:
-    squared inner products favour large directions more than `procrustes` does.
+    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher,
+    because squared inner products favour large directions more than `procrustes` does.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -113,7 +113,7 @@ def feature_gram(
       ``unit_norm``.
 
     Raises:
-      ValueError: wrong shapes or dtypes.
+      ValueError: shapes or dtypes are wrong.
 
     References:
       arXiv 2509.25253, the distance D_FG.
@@ -132,12 +132,12 @@ def feature_gram(
 def _u_centred(gram, mask):
     """Centres a Gram matrix without its diagonal (Székely and Rizzo).
 
-    Rows and columns of the result have sum zero.
+    Rows and columns of the result sum to zero.
     """
     n = masks.size(mask, gram)
     off = 1 - jnp.eye(gram.shape[0], dtype=gram.dtype)
     if mask is not None:
-        # Fewer than four samples leave nothing but round-off.
+        # With fewer than four samples only round-off would remain.
         off = jnp.where((n >= 4) & masks.pairs(mask), off, 0)
         n = jnp.maximum(n, 4)
     gram = gram * off
@@ -159,14 +159,14 @@ def cka(
               = \frac12 \Big\|\frac{K_x}{\|K_x\|_F} - \frac{K_y}{\|K_y\|_F}\Big\|_F^2
 
     Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher.
-    The largest directions decide, so the value may be nearly zero for representations
-    of different geometry; `procrustes` and `feature_gram` tell those apart.
+    The largest directions dominate, so the value may be nearly zero for representations
+    of different geometry; `procrustes` and `feature_gram` distinguish those.
 
     Args:
       x: student features, shape ``[n, d_s]``.
       y: teacher features of the same samples, shape ``[n, d_t]``.
-      debiased: True takes the unbiased estimate of HSIC, for which the alignment of
-        independent features is 0 on average; needs four samples, and is 0 where a mask
+      debiased: True uses the unbiased estimate of HSIC, for which the alignment of
+        independent features is 0 on average.  It needs four samples, and is 0 if a mask
         leaves fewer.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
         values.  None uses all samples.
@@ -175,7 +175,8 @@ def cka(
       Scalar in [0, 1], or in [0, 2] if debiased; 1/2 if only one side is constant.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or fewer than four samples with ``debiased``.
+      ValueError: shapes or dtypes are wrong, or there are fewer than four samples with
+        ``debiased``.
 
     References:
       Kornblith et al., Similarity of neural network representations revisited, 2019
@@ -215,7 +216,7 @@ def _regression_error(x, y):
 
 
 def _regress(x, y):
-    """Computes the residual of the least-squares fit and its map of minimal norm."""
+    """Computes the residual of the least-squares fit, and the map of minimal norm."""
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
     cutoff = max(x.shape) * jnp.finfo(x.dtype).eps * jnp.max(s)
     keep = ~(s <= cutoff)  # NaN stays
@@ -258,8 +259,8 @@ def linear_projection(
       Scalar: squared error, averaged over samples and teacher features.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or too few samples, for which a linear map
-        fits any teacher.
+      ValueError: shapes or dtypes are wrong, or there are so few samples that a linear
+        map fits any teacher.
 
     References:
       arXiv 2509.25253, the baseline "LinProj".
@@ -289,8 +290,8 @@ def paired_l2(
     .. math:: \frac1n \sum_i \|x_i - y_i\|^2
 
     It is the largest distance of the chain ``||mean||^2 <= W2(G, diag) <= W2(G) <= W2
-    <= CW2 (weighted) <= paired``: it compares the teacher's features of each sample,
-    where the others compare their distribution.
+    <= CW2 (weighted) <= paired``, because it compares the features of each sample, and
+    the others only compare their distributions.
 
     Cost: n d.  Gradient: ``2 (x_i - y_i) / n``.  Not for: a student that may arrange
     its features differently from the teacher (`procrustes`), or a student of another
@@ -306,7 +307,7 @@ def paired_l2(
       Scalar: squared distance, summed over features, averaged over samples.
 
     Raises:
-      ValueError: wrong shapes or dtypes.
+      ValueError: shapes or dtypes are wrong.
 
     References:
       Romero et al., FitNets: hints for thin deep nets, 2015 (arXiv 1412.6550),

@@ -1,9 +1,9 @@
-"""Wasserstein distances between the Gaussian fits of two samples of features.
+"""Computes Wasserstein distances between Gaussian fits of two samples of features.
 
-``x`` holds the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; means and
-covariances are those of the sample (``1/n``).  In a batch there are fewer samples than
-features, so full covariances are singular.  The distance then needs no square root of a
-matrix but one nuclear norm.
+``x`` are the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; means and
+covariances are those of the sample (``1/n``).  A batch often has fewer samples than
+features, so that full covariances are singular.  The distance is therefore computed
+from a nuclear norm, without the square root of a matrix.
 
 References:
   Fernandes Montesuma, KD2M: a unifying framework for feature knowledge
@@ -36,7 +36,7 @@ def gaussian_wasserstein(
     compat: str | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    r"""Computes the squared Wasserstein distance of two fitted Gaussians, W2(G).
+    r"""Computes the squared Wasserstein distance between two fitted Gaussians, W2(G).
 
     .. math:: \|\mu_x - \mu_y\|^2 + \mathrm{Tr}\,S_x + \mathrm{Tr}\,S_y
               - 2\,\mathrm{Tr}\,(S_x^{1/2} S_y S_x^{1/2})^{1/2}, \quad
@@ -46,7 +46,7 @@ def gaussian_wasserstein(
     rank-deficient covariances (``n < d``), where its derivative is finite.
 
     Cost: n² d + n³.  If d < n (d < n / 2 with "newton_schulz"), n d² + d³.  With
-    "diag", n d.  Gradient: exact; where it is not unique, at zero singular values, it
+    "diag", n d.  Gradient: exact; at zero singular values, where it is not unique, it
     is the subgradient of minimal norm.  Not for: samples with equal means and
     covariances, which it cannot distinguish (use `wasserstein`), or keeping classes
     apart (use `class_gaussian_wasserstein`).
@@ -68,7 +68,7 @@ def gaussian_wasserstein(
       Scalar: squared distance.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or an unknown option.
+      ValueError: shapes or dtypes are wrong, or an option is unknown.
 
     References:
       Takatsu, Wasserstein geometry of Gaussian measures, 2011, equation 3.
@@ -115,13 +115,13 @@ def class_gaussian_wasserstein(
 
     .. math:: \sum_c w_c W_2^2\big(N(\mu_{x|c}, S_{x|c}), N(\mu_{y|c}, S_{y|c})\big)
 
-    One nuclear norm serves all classes.  The matrix of within-class products, masked to
-    pairs of one class, is block-diagonal, so its nuclear norm is the sum over the
+    One nuclear norm is enough for all classes.  The matrix of products, masked to pairs
+    of the same class, is block-diagonal, so its nuclear norm is the sum over the
     blocks.
 
     Cost: n² d + n³ for all classes together, n² d if diagonal.  Gradient: as in
-    `gaussian_wasserstein`.  Not for: more than about a thousand samples, since the
-    matrix has shape ``[n, n]`` whatever d is; use ``covariance="diag"`` or groups of
+    `gaussian_wasserstein`.  Not for: more than about a thousand samples, because the
+    matrix has shape ``[n, n]`` for any d; use ``covariance="diag"`` or groups of
     devices.
 
     Args:
@@ -130,8 +130,8 @@ def class_gaussian_wasserstein(
       labels: class labels, int, shape ``[n]``; negative labels have no weight.
       num_classes: number of classes, used only to check labels that are not traced.
       covariance: ``"full"`` or ``"diag"``.
-      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
-        classes by their frequency, ``"sum"`` adds them (the released code).
+      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weights
+        classes by their frequency, ``"sum"`` adds them up (as in the released code).
       method: algorithm of the nuclear norm, as in `gaussian_wasserstein`.
       compat: ``"released"`` is ``covariance="diag", reduction="sum"``.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
@@ -141,7 +141,7 @@ def class_gaussian_wasserstein(
       Scalar: squared distance.
 
     Raises:
-      ValueError: wrong shapes, dtypes or labels, or an unknown option.
+      ValueError: shapes, dtypes or labels are wrong, or an option is unknown.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
@@ -183,9 +183,8 @@ def bures(cov_x: jax.Array, cov_y: jax.Array, *, method: str = "auto") -> jax.Ar
               - 2\,\mathrm{Tr}\,(A^{1/2} B A^{1/2})^{1/2}
               = \mathrm{Tr}\,A + \mathrm{Tr}\,B - 2\,\|A^{1/2} B^{1/2}\|_*
 
-    It takes covariances.  For samples, `gaussian_wasserstein` is faster and, in float32
-    with ``n < d``, more accurate: here the roots of eigenvalues that are round-off add
-    0.4 to 0.9 %.
+    For samples, `gaussian_wasserstein` is faster and, in float32 with ``n < d``, more
+    accurate: here the square roots of eigenvalues from round-off add 0.4 to 0.9 %.
 
     Cost: d³.  Gradient: that of the value, finite at repeated and zero eigenvalues; it
     is zero along the common null space.  Not for: samples.
@@ -200,7 +199,7 @@ def bures(cov_x: jax.Array, cov_y: jax.Array, *, method: str = "auto") -> jax.Ar
       Scalar: squared distance.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or an unknown ``method``.
+      ValueError: shapes or dtypes are wrong, or ``method`` is unknown.
 
     References:
       Bhatia, Jain and Lim, On the Bures-Wasserstein distance between positive

@@ -1,8 +1,8 @@
-"""Kullback-Leibler divergences between the Gaussian fits of two samples of features.
+"""Computes Kullback-Leibler divergences between Gaussian fits of two samples.
 
-``x`` holds the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; means and
-covariances are those of the sample (``1/n``).  In a batch there are fewer samples than
-features, so full covariances are singular and the divergence needs a ridge.
+``x`` are the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; means and
+covariances are those of the sample (``1/n``).  A batch often has fewer samples than
+features, so that full covariances are singular and the divergence needs a ridge.
 
 References:
   Fernandes Montesuma, KD2M: a unifying framework for feature knowledge
@@ -66,7 +66,7 @@ def _above_rounding(ridge, *grams):
 def _full_kl(shift, factor_p, factor_q, ridge):
     """Computes KL of N(shift, A^T A + ridge) from N(0, B^T B + ridge), A, B factors.
 
-    ``shift`` holds differences of means, ``[s, d]``; each has its value in the result.
+    ``shift`` are s differences of means, ``[s, d]``; the result has a value for each.
     """
     d = factor_p.shape[1]
     eye = jnp.eye(d, dtype=factor_p.dtype)
@@ -118,10 +118,11 @@ def gaussian_kl(
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
       covariance: ``"diag"`` or ``"full"``, in the population form (``1/n``).
-      ridge: number added to every variance; None takes 1e-3 times the teacher's mean
+      ridge: number added to every variance; None uses 1e-3 times the teacher's mean
         variance, as a constant.  With ``"full"`` it is at least the round-off of the
         covariances.
-      direction: ``"student||teacher"`` (the released code) or ``"teacher||student"``.
+      direction: ``"student||teacher"`` (as in the released code) or
+        ``"teacher||student"``.
       compat: ``"released"`` adds 1e-9 to the deviations and has no ridge; the value is
         infinite if a feature of the teacher is constant.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
@@ -131,7 +132,8 @@ def gaussian_kl(
       Scalar: in nats, summed over features.
 
     Raises:
-      ValueError: wrong shapes or dtypes, an unknown option, or a negative ridge.
+      ValueError: shapes or dtypes are wrong, an option is unknown, or the ridge is
+        negative.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), Gaussian case.
@@ -194,25 +196,26 @@ def class_gaussian_kl(
 
     .. math:: \sum_c w_c KL\big(N(\mu_{P|c}, S_{P|c}) \| N(\mu_{Q|c}, S_{Q|c})\big)
 
-    A class with one sample has no variance.  On both sides it takes the pooled
+    A class with one sample has no variance.  On both sides, it gets the pooled
     within-class variance of the classes with at least two samples.
 
-    Cost: n² d; if full n² d + n³, of more samples than features n d³.  Gradient: that
-    of the value; the ridge is a constant.  Not for: few samples per class in a batch,
-    whose variances are close to zero, unless the weight is tiny (1e-5 by default).
+    Cost: n² d.  If full, n² d + n³, or n d³ if there are more samples than features.
+    Gradient: that of the value; the ridge is a constant.  Not for: few samples per
+    class in a batch, whose variances are close to zero, unless the weight is tiny (1e-5
+    by default).
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
       labels: class labels, int, shape ``[n]``; negative labels have no weight.
       num_classes: number of classes, used only to check labels that are not traced.
-      covariance: ``"diag"`` or ``"full"``; see `gaussian_kl` on full.
-      ridge: as in `gaussian_kl`; None takes the variance of the whole batch.
+      covariance: ``"diag"`` or ``"full"``; see `gaussian_kl` about ``"full"``.
+      ridge: as in `gaussian_kl`; None uses the variance of the whole batch.
       direction: as in `gaussian_kl`.
-      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
-        classes by their frequency, ``"sum"`` adds them (the released code).
-      compat: ``"released"`` is ``reduction="sum"`` with the released `gaussian_kl`; it
-        is infinite for a class of one sample.
+      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weights
+        classes by their frequency, ``"sum"`` adds them up (as in the released code).
+      compat: ``"released"`` is ``reduction="sum"`` with the released `gaussian_kl`; the
+        value is infinite for a class of one sample.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
         values.  None uses all samples.
 
@@ -220,8 +223,8 @@ def class_gaussian_kl(
       Scalar: in nats, summed over features.
 
     Raises:
-      ValueError: wrong shapes, dtypes or labels, an unknown option, or a negative
-        ridge.
+      ValueError: shapes, dtypes or labels are wrong, an option is unknown, or the ridge
+        is negative.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
@@ -256,7 +259,7 @@ def class_gaussian_kl(
 def _pooled_factor(centered, single):
     """Scales features so that their squares sum to the pooled within-class variance."""
     count = jnp.maximum(jnp.sum(~single), 1).astype(centered.dtype)
-    return centered / jnp.sqrt(count)  # single samples are zero already
+    return centered / jnp.sqrt(count)  # a single sample of a class is zero already
 
 
 def _class_diagonal_kl(shift, p, q, groups, single, ridge):
@@ -272,8 +275,8 @@ def _class_diagonal_kl(shift, p, q, groups, single, ridge):
 def _class_full_kl_tall(shift, p, q, groups, single, ridge):
     """Computes the divergence of each sample's class, ``[n]``, by d x d problems.
 
-    This form is for more samples than features, where a class may have full rank: the
-    n x n form below would divide round-off by a small ridge.
+    This form is for more samples than features.  A class may then have full rank, and
+    the n x n form below would divide round-off by a small ridge.
     """
     pooled = (~single).astype(p.dtype) / jnp.maximum(
         jnp.sum((~single).astype(p.dtype)), 1
@@ -293,7 +296,7 @@ def _class_full_kl_tall(shift, p, q, groups, single, ridge):
 # factors A, B (rows, scaled by 1/sqrt(n_c)) of one class and r the ridge,
 #   log det(A^T A + r I) = d log r + log det(I + A A^T / r),
 #   (B^T B + r I)^-1     = (I - B^T (r I + B B^T)^-1 B) / r,
-# and masked Grams hold all classes at once, since a Cholesky factor keeps the blocks.
+# and masked Grams contain all classes, because a Cholesky factor keeps the blocks.
 def _class_full_kl(shift, p, q, groups, single, ridge):
     """Computes the divergence of each sample's class, ``[n]``."""
     scale = 1 / jnp.sqrt(groups.counts)[:, None]

@@ -1,13 +1,13 @@
-"""Gromov-Wasserstein distance: compares the distances within x and within y.
+"""Computes the Gromov-Wasserstein distance, from distances within x and within y.
 
 With P the plan, A and B the distances within x and within y, and a square loss,
 
     E(P) = sum_ijkl (A_ik - B_jl)^2 P_ij P_kl = sum A^2 aa + sum B^2 bb - 2 <A P B, P>.
 
 Euclidean distances, their squares and cosine distances are conditionally negative
-definite, so that E is concave over plans.  The solver linearises E, moves to the best
-plan of the linear problem, and repeats while E decreases.  It ends at a local minimum,
-which is a vertex: an assignment.
+definite, so that E is concave over plans.  The solver linearizes E, moves to the best
+plan of the linear problem, and repeats this while E decreases.  It ends at a local
+minimum, which is a vertex and therefore an assignment.
 """
 
 import math
@@ -36,9 +36,9 @@ def _same_distances(cost_x, cost_y, target):
 
 
 def _improve(cost_x, cost_y, mask, target):
-    """Solves linearised problems while E decreases.
+    """Solves linearized problems while E decreases.
 
-    What is no sample is matched with what is no sample.
+    Rows without a sample are matched with each other.
     """
     same = None if mask is None else masks.pairs(mask).astype(cost_x.dtype)
 
@@ -51,7 +51,7 @@ def _improve(cost_x, cost_y, mask, target):
         linear = -matmul(cost_x, cost_y[target])
         new = best_assignment(linear, same).astype(target.dtype)
         new_value = energy(new)
-        # A change below round-off is no progress; two plans might alternate forever.
+        # A change below round-off is not progress; two plans might alternate forever.
         better = new_value < value * (1 - 10 * jnp.finfo(value.dtype).eps)
         target = jnp.where(better, new, target)
         return target, jnp.where(better, new_value, value), count + 1, better
@@ -63,7 +63,7 @@ def _improve(cost_x, cost_y, mask, target):
 
 
 def _matched_ranks(cost_x, cost_y, mask):
-    """Matches samples by their mean distance: the first step from the uniform plan."""
+    """Matches samples by mean distance, the first step from the uniform plan."""
     means = [jnp.mean(cost, axis=1) for cost in (cost_x, cost_y)]
     if mask is not None:  # costs of all other pairs are zero
         means = [jnp.where(mask, mean, jnp.inf) for mean in means]
@@ -75,8 +75,8 @@ MOST_LINEARISATIONS = 100
 
 
 def _solve_gromov(cost_x, cost_y, mask):
-    # Two starts: the step from the uniform plan, and the samples paired as given.  The
-    # second makes the value zero for identical samples, whatever their symmetries.
+    # There are two starts: the step from the uniform plan, and samples paired in order.
+    # The second makes the value zero for identical samples, with any symmetries.
     paired = jnp.arange(cost_x.shape[0], dtype=int)
     starts = jnp.stack(
         [_matched_ranks(cost_x, cost_y, mask).astype(paired.dtype), paired]
@@ -103,9 +103,9 @@ def _gromov_jvp(primals, tangents):
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
 
 
-# E + eps KL(P | a b) is stationary where P solves the entropic problem of the gradient
-# M = -4 A P B.  The value at the last P is that of the linearisation, OT_eps(M) -
-# <M, P> / 2, in which an error of P enters squared.
+# E + eps KL(P | a b) is stationary if P solves the entropic problem of the gradient
+# M = -4 A P B.  The value at the last P is computed from the linearization, OT_eps(M) -
+# <M, P> / 2, so that an error of P enters squared.
 def _solve_gromov_entropic(cost_x, cost_y, epsilon, mask):
     a, b = (jnp.full(len(c), 1 / len(c), c.dtype) for c in (cost_x, cost_y))
     if mask is not None:
@@ -156,7 +156,7 @@ def _gromov_entropic_jvp(primals, tangents):
 def _repeated(cost_x, cost_y):
     """Repeats the samples of both sides until their numbers agree.
 
-    Repetition does not change their distributions.
+    This does not change their distributions.
     """
     n, m = len(cost_x), len(cost_y)
     common = math.lcm(n, m)
@@ -184,16 +184,16 @@ def gromov_cost(
     Args:
       cost_x: distances within x, A, symmetric, shape ``[n, n]``.
       cost_y: distances within y, B, symmetric, shape ``[m, m]``.
-      epsilon: entropic weight in units of the squared distances, a constant; it is
-        never less than round-off.  None solves assignment problems; for ``n != m`` both
-        samples are then repeated up to the least common multiple (1024 at most).
+      epsilon: weight of the entropy, in units of the squared distances, a constant; it
+        is never less than round-off.  None solves assignment problems; for ``n != m``
+        both samples are then repeated up to the least common multiple (at most 1024).
       mask: from `masks.check_mask`, for ``n = m``, or None.
 
     Returns:
       ``(value, stats)``; the derivative of the value is taken at the plan found.
 
     Raises:
-      ValueError: an epsilon that is not positive, or no small common multiple.
+      ValueError: epsilon is not positive, or there is no small common multiple.
 
     References:
       Peyré, Cuturi and Solomon, Gromov-Wasserstein averaging of kernel and distance
@@ -252,10 +252,10 @@ def gromov_wasserstein(
               \big(d(x_i, x_k) - d(y_j, y_l)\big)^2 P_{ij} P_{kl}
 
     Only distances within x and within y are compared, so the widths may differ, and
-    moving or rotating either side changes nothing.  The problem is not convex: the
-    value is that of a local minimum, an upper bound of the global one, found from two
-    starts (samples paired as given, and by their mean distance).  It is zero for
-    isometric samples in the same order.
+    moving or rotating either side does not change the value.  The problem is not
+    convex.  The value is a local minimum, which is an upper bound of the global one; it
+    is the smaller result of two starts (samples paired in order, and by their mean
+    distance).  It is zero for isometric samples in the same order.
 
     Cost: n² d + iterations n³.  Gradient: that of the value at the plan found.
     Not for: batches of many hundred samples, or a student of the teacher's width, for
@@ -265,10 +265,11 @@ def gromov_wasserstein(
       x: student features, shape ``[n, d_s]``.
       y: teacher features, shape ``[m, d_t]``; for ``n != m`` without epsilon, n and m
         need a common multiple of at most 1024.
-      metric: d: ``"euclidean"``, ``"sqeuclidean"`` or ``"cosine"`` (1 - cosine).
-      epsilon: None solves assignment problems.  A number adds ``epsilon KL(P | 1/nm)``
-        to the value, in units of d^2, and solves by Sinkhorn; a number below round-off
-        is raised to it.
+      metric: distance d: ``"euclidean"``, ``"sqeuclidean"`` or ``"cosine"`` (1 -
+        cosine).
+      epsilon: weight of the entropy, in units of d^2.  None solves assignment problems.
+        A number adds ``epsilon KL(P | 1/nm)`` to the value and solves by Sinkhorn; a
+        number below round-off is replaced by the round-off.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
         values.  None uses all samples; otherwise ``n = m``.
 
@@ -276,7 +277,7 @@ def gromov_wasserstein(
       Scalar: in units of d^2, averaged over pairs of samples.
 
     Raises:
-      ValueError: wrong shapes or dtypes, an unknown metric, or an epsilon that is not
+      ValueError: shapes or dtypes are wrong, the metric is unknown, or epsilon is not
         positive.
 
     References:

@@ -1,6 +1,6 @@
-"""Kernel distances: maximum mean discrepancies of two samples of features.
+"""Computes maximum mean discrepancies between two samples of features.
 
-``x`` holds the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``.  The
+``x`` are the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``.  The
 discrepancy is the distance between the mean embeddings of the two samples in the space
 of the kernel.
 
@@ -32,9 +32,9 @@ from kddm_jax.numerics.linalg import (
 def _all_squares(x, y):
     """Computes the squared distances within x, within y and between them, at least 0.
 
-    A negative square (round-off) over a small bandwidth would make the exponential
-    overflow.  A kernel is flat at distance zero, so clipping removes no gradient.
-    Diagonals keep their round-off, which cancels for identical samples.
+    A negative square (from round-off) divided by a small bandwidth would make the
+    exponential overflow.  A kernel is flat at distance zero, so clipping removes no
+    gradient.  Diagonals keep their round-off, which cancels for identical samples.
     """
     pairs = ((x, x), (y, y), (x, y))
     return [jnp.maximum(squared_distances(*pair), 0) for pair in pairs]
@@ -80,20 +80,20 @@ def mmd(
     .. math:: \overline{k(x, x')} + \overline{k(y, y')} - 2\,\overline{k(x, y)}, \quad
               k = \exp(-r^2 / 2\sigma^2)
 
-    This is the biased V-statistic: its means run over all pairs, including those of a
+    This is the biased V-statistic: it averages over all pairs, including pairs of a
     sample with itself.
 
     Cost: n² d, or n d if linear.  Gradient: that of the value; sigma is a constant.
-    Not for: samples of equal means with the linear kernel, which does not tell them
-    apart, or distant samples with the rbf kernel, whose value and gradient level off.
+    Not for: samples of equal means with the linear kernel, which cannot distinguish
+    them, or distant samples with the rbf kernel, whose value and gradient level off.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
-      kernel: ``"rbf"``, or ``"linear"``: ``||mean(x) - mean(y)||^2``.
-      bandwidth: sigma of the rbf kernel; None takes the mean of all elements of the
-        three distance matrices (including zero diagonals), as a constant, and a
-        sequence averages the kernels of its numbers.
+      kernel: ``"rbf"``, or ``"linear"``, which gives ``||mean(x) - mean(y)||^2``.
+      bandwidth: sigma of the rbf kernel.  None uses the mean of all elements of the
+        three distance matrices (including zero diagonals), as a constant; a sequence of
+        numbers averages their kernels.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
         values.  None uses all samples; otherwise ``n = m``.
 
@@ -102,7 +102,8 @@ def mmd(
       for "linear".
 
     Raises:
-      ValueError: wrong shapes or dtypes, an unknown kernel, or ``bandwidth <= 0``.
+      ValueError: shapes or dtypes are wrong, the kernel is unknown, or ``bandwidth <=
+        0``.
 
     References:
       Gretton et al., A kernel two-sample test, 2012, equation 5.
@@ -148,7 +149,7 @@ def class_mmd(
     .. math:: \sum_c w_c\, MMD^2(x_{|c}, y_{|c})
 
     Cost: n² d.  Gradient: that of the value; sigma is a constant.  Not for: classes of
-    very different spread, since all classes share one bandwidth.
+    very different spread, because all classes share one bandwidth.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -156,12 +157,12 @@ def class_mmd(
       labels: class labels, int, shape ``[n]``; negative labels have no weight.
       num_classes: number of classes, used only to check labels that are not traced.
       kernel: ``"rbf"`` or ``"linear"``.
-      bandwidth: sigma of the rbf kernel, the same for all classes, since a class of one
-        sample has no scale of its own.  None takes the mean over pairs of one class in
-        the three distance matrices, as a constant, and a sequence averages the kernels
-        of its numbers.
-      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weighs
-        classes by their frequency, ``"sum"`` adds them (the released code).
+      bandwidth: sigma of the rbf kernel, the same for all classes, because a class of
+        one sample has no scale.  None uses the mean over pairs of the same class in the
+        three distance matrices, as a constant; a sequence of numbers averages their
+        kernels.
+      reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weights
+        classes by their frequency, ``"sum"`` adds them up (as in the released code).
       compat: ``"released"`` is ``reduction="sum"`` with a bandwidth for each class.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
         values.  None uses all samples.
@@ -170,7 +171,7 @@ def class_mmd(
       Scalar: squared discrepancy.
 
     Raises:
-      ValueError: wrong shapes, dtypes or labels, an unknown option, or
+      ValueError: shapes, dtypes or labels are wrong, an option is unknown, or
         ``bandwidth <= 0``.
 
     References:
@@ -196,7 +197,7 @@ def class_mmd(
     total = sum(within(safe_sqrt(s)) for s in squares)  # [n]
     if compat is None:
         mean = jnp.sum(total) / (3 * jnp.maximum(jnp.sum(groups.same), 1))
-    else:  # one for each sample's class, [n, 1]
+    else:  # a mean for each sample's class, [n, 1]
         mean = class_means((total / (3 * groups.counts))[:, None], groups)
     sigmas = _bandwidths(bandwidth, mean, x, y, groups.labelled)
     within_x, within_y, between = (

@@ -1,7 +1,7 @@
-"""Divergences between the predictions of two networks.
+"""Computes divergences between the predictions of two networks.
 
-``logits_x`` holds the student's logits and ``logits_y`` the teacher's of the same
-images, both ``[n, k]``.  The divergences average over images.
+``logits_x`` are the student's logits and ``logits_y`` the teacher's of the same images,
+both ``[n, k]``.  The divergences average over images.
 
 References:
   Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015 (arXiv
@@ -28,7 +28,7 @@ from kddm_jax.numerics.linalg import safe_sqrt
 def _standardized(logits):
     """Computes (l - mean) / deviation of each image; zero for equal logits.
 
-    The deviation is the unbiased one.  Classes at -inf have no part and stay there.
+    The deviation is the unbiased one.  Classes at -inf are ignored and stay at -inf.
     """
     there = logits != -jnp.inf
     all_classes = max(logits.shape[1] - 1, 1)
@@ -46,7 +46,7 @@ def _standardized(logits):
 def _divergence(log_p, log_q):
     """Computes KL(p || q) of each image as a sum of p (r - 1 - log r), r = q / p.
 
-    No term is negative, and none cancels if the predictions nearly agree.  Where p is
+    No term is negative, and no digits cancel if the predictions nearly agree.  If p is
     zero, the term is q.
     """
     massless = log_p == -jnp.inf
@@ -118,7 +118,8 @@ def kd(
       Scalar: divergence in nats times ``T^2``, averaged over images.
 
     Raises:
-      ValueError: wrong shapes or dtypes, an unknown option, or ``temperature <= 0``.
+      ValueError: shapes or dtypes are wrong, an option is unknown, or ``temperature <=
+        0``.
 
     References:
       Hinton et al., 2015 (arXiv 1503.02531), section 2.  Sun et al., Logit

@@ -1,7 +1,7 @@
-"""Distances between the feature maps of two networks, image by image.
+"""Computes distances between the feature maps of two networks, image by image.
 
-``maps_x`` holds the student's maps ``[b, h, w, c]`` and ``maps_y`` the teacher's
-``[b, h', w', c']`` of the same images.  Both distances average over images.
+``maps_x`` are the student's maps ``[b, h, w, c]`` and ``maps_y`` the teacher's ``[b,
+h', w', c']`` of the same images.  Both distances average over images.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,11 +44,11 @@ def _check_maps(maps_x, maps_y, *, same_channels):
     return maps_x.astype(dtype), maps_y.astype(dtype)
 
 
-# Kernels of one image, [h w, c]: its channels are the samples, columns of norm 1.
+# Discrepancies of one image, [h w, c]; the samples are channels, columns of norm 1.
 def _poly_nst(x, y):
     """Computes the discrepancy for the kernel (u^T v)^2.
 
-    With few positions it is a distance between second moments, which costs less.
+    With few positions it is computed from second moments, which costs less.
     """
     positions, channels = x.shape[0], max(x.shape[1], y.shape[1])
     if positions <= channels:
@@ -96,26 +96,28 @@ def nst(
     .. math:: \frac1b \sum_i \overline{k(f, f')} + \overline{k(g, g')}
               - 2\,\overline{k(f, g)}, \quad k(f, g) = (f^\top g)^2
 
-    ``f`` are the student's channels of image i, ``g`` the teacher's, as vectors over
-    space of norm 1: where a channel is active counts, not how strongly.  The numbers of
-    channels may differ; the larger map is averaged down to the size of the smaller one.
+    ``f`` are the student's channels of image i, ``g`` the teacher's, as vectors of norm
+    1 over positions, so that only the places of activations count, not their strength.
+    The numbers of channels may differ; the larger map is averaged down to the size of
+    the smaller one.
 
     Cost: n h w c min(h w, c).  Gradient: that of the value; the rbf bandwidth is a
-    constant.  Not for: pooled features: in a map of one pixel every channel has norm 1.
+    constant.  Not for: pooled features, because in a map of one pixel every channel has
+    norm 1.
 
     Args:
       maps_x: student maps, shape ``[b, h, w, c]``.
       maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
       kernel: ``"poly"``, the squared inner product; ``"linear"``; or ``"rbf"``, with
         the mean squared distance of all pairs as squared bandwidth, a constant.
-      mask: shape ``[b]``; zero means no image, whose maps may hold anything.  None
-        takes all.
+      mask: shape ``[b]``; images whose mask is zero are ignored, whatever their values.
+        None uses all images.
 
     Returns:
       Scalar: squared discrepancy, averaged over images (without a factor 1/2).
 
     Raises:
-      ValueError: wrong shapes or dtypes, or an unknown kernel.
+      ValueError: shapes or dtypes are wrong, or the kernel is unknown.
 
     References:
       Huang and Wang, Like what you like: knowledge distill via neuron selectivity
@@ -150,7 +152,7 @@ def _cell_moments(maps, grid):
     mean, square = (average_pool(z, (grid, grid)) for z in (shifted, shifted**2))
     pixels = [adaptive_cells(size, grid).sum(1) for size in maps.shape[1:3]]
     count = np.multiply.outer(*pixels)  # [g, g]
-    # A cell of one pixel gets variance 0, not 0 / 0.
+    # A cell of one pixel gets variance 0 rather than 0 / 0.
     unbiased = jnp.asarray(count / np.maximum(count - 1, 1), maps.dtype)
     spread = jnp.maximum(square - mean**2, 0) * unbiased[None, :, :, None]
     return mean + shift, spread
@@ -174,8 +176,8 @@ def wkd_features(
     pixel).
 
     Cost: n h w c.  Gradient: that of the value.  Not for: maps whose channels do not
-    correspond: each channel is compared with the one of the same index, so learn a
-    projector.
+    correspond, because each channel is compared with the channel of the same index;
+    learn a projector.
 
     Args:
       maps_x: student maps, shape ``[b, h, w, c]``.
@@ -183,14 +185,14 @@ def wkd_features(
       grid: number of cells along each side, g; if it does not divide the map's side,
         cells overlap as in adaptive pooling.
       ratio: weight of the means, rho.
-      mask: shape ``[b]``; zero means no image, whose maps may hold anything.  None
-        takes all.
+      mask: shape ``[b]``; images whose mask is zero are ignored, whatever their values.
+        None uses all images.
 
     Returns:
       Scalar: squared distance, summed over channels, averaged over images and cells.
 
     Raises:
-      ValueError: wrong shapes or dtypes, ``grid < 1``, or a negative ratio.
+      ValueError: shapes or dtypes are wrong, ``grid < 1``, or the ratio is negative.
 
     References:
       Lv, Yang and Li, Wasserstein distance rivals Kullback-Leibler divergence for

@@ -1,8 +1,8 @@
-"""Relational distances: compare the relations between the samples of one batch.
+"""Computes distances that compare the relations between the samples of one batch.
 
-``x`` holds the student's features ``[n, d_s]`` and ``y`` the teacher's ``[n, d_t]`` of
-the same samples.  Only the relation of sample i to sample j is compared, so the widths
-may differ.
+``x`` are the student's features ``[n, d_s]`` and ``y`` the teacher's ``[n, d_t]`` of
+the same samples.  Only the relations of sample i to sample j are compared, so the
+widths may differ.
 """
 
 import jax
@@ -24,7 +24,7 @@ def similarity_preserving(
     The features are not centred.
 
     Cost: n² d.  Gradient: that of the value.  Not for: features far from the origin
-    (large means after a ReLU), whose inner products are all alike.
+    (large means after a ReLU), whose inner products are nearly equal.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -36,7 +36,7 @@ def similarity_preserving(
       Scalar: squared distance, averaged over pairs of samples; at most ``4 / n``.
 
     Raises:
-      ValueError: wrong shapes or dtypes.
+      ValueError: shapes or dtypes are wrong.
 
     References:
       Tung and Mori, Similarity-preserving knowledge distillation, 2019 (arXiv

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance: transport along random directions.
+"""Computes the sliced Wasserstein distance, by transport along random directions.
 
 In one dimension the best plan pairs samples in sorted order, so each direction costs a
 sort, and the plan is exact for any numbers of samples n and m.
@@ -35,9 +35,9 @@ def _sliced(x, y, directions):
 
 
 def _masked_sliced(x, y, directions, mask):
-    """Does the same with a mask of both sides: what is no sample is sorted to the end.
+    """Does the same with a mask of both sides; rows without a sample are sorted last.
 
-    There are as many samples in x as in y, so that they are paired in sorted order.
+    x and y have the same number of samples, so that samples are paired in sorted order.
     """
     project = lambda z: jnp.where(mask[:, None], matmul(z, directions), jnp.inf)
     u, v = (jnp.sort(project(z), axis=0) for z in masks.zeroed(mask, x, y))
@@ -64,7 +64,8 @@ def sliced_wasserstein(
     ``W_2^2(x, y) / d``.
 
     Cost: p n (d + log n).  Gradient: that of the sorted pairs along each direction.
-    Not for: one key at all steps: the student would never see the other directions.
+    Not for: the same key at all steps, because the other directions are then never
+    compared.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -78,7 +79,7 @@ def sliced_wasserstein(
       Scalar: squared distance, averaged over samples and directions.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or ``num_projections < 1``.
+      ValueError: shapes or dtypes are wrong, or ``num_projections < 1``.
 
     References:
       Bonneel et al., Sliced and Radon Wasserstein barycenters of measures, 2015,
@@ -93,7 +94,7 @@ def sliced_wasserstein(
     mask = masks.check_mask(mask, x.shape[0])
     check_count("num_projections", num_projections)
     shape = (x.shape[1], num_projections)
-    # Drawn in float32, so that float64 features see the same directions.
+    # Drawn in float32, so that float64 features use the same directions.
     directions = jax.random.normal(key, shape, jnp.float32).astype(x.dtype)
     norms = jnp.sqrt(jnp.sum(directions**2, axis=0, keepdims=True))
     if mask is not None:

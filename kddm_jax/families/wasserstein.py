@@ -1,6 +1,6 @@
-"""Empirical Wasserstein distances: of features, by class, and jointly with labels.
+"""Computes empirical Wasserstein distances of features, by class, and with predictions.
 
-``x`` holds the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; every
+``x`` are the student's features ``[n, d]``, ``y`` the teacher's ``[m, d]``; every
 sample has the same mass.  The three distances solve one transport problem with
 different costs: squared distances of features; the same, with pairs of different
 classes forbidden; and squared distances plus a cost between the predictions.
@@ -35,7 +35,7 @@ from kddm_jax.numerics.transport import Costs, transport_cost
 def _solve_all(x, y, xy, self_cost, mask, **options):
     """Solves the transport problem between all samples.
 
-    Samples of a mask are one class, and the other rows have no label.
+    With a mask, all samples are one class, and the other rows have no label.
     """
     if mask is None:
         a, b = (jnp.full(z.shape[0], 1 / z.shape[0], z.dtype) for z in (x, y))
@@ -49,8 +49,8 @@ def _solve_all(x, y, xy, self_cost, mask, **options):
 def _solve(x, y, xy, self_cost, a, b, same=None, mask=None, pairing=None, **solver):
     """Solves the transport problem of a cost.
 
-    The debiased solver also needs the costs within x, ``self_cost(0)``, and within y.
-    Where ``mask`` is False, samples have no weight.
+    The debiased solver also needs the costs within x, ``self_cost(0)``, and within y,
+    ``self_cost(1)``.  Samples have no weight where ``mask`` is False.
     """
     debias = solver.get("solver", "sinkhorn") == "sinkhorn"
     if pairing is not None:
@@ -70,7 +70,7 @@ def _solve(x, y, xy, self_cost, a, b, same=None, mask=None, pairing=None, **solv
 def _check_pairing(pairing):
     """Checks kappa and returns it, or None if it is known to be zero.
 
-    Without a kappa, n and m may differ.
+    n and m may differ only without kappa.
     """
     check_number("pairing", pairing, positive=False)
     if isinstance(pairing, Tracer):
@@ -95,7 +95,7 @@ def wasserstein(
     compat: str | None = None,
     mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Stats]:
-    r"""Computes the squared 2-Wasserstein distance of two empirical samples, W2(E).
+    r"""Computes the squared 2-Wasserstein distance between two samples, W2(E).
 
     .. math:: W_2^2(x, y) = \min_{P \in \Gamma(1/n, 1/m)}
               \sum_{ij} P_{ij} \big(\|x_i - y_j\|^2 + \kappa\, 1_{i \ne j}\big)
@@ -137,7 +137,7 @@ def wasserstein(
       Scalar: squared distance, averaged over samples.
 
     Raises:
-      ValueError: wrong shapes or dtypes, an unknown solver, ``pairing < 0``, or
+      ValueError: shapes or dtypes are wrong, the solver is unknown, ``pairing < 0``, or
         ``n != m`` with "exact" or with ``pairing``.
 
     References:
@@ -210,8 +210,8 @@ def class_wasserstein(
         ``"weighted"`` weights classes by their frequency, ``"sum"`` adds them up (as in
         the released code).
       solver: as in `wasserstein`; all three also handle unbalanced classes.
-      epsilon: as in `wasserstein`, but None takes 0.02 times the mean over pairs of
-        the same class.
+      epsilon: as in `wasserstein`, but None uses 0.02 times the mean over pairs of the
+        same class.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
       compat: ``"released"`` is ``solver="exact", reduction="sum"``.
@@ -222,7 +222,7 @@ def class_wasserstein(
       Scalar: squared distance, averaged over samples within each class.
 
     Raises:
-      ValueError: wrong shapes, dtypes or labels, or an unknown option.
+      ValueError: shapes, dtypes or labels are wrong, or an option is unknown.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), class-conditional case.
@@ -268,8 +268,8 @@ def _probs_cost(logits_x, logits_y):
 def _kl_cost(logits_x, logits_y):
     """Computes KL(student_i || teacher_j) for all pairs.
 
-    A class without mass in both contributes nothing: its logarithm is so large a
-    negative number, not infinite, that only 0 times it is small.
+    A class without mass in both contributes nothing.  Its logarithm is a very large
+    negative number rather than minus infinity, so that 0 times it is 0.
     """
     least = -(float(jnp.finfo(logits_x.dtype).max) ** 0.75)  # sums do not overflow
     log_p, log_q = (
@@ -287,7 +287,7 @@ LABEL_COSTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = (
 
 
 def _check_joint(x, y, logits_x, logits_y, same_rows):
-    """Casts all four arrays to one float dtype and checks that their samples agree."""
+    """Checks that four arrays have the same samples, and casts them to one dtype."""
     x, y = check_pair(x, y, same_rows=same_rows)
     logits_x, logits_y = check_pair(logits_x, logits_y, names=LOGITS)
     if logits_x.shape[0] != x.shape[0] or logits_y.shape[0] != y.shape[0]:
@@ -301,9 +301,9 @@ def _check_joint(x, y, logits_x, logits_y, same_rows):
 
 
 def _released_joint_cost(x, label_costs):
-    """Computes the released code's cost: of the student's features to *themselves*.
+    """Computes the released code's cost, between the student's features *themselves*.
 
-    The part of the features is a constant.
+    The cost of features is a constant.
     """
     features = constant(squared_distances(x, x))
     largest = jnp.max(features)
@@ -348,7 +348,7 @@ def joint_wasserstein(
       y: teacher features, shape ``[m, d]``.
       logits_x: student logits, shape ``[n, k]``.
       logits_y: teacher logits, shape ``[m, k]``.
-      beta: weight of the label cost; ``"max"`` takes the largest squared distance of
+      beta: weight of the label cost; ``"max"`` uses the largest squared distance of
         features, as a constant.  Up to a factor, the released code scales this way.
       label_cost: ``"probs"`` is the squared distance of softmax outputs, in [0, 2];
         ``"logits"`` is that of raw logits; ``"kl"`` is ``KL(student_i || teacher_j)``,
@@ -359,7 +359,7 @@ def joint_wasserstein(
       epsilon: as in `wasserstein`, computed from the joint cost without kappa.
       threshold: as in `wasserstein`.
       max_iterations: as in `wasserstein`.
-      compat: ``"released"`` takes the cost of the released code: squared distances of
+      compat: ``"released"`` uses the cost of the released code: squared distances of
         the student's features to *each other*, divided by the largest, without
         gradient, plus the cost of raw logits (or "kl").  The plan is exact.  This cost
         does not depend on the teacher's features.
@@ -370,7 +370,7 @@ def joint_wasserstein(
       Scalar: squared distance, averaged over samples.
 
     Raises:
-      ValueError: wrong shapes or dtypes, or an unknown option.
+      ValueError: shapes or dtypes are wrong, or an option is unknown.
 
     References:
       Fernandes Montesuma, KD2M, 2025 (arXiv 2504.01757), joint case.

@@ -1,8 +1,8 @@
-"""Transport between the classes of two predictions, and the cost that it pays.
+"""Computes the transport between the classes of two predictions, and its cost.
 
-``logits_x`` holds the student's logits and ``logits_y`` the teacher's of the same
-images, both ``[n, k]``.  The transport moves probability from class to class, at a cost
-``[k, k]`` that all images share, so each iteration of the solver takes two products of
+``logits_x`` are the student's logits and ``logits_y`` the teacher's of the same images,
+both ``[n, k]``.  The transport moves probability from class to class at a cost ``[k,
+k]``.  All images share this cost, so each iteration of the solver takes two products of
 ``[n, k]`` with ``[k, k]``.
 
 References:
@@ -42,7 +42,7 @@ def _scalings(p, q, kernel):
     tiny, tolerance = jnp.finfo(p.dtype).tiny, _tolerance(p.dtype)
 
     def relaxed(old, mass, product):
-        # Over-relaxation by 3/2 takes a third of the iterations.  Without mass, 0.
+        # Over-relaxation by 3/2 needs a third of the iterations.  0 without mass.
         ratio = mass / jnp.maximum(old * product, tiny)
         return jnp.where(mass > 0, old * ratio * jnp.sqrt(ratio), 0)
 
@@ -55,8 +55,8 @@ def _scalings(p, q, kernel):
         seen = matmul(u, kernel)
         rows = jnp.sum(jnp.abs(u * reached - p), axis=1, keepdims=True)
         columns = jnp.sum(jnp.abs(v * seen - q), axis=1, keepdims=True)
-        # An image that has converged stays as it is, so that its plan does not depend
-        # on the rest of the batch.
+        # An image that has converged does not change any more, so that its plan does
+        # not depend on the rest of the batch.
         moving = error > tolerance
         new = (u, v, seen, jnp.maximum(rows, columns))
         pairs = zip(new, (*old, error), strict=True)
@@ -77,9 +77,9 @@ def _scalings(p, q, kernel):
 #   p a + P b = dp,  P^T a + q b = dq,   and   dV = <P C 1, a> + <P^T C 1, b>.
 # The matrix is symmetric, so dV = <alpha, dp> + <beta, dq> with
 #   p alpha + P beta = (P C) 1,  P^T alpha + q beta = (P C)^T 1.
-# Without alpha, and in y = sqrt(q) beta:  (I - M^T M) y = rhs,  M = P / sqrt(p q^T),
-# singular along sqrt(q) alone, well enough conditioned for ten conjugate gradients.
-# p and q are the plan's own marginals, for which all this holds exactly.
+# Eliminating alpha, with y = sqrt(q) beta:  (I - M^T M) y = rhs,  M = P / sqrt(p q^T).
+# The matrix is singular only along sqrt(q), and well enough conditioned for ten steps
+# of conjugate gradients.  p and q are the plan's own marginals: all this is exact.
 @jax.custom_jvp
 def _plan_cost(p, q, cost, kernel):
     u, v, stats = _scalings(p, q, kernel)
@@ -125,7 +125,7 @@ def _sensitivities(u, v, cost, kernel):
 def _conjugate_gradients(apply, rhs, least, most=100):
     """Solves a positive system for each row, until all residuals are ``least``.
 
-    Returns the best iterate of each row, since round-off can make the last one far
+    Returns the best iterate of each row, because round-off can make the last one much
     worse.
     """
     dot = lambda a, b: jnp.sum(a * b, axis=1, keepdims=True)
@@ -138,7 +138,7 @@ def _conjugate_gradients(apply, rhs, least, most=100):
         y, residual = y + step * direction, residual - step * image
         new_size = dot(residual, residual)
         direction = residual + over(new_size, size) * direction
-        # A row that has converged stays as it is, as images do above.
+        # A row that has converged does not change any more, like images above.
         better = (new_size < best_size) & (best_size > least**2)
         best = jnp.where(better, y, best)
         best_size = jnp.where(better, new_size, best_size)
@@ -153,7 +153,7 @@ def _conjugate_gradients(apply, rhs, least, most=100):
 
 
 def _unrolled_plan_cost(p, q, present, cost, kernel, iterations):
-    """Runs the released loop: updates that are differentiated step by step."""
+    """Runs the released code's loop, which is differentiated step by step."""
 
     def update(_, scalings):
         u, _ = scalings
@@ -172,7 +172,7 @@ def _unrolled_plan_cost(p, q, present, cost, kernel, iterations):
 
 
 def _check_class_cost(class_cost, epsilon, k, dtype):
-    """Checks the cost ``[k, k]`` and that its kernel neither overflows nor vanishes."""
+    """Checks the cost's shape, and that its kernel neither overflows nor vanishes."""
     if jnp.shape(class_cost) != (k, k):
         raise ValueError(
             f"class_cost must have shape [k, k]=[{k}, {k}] for logits of {k} classes, "
@@ -209,7 +209,7 @@ def _check_predictions(logits_x, logits_y, labels, mask):
 
 def _target_term(s, t, own):
     """Computes the label's cross-entropy times the teacher's probability, ``[n]``."""
-    # Classes at -inf are left out first: 0 times inf is NaN.
+    # Classes at -inf are left out first, because 0 times inf is NaN.
     return -jnp.sum(
         jax.nn.softmax(t) * jnp.where(own, jax.nn.log_softmax(s), 0), axis=1
     )
@@ -241,8 +241,8 @@ def wkd_logits(
 
     Cost: iterations n k².  Gradient: that of the converged plan (implicit); the cost
     and epsilon are constants.  With ``iterations`` it is that of the unrolled loop.
-    Not for: a term that should be zero for equal predictions: its first term is a
-    cross-entropy.
+    Not for: a term that should be zero for equal predictions, because the first term is
+    a cross-entropy.
 
     Args:
       logits_x: student logits, shape ``[n, k]``.
@@ -250,22 +250,22 @@ def wkd_logits(
       labels: class labels, int, shape ``[n]``; negative labels have no weight.
       class_cost: cost of moving probability from class to class, shape ``[k, k]``;
         `class_cost_cka` computes it from the teacher's features.
-      temperature: T; 2 on ImageNet, 4 to 8 on CIFAR-100.
+      temperature: temperature T; 2 on ImageNet, 4 to 8 on CIFAR-100.
       gamma: weight of the transport; 25 to 30 on ImageNet, 60 to 600 on CIFAR-100.
-      epsilon: entropic weight in units of the cost.
-      iterations: number of Sinkhorn iterations; None iterates until the plan has its
-        marginals.  A given number is unrolled: after ten the marginals are off by 5 to
-        18 %, and the value may be less than the true cost.
-      compat: ``"released"`` takes 10 iterations.
+      epsilon: weight of the entropy, in units of the cost.
+      iterations: number of Sinkhorn iterations; None iterates until the plan has the
+        right marginals.  A given number of iterations is unrolled; after ten, the
+        marginals are wrong by 5 to 18 %, and the value may be less than the true cost.
+      compat: ``"released"`` uses 10 iterations, as in the released code.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their
         values.  None uses all samples.
 
     Returns:
-      Scalar: averaged over images; its second term is in units of the cost.
+      Scalar: averaged over images; the second term is in units of the cost.
 
     Raises:
-      ValueError: wrong shapes, dtypes or labels, or an epsilon that is too small for
-        the cost.
+      ValueError: shapes, dtypes or labels are wrong, or epsilon is too small for the
+        cost.
 
     References:
       Lv et al., 2024 (arXiv 2412.08139), equations 5 to 7.
@@ -304,7 +304,7 @@ def wkd_logits(
 
 
 def _alignments(features):
-    """Computes the squared norms of X_i^T X_j for all classes, by the smaller side."""
+    """Computes the squared norms of X_i^T X_j for all classes, in the cheaper way."""
     k, n, d = features.shape
     if n <= d:
         grams = jax.lax.map(lambda x: matmul(x, x.T).reshape(-1), features)
@@ -314,28 +314,27 @@ def _alignments(features):
 
 
 def class_cost_cka(features: jax.Array, *, kappa: float = 1.0) -> jax.Array:
-    r"""Computes the cost between classes at which `wkd_logits` moves probability.
+    r"""Computes the cost of moving probability between classes, for `wkd_logits`.
 
     .. math:: C_{ij} = 1 - \exp\big(-\kappa\,(1 - CKA(X_i, X_j))\big)
 
     It is computed once, from the teacher's features of training images, with the same
     number of images for each class; samples of two classes are paired by their index.
-    The released code takes each position of the last feature map as a sample on CIFAR,
-    and the logits on ImageNet.
+    In the released code, the samples are all positions of the last feature map on
+    CIFAR, and the logits on ImageNet.
 
-    Cost: k n² d + k² n², or k² n d² where d is smaller.  Gradient: none is needed,
-    since `wkd_logits` takes the cost as a constant.  Not for: use inside the training
-    step.
+    Cost: k n² d + k² n², or k² n d² if d is smaller.  Gradient: none is needed, because
+    `wkd_logits` treats the cost as a constant.  Not for: use inside the training step.
 
     Args:
       features: features of n images of each class, shape ``[k, n, d]``.
-      kappa: sharpness.
+      kappa: sharpness of the cost.
 
     Returns:
       Cost, shape ``[k, k]``, in [0, 1], zero on the diagonal.
 
     Raises:
-      ValueError: a wrong shape or dtype, or a negative kappa.
+      ValueError: the shape or dtype is wrong, or kappa is negative.
 
     References:
       Lv et al., 2024 (arXiv 2412.08139), equations 3 and 4.

@@ -1,1 +1,1 @@
-"""Networks other than ResNet, projectors, and the weights of others."""
+"""Contains networks other than ResNet, projectors, and readers of weights."""

@@ -30,11 +30,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> Outputs:
-        """Maps normalised images `[b, h, w, c]` to outputs.
+        """Maps normalized images `[b, h, w, c]` to outputs.
 
         Args:
-          images: normalised images, floating, shape `[b, h, w, c]`.
-          train: ignored, since training changes nothing here.
+          images: normalized images, floating, shape `[b, h, w, c]`.
+          train: ignored, because the network is the same in training.
 
         Returns:
           `Outputs` with features `[b, hidden[-1]]`; maps are the hidden layers,
@@ -60,7 +60,7 @@ class MLP(nn.Module):
 
 
 class TeacherMLP(MLP):
-    """Has the widths 784-512-256-128-128-128: 600,458 parameters with 10 classes.
+    """Has the widths 784-512-256-128-128-128 and 600,458 parameters for 10 classes.
 
     Examples:
       >>> images = jnp.zeros((2, 28, 28, 1))
@@ -74,6 +74,6 @@ class TeacherMLP(MLP):
 
 
 class StudentMLP(MLP):
-    """Has the widths 784-512-256-128: 567,434 parameters with 10 classes."""
+    """Has the widths 784-512-256-128 and 567,434 parameters for 10 classes."""
 
     hidden: tuple[int, ...] = (512, 256, 128)

@@ -2,11 +2,11 @@
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
 arXiv:1801.04381. An inverted residual widens the image t times by a 1x1 convolution,
-convolves each channel on its own (3x3, depthwise), and narrows it again by a 1x1
-convolution without ReLU; where its input has the shape of its output, it is added.
-Padding, initialisation and parameter names are torchvision's (but there is no
-dropout, and Flax averages the biased variance): `features_2/conv_1_0/kernel` is
-torchvision's `features.2.conv.1.0.weight`. Images are NHWC and already normalised.
+convolves each channel separately (3x3, depthwise), and narrows the image again by a 1x1
+convolution without ReLU. If input and output have the same shape, the input is added.
+Padding, initialization and parameter names are torchvision's: for example,
+`features_2/conv_1_0/kernel` is torchvision's `features.2.conv.1.0.weight`. There is no
+dropout, and Flax averages the biased variance. Images are NHWC and normalized.
 """
 
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(6, 320, 1, 1),
 )
 
-# Strides, counted from the first convolution, that a stem replaces by one: images of 32
-# pixels are halved three times only, and end with the 4x4 pixels of a ResNet.
+# Number of the first strides of 2 that a stem replaces by 1.  With "cifar", images of
+# 32 pixels are halved only three times and end with 4x4 pixels, as in a ResNet.
 STRIDES_LEFT_OUT: Mapping[str, int] = {"imagenet": 0, "cifar": 2}
 
 
@@ -61,7 +61,7 @@ def _strides(stem: str, stages: tuple[Stage, ...]) -> list[int]:
 
 
 def scaled(channels: int, multiplier: float) -> int:
-    """Scales a number of channels, to a multiple of 8 that loses 10 % at most.
+    """Scales a number of channels to a multiple of 8 that is at most 10 % too small.
 
     Args:
       channels: number of channels in the paper's table.
@@ -80,7 +80,7 @@ def scaled(channels: int, multiplier: float) -> int:
 
 
 class InvertedResidual(nn.Module):
-    """Widens, convolves depthwise and narrows, with a shortcut if the shape stays."""
+    """Widens, convolves depthwise and narrows, with a shortcut for equal shapes."""
 
     features: int
     stride: int
@@ -124,8 +124,8 @@ class MobileNetV2(nn.Module):
       dtype: dtype of the computation. Parameters, BatchNorm statistics, features and
         logits are float32 at least.
       axis_name: mapped axis over which BatchNorm averages its statistics in training.
-        The model may be initialised outside of it.
-      stages: the paper's table 2, between the first and the last convolution.
+        The model may be initialized outside of it.
+      stages: stages of the paper's table 2, between the first and last convolution.
 
     Examples:
       >>> model = MobileNetV2(num_classes=10, stem="cifar")
@@ -154,15 +154,15 @@ class MobileNetV2(nn.Module):
         """Classifies images.
 
         Args:
-          images: normalised images, shape `[b, h, w, c]`, floating point.
-          train: whether BatchNorm uses, and averages into `batch_stats`, the
-            statistics of the batch.
+          images: normalized images, shape `[b, h, w, c]`, floating point.
+          train: whether BatchNorm uses the statistics of the batch and averages them
+            into `batch_stats`.
 
         Returns:
           Logits, features and maps.
 
         Raises:
-          ValueError: if the images are not a batch of floating point images.
+          ValueError: the images are not a batch of floating point images.
         """
         check_images(images)
         layers = make_layers(train=train, dtype=self.dtype, axis_name=self.axis_name)
@@ -188,7 +188,7 @@ class MobileNetV2(nn.Module):
         x = nn.relu6(layers.norm(name=f"features_{len(maps)}_1")(x))
         maps["last"] = x
 
-        # The average and the classifier are too cheap to lose digits in.
+        # The average and the classifier are so cheap that they run in float32.
         dtype = np.promote_types(self.dtype, jnp.float32)
         features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
         logits = nn.Dense(

@@ -1,9 +1,9 @@
-"""Finds torchvision's names for the tensors of a ResNet, whoever has saved them.
+"""Translates tensor names of a ResNet to torchvision's names.
 
-Known are torchvision and timm, Hugging Face's transformers, and kuangliu's networks for
-CIFAR.  A network may be a part of another one, as ``backbone.conv1.weight``; what
-surrounds it is left out, and so is a head that is no single layer, such as the
-projection of self-supervised training.
+Names of torchvision, timm, Hugging Face's transformers, and kuangliu's networks for
+CIFAR are known.  The network may be part of another one, as ``backbone.conv1.weight``;
+all other tensors are left out.  A head that is not a single layer, such as the
+projection of self-supervised training, is left out, too.
 """
 
 import re
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 COUNTER = "num_batches_tracked"
 _BACKBONE = re.compile(r"(conv1|bn1|layer\d+)\.")
 
-# Patterns that follow the name of the network, and torchvision's names.
+# Patterns after the name of the network, and torchvision's names.
 _TRANSFORMERS = (
     (r"(?:resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
     (r"(?:resnet\.)?embedder\.embedder\.normalization\.", "bn1."),
@@ -24,7 +24,7 @@ _TRANSFORMERS = (
     (r"layer\.0\.normalization\.", "bn1."),
     (r"layer\.1\.convolution\.", "conv2."),
     (r"layer\.1\.normalization\.", "bn2."),
-    (r"layer\.2\.convolution\.", "conv3."),  # of bottlenecks, which are refused
+    (r"layer\.2\.convolution\.", "conv3."),  # only bottlenecks, which are an error
     (r"layer\.2\.normalization\.", "bn3."),
     (r"shortcut\.convolution\.", "downsample.0."),
     (r"shortcut\.normalization\.", "downsample.1."),
@@ -40,7 +40,7 @@ def _renamed(name: str, patterns: Iterable[tuple[str, str]]) -> str:
 
 
 def _dialect(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """Chooses the names to translate by a tensor that only one library calls so."""
+    """Chooses the library's patterns by a name that only this library uses."""
     if any("embedder.embedder.convolution." in name for name in names):
         return _TRANSFORMERS
     if any(re.search(r"layer\d\.\d+\.shortcut\.0\.", name) for name in names):
@@ -49,24 +49,24 @@ def _dialect(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """Lists the names of the networks that have a first convolution and a stage."""
+    """Lists the prefixes of networks with a first convolution and a first stage."""
     firsts = (name for name in names if re.search(r"(^|\.)conv1\.weight$", name))
     prefixes = {name.removesuffix("conv1.weight") for name in firsts}
     return sorted(p for p in prefixes if f"{p}layer1.0.conv1.weight" in names)
 
 
 def torchvision_names(names: Iterable[str]) -> Mapping[str, str]:
-    """Finds the name in torchvision of the tensors of a ResNet.
+    """Finds torchvision's names for the tensors of a ResNet.
 
     Args:
       names: names of all tensors of a file.
 
     Returns:
-      The names of the network's tensors in the file, each with torchvision's name;
-      without BatchNorm's counters, and without what surrounds the network.
+      A mapping from each of the network's names in the file to torchvision's name,
+      without BatchNorm's counters and without tensors outside the network.
 
     Raises:
-      ValueError: there are several networks.
+      ValueError: there are several networks in the file.
 
     Examples:
       >>> names = ["backbone.conv1.weight", "backbone.layer1.0.conv1.weight", "queue"]

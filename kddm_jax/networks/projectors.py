@@ -2,7 +2,7 @@
 
 Most distances need features of one width.  A projector maps a layer of the student to
 the teacher's width.  Its parameters are in the student's tree under "projectors", so
-that one optimiser trains both; `without_projectors` removes them for evaluation and
+that one optimizer trains both; `without_projectors` removes them for evaluation and
 deployment.
 """
 
@@ -19,7 +19,7 @@ from kddm_jax.numerics.checks import as_float
 from kddm_jax.numerics.pooling import average_pool
 
 NAME = "projectors"
-Variables = Mapping[str, Any]  # nested by module: no type of Python's follows it
+Variables = Mapping[str, Any]  # nested by module, which Python's types cannot express
 
 
 class DenseProjector(nn.Module):
@@ -49,7 +49,7 @@ def _conv(features, kernel, name):
 
 
 def _on_grid(maps, grid):
-    """Averages maps along the sides that are longer than the grid's."""
+    """Averages maps along the sides that are longer than those of the grid."""
     maps = as_float("maps", maps)
     if grid is None:
         return maps
@@ -58,12 +58,12 @@ def _on_grid(maps, grid):
 
 
 class ConvProjector(nn.Module):
-    """Convolves maps by a 1x1 kernel without bias: one linear map for all positions.
+    """Convolves maps by a 1x1 kernel without bias, a linear map of each position.
 
     Attributes:
       features: the teacher's width.
-      grid: height and width that maps are averaged down to first, None to keep theirs:
-        the teacher's, where it is smaller.
+      grid: height and width that larger maps are first averaged down to, such as those
+        of the teacher's maps; None keeps the size of the maps.
 
     Examples:
       >>> maps, projector = jnp.ones((4, 2, 2, 8)), ConvProjector(features=16)
@@ -88,7 +88,7 @@ class ThreeLayerProjector(nn.Module):
 
     Attributes:
       features: the teacher's width.
-      grid: as of `ConvProjector`.
+      grid: as in `ConvProjector`.
       axis_name: mapped axis over which BatchNorm averages its statistics in training.
 
     References:
@@ -125,12 +125,12 @@ PROJECTORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
 
 
 class ProjectedOutputs(NamedTuple):
-    """Holds a network's outputs with some of its layers projected.
+    """Contains a network's outputs with some of its layers projected.
 
     Attributes:
       logits: logits of the network, shape ``[b, k]``.
-      features: pooled features, projected if "features" is.
-      maps: layers by name, those with a projector projected.
+      features: pooled features, projected if "features" has a projector.
+      maps: layers by name, projected if they have a projector.
     """
 
     logits: jax.Array
@@ -153,7 +153,7 @@ def _find(layers, name):
 def init_projectors(
     key: jax.Array, projectors: Mapping[str, nn.Module], layers: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, Any]]:
-    """Makes the projectors' variables.
+    """Initializes the projectors' variables.
 
     Args:
       key: random key.
@@ -161,11 +161,11 @@ def init_projectors(
       layers: the student's layers by name, arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      ``{"params": {layer: ...}, "batch_stats": {layer: ...}}``, for
-      `add_projectors`; layers whose projector has no statistics are left out there.
+      ``{"params": {layer: ...}, "batch_stats": {layer: ...}}``, for `add_projectors`.
+      ``batch_stats`` has only the layers whose projector has statistics.
 
     Raises:
-      ValueError: the network has no such layer.
+      ValueError: the network does not have a layer of ``projectors``.
     """
     made: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
     for i, (name, projector) in enumerate(sorted(projectors.items())):
@@ -178,14 +178,14 @@ def init_projectors(
 
 
 def add_projectors(variables: Variables, projectors: Variables) -> dict[str, Any]:
-    """Puts the projectors' variables into the student's tree.
+    """Adds the projectors' variables to the student's.
 
     Args:
-      variables: the student's, ``{"params": ..., "batch_stats": ...}``.
-      projectors: from `init_projectors`.
+      variables: the student's variables, ``{"params": ..., "batch_stats": ...}``.
+      projectors: the projectors' variables, from `init_projectors`.
 
     Returns:
-      The tree that `projected_apply` takes.
+      Variables for the function that `projected_apply` returns.
     """
     kinds = ("params", "batch_stats")
     return {
@@ -195,13 +195,13 @@ def add_projectors(variables: Variables, projectors: Variables) -> dict[str, Any
 
 
 def without_projectors(variables: Variables) -> dict[str, Any]:
-    """Takes the projectors' variables out of the student's tree.
+    """Removes the projectors' variables from the student's.
 
     Args:
       variables: ``{"params": ..., "batch_stats": ...}``, with or without projectors.
 
     Returns:
-      The network's own variables: what is evaluated, exported and deployed.
+      The network's own variables, for evaluation, export and deployment.
 
     Examples:
       >>> tree = {"params": {"fc": 1, "projectors": {"features": 2}}}
@@ -218,22 +218,22 @@ def projected_apply(
     apply: Callable[..., tuple[Any, Variables]],
     projectors: Mapping[str, nn.Module],
 ) -> Callable[..., tuple[ProjectedOutputs, Variables]]:
-    """Makes the student's apply function give projected layers.
+    """Makes an apply function of the student that returns projected layers.
 
     Args:
-      apply: the student's, ``apply(variables, images, *, train, rngs) -> (outputs,
-        batch_stats)``; ``rngs`` may be missing.
+      apply: the student's function ``apply(variables, images, *, train, rngs) ->
+        (outputs, batch_stats)``; ``rngs`` may be missing.
       projectors: a module for each layer that is projected.
 
     Returns:
-      The same kind of function, of variables from `add_projectors`; its outputs are
+      An apply function that takes variables from `add_projectors` and returns
       `ProjectedOutputs`.
 
     Raises:
-      ValueError: when called, if the network has no such layer.
+      ValueError: the network does not have a layer of ``projectors`` (when called).
     """
 
-    @functools.wraps(apply)  # with its signature, which says if it takes rngs
+    @functools.wraps(apply)  # keeps its signature, in which rngs may be missing
     def projected(variables, images, *, train, **rngs):
         own = without_projectors(variables)
         outputs, stats = apply(own, images, train=train, **rngs)

@@ -1,8 +1,8 @@
-"""Makes networks of given ResNet weights: deeper, with another head, of grey images.
+"""Makes deeper ResNets from weights, replaces heads, and adapts to grey images.
 
 Each function takes variables ``{"params": ..., "batch_stats": ...}`` and returns those
-of another network; the network is recognised by
-`kddm_jax.networks.torchvision.architecture`.
+of another network.  `kddm_jax.networks.torchvision.architecture` recognizes the network
+of the given variables.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def grow(
     """Makes a deeper network that computes the same function.
 
     The given blocks are copied.  Blocks are added at the end of each stage; they start
-    as the identity, with random convolutions, and learn from there.
+    as the identity, with random convolutions, and can be trained.
 
     Args:
       key: random key of the added convolutions.
@@ -85,7 +85,8 @@ def grow(
     params, stats = map(dict, network_of(variables).values())
     for stage, (old, new) in enumerate(zip(found.blocks, blocks, strict=True)):
         for index in range(old, new):
-            # The key depends on the place only: a deeper network has the same blocks.
+            # The key depends only on the position, so that a deeper network has the
+            # same blocks.
             drawn = jax.random.fold_in(jax.random.fold_in(key, stage), index)
             name = f"layer{stage + 1}_{index}"
             params[name], stats[name] = _identity_block(drawn, found.width * 2**stage)
@@ -98,7 +99,8 @@ def replace_head(
     """Replaces the classifier by an untrained one.
 
     Args:
-      key: random key of its weights, uniform in ``+- 1 / sqrt(d)``; its bias is zero.
+      key: random key of the weights, which are uniform in ``+- 1 / sqrt(d)``; the bias
+        is zero.
       variables: variables of a network.
       num_classes: number of logits.
 
@@ -106,7 +108,7 @@ def replace_head(
       Variables that differ in ``params/fc`` only.
 
     Raises:
-      WeightsError: ``num_classes < 1``, or the variables belong to no known network.
+      WeightsError: ``num_classes < 1``, or the network of the variables is not known.
 
     Examples:
       >>> from kddm_jax.networks.torchvision import Architecture
@@ -130,7 +132,7 @@ def sum_channels(variables: Variables) -> dict[str, dict[str, Any]]:
     """Makes a network for grey images from one for colour images.
 
     The first convolution is summed over its input channels.  On a grey image it gives
-    what the given convolution gives if that image is in every channel.
+    the same result as the given convolution on that image copied to every channel.
 
     Args:
       variables: variables of a network.
@@ -139,7 +141,7 @@ def sum_channels(variables: Variables) -> dict[str, dict[str, Any]]:
       Variables that differ in ``params/conv1`` only.
 
     Raises:
-      WeightsError: the variables belong to no known network.
+      WeightsError: the network of the variables is not known.
 
     Examples:
       >>> from kddm_jax.networks.torchvision import Architecture

@@ -1,10 +1,10 @@
-"""Translates the weights of torchvision's ResNets to our variables, and back.
+"""Translates the weights of torchvision's ResNets to Flax variables, and back.
 
 The parameter names of `kddm_jax.resnet` are torchvision's: ``layer1.0.conv2.weight``
-is ``params/layer1_0/conv2/kernel``. Convolutions are ``[out, in, h, w]`` there and
-``[h, w, in, out]`` here; the classifier is ``[out, in]`` there and ``[in, out]`` here.
-The network is recognised from the names and shapes of the tensors. Files are read and
-written by `kddm_jax.networks.weights`.
+is ``params/layer1_0/conv2/kernel``. Convolutions are ``[out, in, h, w]`` in torchvision
+and ``[h, w, in, out]`` here; the classifier is ``[out, in]`` in torchvision and ``[in,
+out]`` here. The network is recognized from the names and shapes of the tensors. Files
+are read and written by `kddm_jax.networks.weights`.
 """
 
 import re
@@ -25,7 +25,7 @@ Tensors = Mapping[str, np.ndarray]
 # Nested dictionaries of arrays: {"params": ..., "batch_stats": ...}.
 Variables = Mapping[str, Mapping[str, Any]]
 
-# Names of our networks by their blocks.
+# Names of the networks of `kddm_jax.resnet` by their blocks.
 NAMED = {
     model.blocks: model.__name__
     for model in (resnet.ResNet9, resnet.ResNet18, resnet.ResNet34)
@@ -40,7 +40,7 @@ _LEAVES = {
 
 
 class WeightsError(ValueError):
-    """Raised if weights are unreadable or belong to another network; one line."""
+    """Reports in one line weights that are unreadable or of another network."""
 
 
 class Architecture(NamedTuple):
@@ -49,8 +49,8 @@ class Architecture(NamedTuple):
     Attributes:
       blocks: number of blocks in each of the four stages.
       stem: "imagenet" for a 7x7 first convolution, "cifar" for 3x3.  Weights do not
-        say if a max pooling follows; after 3x3 it is assumed to be left out.
-      width: channels of the first stage.
+        show whether max pooling follows; after 3x3 it is assumed to be left out.
+      width: number of channels of the first stage.
       num_classes: number of logits; 0 for weights without a head.
       channels: number of channels of the images.
     """
@@ -99,7 +99,7 @@ class Architecture(NamedTuple):
 
 
 def _torch_layout(shape: Sequence[int]) -> tuple[int, ...]:
-    """Orders our axes as torch does: 4-d arrays are kernels, 2-d arrays dense."""
+    """Returns torch's order of axes for a kernel (4-d) or a dense layer (2-d)."""
     return {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), tuple(range(len(shape))))
 
 
@@ -114,14 +114,14 @@ def _torch_name(path: Sequence[str]) -> str:
 
 
 def _torch_names(variables: Variables) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Lists path and leaf by torchvision's name."""
+    """Maps torchvision's names to path and leaf."""
     flat = flax.traverse_util.flatten_dict(dict(variables))
     return {_torch_name(path): (path, leaf) for path, leaf in flat.items()}
 
 
 @lru_cache(maxsize=32)
 def _expected(found: Architecture) -> dict[str, tuple[tuple[str, ...], tuple]]:
-    """Lists our path and torch's shape of every tensor by torchvision's name."""
+    """Maps torchvision's names to the path in the variables and torch's shape."""
     expected = {}
     for name, (path, leaf) in _torch_names(found.shapes()).items():
         axes = _torch_layout(leaf.shape)
@@ -130,7 +130,7 @@ def _expected(found: Architecture) -> dict[str, tuple[tuple[str, ...], tuple]]:
 
 
 def _find(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    """Recognises the network by the names of tensors, the stem and the head."""
+    """Recognizes the network by the names of tensors, the stem and the head."""
     has_head = "fc.weight" in shapes or "fc.bias" in shapes
     for name, rank in (("conv1.weight", 4), ("fc.weight", 2)):
         if name == "fc.weight" and not has_head:
@@ -193,7 +193,7 @@ def _check(shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
 
 
 def _plain_names(tensors: Tensors) -> dict[str, np.ndarray]:
-    """Gives the network's tensors by torchvision's names."""
+    """Returns the network's tensors under torchvision's names."""
     try:
         known = torchvision_names(tensors)
     except ValueError as error:
@@ -217,8 +217,8 @@ def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
 def from_torchvision(tensors: Tensors) -> dict[str, dict[str, Any]]:
     """Turns the tensors of a torchvision ResNet into variables.
 
-    Names of other libraries are translated, and what surrounds the network is left
-    out, see `kddm_jax.networks.names`.
+    Names of other libraries are translated, and tensors outside the network are left
+    out; see `kddm_jax.networks.names`.
 
     Args:
       tensors: tensors by name, of any floating dtype, such as a ``state_dict()`` on the
@@ -252,7 +252,7 @@ def from_torchvision(tensors: Tensors) -> dict[str, dict[str, Any]]:
 
 
 def network_of(variables: Variables) -> dict[str, dict[str, Any]]:
-    """Leaves projectors out: they are of no use without the teacher."""
+    """Returns variables without projectors, which are useful only with a teacher."""
     parts = {part: variables.get(part, {}) for part in ("params", "batch_stats")}
     return without_projectors(parts)
 
@@ -260,14 +260,14 @@ def network_of(variables: Variables) -> dict[str, dict[str, Any]]:
 def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
     """Turns variables into tensors that torchvision's ResNets load.
 
-    Projectors are left out.  BatchNorm's ``num_batches_tracked`` is zero: only an
-    average without momentum would read it.
+    Projectors are left out.  BatchNorm's ``num_batches_tracked`` is zero, because only
+    an average without momentum would read it.
 
     Args:
       variables: ``{"params": ..., "batch_stats": ...}`` of a `kddm_jax.resnet.ResNet`.
 
     Returns:
-      Float32 tensors by torchvision's name, each with memory of its own.
+      Float32 tensors by torchvision's name, each with its own memory.
 
     Raises:
       WeightsError: the variables belong to another network.
@@ -293,8 +293,8 @@ def architecture(variables: Variables) -> Architecture:
     """Finds the network that variables belong to.
 
     Args:
-      variables: ``{"params": ..., "batch_stats": ...}`` of arrays, or of anything else
-        that has a shape.
+      variables: ``{"params": ..., "batch_stats": ...}`` of arrays, or of other objects
+        that have a shape.
 
     Returns:
       The description of the network; its ``model()`` builds it.

@@ -2,13 +2,13 @@
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929. Features are the
 average of the tokens instead of a class token, so that all tokens are on the grid of
-patches. The defaults are the student of arXiv:2511.14981 for images of 32 pixels:
-patches of 4, 8 blocks of 6 heads, tokens of 192, perceptrons of 576 channels.
+patches. The defaults are the student of arXiv:2511.14981 for images of 32 pixels, with
+patches of 4 pixels, 8 blocks of 6 heads, tokens of 192 and perceptrons of 576 channels.
 
-A block is `x + attention(norm(x))`, then `x + mlp(norm(x))`. Layers and
-initialisation are those of torchvision's `VisionTransformer`, without dropout (and the
-three matrices of an attention are initialised one by one). Images are NHWC and already
-normalised.
+A block computes `x + attention(norm(x))`, then `x + mlp(norm(x))`. Layers and
+initialization are those of torchvision's `VisionTransformer`, without dropout (and the
+three matrices of an attention are initialized separately). Images are NHWC and
+normalized.
 """
 
 import jax
@@ -23,7 +23,7 @@ _xavier = nn.initializers.xavier_uniform()
 
 
 def _norm(x: jax.Array, dtype: jax.typing.DTypeLike, name: str) -> jax.Array:
-    # Half precision has no digits for means of squares.
+    # Half precision has too few digits for means of squares.
     dtype = np.promote_types(dtype, jnp.float32)
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)(x.astype(dtype))
 
@@ -39,7 +39,7 @@ def _dense(features: int, dtype: jax.typing.DTypeLike, name: str) -> nn.Dense:
 
 
 class EncoderBlock(nn.Module):
-    """Applies attention between tokens and a perceptron to each, with shortcuts."""
+    """Applies attention between tokens and then a perceptron, with shortcuts."""
 
     heads: int
     hidden: int
@@ -68,8 +68,8 @@ class ViT(nn.Module):
 
     `model.apply(variables, images)` returns `Outputs`. Maps are "block1", "block2",
     ..., the tokens after each block on the grid of patches, `[b, h, w, 3 * width]`;
-    features are their average after a last LayerNorm. Positions are learned: images
-    must have the size that the model was initialised with.
+    features are their average after a last LayerNorm. Positions are learned, so images
+    must have the size that the model was initialized with.
 
     The teacher ViT-B/16 has `width=256, layers=12, heads=12, mlp_ratio=4, patch=16`.
 
@@ -113,7 +113,7 @@ class ViT(nn.Module):
             )
 
     def _grid(self, images: jax.Array) -> tuple[int, int]:
-        """Returns the number of patches that an image has down and across."""
+        """Returns the numbers of rows and columns of patches of an image."""
         sides = images.shape[1:3]
         if any(side % self.patch or not side for side in sides):
             raise ValueError(
@@ -136,15 +136,15 @@ class ViT(nn.Module):
         """Classifies images.
 
         Args:
-          images: normalised images, shape `[b, h, w, c]`, floating point.
-          train: ignored, since training changes nothing here.
+          images: normalized images, shape `[b, h, w, c]`, floating point.
+          train: ignored, because the network is the same in training.
 
         Returns:
           Logits, features and maps.
 
         Raises:
-          ValueError: if the images are not a batch of floating point images, do not
-            divide into patches, or are not those the model was initialised for.
+          ValueError: the images are not a batch of floating point images, do not divide
+            into patches, or have another size than the model was initialized with.
         """
         check_images(images)
         rows, columns = self._grid(images)

@@ -1,10 +1,9 @@
 """Reads and writes files of ResNet weights, and converts them.
 
-Files end in ``.safetensors``, ``.npz``, or ``.pth`` (``.pt``) and hold tensors under
+Files end in ``.safetensors``, ``.npz``, or ``.pth`` (``.pt``) and contain tensors under
 names of torchvision, timm, transformers or kuangliu (`kddm_jax.networks.names`).
-``.pth`` needs PyTorch and is
-read without running any code that it holds; ``.safetensors`` needs the extra
-``experiments``. Checkpoints of runs are read and written, too.
+``.pth`` needs PyTorch, and code in such a file is not run; ``.safetensors`` needs the
+extra ``experiments``. Checkpoints of runs are read and written, too.
 
     kddm convert resnet18.pth resnet18.safetensors
     kddm convert runs/digits-laptop/w2/seed0 student.safetensors
@@ -54,7 +53,7 @@ def _read_safetensors(path: Path) -> Tensors:
 
     try:
         return load_file(path)
-    except Exception as error:  # its own, or NumPy's of a dtype unknown to it
+    except Exception as error:  # safetensors' error, or NumPy's for an unknown dtype
         raise WeightsError(f"damaged: {error}; get it again") from error
 
 
@@ -79,20 +78,20 @@ def _read_npz(path: Path) -> Tensors:
             tensors = {name: arrays[name] for name in arrays.files}
     except WeightsError:
         raise
-    except Exception as error:  # NumPy's and zipfile's, by what is wrong with it
+    except Exception as error:  # various errors of NumPy and zipfile
         raise WeightsError("damaged, or no .npz; get it again") from error
     for name, tensor in tensors.items():
-        if tensor.dtype == "V2":  # NumPy forgets the name of bfloat16
+        if tensor.dtype == "V2":  # NumPy saves bfloat16 under this name
             tensors[name] = tensor.view(jnp.bfloat16)
     return tensors
 
 
-# As training scripts save it, beside epochs and optimizers.
+# Names under which training scripts save the weights, with epochs and optimizers.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def _unwrapped(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Finds the state_dict in what a training script has saved."""
+    """Finds the state_dict in a training script's checkpoint."""
     for key in _WRAPPERS:
         if isinstance(loaded.get(key), Mapping):
             return _unwrapped(loaded[key])
@@ -103,14 +102,14 @@ def _read_torch(path: Path) -> Tensors:
     torch = _torch(path.suffix)
 
     def as_array(tensor):
-        halved = tensor.dtype == torch.bfloat16  # unknown to NumPy
+        halved = tensor.dtype == torch.bfloat16  # not a NumPy dtype
         return (tensor.detach().float() if halved else tensor.detach()).numpy()
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         tensors = _unwrapped(loaded).items()
         return {name: as_array(tensor) for name, tensor in tensors}
-    except Exception as error:  # torch's, pickle's, zipfile's; of no tensors, too
+    except Exception as error:  # of torch, pickle or zipfile, or there are no tensors
         raise WeightsError(
             "damaged, or more than tensors; in PyTorch save model.state_dict() alone"
         ) from error
@@ -125,7 +124,7 @@ def _safetensors_bytes(tensors: Tensors) -> bytes:
 
 def _npz_bytes(tensors: Tensors) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **cast("dict[str, Any]", tensors))  # no name is an option's
+    np.savez(buffer, **cast("dict[str, Any]", tensors))  # no name is also an option
     return buffer.getvalue()
 
 
@@ -176,7 +175,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
         return network_of(_restore(path)[0])
     read = _format(path).read
     try:
-        with path.open("rb"):  # here, since readers differ in what they raise
+        with path.open("rb"):  # because the readers raise different errors
             pass
         return from_torchvision(read(path))
     except OSError as error:
@@ -188,7 +187,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _restore(path: Path) -> tuple[checkpoint.Arrays, dict[str, object]]:
-    """Reads all arrays and the record of a checkpoint of one of our networks."""
+    """Reads the arrays and the record of a checkpoint of a known network."""
     found = checkpoint.find(path)
     if found is None:
         raise WeightsError(f"no checkpoint in {path}; pass a run's folder")
@@ -246,7 +245,7 @@ def save(path: Path, variables: Variables, *, overwrite: bool = False) -> None:
 def _save_checkpoint(
     folder: Path, variables: Variables, meta: Mapping[str, object], overwrite: bool
 ) -> None:
-    """Saves a checkpoint in a folder of its own, never among those of a run."""
+    """Saves a checkpoint in its own folder, never among the checkpoints of a run."""
     _refuse(folder, overwrite)
     if folder.exists() and not (
         folder.is_dir()
@@ -259,7 +258,7 @@ def _save_checkpoint(
 
 
 def _record(source: Path, found: Architecture) -> dict[str, object]:
-    """Makes the record of a checkpoint of weights whose training is not known."""
+    """Makes the record of a checkpoint for weights of unknown training."""
     if found.blocks not in NAMED:
         raise WeightsError(
             f"{source}: checkpoints are of {', '.join(NAMED.values())}, this is "
@@ -279,16 +278,16 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
 
     Args:
       source: a path that `load` takes.
-      target: a file that `save` takes; without a suffix, the folder of a checkpoint,
-        whose record keeps what the source's record says about its training.  For a
-        file as source, the data set in the record is None.
+      target: a file that `save` takes; without a suffix, the folder of a checkpoint.
+        The checkpoint's record copies the source's record of its training.  If the
+        source is a file, the data set in the record is None.
       overwrite: whether an existing target may be replaced.
 
     Returns:
       The description of the network.
 
     Raises:
-      WeightsError: as `load` and `save`.
+      WeightsError: as in `load` and `save`.
       CheckpointError: a checkpoint is damaged, or cannot be written.
     """
     _refuse(target, overwrite)
@@ -309,7 +308,7 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="kddm convert",
         description="Converts ResNet weights between torchvision's names and ours.",

@@ -1,8 +1,8 @@
-"""Checks what loaders and networks hand to the train step, while tracing.
+"""Checks batches and outputs of networks while a step is traced.
 
 Images are one array, or a mapping of arrays, whose leading axis counts the samples.  A
 network's apply function returns its outputs and its state.  Outputs have ``logits``;
-``features`` and ``maps`` are needed only by distances that compare them.
+only distances that compare ``features`` or ``maps`` need them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ def count_samples(images: Any) -> int:
       images: an array, or a mapping of arrays, ``[n, ...]``.
 
     Raises:
-      ValueError: images are of another kind, or differ in their number.
+      ValueError: images are not arrays, or arrays have different numbers of images.
     """
     if isinstance(images, list | tuple):
         raise ValueError(
@@ -44,10 +44,10 @@ def check_leaf(array: Any) -> None:
     """Checks that a leaf of a batch is an array with a leading axis of samples.
 
     Args:
-      array: a leaf of a tree; a list of labels is a tree of numbers.
+      array: a leaf of a tree.  The leaves of a list of labels are numbers.
 
     Raises:
-      ValueError: it is a number, or an array without axes.
+      ValueError: the leaf is a number, or an array without axes.
     """
     if not getattr(array, "ndim", 0):
         raise ValueError(
@@ -59,22 +59,23 @@ def check_leaf(array: Any) -> None:
 def call(
     apply: Callable[..., Any], variables: Any, images: Any, **options: Any
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Calls an apply function and checks what it returns.
+    """Calls an apply function and checks its result.
 
     Args:
       apply: the apply function of a network.
-      variables: its variables.
-      images: its images.
-      **options: further arguments, ``train`` and ``rngs``.
+      variables: the network's variables.
+      images: images, as in `count_samples`.
+      **options: other arguments, ``train`` and ``rngs``.
 
     Returns:
       The outputs and the new state.
 
     Raises:
-      ValueError: it returns no pair of outputs and state, or outputs without logits.
+      ValueError: the function does not return a pair of outputs and state, or the
+        outputs have no logits.
     """
     returned = apply(variables, images, **options)
-    # Outputs that are a NamedTuple of two arrays are a tuple of length two, too.
+    # A NamedTuple of two arrays is a tuple of length two, too, but has logits.
     is_pair = isinstance(returned, tuple) and not hasattr(returned, "logits")
     if not is_pair or len(returned) != 2:
         raise ValueError(
@@ -93,13 +94,13 @@ def call(
 
 
 def layers_of(outputs: Any) -> dict[str, jax.Array]:
-    """Returns features and maps of a network by name, as far as it has them.
+    """Returns a network's features and maps by name, or ``{}`` if it has none.
 
     Args:
       outputs: the outputs of a network.
 
     Raises:
-      ValueError: ``maps`` is no mapping.
+      ValueError: ``maps`` is not a mapping.
     """
     features = getattr(outputs, "features", None)
     maps = getattr(outputs, "maps", None)

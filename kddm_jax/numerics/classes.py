@@ -1,8 +1,8 @@
-"""Class masks and class means of a labelled batch.
+"""Computes class masks and class means of a labelled batch.
 
-A class never becomes an axis: ``same[i, j]`` is 1 if samples i and j share a class, and
-a number of a class is stored once for each of its samples.  Shapes are static, whatever
-the labels are.
+There is no axis of classes: ``same[i, j]`` is 1 if samples i and j share a class, and a
+number that belongs to a class is stored once for each of its samples.  Shapes therefore
+do not depend on the labels.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from kddm_jax.numerics.linalg import matmul
 
 
 class Classes(NamedTuple):
-    """Same-class mask and weights of a labelled batch, without a class axis.
+    """Contains the same-class mask and the weights of a labelled batch.
 
     Attributes:
       labelled: ``[n]``, True for samples with a label.
@@ -49,7 +49,7 @@ def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
       `Classes`.
 
     Raises:
-      ValueError: an unknown ``reduction``.
+      ValueError: ``reduction`` is unknown.
 
     Examples:
       >>> classes(jnp.array([0, 0, 5, -1]), reduction="mean", dtype=jnp.float32).weights
@@ -72,7 +72,7 @@ def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
 
 
 def class_means(x: jax.Array, groups: Classes) -> jax.Array:
-    """Computes the mean of each sample's class.
+    """Computes, for each sample, the mean of its class.
 
     Args:
       x: shape ``[n, d]``.
@@ -90,11 +90,11 @@ def class_means(x: jax.Array, groups: Classes) -> jax.Array:
 
 
 def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Takes the labels of rows that are no samples away.
+    """Removes the labels of rows that are not samples.
 
     Args:
       labels: int, shape ``[n]``.
-      mask: zero for no sample, shape ``[n]``, or None.
+      mask: shape ``[n]``, zero for no sample, or None.
 
     Returns:
       The labels, -1 where there is no sample.
@@ -103,7 +103,7 @@ def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
       >>> with_mask(jnp.array([3, 99]), jnp.array([True, False])).tolist()
       [3, -1]
     """
-    if mask is None or jnp.shape(labels) != jnp.shape(mask):  # check_labels refuses it
+    if mask is None or jnp.shape(labels) != jnp.shape(mask):  # check_labels raises
         return labels
     return jnp.where(jnp.asarray(mask).astype(bool), labels, -1)
 
@@ -118,8 +118,8 @@ def labelled_pair(
 ) -> tuple[jax.Array, jax.Array, Classes]:
     """Checks the arguments of a class-conditional distance and masks its classes.
 
-    Samples without a label may hold anything, so they are set to the mean of those with
-    one.
+    Samples without a label may contain anything, so their features are set to the mean
+    of the labelled samples.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -127,13 +127,13 @@ def labelled_pair(
       labels: int, shape ``[n]``; negative labels mean no label.
       num_classes: if given, labels that are not traced must be less than this.
       reduction: as in `classes`.
-      mask: zero for no sample, shape ``[n]``, or None.
+      mask: shape ``[n]``, zero for no sample, or None.
 
     Returns:
       ``(x, y, groups)``, the features as float32 or float64.
 
     Raises:
-      ValueError: wrong shapes, dtypes or labels, or an unknown ``reduction``.
+      ValueError: shapes, dtypes or labels are wrong, or ``reduction`` is unknown.
     """
     x, y = check_pair(x, y, same_rows=True)
     labels = with_mask(labels, masks.check_mask(mask, x.shape[0]))

@@ -1,9 +1,9 @@
-"""Brings the arrays and numbers of all devices of a mapped axis together.
+"""Combines the arrays and numbers of all devices of a mapped axis.
 
 A distance between distributions is not an average over images, so it cannot be computed
 per device and averaged: arrays are gathered first.  Only means over images are computed
-per device.  Groups are lists of device indices, ``axis_index_groups`` of JAX; None is
-one group of all.
+per device.  Groups are lists of device indices, as ``axis_index_groups`` in JAX; None
+means one group of all devices.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Groups = list[list[int]] | None
-Tree = TypeVar("Tree")  # any PyTree of arrays, the same out as in
+Tree = TypeVar("Tree")  # any PyTree of arrays; the result has the same structure
 
 
 def _checks_variance(axis_name):
-    """Whether the axis is of a ``jax.shard_map(check_vma=True)``.
+    """Returns whether the axis belongs to a ``jax.shard_map(check_vma=True)``.
 
-    There, and only there, the index of the device has a type that varies over the axis.
+    Only then does the type of the device's index vary over the axis.
     """
     return bool(jax.typeof(jax.lax.axis_index(axis_name)).manual_axis_type.varying)
 
 
 def unsharded(x: jax.Array) -> jax.Array:
-    """Puts an array that is sharded over an explicit mesh whole on all its devices.
+    """Replicates an array that is sharded over an explicit mesh.
 
     On such a mesh most operations between arrays of different shardings are errors.
-    Other arrays come back as they are: there the compiler decides.
+    Other arrays are returned unchanged, because the compiler decides on their sharding.
     """
     mesh = jax.typeof(x).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
@@ -70,10 +70,10 @@ def groups_of(axis_name: str | None, group_size: int | None) -> Groups:
 def _gather_alike(array, axis_name):
     """Concatenates arrays of all devices to one whose type does not vary over them.
 
-    JAX sums the cotangents of what does not vary, such as parameters, over devices.  So
-    the loss must not vary, or the sum counts it once for each device.  The result of
-    ``all_gather`` has a varying type; that of ``psum`` has not, and what each device
-    adds is zero but for its own share, which is exact.
+    JAX sums the cotangents of arrays that do not vary, such as parameters, over
+    devices.  The loss must therefore not vary, or the sum counts it once for each
+    device.  The result of ``all_gather`` has a varying type, and that of ``psum`` has
+    not.  Each device adds zeros outside its own share, so the sum is exact.
     """
     shape = (jax.lax.axis_size(axis_name), *array.shape)
     index = jax.lax.axis_index(axis_name)
@@ -85,8 +85,7 @@ def _gather_alike(array, axis_name):
 def gather(tree: Tree, axis_name: str | None, groups: Groups = None) -> Tree:
     """Concatenates every array with those of the other devices of the group.
 
-    Without an axis, arrays that are sharded over an explicit mesh are put whole on each
-    of its devices.
+    Without an axis, arrays that are sharded over an explicit mesh are replicated.
     """
     if axis_name is None:
         return jax.tree.map(unsharded, tree)
@@ -103,7 +102,7 @@ def gather(tree: Tree, axis_name: str | None, groups: Groups = None) -> Tree:
 def mean_over_images(
     value: jax.Array, count: jax.Array, axis_name: Any, groups: Groups
 ) -> jax.Array:
-    """Computes the mean over a group's images of means over each device's ``count``."""
+    """Computes the mean over a group's images from each device's mean and count."""
     count = count.astype(value.dtype)
     total, images = jax.lax.pmean(
         (count * value, count), axis_name, axis_index_groups=groups
@@ -112,24 +111,24 @@ def mean_over_images(
 
 
 def worst(stats: Mapping[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
-    """Takes the least "converged" and the largest of all other diagnostics."""
-    # pmin and pmax have no derivative, not even of a constant
+    """Returns the smallest "converged" and the largest value of other diagnostics."""
+    # pmin and pmax have no derivative, not even for a constant
     extreme = lambda name: jnp.min if name == "converged" else jnp.max
     every = gather({n: jnp.reshape(s, 1) for n, s in stats.items()}, axis_name)
     return {name: extreme(name)(stat) for name, stat in every.items()}
 
 
 def average_state(state: Tree, axis_name: Any) -> Tree:
-    """Averages floating arrays over devices; counters are alike on all."""
+    """Averages floating arrays over devices; counters are equal on all devices."""
     floating = lambda a: jnp.issubdtype(jnp.result_type(a), jnp.floating)
     mean = lambda a: jax.lax.pmean(a, axis_name) if floating(a) else a
     return jax.tree.map(mean, state)
 
 
 def accuracy_of(logits: jax.Array, labels: jax.Array, axis_name: Any) -> jax.Array:
-    """Computes the share of all devices' labelled images with a right prediction."""
+    """Computes the accuracy on the labelled images of all devices."""
     predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    hits = jnp.sum(predicted == labels.astype(jnp.int32))  # never of a negative label
+    hits = jnp.sum(predicted == labels.astype(jnp.int32))  # never for a negative label
     counts = jnp.stack([hits, jnp.sum(labels >= 0)]).astype(jnp.float32)
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)

@@ -1,7 +1,7 @@
-"""The gradient of a step's loss, and which part of the student learns from what.
+"""Computes the gradient of a step's loss.
 
 In feature-only distillation the head learns from the logits and the backbone from the
-layers: one forward pass, two ways back.
+layers.  This takes one forward pass and two backward passes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,27 +14,27 @@ Tree = Any
 
 
 def _module(path):
-    """The name of the top module that a leaf belongs to, in a tree of any type."""
+    """Returns the name of the top module of a leaf, in a tree of any type."""
     return jax.tree_util.keystr(path[:1], simple=True)
 
 
 def gradients(
     forward: Callable, objective: Callable, params: Tree, head: Sequence[str] | None
 ) -> tuple:
-    """Computes the loss, all that comes with it, and its gradient.
+    """Computes a step's loss, its gradient, and the other results of the forward pass.
 
     Args:
       forward: ``forward(params) -> ((logits, layers), state)``.
       objective: ``objective((logits, layers)) -> (loss, terms)``.
-      params: of the student, by top module.
-      head: names of the modules that alone learn from the logits; None: everything
-        learns from everything.
+      params: parameters of the student, by top module.
+      head: names of the modules that learn from the logits, and only from them.  None
+        trains all modules on the whole loss.
 
     Returns:
       ``(loss, terms, state, logits, gradient)``.
 
     Raises:
-      ValueError: an unknown module in ``head``.
+      ValueError: ``head`` contains an unknown module.
     """
     if head is None:
 
@@ -53,8 +53,9 @@ def gradients(
             f"head names {', '.join(missing)}; the student's modules are "
             f"{', '.join(modules)}"
         )
-    # One forward pass, two ways back: from the logits to the head, of which XLA
-    # computes nothing else, and from the layers to the rest.
+    # There is one forward pass and two backward passes: from the logits to the head,
+    # where XLA removes the unused gradient of the rest, and from the layers to the
+    # rest.
     outputs, pull_back, state = jax.vjp(forward, params, has_aux=True)
     grad_fn = jax.value_and_grad(objective, has_aux=True)
     (loss, terms), (by_logits, by_layers) = grad_fn(outputs)
@@ -67,7 +68,7 @@ def gradients(
 
 
 def all_finite(tree: Tree, axis_name: str | None = None) -> jax.Array:
-    """Tells whether every number of a tree is finite, on all devices of an axis."""
+    """Returns whether every number of a tree is finite, on all devices of an axis."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     finite = jnp.all(jnp.stack(finite))
     if axis_name is None:

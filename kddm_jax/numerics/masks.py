@@ -1,9 +1,9 @@
-"""Masks of samples, which say which samples of a batch exist.
+"""Computes means and sums over the samples that a mask marks.
 
-A zero in a mask means no sample.  Its row may hold anything, NaN included, so it is
-replaced before any arithmetic (0 times NaN is NaN); sums then run over all rows and are
-divided by the number of samples.  Shapes stay static, and with ``mask=None`` every
-function here is what it is without masks, to the bit.
+A zero in a mask means no sample.  Such a row may contain anything, including NaN, so it
+is replaced before any arithmetic (0 times NaN is NaN); sums then run over all rows and
+are divided by the number of samples.  Shapes stay static.  With ``mask=None`` every
+function here gives the same bits as the formula without masks.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
       The mask as booleans, or None.
 
     Raises:
-      ValueError: a wrong shape, or masks of several layers.
+      ValueError: the shape is wrong, or there are masks for several layers.
 
     Examples:
       >>> check_mask(jnp.array([1.0, 0.0]), 2)
@@ -47,12 +47,12 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
 
 
 def _rows(mask, x):
-    """Gives a mask the rank of an array."""
+    """Reshapes a mask to the rank of an array."""
     return mask.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def zeroed(mask: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
-    """Sets the rows that are no samples to zero.
+    """Sets rows that are not samples to zero.
 
     Args:
       mask: from `check_mask`, or None.
@@ -71,18 +71,17 @@ def zeroed(mask: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def filled(mask: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
-    """Sets the rows that are no samples to the mean of the samples.
+    """Sets rows that are not samples to the mean of the samples.
 
-    Distances to a mean are no larger than the largest distance to a sample, so that
-    neither maxima nor the mean of all rows change, and no digits are lost far from the
-    origin.
+    Distances to the mean are no larger than the largest distance to a sample.  Neither
+    maxima nor the mean of all rows change, and no digits are lost far from the origin.
 
     Args:
       mask: from `check_mask`, or None.
       *arrays: features, shape ``[n, d]`` each.
 
     Returns:
-      The arrays; of a mask without samples, zeros.
+      The arrays; zeros if the mask has no samples.
 
     Examples:
       >>> filled(jnp.array([True, False]), jnp.array([[3.0], [jnp.nan]]))[0].tolist()
@@ -101,7 +100,7 @@ def size(mask: jax.Array | None, x: jax.Array) -> jax.Array | int:
       x: shape ``[n, ...]``.
 
     Returns:
-      Number of samples, at least 1: n without a mask, otherwise a scalar of the
+      The number of samples, at least 1: n without a mask, otherwise a scalar of the
       array's dtype.
     """
     if mask is None:
@@ -110,14 +109,14 @@ def size(mask: jax.Array | None, x: jax.Array) -> jax.Array | int:
 
 
 def mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Averages over samples.
+    """Averages an array over samples.
 
     Args:
       x: shape ``[n, ...]``.
       mask: from `check_mask`, or None.
 
     Returns:
-      Shape ``[...]``; zero of a mask without samples.
+      Shape ``[...]``; zero if the mask has no samples.
 
     Examples:
       >>> mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([True, True, False]))
@@ -129,19 +128,19 @@ def mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def pairs(mask: jax.Array) -> jax.Array:
-    """Marks the pairs of samples.
+    """Marks the pairs of rows that are both samples.
 
     Args:
       mask: from `check_mask`.
 
     Returns:
-      ``[n, n]``, True where both are samples.
+      Shape ``[n, n]``, True where both rows are samples.
     """
     return mask[:, None] & mask[None, :]
 
 
 def zero_if_empty(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Sets a number to zero if there are no samples.
+    """Sets an array to zero if there are no samples.
 
     Args:
       x: any array.
@@ -154,14 +153,14 @@ def zero_if_empty(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def mean_of_pairs(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Averages over all pairs of samples.
+    """Averages an array over all pairs of samples.
 
     Args:
       x: shape ``[n, n]``.
       mask: from `check_mask`, or None.
 
     Returns:
-      Scalar; zero of a mask without samples.
+      Scalar; zero if the mask has no samples.
     """
     if mask is None:
         return jnp.mean(x)

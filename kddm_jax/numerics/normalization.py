@@ -1,15 +1,15 @@
-"""Brings the features of both sides to comparable units before a distance sees them.
+"""Brings the features of both networks to comparable units.
 
 Features have arbitrary units: a network whose features are ten times larger has
 squared distances a hundred times larger.  A normalization transforms the inputs of a
-distance, ``x`` of the student and ``y`` of the teacher, not its value, so that it means
-the same for every distance:
+distance, ``x`` of the student and ``y`` of the teacher, rather than its value, so that
+it has the same meaning for every distance:
 
 - ``"teacher"`` divides both sides by the teacher's root mean squared deviation;
 - ``"unit"`` gives every row length one, which leaves only its direction;
 - ``"centered"`` subtracts each side's mean and divides by its own root mean squared
   deviation;
-- ``"standardized"`` does so with every feature on its own; see `normalize`.
+- ``"standardized"`` does the same with each feature separately; see `normalize`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,21 +24,21 @@ from kddm_jax.numerics.checks import check_pair
 from kddm_jax.numerics.linalg import constant
 
 Pair = Sequence[jax.Array]  # student's and teacher's array
-Mask = jax.Array | None  # zeros are no samples
+Mask = jax.Array | None  # zero for no sample
 
 # A feature's deviation counts as at least this share of the side's root mean squared
-# deviation: the rounding errors of a feature that hardly varies are no signal.
+# deviation, because the rounding errors of a feature that hardly varies are no signal.
 FLOOR = 1e-3
 
 
 def check_normalization(normalization: object) -> None:
-    """Raises ``ValueError`` unless there is such a normalization.
+    """Checks that a normalization exists.
 
     Args:
       normalization: the value that the caller passed.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: the name is unknown.
     """
     if normalization is None or normalization in tuple(NORMALIZATIONS):
         return
@@ -47,9 +47,9 @@ def check_normalization(normalization: object) -> None:
 
 
 class _Moments(NamedTuple):
-    """Statistics of one side, in units of its largest absolute value.
+    """Contains the statistics of one side, in units of its largest absolute value.
 
-    Squares of features in these units neither overflow nor vanish.
+    In these units the squares of features neither overflow nor vanish.
     """
 
     peak: jax.Array  # 1 for zeros
@@ -75,13 +75,13 @@ def _moments(z, mask):
 
 
 def teacher_factor(y: jax.Array, *, mask: Mask = None) -> jax.Array:
-    r"""Computes one over the teacher's root mean squared deviation, a constant.
+    r"""Computes the inverse of the teacher's root mean squared deviation, a constant.
 
     .. math:: \Big(\frac1n \sum_i \|y_i - \bar y\|^2\Big)^{-1/2}
 
     Args:
       y: teacher features of the whole batch, shape ``[n, d]``.
-      mask: shape ``[n]``; zeros are no samples.
+      mask: shape ``[n]``, zero for no sample.
 
     Returns:
       Scalar; 0 for features that are constant over the batch up to rounding, which
@@ -97,15 +97,15 @@ def teacher_factor(y: jax.Array, *, mask: Mask = None) -> jax.Array:
 
 
 def _by_teacher(pair, whole, mask):
-    """Divides both sides by the teacher's deviation; zeros if the teacher has none."""
+    """Divides both sides by the teacher's deviation; gives zeros if it is zero."""
     factor = teacher_factor(whole[1], mask=mask)
     return [factor * z for z in pair]
 
 
 def _unit_row(z):
-    """Divides rows by their lengths; a row of zeros stays, with gradient zero."""
+    """Divides rows by their lengths; a row of zeros stays zero, with gradient zero."""
     peak = constant(jnp.max(jnp.abs(z), axis=1, keepdims=True))
-    # One over it, times a slope of some hundreds, is still finite; False for NaN.
+    # 1 / peak, times a slope of some hundreds, is still finite; False for NaN.
     zero = peak < 100 * jnp.finfo(z.dtype).tiny
     row = jnp.where(zero, 1, z / jnp.where(zero, 1, peak))
     length = jnp.sqrt(jnp.sum(row**2, axis=1, keepdims=True))
@@ -127,7 +127,7 @@ def _standardized(z, of):
 
 
 def _by_own(transform):
-    """Makes a normalization of both sides by moments of their own."""
+    """Makes a normalization that transforms each side by its own moments."""
 
     def normalized(pair, whole, mask):
         moments = [_moments(side, mask) for side in whole]
@@ -174,28 +174,30 @@ def normalize(
     ``"standardized"``   (x_j - mean_j) / σ_{x,j}      those of each feature of a side
     ===================  ============================  ==============================
 
-    and ``y`` likewise, by its own statistics in the last two.  σ_{x,j} is at least
-    1e-3 σ_x.  A row of zeros stays one under ``"unit"``.  Under the other three, a side
-    that is constant over the batch up to rounding becomes zero (under ``"teacher"``
-    both sides, if it is the teacher).  The gradient is zero there.
+    ``y`` is transformed likewise, by its own statistics in the last two.  σ_{x,j} is at
+    least 1e-3 σ_x.  Under ``"unit"``, a row of zeros stays zero.  Under ``"centered"``
+    and ``"standardized"``, a side that is constant over the batch up to rounding
+    becomes zero; under ``"teacher"``, both sides become zero if the teacher is
+    constant.  The gradient is zero there.
 
     Cost: n d.  Gradient: the student's statistics are differentiated, the teacher's are
     constants.  A teacher that is not finite gives NaN.
 
     Args:
       pair: both sides' features, shape ``[n, d]`` each.
-      whole: both sides' features of all samples that statistics run over: the same, or
-        those of all devices.
+      whole: both sides' features that statistics are computed over: ``pair`` itself, or
+        the features of all devices.
       normalization: a key of `NORMALIZATIONS`.
-      mask: shape ``[n]``; samples whose mask is zero have no part in the statistics and
+      mask: shape ``[n]``; samples whose mask is zero are left out of the statistics and
         become zeros, whatever their values.
-      whole_mask: the mask of ``whole``; None uses ``mask``.
+      whole_mask: mask of ``whole``; None uses ``mask``.
 
     Returns:
-      Both sides, in float32 at least unless the normalization is None.
+      Both sides, in float32 or float64 unless the normalization is None.
 
     Raises:
-      ValueError: features that are no floating ``[n, d]``, unless it is None.
+      ValueError: features are not floating with shape ``[n, d]``; this is not checked
+        if the normalization is None.
 
     Examples:
       >>> pair = [jnp.array([[1.0], [1.0]]), jnp.array([[3.0], [7.0]])]

@@ -1,8 +1,8 @@
-"""How a distance of features reads maps and tokens, which have positions.
+"""Turns maps and tokens, which have positions, into features ``[n, d]``.
 
-``"pool"`` averages a layer over its positions, so that an image stays one sample;
-``"each"`` takes every position as a sample, which needs positions of student and
-teacher that correspond.
+``"pool"`` averages a layer over its positions, so that an image stays one sample.
+``"each"`` makes every position a sample; the positions of student and teacher must then
+correspond.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ POSITIONS = ("pool", "each")
 
 
 def _grids_alike(pair):
-    """Maps of one grid, the smaller one along each side; tokens must match."""
+    """Pools maps to the smaller grid along each side; tokens must already match."""
     if all(array.ndim == 4 for array in pair):
         grid = tuple(
             min(sides) for sides in zip(*(a.shape[1:3] for a in pair), strict=True)
@@ -35,7 +35,7 @@ def _grids_alike(pair):
 def as_matrices(
     pair: Sequence[jax.Array], labels: jax.Array, positions: str
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Makes features of two layers, whatever their ranks.
+    """Turns two layers of any rank into features.
 
     Args:
       pair: student's and teacher's layer: features ``[n, d]``, tokens ``[n, t, c]`` or

@@ -1,7 +1,8 @@
-"""Lets code of other libraries run where JAX forbids implicit promotion.
+"""Allows implicit promotion for code of other libraries.
 
 Under ``jax.numpy_rank_promotion("raise")`` or strict promotion of dtypes, parts of ott,
-optax and Flax cannot be traced.  Our own code mixes neither ranks nor dtypes.
+optax and Flax cannot be traced.  The code of this package mixes neither ranks nor
+dtypes.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Solver statistics, and distances that report them.
+"""Makes distances that also report the statistics of their solver.
 
 A distance that is computed by an iterative solver is written once, as a function that
-returns ``(value, stats)``.  `solver_distance` makes the public function of it, which
-returns the value alone, and keeps the statistics at its attribute ``diagnose``.
+returns ``(value, stats)``.  `solver_distance` turns it into the public function, which
+returns the value alone; its attribute ``diagnose`` returns the statistics as well.
 """
 
 import inspect
@@ -16,7 +16,7 @@ Options = ParamSpec("Options")
 
 
 class Stats(NamedTuple):
-    """Statistics of a solver: floats, without a derivative.
+    """Contains statistics of a solver, which are floats without a derivative.
 
     Attributes:
       converged: 1 if every solve met its threshold, else 0.
@@ -30,7 +30,7 @@ class Stats(NamedTuple):
 
 
 class SolverDistance(Protocol[Options]):
-    """A distance with the statistics of its solver."""
+    """Describes a distance that can also return the statistics of its solver."""
 
     __name__: str
 
@@ -48,7 +48,7 @@ class SolverDistance(Protocol[Options]):
 def solver_distance(
     solve: Callable[Options, tuple[jax.Array, Stats]],
 ) -> SolverDistance[Options]:
-    """Makes a distance of a function that returns a value and solver statistics.
+    """Makes a distance from a function that returns a value and solver statistics.
 
     Args:
       solve: function that returns ``(value, stats)``, with the public signature and

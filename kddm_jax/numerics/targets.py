@@ -1,7 +1,7 @@
-"""What a student should answer: classes ``[n]``, or soft labels ``[n, k]``.
+"""Reads labels, which are classes ``[n]`` or soft labels ``[n, k]``.
 
-Soft labels hold a probability for each class, as label smoothing and mixup make them.
-A sample without a label has a negative class, or a row of zeros.
+Soft labels are a probability for each class, as made by label smoothing and mixup.  A
+sample without a label has a negative class, or a row of zeros.
 """
 
 import jax
@@ -14,17 +14,19 @@ from kddm_jax.numerics import masks
 
 
 def is_soft(labels: jax.Array) -> bool:
-    """Tells soft labels ``[n, k]``, which are floating, from classes ``[n]``."""
+    """Returns True for floating soft labels ``[n, k]``, False for classes ``[n]``."""
     return jnp.ndim(labels) == 2 and jnp.issubdtype(
         jnp.result_type(labels), jnp.floating
     )
 
 
 def class_labels(labels: jax.Array) -> jax.Array:
-    """Gives the class of each sample: of soft labels the argmax, -1 of a row of zeros.
+    """Returns the class of each sample, or -1 for a sample without a label.
+
+    The class of soft labels is the most probable one.
 
     Args:
-      labels: int ``[n]``, which come back as they are, or float ``[n, k]``.
+      labels: int ``[n]``, which are returned unchanged, or float ``[n, k]``.
 
     Returns:
       Int ``[n]``.
@@ -35,12 +37,12 @@ def class_labels(labels: jax.Array) -> jax.Array:
     """
     if not is_soft(labels):
         return labels
-    labelled = jnp.any(labels != 0, axis=1)  # NaN is no label that is missing
+    labelled = jnp.any(labels != 0, axis=1)  # a row with NaN counts as labelled
     return jnp.where(labelled, jnp.argmax(labels, axis=1), -1)
 
 
 def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:
-    """Checks soft labels, and their signs if they are not traced.
+    """Checks the shape of soft labels, and their signs if they are not traced.
 
     Args:
       targets: float, shape ``[n, k]``, a probability for each class; a row of zeros
@@ -52,7 +54,7 @@ def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:
       The targets.
 
     Raises:
-      ValueError: a wrong shape, or a negative number.
+      ValueError: the shape is wrong, or a number is negative.
     """
     if targets.shape != (n, k):
         raise ValueError(
@@ -68,7 +70,10 @@ def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:
 
 
 def _soft_cross_entropy(logits, targets):
-    """Of each sample; a class of probability 0 may have a logit of minus infinity."""
+    """Computes the cross-entropy of each sample.
+
+    A class of probability 0 may have a logit of minus infinity.
+    """
     logs = jnp.where(targets == 0, 0, jax.nn.log_softmax(logits))
     return -jnp.sum(targets.astype(logs.dtype) * logs, axis=1)
 
@@ -80,9 +85,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
       logits: shape ``[n, k]``.
-      labels: int, shape ``[n]``; samples with a negative label have no part, whatever
-        their logits are.  Or float, ``[n, k]``: probabilities, for which the logarithm
-        is averaged; a row of zeros means no label.
+      labels: int, shape ``[n]``; samples with a negative label are ignored, whatever
+        their logits are.  Soft labels are float, ``[n, k]``: the logarithm is averaged
+        with these probabilities, and a row of zeros means no label.
 
     Returns:
       Scalar, in nats.

@@ -1,1 +1,1 @@
-"""Deals with the machine: processes, signals, errors, records and the terminal."""
+"""Handles processes, signals, errors, records and the terminal."""

@@ -1,9 +1,9 @@
-"""The two errors that a command answers with one line and an exit status."""
+"""Defines the two errors that a command prints in one line."""
 
 
 class UserError(Exception):
-    """A mistake in a command; its one line names the mistake. The exit status is 2."""
+    """Reports a mistake in a command in one line; the exit status is 2."""
 
 
 class RunError(Exception):
-    """A run had to stop; its one line says where and how to continue. Status 1."""
+    """Reports in one line that a run stopped, and the remedy; the exit status is 1."""

@@ -1,10 +1,10 @@
 """Runs one study over the devices of several hosts, with a process on each.
 
 All processes run the same command and compute their devices' share of each batch. Only
-the first process reads and writes the folder of results; it broadcasts what it reads,
-so that all continue with the same numbers from the same step, whether or not they see
-that folder. Every process reads the data and the weights. With a single process, the
-functions here call what they are given and communicate with nobody.
+the first process reads and writes the folder of results. It broadcasts what it reads,
+so that all processes continue with the same numbers from the same step, even if they
+cannot access that folder. Every process reads the data and the weights. With a single
+process, the functions here only call their arguments.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from kddm_jax.experiment.machine.errors import UserError
 T = TypeVar("T")
 Tree = TypeVar("Tree")
 PATIENCE = 120.0  # seconds that the first process may start after others
-LEAVE = 30  # seconds in which all must end, once one of them does
-SECOND = 1.0  # between two agreements
+LEAVE = 30  # seconds in which all processes must end after one has ended
+SECOND = 1.0  # seconds between two agreements
 CHUNK = 2**26  # bytes of a broadcast, which passes through the devices
-_telling = False  # whether this process is within `first`, where no other follows
+_telling = False  # whether this process runs a function of `first`, without the others
 
 
 def index() -> int:
@@ -45,7 +45,7 @@ def count() -> int:
 
 
 def quiet() -> bool:
-    """Returns whether another process does the printing; needs no device."""
+    """Returns whether another process does the printing; does not use devices."""
     return jax.distributed.is_initialized() and index() > 0
 
 
@@ -61,7 +61,7 @@ def _on_slurm() -> bool:
 
 
 def _on_cloud_tpu(devices: Path = Path("/dev")) -> bool:
-    """Returns whether there are TPU chips and the library that drives them."""
+    """Returns whether there are TPU chips and their library."""
     allowed = os.environ.get("JAX_PLATFORMS") or "tpu"
     if "tpu" not in allowed.split(","):
         return False
@@ -73,7 +73,7 @@ CLUSTERS = {"Slurm": _on_slurm, "Cloud TPU": _on_cloud_tpu}
 
 
 def _meet(coordinator: str, process: int, seconds: float) -> None:
-    """Raises an error where JAX would abort: the port is taken, or nobody answers."""
+    """Raises an error if the port is taken or nobody answers; JAX would abort."""
     host, _, port = coordinator.rpartition(":")
     if process == 0:
         with socket.socket() as probe:
@@ -107,12 +107,12 @@ def start(
 ) -> None:
     """Joins the other processes, if there are any, before JAX computes anything.
 
-    By the settings, or by what Slurm and Cloud TPU say of themselves; ``--processes 1``
-    does not ask them.
+    Without a coordinator, Slurm and Cloud TPU are detected; ``--processes 1`` prevents
+    this.
 
     Args:
-      coordinator: HOST:PORT of the first process; None asks Slurm and Cloud TPU.
-      processes: number of processes; 1 runs this one alone.
+      coordinator: HOST:PORT of the first process; None detects Slurm and Cloud TPU.
+      processes: number of processes; 1 runs this process alone.
       process: index of this process.
 
     Raises:
@@ -128,7 +128,7 @@ def start(
             return
     else:
         _meet(coordinator, process or 0, PATIENCE)
-    # JAX would catch SIGTERM, which the runs answer by a checkpoint.
+    # JAX would catch SIGTERM, on which runs must write a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(*arguments, shutdown_timeout_seconds=LEAVE)
@@ -146,13 +146,13 @@ def start(
 
 def _tell(message: bytes | None) -> bytes:
     """Returns the first process's message in all processes."""
-    # as bytes: JAX would make 32 bits of it
+    # as bytes, because JAX would reduce it to 32 bits
     size = np.frombuffer(np.int64(len(message or b"")).tobytes(), np.uint8)
     size = int(np.asarray(multihost_utils.broadcast_one_to_all(size)).view(np.int64)[0])
     told, parts = np.frombuffer(message or bytes(size), np.uint8), []
     for start in range(0, size, CHUNK):
         part = told[start : start + CHUNK]
-        # in few sizes, since each compiles a program
+        # in few different sizes, because a program is compiled for each
         room = 1 << max(8, (len(part) - 1).bit_length())
         whole = multihost_utils.broadcast_one_to_all(
             np.pad(part, (0, room - len(part)))
@@ -203,11 +203,11 @@ def first(fn: Callable[[], T]) -> T:
     All processes must make these calls in the same order.
 
     Args:
-      fn: called in the first process only; returns NumPy arrays, numbers, strings,
-        None, or lists and dictionaries of them.
+      fn: function that is called in the first process only; it returns NumPy arrays,
+        numbers, strings, None, or lists and dictionaries of them.
 
     Returns:
-      Its value.
+      The value of the function.
     """
     global _telling
     if count() == 1 or _telling:
@@ -227,14 +227,14 @@ def first(fn: Callable[[], T]) -> T:
 
 
 def first_tree(fn: Callable[[], Tree], like: Tree) -> Tree:
-    """Does the same as `first` for a tree of arrays.
+    """Does the same as `first` for a function that returns a tree of arrays.
 
     Args:
-      fn: called in the first process only.
+      fn: function that is called in the first process only.
       like: a tree of the same structure, in all processes.
 
     Returns:
-      Its tree, on the host.
+      The function's tree, on the host.
     """
     if count() == 1:
         return fn()
@@ -247,13 +247,13 @@ def together(fn: Callable[[], T]) -> T:
     """Calls a function in every process; if it fails in one, all stop.
 
     Args:
-      fn: called in all.
+      fn: function that is called in all processes.
 
     Returns:
-      Its value in this process.
+      The value of the function in this process.
 
     Raises:
-      UserError: it failed in another process, whose own error says why.
+      UserError: the function failed in another process, which prints the reason.
     """
     if count() == 1:
         return fn()
@@ -278,7 +278,7 @@ def was_told(error: BaseException) -> bool:
     return getattr(error, "told", False)
 
 
-SAMPLE = 1000  # images that are compared
+SAMPLE = 1000  # number of images that are compared
 
 
 def agree_on(
@@ -288,11 +288,12 @@ def agree_on(
 
     Args:
       shared: the settings that all processes must share.
-      dataset: read by this process; some of its images stand for all.
+      dataset: the data set that this process has read; only some of its images are
+        compared.
       weights: SHA-256 of the files that networks start from.
 
     Raises:
-      UserError: a process has others than the first.
+      UserError: a process has other settings, images or weights than the first.
     """
     if count() == 1:
         return
@@ -320,11 +321,11 @@ def _agree(what, value, cure):
 
 
 class Watch:
-    """Decides after which dispatches all processes look up from their steps.
+    """Decides after which dispatches all processes check for signals and checkpoints.
 
-    Clocks and signals differ between processes, but a process that stopped between
-    other steps than the rest would leave them waiting. Agreeing makes the devices wait,
-    so it happens about once a second; the first process says after how many dispatches.
+    Clocks and signals differ between processes, but all must stop after the same step,
+    or the others would wait for ever. Devices wait during an agreement, so there is one
+    about every second; the first process decides after how many dispatches.
     """
 
     def __init__(self):
@@ -332,7 +333,7 @@ class Watch:
         self.began = time.monotonic()
 
     def looks(self, ready: bool) -> bool:
-        """Returns whether all look up now; a single process does when it is ready."""
+        """Returns whether to check now; with a single process, returns ``ready``."""
         self.left -= 1
         return ready if count() == 1 else self.left == 0
 
@@ -356,16 +357,16 @@ class Watch:
 
 
 def choose_devices(wanted: int | None) -> list[Any]:
-    """Returns the devices of a run, equally many of each process, process by process.
+    """Returns the devices of a run, the same number from each process, in order.
 
     Args:
-      wanted: number of devices of all processes; None takes all.
+      wanted: number of devices of all processes; None uses all.
 
     Returns:
       The devices, the same list in every process.
 
     Raises:
-      UserError: there are fewer, or they do not divide among the processes.
+      UserError: there are fewer devices, or they do not divide among the processes.
     """
     by_process = [
         [device for device in jax.devices() if device.process_index == process]

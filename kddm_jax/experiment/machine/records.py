@@ -1,4 +1,4 @@
-"""Reads and writes the JSON of runs, and describes what they were measured with."""
+"""Reads and writes JSON files of runs, and describes machine and software."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ def _command() -> str:
 
 
 def environment(devices) -> dict[str, Any]:
-    """Describes the machine and the software that numbers are measured with."""
+    """Describes the machine and the software of a measurement."""
     cpu = f"CPU ({os.cpu_count()} cores)"
     return {
         "command": _command(),
@@ -61,7 +61,7 @@ def environment(devices) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a JSON file, completely or not at all."""
+    """Writes a JSON file atomically."""
     partial = path.with_suffix(".partial")
     try:
         with partial.open("w") as file:
@@ -69,7 +69,7 @@ def write_json(path: Path, value: object) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:  # a full disk names no file
+    except OSError as error:  # the error of a full disk contains no file name
         with contextlib.suppress(OSError):
             partial.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -80,13 +80,13 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]
 
     Args:
       path: path of the file.
-      cure: the remedy that the error names.
+      cure: remedy for the error message.
 
     Returns:
-      Its content.
+      The content of the file.
 
     Raises:
-      UserError: it is not readable.
+      UserError: the file is not readable.
     """
     try:
         return json.loads(path.read_text())
@@ -95,7 +95,7 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]
 
 
 def distance_of(record: dict[str, Any], name: str) -> object | None:
-    """Sums the unweighted distance of an epoch over layers; None without a distance."""
+    """Sums an epoch's unweighted distance over layers; None if there is no distance."""
     layers = [
         value
         for key, value in record.items()

@@ -1,7 +1,7 @@
-"""SIGTERM, which a scheduler or a spot machine sends before it kills.
+"""Handles SIGTERM, which a scheduler or a spot machine sends before it kills.
 
-Within `listening` it raises `Terminated`, at once; within `held` only where `check`
-is called, so that what must stay together is never torn.
+Within `listening`, SIGTERM raises `Terminated` immediately. Within `held`, it is raised
+only by `check`, so that operations that belong together are not interrupted.
 """
 
 import contextlib
@@ -9,11 +9,11 @@ import signal
 import threading
 from collections.abc import Iterator
 
-STATUS = 128 + signal.SIGTERM  # what a shell calls a process that SIGTERM ended
+STATUS = 128 + signal.SIGTERM  # a shell's exit status for a process ended by SIGTERM
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM; like KeyboardInterrupt, it is no Exception."""
+    """Is raised on SIGTERM; like KeyboardInterrupt, it is not an Exception."""
 
 
 _asked = threading.Event()
@@ -42,7 +42,7 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Delays the answer to SIGTERM until `check`, or the end of the context."""
+    """Delays `Terminated` until `check` is called, or to the end of the context."""
     _held.set()
     try:
         yield
@@ -52,7 +52,7 @@ def held() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Returns whether SIGTERM came."""
+    """Returns whether SIGTERM was received."""
     return _asked.is_set()
 
 
@@ -62,6 +62,6 @@ def ask() -> None:
 
 
 def check() -> None:
-    """Raises `Terminated` if SIGTERM came."""
+    """Raises `Terminated` if SIGTERM was received."""
     if asked():
         raise Terminated

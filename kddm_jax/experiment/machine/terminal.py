@@ -17,7 +17,7 @@ from kddm_jax.numerics.convolution import prefer_eigen
 
 
 class Reporter:
-    """Shows a live bar for each run on a terminal, else a line for each epoch."""
+    """Shows a live bar for each run on a terminal, or prints a line for each epoch."""
 
     def __init__(self, console: Console, live: bool):
         self.console, self.live, self.tasks = console, live, {}
@@ -31,7 +31,7 @@ class Reporter:
         )
 
     def __call__(self, run, *, epoch, done, total, metrics, speed):
-        """Shows a run's newest numbers."""
+        """Shows the newest numbers of a run."""
         ended = "epoch" in metrics
         if not self.live and not ended:
             return
@@ -55,7 +55,7 @@ class Reporter:
 
 
 def _last(value):
-    # on the host: one process alone computes nothing with arrays of all
+    # on the host, because one process cannot compute with arrays of all processes
     return value if isinstance(value, float) else np.asarray(value)[-1]
 
 
@@ -71,13 +71,13 @@ def _say(error, text):
 
 
 def answer_errors(work: Callable[[], object]) -> int:
-    """Runs a command; turns its errors into one line and an exit status.
+    """Runs a command, and turns its errors into one line and an exit status.
 
-    It also chooses how XLA computes convolutions, so it must come before JAX first
-    looks for its devices.
+    This also chooses how XLA computes convolutions, so it must be called before JAX
+    first looks for devices.
 
     Args:
-      work: the command.
+      work: function that runs the command.
 
     Returns:
       The exit status.
@@ -94,7 +94,7 @@ def answer_errors(work: Callable[[], object]) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         _say(error, what)
         return 2
-    except RunError as error:  # of numbers that all processes have
+    except RunError as error:  # all processes have the same numbers and the same error
         if not processes.quiet():
             _say(error, error)
         return 1
@@ -109,7 +109,7 @@ def answer_errors(work: Callable[[], object]) -> int:
 
 
 def console() -> Console:
-    """Returns a console that prints lines as they are, unbroken and without markup.
+    """Returns a console that prints lines unchanged, unbroken and without markup.
 
     Only the first process prints.
     """

@@ -16,14 +16,14 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 DPI = 110
-COLOURS = 128  # of a picture's palette: a third of the bytes
-# Ten colours come once as lines and once as dots and dashes.
+COLOURS = 128  # size of a picture's palette, which saves two thirds of the bytes
+# Each of ten colours is used for a solid line, and then for dots and dashes.
 CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
 PLAIN = {"color": "black", "linestyle": "--"}  # the student alone
 
 
 def plain(text: object) -> str:
-    """Escapes a string for Matplotlib, where a $ would begin a formula."""
+    """Escapes a string for Matplotlib, in which a $ would begin a formula."""
     return str(text).replace("$", r"\$")
 
 
@@ -55,22 +55,23 @@ def svg(figure) -> str:
 
 
 def scatter(axes, points, labels, count: int, **style):
-    """Draws points ``[n, 2]`` in their classes' colours; returns the colours."""
+    """Draws points ``[n, 2]`` in their classes' colours, and returns the colours."""
     hues = plt.get_cmap("tab10" if count <= 10 else "turbo", count)
     axes.scatter(*points.T, c=hues(labels), linewidths=0.6, **style)
     return hues
 
 
 def series(runs: Sequence[Mapping], value: Callable):
-    """Averages a number of the runs' histories over seeds.
+    """Averages a number in the runs' histories over seeds.
 
     Args:
       runs: results of one method, one for each seed.
-      value: number of an epoch's record; None where it was not measured.
+      value: function that returns the number of an epoch's record, or None if it was
+        not measured.
 
     Returns:
-      ``(epochs, mean, spread)``, the spread being the standard deviation over seeds,
-      zero for one seed.
+      ``(epochs, mean, spread)``.  The spread is the standard deviation over seeds, zero
+      for one seed.
     """
     epochs = [r["epoch"] for r in runs[0]["history"] if value(r) is not None]
     rows = np.array(
@@ -81,13 +82,15 @@ def series(runs: Sequence[Mapping], value: Callable):
 
 
 def draw(axes, runs: Sequence[Mapping], value: Callable, **style) -> None:
-    """Draws `series` as a line and, of several seeds, a band; nothing if not measured.
+    """Draws `series` as a line, with a band if there are several seeds.
+
+    Nothing is drawn if the number was not measured.
 
     Args:
-      axes: axes of Matplotlib.
-      runs: as for `series`.
-      value: likewise.
-      **style: of the line.
+      axes: Matplotlib axes.
+      runs: as in `series`.
+      value: as in `series`.
+      **style: style of the line.
     """
     epochs, mean, spread = series(runs, value)
     if not epochs:
@@ -105,14 +108,14 @@ def panels(
     *,
     relative: bool = False,
 ):
-    """Draws accuracy, cross-entropy and distance, a curve for each group of runs.
+    """Draws accuracy, cross-entropy and distance, with a curve for each group of runs.
 
     Args:
       groups: groups of runs, by any key.
       styles: styles of the lines, with their labels, by the same key.
       part: part of the images, for the axis's name.
-      relative: whether distances are drawn as shares of their first epoch's, as those
-        of several kinds must be.
+      relative: whether distances are divided by their value in the first epoch, so that
+        different distances can be compared.
 
     Returns:
       The figure and its three axes.
@@ -138,13 +141,13 @@ def panels(
 
 
 def seeds_of(runs: Sequence[Mapping]) -> str:
-    """Describes in words what a curve is made of."""
+    """Describes in words the seeds of a curve."""
     count = len(runs)
     return f"{count} seeds, mean and standard deviation" if count > 1 else "1 seed"
 
 
 def of_runs(results: Mapping):
-    """Draws the learning curves of all runs: mean and spread over seeds.
+    """Draws the learning curves of all runs, as mean and spread over seeds.
 
     Args:
       results: the content of ``results.json``.

@@ -1,9 +1,9 @@
 """Maps the features of teacher and students to the plane, for the page.
 
-These are pooled features of at most 1,000 evaluation images, from the last checkpoint
-of the first seed of each distance. If a distance compares coordinates, its student is
-shown on the teacher's axes, with the teacher behind it; other students may be rotated
-and have axes of their own. A repeated command reads the points from
+The features are pooled features of at most 1,000 evaluation images, from the last
+checkpoint of the first seed of each distance. If a distance compares coordinates, its
+student is shown on the teacher's axes, with the teacher behind it. Other students may
+be rotated and have axes of their own. A repeated command reads the points from
 ``embedding.json``.
 """
 
@@ -26,9 +26,9 @@ from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.teacher import Teacher, variables_of
 
-IMAGES = 1000  # at most
-SEED = 42  # the released code's
-FEWEST = 5  # images that make a picture
+IMAGES = 1000  # largest number of images
+SEED = 42  # as in the released code
+FEWEST = 5  # smallest number of images
 
 
 def ties_axes(name: str, settings: Settings) -> bool:
@@ -39,8 +39,9 @@ def ties_axes(name: str, settings: Settings) -> bool:
       settings: the settings of the command.
 
     Returns:
-      False for students alone, distances of maps or predictions, those that take
-      features of any width, and where other layers or projected ones are compared.
+      False for students alone, for distances of maps or predictions, for distances that
+      take features of different widths, and if other layers or projected ones are
+      compared.
     """
     if (
         name in (*runs.ALONE, FEATURE_ONLY)
@@ -53,7 +54,7 @@ def ties_axes(name: str, settings: Settings) -> bool:
 
 
 def tsne(points: np.ndarray) -> np.ndarray:
-    """Maps points ``[n, d]`` to the plane by t-SNE, always to the same places."""
+    """Maps points ``[n, d]`` to the plane by t-SNE, with a fixed seed."""
     perplexity = min(30.0, (len(points) - 1) / 3)
     made = TSNE(2, perplexity=perplexity, init="pca", random_state=SEED)
     return made.fit_transform(points)
@@ -65,13 +66,13 @@ def project(
     """Maps features to the plane.
 
     Args:
-      method: "pca" or "tsne".
-      features: ``[n, d]``.
-      teacher: None, or ``[m, d]``, to be seen on the same axes: PCA's are the
-        teacher's then, t-SNE maps both together.
+      method: name of the method, "pca" or "tsne".
+      features: features, ``[n, d]``.
+      teacher: None, or the teacher's features ``[m, d]`` to show on the same axes.  PCA
+        then uses the teacher's axes, and t-SNE maps both together.
 
     Returns:
-      Of the features ``[n, 2]``, of the teacher ``[m, 2]`` or None.
+      Points of the features ``[n, 2]``, and of the teacher ``[m, 2]`` or None.
     """
     both = features if teacher is None else np.concatenate([features, teacher])
     if method == "pca":
@@ -91,7 +92,7 @@ def _as_json(points):
 
 
 class Network(NamedTuple):
-    """A network, as `features_of` takes it."""
+    """Contains a network in the form that `features_of` takes."""
 
     model: models.Network
     variables: object
@@ -161,17 +162,17 @@ def _compute(problem, teacher, results):
 def find(
     problem: Problem, teacher: Teacher, results: Sequence[Mapping]
 ) -> dict[str, Any] | None:
-    """Returns the features in the plane; computes them unless the folder has them.
+    """Reads the features in the plane from the folder, or computes and saves them.
 
     Args:
-      problem: data, devices, settings.
+      problem: the data, the devices and the settings.
       teacher: the teacher.
       results: results of the students, in the order of `runs.student_runs`.
 
     Returns:
-      ``classes`` and ``labels`` of the images, and ``panels``: ``name``, ``title``,
-      ``points`` and, on the teacher's axes, its points as ``behind``; None where the
-      settings ask for none.
+      A dictionary with ``classes`` and ``labels`` of the images, and ``panels``, each
+      with ``name``, ``title``, ``points`` and ``behind`` (the teacher's points if the
+      panel has the teacher's axes); None if the settings have no embedding.
     """
     method = problem.settings.run.embedding
     if method == "none":
@@ -189,7 +190,7 @@ def find(
     path = Path(problem.out) / "embedding.json"
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: it can be made again
+    except (OSError, ValueError):  # missing or damaged, so it is made again
         found = None
     if not isinstance(found, dict) or found.get("made_of") != made_of:
         found = {"made_of": made_of, **_compute(problem, teacher, results)}

@@ -1,8 +1,8 @@
-"""Renders a study as one HTML file: table, curves, features, time and settings.
+"""Renders a study as one HTML file with table, curves, features, time and settings.
 
-``kddm distill`` writes it as ``report.html``, and ``kddm report FOLDER`` renders it
-again from ``results.json`` and ``embedding.json``. It opens without a network and on a
-phone: figures are Matplotlib's SVG, and Jinja2 escapes every other string.
+``kddm distill`` writes the page as ``report.html``, and ``kddm report FOLDER`` renders
+it again from ``results.json`` and ``embedding.json``. The page needs no other files and
+works on a phone. Figures are Matplotlib's SVG, and Jinja2 escapes every other string.
 """
 
 import json
@@ -22,7 +22,7 @@ from kddm_jax.experiment.report.curves import plt
 from kddm_jax.experiment.settings import as_json
 
 HERE = Path(__file__).resolve().parent
-STATS = {  # of a solver: the name of its axis
+STATS = {  # statistics of a solver, and the names of their axes
     "converged": "share of steps that converged",
     "iterations": "iterations",
     "marginal_error": "marginal error",
@@ -30,7 +30,7 @@ STATS = {  # of a solver: the name of its axis
 
 
 # ---------------------------------------------------------------------------
-# What the page shows.
+# The parts of the page.
 
 
 def _groups(results) -> dict[str, list[Mapping]]:
@@ -42,13 +42,13 @@ def _groups(results) -> dict[str, list[Mapping]]:
 
 
 class Solver(NamedTuple):
-    """Diagnostics of the solver of a term.
+    """Contains the diagnostics of the solver of a term, formatted as strings.
 
     Attributes:
-      title: title of the run and, where they differ, the term.
-      converged: mean share of steps, and of the worst epoch.
-      iterations: mean, and of the worst epoch.
-      marginal_error: mean, and of the worst epoch.
+      title: title of the run, with the term if it has another name.
+      converged: share of converged steps, as mean and in the worst epoch.
+      iterations: number of iterations, as mean and in the worst epoch.
+      marginal_error: marginal error, as mean and in the worst epoch.
     """
 
     title: str
@@ -65,7 +65,7 @@ FORMATS = {
 
 
 def _solved(results):
-    """Yields ``(name, term, title, statistic, runs)`` of every solver of a term."""
+    """Yields ``(name, term, title, statistic, runs)`` of all statistics of solvers."""
     for name, runs in _groups(results).items():
         for key in runs[0]["history"][0]:
             term, _, stat = key.rpartition("/")
@@ -96,7 +96,7 @@ def solvers(results: Mapping[str, Any]) -> list[Solver]:
 
 
 def solver_curves(results: Mapping[str, Any]):
-    """Plots the diagnostics of the solvers by epoch; None where there are none."""
+    """Plots the diagnostics of solvers by epoch; returns None if there are none."""
     solved = [*_solved(results)]
     if not solved:
         return None
@@ -118,12 +118,12 @@ def solver_curves(results: Mapping[str, Any]):
     return figure
 
 
-MOST_NAMED = 20  # classes in a legend
-COLUMNS = 4  # panels side by side
+MOST_NAMED = 20  # largest number of classes in a legend
+COLUMNS = 4  # number of panels side by side
 
 
 def features(embedding: Mapping[str, Any]):
-    """Draws the features of each network in the plane, a panel each.
+    """Draws the features of each network in the plane, with a panel for each network.
 
     Args:
       embedding: the content of ``embedding.json``.
@@ -138,7 +138,7 @@ def features(embedding: Mapping[str, Any]):
     )
     for one in axes.flat:
         one.set_axis_off()
-    dots = {"s": 7, "rasterized": True}  # one picture, not an element for each
+    dots = {"s": 7, "rasterized": True}  # one picture rather than many elements
     for one, panel in zip(axes.flat, shown, strict=False):
         one.set_axis_on()
         behind = np.asarray(panel["behind"] or np.zeros((0, 2)))
@@ -211,13 +211,13 @@ def _setting(value):
 def settings_rows(settings: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """Returns each setting, its value, and whether it differs from the recipe."""
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
-    text = json.dumps  # lists and tuples alike; settings of earlier versions are plain
+    text = json.dumps  # the same for lists and tuples; unknown settings are unchanged
     changed = lambda name, value: text(plain.get(name, value)) != text(value)
     return [(name, _setting(v), changed(name, v)) for name, v in settings.items()]
 
 
 def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Describes what the runs were made with; lists several values if they differ."""
+    """Describes machine and software of the runs; lists all values if they differ."""
     made = [run["environment"] for run in [*results["runs"], results["teacher"]]]
     made = [environment for environment in made if environment]
     names = [name for name in made[0] if name != "command"]
@@ -246,7 +246,7 @@ def render(
       embedding: the content of ``embedding.json``; None draws no features.
 
     Returns:
-      HTML, one file that needs no other.
+      The HTML of the page, which needs no other files.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),

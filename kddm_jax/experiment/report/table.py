@@ -1,8 +1,9 @@
 """Renders tables of results in the terminal and in Markdown.
 
-The table is KD2M's: student, teacher, and one row for each distance, with mean and
-standard deviation over seeds and the share of the gap between student and teacher that
-a distance closes. Everything is rendered from the JSON of the runs.
+As in KD2M, the table has a row for the student, one for the teacher, and one for each
+distance, with mean and standard deviation over seeds and the share of the gap between
+student and teacher that a distance closes. Everything is rendered from the JSON of the
+runs.
 """
 
 import math
@@ -23,7 +24,7 @@ COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
 
 
 def _standard_error(accuracies, images):
-    """Computes the error of a mean accuracy: over seeds, or binomial from one run."""
+    """Computes the error of a mean accuracy, over seeds or binomial for one run."""
     mean = float(np.mean(accuracies))
     if len(accuracies) > 1:
         return float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
@@ -42,11 +43,11 @@ def gap_closed(
       accuracy: accuracy of the distilled student, in percent.
       student: accuracies of the student alone, one per seed.
       teacher: accuracy of the teacher.
-      images: number of images that they were measured on.
+      images: number of images that the accuracies were measured on.
 
     Returns:
-      ``100 (accuracy - student) / (teacher - student)``, or None where the gap is
-      under two standard errors: a share of nothing.
+      ``100 (accuracy - student) / (teacher - student)``, or None if the gap is not
+      larger than two standard errors, because a share of it would mean nothing.
     """
     gap = teacher - float(np.mean(student))
     error = math.hypot(
@@ -106,15 +107,15 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Renders the table and what it was measured on as Markdown.
+    """Renders the table and its caption as Markdown.
 
     Args:
-      results: as in ``results.json``; or of another command, which brings its own
-        ``columns``, ``rows``, ``caption`` and ``command``, or several ``tables`` of
-        these, the command being that of them all.
+      results: the content of ``results.json``, or results of another command with
+        ``columns``, ``rows``, ``caption`` and ``command``, or with several ``tables``
+        of these and one ``command``.
 
     Returns:
-      The table, an empty line, the caption; of several tables one after the other.
+      The table, an empty line and the caption, for one table after the other.
     """
     if "tables" in results:
         *first, last = results["tables"]
@@ -135,14 +136,14 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def caption(results: Mapping[str, Any]) -> str:
-    """Describes what the table was measured on, and by which command."""
+    """Describes the conditions of the table's measurement, and its command."""
     return f"{conditions(results)} `{command_of(results)}`"
 
 
 def conditions(results: Mapping[str, Any]) -> str:
-    """Describes what the table was measured on."""
+    """Describes networks, data and machine of the table's measurement."""
     settings, teacher = results["settings"], results["teacher"]
-    # A repeated command keeps finished runs: their own environments count.
+    # A repeated command reuses finished runs, so each run has its own environment.
     made = [run["environment"] for run in [*results["runs"], teacher]]
     made = [environment for environment in made if environment]
     part = "held-out training" if settings["held_out"] else "test"
@@ -166,7 +167,7 @@ def conditions(results: Mapping[str, Any]) -> str:
 
 
 def command_of(results: Mapping[str, Any]) -> str:
-    """Returns the command that made the results, without folders of one machine."""
+    """Returns the command that made the results, without the machine's folders."""
     made = results.get("environment", {}).get("command", "")
     installed = made.startswith("kddm ")
     program = "kddm distill" if installed else "python experiments/cifar.py"
@@ -174,7 +175,7 @@ def command_of(results: Mapping[str, Any]) -> str:
 
 
 def command(settings: Mapping[str, Any], program: str) -> str:
-    """Returns a program's command line that gives these settings."""
+    """Returns a program's command line with these settings."""
     settings = renamed(settings)
     plain = as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [program, "--dataset", settings["dataset"]]
@@ -200,12 +201,12 @@ def command(settings: Mapping[str, Any], program: str) -> str:
 
 
 def _plain(value):
-    """Returns a value as JSON reads it back."""
+    """Returns a value in the form that JSON reads."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _sources(environments):
-    """Names the commits, or the versions of an installed package."""
+    """Describes the commits, or the versions of an installed package."""
     found = _all(environments, "commit")
     return found if found.startswith("version ") else f"commit {found}"
 
@@ -247,15 +248,15 @@ def _check_alike(first, other):
 
 
 def weights_markdown(choices: Sequence[dict[str, Any]]) -> str:
-    """Renders the held-out accuracies of grids of lambda, all in one table.
+    """Renders the held-out accuracies of several grids of lambda in one table.
 
     Args:
-      choices: contents of ``weights.json``, of one setting; a distance that occurs
-        in several of them has one row.
+      choices: contents of files ``weights.json`` with the same settings; a distance
+        that occurs in several files has one row.
 
     Returns:
-      A row for each distance, a column for each lambda; the best in bold; "diverged"
-      where the loss did not stay finite.
+      The table, with a row for each distance and a column for each lambda.  The best
+      accuracy is bold; "diverged" means that the loss did not stay finite.
     """
     first = choices[0]
     for choice in choices:

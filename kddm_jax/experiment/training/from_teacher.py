@@ -1,8 +1,8 @@
-"""Computes what distances take from the teacher, before a student trains.
+"""Computes the teacher's arrays that distances need, before a student trains.
 
-A feature-only student follows the teacher's layers of highest quality. (The released
-code of arXiv 2511.14981 has lists of layers; here they are chosen for the teacher at
-hand.) WKD-L moves probability between classes at a cost that is computed from the
+A feature-only student learns from the teacher's layers of highest quality. (The
+released code of arXiv 2511.14981 has lists of layers; here they are chosen for each
+teacher.) WKD-L moves probability between classes at a cost that is computed from the
 teacher's features.
 """
 
@@ -25,21 +25,21 @@ from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.families.wkd import class_cost_cka
 from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
 
-COST_IMAGES = 50  # of each class, for the cost between classes
+COST_IMAGES = 50  # images of each class for the cost between classes
 Draw = Callable[[Mapping[str, Any], Path], None]
 
 
 def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
-    """Computes what the methods of a study take from the teacher.
+    """Computes the arrays that the methods of a study take from the teacher.
 
     Args:
-      problem: the data, the devices and the settings; it keeps the results.
+      problem: the data, the devices and the settings; the results are stored in it.
       teacher: the trained teacher.
-      draw: draws the quality of the teacher's layers into a file.
+      draw: function that draws the quality of the teacher's layers into a file.
 
     Returns:
-      The record of the layers' quality, as in ``quality.json``; None where no method
-      asks for it.
+      The record of the layers' quality, as in ``quality.json``; None if no method needs
+      it.
     """
     settings, quality = problem.settings, None
     if FEATURE_ONLY in settings.method.distances and not settings.method.layers:
@@ -67,7 +67,7 @@ def rate(problem: Problem, teacher: Teacher) -> dict[str, KnowledgeQuality]:
 
 
 def _rated(problem, teacher, draw) -> dict[str, Any]:
-    """Reads the record of the layers' quality, or makes one for this teacher."""
+    """Reads the record of the layers' quality, or makes it if there is none."""
     settings, path = problem.settings, Path(problem.out) / "quality.json"
     asked = {
         "teacher": teacher.digest,
@@ -76,7 +76,7 @@ def _rated(problem, teacher, draw) -> dict[str, Any]:
     }
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: it can be made again
+    except (OSError, ValueError):  # missing or damaged, so it is made again
         found = None
     record: dict[str, Any] = found if isinstance(found, dict) else {}
     if {name: record.get(name) for name in asked} != asked:
@@ -91,15 +91,15 @@ def _rated(problem, teacher, draw) -> dict[str, Any]:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(record, path.with_suffix(".png"))
-        records.write_json(path, record)  # last: without it both are made again
+        records.write_json(path, record)  # last: if it is missing, both are made again
     return record
 
 
 def choose(problem: Problem, teacher: Teacher, draw: Draw) -> dict[str, Any]:
     """Rates the teacher's layers, writes and draws their quality, and sets the pairs.
 
-    The record is kept for the same teacher and images: a run that continues never
-    follows other layers.
+    The record is reused for the same teacher and images, so that a resumed run always
+    learns from the same layers.
     """
     record = processes.first(lambda: _rated(problem, teacher, draw))
     problem.chosen_layers = tuple(record["pairs"])
@@ -111,8 +111,8 @@ def choose(problem: Problem, teacher: Teacher, draw: Draw) -> dict[str, Any]:
 def class_cost(problem: Problem, teacher: Teacher) -> np.ndarray:
     """Computes the cost of moving probability between classes, ``[k, k]``.
 
-    Rows are every position of the teacher's last map, as WKD's released code has it on
-    CIFAR, of as many images of each class.
+    The samples are all positions of the teacher's last map, as in WKD's released code
+    for CIFAR, for the same number of images of each class.
     """
     labels, seen = problem.dataset.train_labels, problem.parts.teacher
     classes = problem.num_classes

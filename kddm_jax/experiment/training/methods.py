@@ -1,7 +1,7 @@
 """Turns a method's name into the loss of the train step, and into projectors.
 
 A method is a key of the catalogue, a user's distance as ``module:NAME``, or
-``feature_only``, where no label reaches the backbone (arXiv 2511.14981).
+``feature_only``, in which labels do not train the backbone (arXiv 2511.14981).
 """
 
 import functools
@@ -25,28 +25,28 @@ from kddm_jax.networks.projectors import (
     projected_apply,
 )
 
-# The modules behind the features, where they are not "fc".
-# The students' layers in the paper; of another network, four at equal distances.
+# The students' layers in the paper; other networks use four evenly spaced layers.
 STUDENT_LAYERS = {
     "ResNet9": tuple(f"stage{stage}_block1" for stage in (1, 2, 3, 4)),
     "MobileNetV2": ("block3", "block6", "block13", "block17"),
     "ViT": ("block2", "block4", "block6", "block8"),
 }
 COUNT = 4
+# The modules after the features; "fc" in other networks.
 HEADS = {"MobileNetV2": ("classifier_1",), "ViT": ("heads_head",)}
-Shapes = Mapping[str, Any]  # of models.shapes
+Shapes = Mapping[str, Any]  # from models.shapes
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the train step takes it.
+    """Contains the arguments of the train step for a method.
 
     Attributes:
-      distance: an entry of the catalogue or Terms, as `distill_loss` takes it; the
-        weights of Terms are relative to the run's lambda.
+      distance: an entry of the catalogue or Terms, as in `distill_loss`; the weights of
+        Terms are relative to the run's lambda.
       options: options of `distill_loss`.
       projectors: a module for each student layer that is projected.
-      head: the student's modules that alone learn from labels; None: all do.
+      head: the only modules of the student that labels train; None trains all of them.
     """
 
     distance: Any = ()
@@ -59,13 +59,14 @@ def find(name: str) -> Distance:
     """Finds a distance in the catalogue or in a module of the user.
 
     Args:
-      name: a key, or ``module:NAME``, a `Distance` or a function of ``(x, y)``.
+      name: a key of the catalogue, or ``module:NAME`` of a `Distance` or a function of
+        ``(x, y)``.
 
     Returns:
-      The row.
+      The distance.
 
     Raises:
-      UserError: there is no such distance.
+      UserError: the distance does not exist.
     """
     if name in DISTANCES:
         return DISTANCES[name]
@@ -80,14 +81,14 @@ def find(name: str) -> Distance:
 
 
 def needs_class_cost(name: str) -> bool:
-    """Returns whether a method takes a cost between classes, made from the teacher."""
+    """Returns whether a method needs costs between classes, made from the teacher."""
     if name == FEATURE_ONLY:
         return False
     return "class_cost" in find(name).inputs
 
 
 def digest(name: str) -> str | None:
-    """Hashes the file of a user's distance: once edited, it is another run."""
+    """Hashes the file of a user's distance, because an edited one is another run."""
     if name in DISTANCES or name == FEATURE_ONLY:
         return None
     find(name)
@@ -129,7 +130,7 @@ def _projector(kind: str, x, y) -> nn.Module:
     """Builds a projector from a student's layer to a teacher's."""
     if len(x.shape) == 2:
         return PROJECTORS["dense"](y.shape[-1])
-    kind = "conv" if kind == "dense" else kind  # the same linear map, of positions
+    kind = "conv" if kind == "dense" else kind  # the same linear map of each position
     grid = tuple(y.shape[1:3]) if len(y.shape) == 4 else (1, 1)
     options = {"axis_name": "batch"} if kind == "conv3" else {}
     return PROJECTORS[kind](y.shape[-1], grid=grid, **options)
@@ -158,7 +159,7 @@ def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
 
 
 def _named(row, name):
-    """Renames a distance, so that its value has the method's name."""
+    """Renames a distance, so that its value is recorded under the method's name."""
     if name in DISTANCES:
         return name
     fn = functools.wraps(row.fn)(lambda *arrays, **options: row.fn(*arrays, **options))
@@ -184,14 +185,14 @@ def make(
       The method.
 
     Raises:
-      UserError: a layer that a network does not have.
+      UserError: a network does not have a layer of ``--layers``.
     """
     if name == FEATURE_ONLY:
         return _feature_only(settings, student, teacher)
     row, chosen = find(name), pairs(settings)
     options = {"normalization": settings.method.normalization}
     layered = {"features", "maps"} & set(row.inputs)
-    if not chosen and "maps" in row.inputs:  # the last ones
+    if not chosen and "maps" in row.inputs:  # the last maps of both networks
         chosen = [(list(student["maps"])[-1], list(teacher["maps"])[-1], 1.0)]
     if not layered or not (chosen or settings.method.projector):
         return Method(_named(row, name), options)
@@ -211,11 +212,14 @@ def make(
 
 
 def _feature_only(settings, student, teacher):
-    """(lambda / K) sum_k mean (projected student - teacher)^2; labels for the head."""
+    """Makes the loss (lambda / K) sum_k mean (projected student - teacher)^2.
+
+    Labels train the head only.
+    """
     chosen = pairs(settings)
 
     def term(of_student, of_teacher, share, layer):
-        # l2 sums over channels, the method averages over every element.
+        # l2 sums over channels, but the method averages over all elements.
         return Term(
             "l2",
             weight=share / len(chosen) / layer.shape[-1],
@@ -245,7 +249,7 @@ def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
 
 
 def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
-    """Checks in advance the layers that quality will choose."""
+    """Checks before training that any choice of layers by quality will work."""
     own, known = student_layers(settings, student), teacher["maps"]
     if len(known) < len(own):
         raise UserError(
@@ -265,7 +269,7 @@ def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes)
 def check(
     name: str, method: Method, student: Shapes, teacher: Shapes, batch: int
 ) -> None:
-    """Traces a method on the shapes to come, to find errors before any training.
+    """Traces a method on the real shapes, to find errors before any training.
 
     Args:
       name: name of the method.
@@ -275,7 +279,7 @@ def check(
       batch: size of a batch.
 
     Raises:
-      UserError: it does not take such layers.
+      UserError: the method does not work with these layers.
     """
 
     def loss(x, y, s, t, labels, teacher_data):
@@ -306,13 +310,13 @@ def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):
     """Adds the variables of the method's projectors to the student's.
 
     Args:
-      method: how it learns.
+      method: the method of training.
       variables: variables of the student.
-      key: key of the projectors' draw.
-      student: shapes of its layers.
+      key: random key of the projectors' parameters.
+      student: shapes of the student's layers.
 
     Returns:
-      The tree that `apply_of` takes; unchanged without projectors.
+      The variables for the function of `apply_of`; unchanged without projectors.
     """
     if not method.projectors:
         return variables

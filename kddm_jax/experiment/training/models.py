@@ -35,7 +35,7 @@ NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
 
 
 def load_module(name: str) -> ModuleType:
-    """Imports a module, also from the working folder, as `python -m` does."""
+    """Imports a module from the installed packages or, last, the working folder."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return importlib.import_module(name)
@@ -68,18 +68,18 @@ def source_digest(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class NNXNetwork:
-    """An NNX module and how to make it anew; `init` is that of a Linen module.
+    """Makes an NNX module, with the method `init` of a Linen module.
 
     Attributes:
-      make: function that takes the options and `rngs`, and gives an `nnx.Module`.
-      options: their values, as pairs.
+      make: function that takes the options and `rngs`, and returns an `nnx.Module`.
+      options: names and values of the options, as pairs.
     """
 
     make: Callable[..., nnx.Module]
     options: tuple[tuple[str, object], ...]
 
     def module(self, key: jax.Array) -> nnx.Module:
-        """Makes the module, with parameters drawn by a key."""
+        """Makes the module with random parameters."""
         return self.make(**dict(self.options), rngs=nnx.Rngs(key))
 
     def init(self, key: jax.Array, images: jax.Array) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class NNXNetwork:
         return adapters.nnx_apply(self.module(key))[1]
 
     def init_with_output(self, key: jax.Array, images: jax.Array) -> tuple:
-        """Draws parameters and state, and computes the outputs in evaluation."""
+        """Draws parameters and state, and computes outputs in evaluation mode."""
         apply, variables = adapters.nnx_apply(self.module(key))
         return apply(variables, images, train=False)[0], variables
 
@@ -108,18 +108,19 @@ def build(name: str, **options: object) -> Network:
     """Builds a network.
 
     Args:
-      name: a known name, or ``module:function``.  The function is called with those
-        of the options that it has: ``num_classes``, which it must have, ``stem``,
-        ``width``, ``dtype``, ``axis_name``; if it makes an NNX module, with ``rngs``.
-      **options: their values.
+      name: a known name, or ``module:function``.  The function must take
+        ``num_classes``, and ``rngs`` if it makes an NNX module.  It is called with
+        those of the options ``stem``, ``width``, ``dtype`` and ``axis_name`` that it
+        takes.
+      **options: values of the options.
 
     Returns:
-      A Linen module whose ``__call__(images, train=...)``, or an `NNXNetwork` whose
-      ``__call__(images)``, gives something with ``logits``, ``features`` and ``maps``.
+      A Linen module with ``__call__(images, train=...)``, or an `NNXNetwork` with
+      ``__call__(images)``, whose result has ``logits``, ``features`` and ``maps``.
 
     Raises:
-      UserError: there is no such function, it does not take ``num_classes``, refuses
-        an option, or gives something else.
+      UserError: the function does not exist, does not take ``num_classes``, raises an
+        error for an option, or does not return a network.
     """
     make = _find(name)
     is_nnx = isinstance(make, type) and issubclass(make, nnx.Module)
@@ -154,19 +155,21 @@ def shapes(name: str, model: Network, image: tuple[int, ...], batch: int):
     """Returns the shapes of a network's outputs for a batch, without computing them.
 
     Args:
-      name: name of the network, for errors.
+      name: name of the network, for error messages.
       model: the network.
-      image: ``(h, w, c)``.
+      image: shape of an image, ``(h, w, c)``.
       batch: number of images.
 
     Returns:
-      Its outputs, of `jax.ShapeDtypeStruct`.
+      The shapes of ``features``, ``logits`` and ``maps`` (`jax.ShapeDtypeStruct`), and
+      the names of the top ``modules``.
 
     Raises:
-      UserError: it does not take such images or gives no logits, features and maps.
+      UserError: the network does not take such images, or its outputs have no logits,
+        features and maps.
     """
     images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
-    names, modules = [], []  # in their order: what comes out of a trace is sorted
+    names, modules = [], []  # in the network's order: tracing returns them sorted
 
     def trace(key, images):
         outputs, variables = model.init_with_output(key, images)

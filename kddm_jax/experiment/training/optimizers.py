@@ -12,7 +12,7 @@ def make_schedule(settings: Optimizer, steps_per_epoch: int, epochs: int):
     """Makes the schedule of the learning rate.
 
     Args:
-      settings: the group of settings.
+      settings: settings of the optimizer.
       steps_per_epoch: number of steps in an epoch.
       epochs: number of epochs.
 
@@ -47,11 +47,11 @@ def make_weight_schedule(settings: Method, steps: int) -> Any:
     """Makes the schedule of the factor of lambda.
 
     Args:
-      settings: the group of settings.
+      settings: settings of the method.
       steps: number of steps of the run.
 
     Returns:
-      An Optax schedule from 0 to 1 or from 1 to 0; None where it is constant.
+      An Optax schedule from 0 to 1 or from 1 to 0; None if lambda is constant.
     """
     if settings.weight_schedule == "warmup":
         return optax.linear_schedule(0.0, 1.0, transition_steps=max(1, steps // 2))
@@ -61,10 +61,10 @@ def make_weight_schedule(settings: Method, steps: int) -> Any:
 
 
 def make_optimizer(settings: Optimizer, schedule) -> optax.GradientTransformation:
-    """Makes AdamW, or SGD with decay before momentum, as torch.optim has it.
+    """Makes AdamW, or SGD with decay before momentum, as in torch.optim.
 
     Args:
-      settings: the group of settings.
+      settings: settings of the optimizer.
       schedule: schedule of the learning rate.
 
     Returns:

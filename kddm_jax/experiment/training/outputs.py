@@ -1,4 +1,4 @@
-"""Computes features and logits of any number of images, in evaluation."""
+"""Computes features and logits of any number of images, in evaluation mode."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def _pool(maps, shape):
 
 
 def program(problem: Problem, model: models.Network, pick: Callable) -> Callable:
-    """Compiles a network in evaluation, and a function ``pick`` of its outputs."""
+    """Compiles a function ``pick`` of a network's outputs in evaluation mode."""
     apply = models.network_apply(model)
 
     def one(variables, images):
@@ -36,7 +36,7 @@ def program(problem: Problem, model: models.Network, pick: Callable) -> Callable
 
 
 def compute(program: Callable, variables, images: np.ndarray):
-    """Runs a program on any number of images, batch by batch; returns host arrays."""
+    """Runs a program on images batch by batch, and returns arrays on the host."""
     variables, parts = jax.device_get(variables), []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
@@ -48,7 +48,7 @@ def compute(program: Callable, variables, images: np.ndarray):
 
 
 def features_of(problem: Problem, network, layer: str, images, chosen):
-    """Computes a layer's features of the chosen images, ``[n, d]``, on the host."""
+    """Computes a layer's features ``[n, d]`` of the chosen images, on the host."""
 
     def pick(outputs):
         found = {"features": outputs.features, **outputs.maps}[layer]
@@ -62,11 +62,11 @@ def features_of(problem: Problem, network, layer: str, images, chosen):
 
 
 class Outputs(NamedTuple):
-    """Outputs of a network for some images.
+    """Contains a network's outputs for some images.
 
     Attributes:
-      features: float32 ``[n, d]``.
-      logits: float32 ``[n, k]``.
+      features: features, float32 ``[n, d]``.
+      logits: logits, float32 ``[n, k]``.
     """
 
     features: np.ndarray
@@ -76,7 +76,7 @@ class Outputs(NamedTuple):
 def outputs_of(
     problem: Problem, model: models.Network, variables, images: np.ndarray
 ) -> Outputs:
-    """Computes features and logits in evaluation; one program for each network."""
+    """Computes features and logits in evaluation mode; compiles once per network."""
     key = ("features and logits", model)
     if key not in problem.programs:
         pick = lambda found: (

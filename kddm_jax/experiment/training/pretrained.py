@@ -14,14 +14,14 @@ from kddm_jax.networks import surgery, torchvision, weights
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The variables of a file, and the network that starts from them.
+    """Contains the variables of a file, and the network that starts from them.
 
     Attributes:
       path: path of the file.
-      sha256: of the file: a run that starts from another is another run.
+      sha256: SHA-256 of the file; a run that starts from another file is another run.
       variables: the variables of the file, fitted to the images' channels.
       model: the network.
-      changes: the changes that make them fit, in words.
+      changes: descriptions of the changes that fit the variables to the network.
     """
 
     path: Path
@@ -70,19 +70,19 @@ def _refuse(option, path, found, model, channels):
 
 
 def load(option: str, path: Path, model: models.Network, channels: int) -> Pretrained:
-    """Reads a file for a network, and refuses one that does not fit.
+    """Reads a file for a network; raises if it does not fit.
 
     Args:
       option: name of the option, for messages.
       path: path of the file.
-      model: the network that starts from it.
+      model: the network that starts from the file.
       channels: number of channels of the images.
 
     Returns:
       The weights.
 
     Raises:
-      UserError: no such file, no such network, or one that does not fit.
+      UserError: the file does not exist or does not fit, or the network is no ResNet.
     """
     if not isinstance(model, resnet.ResNet):
         raise UserError(

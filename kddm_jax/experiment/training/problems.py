@@ -1,4 +1,4 @@
-"""Prepares what the runs of a study share: images on the devices and programs."""
+"""Prepares the images on the devices and the programs that a study's runs share."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ EVAL_BATCH = 500
 
 @dataclass(frozen=True)
 class Split:
-    """The images that teacher and students are trained and evaluated on."""
+    """Contains the images that teacher and students are trained and evaluated on."""
 
     teacher: np.ndarray
     student: np.ndarray
@@ -35,7 +35,7 @@ class Split:
 def lower(
     settings: Settings, dataset: data.Dataset, devices: int
 ) -> tuple[Settings, tuple[str, ...]]:
-    """Lowers numbers of the recipe that exceed what the data set or the devices have.
+    """Lowers the recipe's numbers that are too large for the data set or the devices.
 
     Args:
       settings: the settings of the command.
@@ -48,7 +48,7 @@ def lower(
     lines = []
 
     def fit(name: str, limit: int, why: str) -> int:
-        """Lowers a setting; returns the number that it stands for."""
+        """Lowers a setting and returns its value, or the limit if it is None."""
         nonlocal settings
         value = flat(settings)[name]
         if isinstance(value, AtMost) and value > limit > 0:
@@ -110,7 +110,7 @@ def split(dataset: data.Dataset, settings: Settings) -> Split:
 
 @dataclass
 class Problem:
-    """The data, the devices, the settings and the programs of a study."""
+    """Contains the data, the devices, the settings and the programs of a study."""
 
     settings: Settings
     out: Path
@@ -130,7 +130,7 @@ class Problem:
 
     @property
     def memory(self) -> int:
-        """Returns the bytes of a device's memory; for a CPU, the machine's."""
+        """Returns the bytes of a device's memory, or of the machine's for a CPU."""
         stats = jax.local_devices()[0].memory_stats() or {}
         if "bytes_limit" in stats:
             return stats["bytes_limit"]
@@ -138,7 +138,7 @@ class Problem:
 
     @property
     def compared_images(self) -> int:
-        """Returns how many images a distance compares: a batch, or a group's share."""
+        """Returns the number of images that a distance compares, in batch or group."""
         group = self.settings.method.distance_group or len(self.devices)
         return self.settings.optimizer.batch_size // len(self.devices) * group
 
@@ -199,8 +199,8 @@ class Problem:
     ) -> Iterator[tuple]:
         """Yields images, labels and indices of dispatches of ``length`` steps.
 
-        Streamed or resident, one program reads both: ``scan_steps`` looks its images
-        up among those it is given, all or only its own.
+        The same program runs on streamed and on resident images: ``scan_steps`` looks
+        up its images by index, among those of the dispatch or among all.
         """
         if not len(order):
             return
@@ -275,7 +275,7 @@ class Problem:
 
 
 def prepare(settings: Settings, out: Path) -> Problem:
-    """Loads the data and checks the settings against it, before anything runs."""
+    """Loads the data, and checks that the settings fit it, before anything runs."""
     run = settings.run
     if run.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(run.compilation_cache))
@@ -345,7 +345,7 @@ def evaluate(problem: Problem, model: models.Network, variables) -> float:
     size = -(-min(EVAL_BATCH, len(labels)) // devices) * devices
     correct = 0
     for start in range(0, len(labels), size):
-        if processes.count() == 1:  # several stop together, within an epoch
+        if processes.count() == 1:  # several processes stop together, within an epoch
             signals.check()
         x, y = images[start : start + size], labels[start : start + size]
         short = size - len(y)

@@ -1,8 +1,8 @@
 """Counts the steps of a run, and saves and restores its checkpoints.
 
-A checkpoint may be written between any two dispatches. It then holds the sums over the
-epoch's steps so far, in float64 and in their order, so that a run that is interrupted
-anywhere and resumed ends with the same history, to the last bit.
+A checkpoint may be written between any two dispatches. It contains the sums over the
+epoch's steps so far, in float64 and in order, so that an interrupted run that is
+resumed ends with the same history, to the last bit.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from kddm_jax.experiment.machine.errors import RunError
 
 
 def _cause(taught):
-    """Says what was not finite in a step: the teacher, if it was not."""
+    """Describes which numbers of a step were not finite."""
     if taught:
         return "loss or gradient not finite"
     return "features or logits of the teacher not finite"
@@ -35,12 +35,13 @@ def _fix(taught):
 
 @dataclass
 class Tally:
-    """Sums over the steps of an epoch.
+    """Contains sums over the steps of an epoch.
 
     Attributes:
-      steps: taken.
-      skipped: number of steps without finite loss and gradient; no sum has them.
-      untaught: number of skipped steps where the teacher's outputs were not finite.
+      steps: number of steps taken.
+      skipped: number of steps whose loss or gradient was not finite; the sums do not
+        include them.
+      untaught: number of skipped steps in which the teacher's outputs were not finite.
       sums: sums of the metrics.
     """
 
@@ -50,7 +51,7 @@ class Tally:
     sums: dict[str, float] = field(default_factory=dict)
 
     def add(self, metrics: Mapping) -> None:
-        """Adds the metrics of a dispatch, on the host."""
+        """Adds the metrics of a dispatch, which are on the host."""
         columns = {k: np.atleast_1d(v).astype(np.float64) for k, v in metrics.items()}
         finite = columns.pop("finite") > 0
         taught = columns.pop("teacher_finite", np.ones(finite.shape)) > 0
@@ -62,12 +63,12 @@ class Tally:
         self.untaught += int(np.sum(~finite & ~taught))
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of each metric over the steps that were kept."""
+        """Returns the mean of each metric over the steps that were not skipped."""
         kept = self.steps - self.skipped
         return {name: total / kept for name, total in self.sums.items()}
 
     def complaints(self) -> Iterator[str]:
-        """Yields a line for each thing that went wrong in these steps."""
+        """Yields a line for each problem in these steps."""
         if self.skipped:
             line = f"{self.skipped} of {self.steps} steps skipped: {_cause(True)}"
             yield line + (
@@ -94,21 +95,21 @@ def _first_not_finite(metrics):
 
 @dataclass
 class Progress:
-    """The progress of a run.
+    """Contains the progress of a run.
 
     Attributes:
       title: name of the run, for messages.
-      folder: folder of its checkpoints.
+      folder: folder of the run's checkpoints.
       about: metadata that is stored in each checkpoint.
       steps: number of steps in an epoch.
-      state: after the newest step.
-      history: a record of each epoch that has ended.
+      state: the state after the newest step.
+      history: a record of each finished epoch.
       tally: sums over the steps of the unfinished epoch.
       earlier: seconds that earlier commands spent.
       first_step: seconds to the end of this command's first step.
       last: the newest checkpoint, None before the first.
-      began: when this command went on with it, by the monotonic clock.
-      saved: when it last made a checkpoint, likewise.
+      began: time at which this command started the run, by the monotonic clock.
+      saved: time of this command's newest checkpoint, by the monotonic clock.
     """
 
     title: str
@@ -163,7 +164,7 @@ class Progress:
         return self.earlier + time.monotonic() - self.began
 
     def take(self, metrics: Mapping, *, stop: bool) -> None:
-        """Counts the steps of a dispatch; ``stop`` raises where one is not finite."""
+        """Counts the steps of a dispatch; ``stop`` raises if one is not finite."""
         bad = _first_not_finite(metrics) if stop else None
         if bad is not None:
             raise RunError(self._not_finite(*bad))
@@ -180,7 +181,7 @@ class Progress:
         )
 
     def means(self) -> dict[str, float]:
-        """Returns means over the epoch's steps, and warns of what went wrong."""
+        """Returns means over the epoch's steps, and warns about problems in them."""
         epoch = self.epoch + 1
         if self.tally.skipped == self.tally.steps:
             taught = self.tally.untaught < self.tally.skipped
@@ -193,12 +194,12 @@ class Progress:
         return self.tally.means()
 
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """Closes the epoch's tally with its record."""
+        """Records the epoch and starts an empty tally."""
         self.history.append(record)
         self.tally = Tally()
 
     def due(self, seconds: float) -> bool:
-        """Returns whether the last checkpoint is that many seconds old."""
+        """Returns whether the last checkpoint is at least ``seconds`` old."""
         return time.monotonic() - self.saved >= seconds
 
     def save(self) -> None:
@@ -223,5 +224,5 @@ class Progress:
             except signals.Terminated:
                 self.save()
                 raise
-            if processes.any_of(signals.asked()):  # since all last agreed
-                signals.ask()  # the end of `held` answers it; all is saved
+            if processes.any_of(signals.asked()):  # since the processes last agreed
+                signals.ask()  # raised at the end of `held`, when all is saved

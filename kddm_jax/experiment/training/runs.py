@@ -3,7 +3,7 @@
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
 its result), ``checkpoints/`` and, once finished, ``result.json``. The runs of a grid of
 lambdas are in ``<out>/weight-<lambda>``. A command that would give another result in an
-existing folder is refused before anything starts. `train.py` trains the runs.
+existing folder stops with an error before anything starts. `train.py` trains the runs.
 """
 
 import json
@@ -31,7 +31,7 @@ ALONE = ("teacher", "student")  # runs without a teacher
 
 
 def check_distances(problem: Problem, teacher: models.Network) -> None:
-    """Traces every method on the shapes to come, to find errors before any training."""
+    """Traces every method on the real shapes, to find errors before any training."""
     settings = problem.settings
     image = problem.dataset.train_images.shape[1:]
     student = problem.student
@@ -43,20 +43,20 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
     for name in settings.method.distances:
         if name == FEATURE_ONLY and not settings.method.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
-            continue  # its layers are chosen once there is a teacher
+            continue  # its layers are chosen when the teacher is trained
         method = method_of(problem, name)
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
 def method_of(problem: Problem, name: str) -> methods.Method:
-    """Makes the method by which the student of a name learns.
+    """Makes the training method of a run.
 
     Args:
       problem: the data, the devices and the settings.
-      name: "teacher", "student" or a method.
+      name: name of the run: "teacher", "student" or a method.
 
     Returns:
-      The method; that of the teacher and of students alone has no distance.
+      The method; it has no distance for the teacher and for students alone.
     """
     settings = problem.settings
     if name in ALONE:
@@ -77,17 +77,17 @@ def folder_of(out: Path, name: str, seed: int) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A network to train, and how.
+    """Describes one training of one network.
 
     Attributes:
-      name: "teacher", "student" or a method.
-      seed: seed of initialisation, order and augmentation.
+      name: name of the run: "teacher", "student" or a method.
+      seed: seed of initialization, order and augmentation.
       weight: lambda.
       epochs: number of epochs.
-      indices: indices of the training images that it sees.
-      identity: the settings that decide its result, as JSON values.
-      start: weights of a file that it starts from; None starts from fresh ones.
-      place: folder below that of the results; it names the lambda of a grid's run.
+      indices: indices of the run's training images.
+      identity: the settings that decide the result, as JSON values.
+      start: weights of a file that the network starts from; None uses random weights.
+      place: folder within the folder of results; contains the lambda of a grid's run.
     """
 
     name: str
@@ -100,12 +100,12 @@ class Run:
     place: str = ""
 
     def folder(self, out: Path) -> Path:
-        """Returns its folder."""
+        """Returns the run's folder."""
         return folder_of(out / self.place, self.name, self.seed)
 
     @property
     def label(self) -> str:
-        """Returns its name in messages."""
+        """Returns the run's name in messages."""
         if self.name == "teacher":
             return self.name
         lam = f" λ = {self.weight:g}" if self.place else ""
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Returns its name in tables."""
+        """Returns the run's name in tables."""
         return self.name if self.name in ALONE else methods.title(self.name)
 
 
@@ -124,7 +124,7 @@ def _identity(problem, name, start, **more):
         if model in decisive:
             decisive[f"{model}_source"] = models.source_digest(decisive[model])
     decisive["pretrained"] = start.sha256 if start else None
-    return json.loads(json.dumps({**decisive, **more}))  # as it is read back
+    return json.loads(json.dumps({**decisive, **more}))  # in the form that is read back
 
 
 def teacher_run(problem: Problem) -> Run:
@@ -180,9 +180,9 @@ def student_runs(
 def grid_runs(
     problem: Problem, teacher_digest: str | None, grid: Sequence[float]
 ) -> list[Run]:
-    """Returns the students of every lambda of a grid, each in a folder of its own.
+    """Returns the students of every lambda of a grid, each with its own folder.
 
-    Students of one distance follow each other: they share their compiled program.
+    Students of one distance follow each other, because they share a compiled program.
     """
     names = problem.settings.method.distances
     every = [
@@ -195,7 +195,7 @@ def grid_runs(
 
 
 def check_folder(run: Run, out: Path) -> None:
-    """Refuses a folder whose run was made by other settings."""
+    """Raises if the folder's run was made with other settings."""
     path = run.folder(out) / "run.json"
     if not path.exists():
         return
@@ -208,7 +208,7 @@ def check_folder(run: Run, out: Path) -> None:
             f"{path.parent} was trained on the batches of another seed by an earlier "
             "version; choose another --out, or delete that folder"
         )
-    # Folders of earlier versions lack settings that came later: they had the default.
+    # Folders of earlier versions lack later settings, which had their defaults.
     plain = json.loads(json.dumps(as_json(Settings())))
     for name, wanted in run.identity.items():
         if found.get(name, plain.get(name)) != wanted:

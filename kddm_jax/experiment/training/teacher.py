@@ -1,4 +1,4 @@
-"""Finds the teacher, a checkpoint that is given or a run of this command."""
+"""Finds the teacher, which is a given checkpoint or a run of this command."""
 
 import hashlib
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def _digest(variables):
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Finds a checkpoint in its own folder, a run's, or one of checkpoints."""
+    """Finds the checkpoint in a checkpoint's folder, a run's, or one of checkpoints."""
     found = checkpoint.find(path)
     if found is None:
         raise UserError(
@@ -45,13 +45,13 @@ def find_checkpoint(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of the teacher; its arrays are read and hashed once.
+    """Describes the origin of the teacher, whose arrays are read and hashed once.
 
     Attributes:
       problem: the data, the devices and the settings.
-      model: the network.
-      width: its width.
-      given: the checkpoint of ``--teacher``; None: a run of this command.
+      model: the teacher's network.
+      width: width of the network.
+      given: the checkpoint of ``--teacher``; None if this command trains the teacher.
     """
 
     problem: problems.Problem
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def trained(self) -> bool:
-        """Returns whether the teacher can be read from a whole checkpoint."""
+        """Returns whether there is a checkpoint of the fully trained teacher."""
         if self.given is not None or not self.finished:
             return self.given is not None
         return processes.first(self._complete)
@@ -96,12 +96,12 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """Hashes the variables: students of another teacher are other runs."""
+        """Hashes the variables, because students of another teacher are other runs."""
         return _digest(self.variables)
 
 
 def _check_converted(problem, path, meta):
-    """Checks converted weights, of which only the shapes are known, not the data."""
+    """Checks the shapes of converted weights, whose data set is not known."""
     for what, wanted in {
         "num_classes": problem.num_classes,
         "channels": problem.channels,

@@ -26,20 +26,20 @@ from kddm_jax.experiment.training.runs import (
 )
 from kddm_jax.networks.projectors import without_projectors
 
-LOOK_SECONDS = 0.1  # between looks at the steps: at each, they cost a small step 10 %
+LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 10 %
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained network that students follow.
+    """Contains a trained teacher.
 
     Attributes:
       model: the network.
-      width: its width.
-      variables: its variables, on the devices.
-      digest: digest of its arrays: students of another teacher are other runs.
-      accuracy: its accuracy on the evaluation images, in percent.
-      result: the result of its run; None for a given checkpoint.
+      width: width of the network.
+      variables: variables of the network, on the devices.
+      digest: digest of the variables; students of another teacher are other runs.
+      accuracy: accuracy on the evaluation images, in percent.
+      result: the result of the teacher's run; None for a given checkpoint.
     """
 
     model: models.Network
@@ -56,18 +56,18 @@ def most_steps_per_dispatch() -> int:
 
 
 def _steps_per_dispatch(steps):
-    """Returns the largest allowed divisor of an epoch's steps, for one program."""
+    """Returns the largest allowed divisor of ``steps``, to need only one program."""
     most = most_steps_per_dispatch()
     return max(k for k in range(1, most + 1) if steps % k == 0)
 
 
 def _on_views(problem, run):
-    """Returns whether a run sees fixed views; the teacher never does."""
+    """Returns whether a run uses fixed views; the teacher's run never does."""
     return problem.views is not None and run.name != "teacher"
 
 
 def _what_teaches(problem, run, method, teacher):
-    """Returns what the steps take from the teacher: nothing, variables, or outputs."""
+    """Returns the steps' argument for the teacher: None, variables, or outputs."""
     if run.name in ALONE:
         return None
     if not _on_views(problem, run):
@@ -81,7 +81,7 @@ def _what_teaches(problem, run, method, teacher):
 
 
 def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
-    """Returns the arrays, computed from the teacher, that a run's distance takes."""
+    """Returns the teacher's arrays that a run's distance needs."""
     if run.name in ALONE or not methods.needs_class_cost(run.name):
         return {}
     if problem.class_cost is None:
@@ -93,7 +93,7 @@ def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
 
 
 def _train_program(problem, run, method, model, teacher, tx, length):
-    """Compiles the steps; runs that differ in seed or lambda only share the program."""
+    """Compiles the steps; runs that differ only in seed or lambda share the program."""
     key = (run.name, run.epochs, length)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
@@ -127,7 +127,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
 
 
 def _epoch(problem, run, progress, program, fixed, length, report):
-    """Takes the remaining steps of an epoch; returns images per second."""
+    """Takes the remaining steps of an epoch and returns the images per second."""
     settings, epoch = problem.settings, progress.epoch
     began = looked = time.monotonic()
     counted, waiting = 0, []
@@ -157,21 +157,21 @@ def _epoch(problem, run, progress, program, fixed, length, report):
         progress.state, metrics = program(progress.state, taught, *inputs, computed)
         counted += length * settings.optimizer.batch_size
         waiting.append(metrics)
-        if progress.first_step is None:  # compiling is no part of the speed
+        if progress.first_step is None:  # the speed does not include compilation
             jax.block_until_ready(metrics)
             progress.first_step = time.monotonic() - progress.began
             began, counted = time.monotonic(), 0
         if watch.looks(time.monotonic() - looked >= LOOK_SECONDS):
-            look(waiting[:-1])  # not at the newest: the device never waits
+            look(waiting[:-1])  # without the newest, so that the device never waits
             del waiting[:-1]
             looked = time.monotonic()
         asked, due = watch.agree(
             signals.asked(), progress.due(settings.run.checkpoint_seconds)
         )
         if asked or due:
-            look(waiting)  # a checkpoint's state and tally are of one step
+            look(waiting)  # state and tally of a checkpoint must be of the same step
             waiting.clear()
-            if asked:  # of another process, maybe
+            if asked:  # another process may have had the signal
                 signals.ask()
             signals.check()
             if progress.taken < progress.steps:
@@ -197,7 +197,7 @@ def _begin(problem, run):
 
 
 def _fresh(problem, run, model, method, tx):
-    """Makes the state in which a run begins."""
+    """Makes the initial state of a run."""
     variables = (
         run.start.variables_of(run.seed) if run.start else problem.init(model, run.seed)
     )
@@ -208,7 +208,7 @@ def _fresh(problem, run, model, method, tx):
 
 
 def _about(problem, run):
-    """Returns what a checkpoint says about its run."""
+    """Returns the metadata of a run's checkpoints."""
     return {
         "run": run.identity,
         "num_classes": problem.num_classes,
@@ -217,7 +217,7 @@ def _about(problem, run):
 
 
 def _end_epoch(problem, model, variables, progress, lr, final):
-    """Closes an epoch, with an evaluation where one is due; returns its record."""
+    """Ends an epoch, with an evaluation if one is due, and returns its record."""
     epoch = progress.epoch + 1
     record = {
         "epoch": epoch,
@@ -247,23 +247,23 @@ def train(
       model: the network.
       teacher: the teacher; None trains by cross-entropy alone.
       report: called as ``report(run, epoch=, done=, total=, metrics=, speed=)``.
-      observe: called with the number of epochs done, 0 before the first step, and the
-        network's variables; not for a run that has ended before.
+      observe: called with the number of epochs done (0 before the first step) and the
+        network's variables.  It is not called for a run that has already finished.
 
     Returns:
       The run's result, as in its ``result.json``.
 
     Raises:
-      RunError: loss or gradient were not finite.
-      Terminated: SIGTERM came; there is a checkpoint of the newest step.
-      UserError: the folder's run was made by other settings.
+      RunError: loss or gradient was not finite.
+      Terminated: SIGTERM was received; there is a checkpoint of the newest step.
+      UserError: the folder's run was made with other settings.
       CheckpointError: checkpoints cannot be written, or all are damaged.
     """
     if finished := _begin(problem, run):
         return finished
     settings = problem.settings
 
-    # --- state: fresh, or that of the last checkpoint --------------------------
+    # --- state: initial, or that of the last checkpoint ------------------------
     steps = len(run.indices) // settings.optimizer.batch_size
     schedule = optimizers.make_schedule(settings.optimizer, steps, run.epochs)
     tx = optimizers.make_optimizer(settings.optimizer, schedule)
@@ -274,7 +274,7 @@ def train(
     progress.state = train_step.replicate(progress.state, problem.devices)
 
     # --- epochs ------------------------------------------------------------------
-    # From a checkpoint within an epoch on, dispatches must end with it, too.
+    # The number of steps in a dispatch must divide those before and after a checkpoint.
     length = _steps_per_dispatch(math.gcd(steps, progress.taken))
     program = _train_program(problem, run, method, model, teacher, tx, length)
     taught = _what_teaches(problem, run, method, teacher)
@@ -284,10 +284,10 @@ def train(
             observe(0, without_projectors(progress.state.variables))
         for epoch in range(progress.epoch, run.epochs):
             speed = _epoch(problem, run, progress, program, fixed, length, report)
-            speeds += [speed] if speed else []  # none of the step that compiles
+            speeds += [speed] if speed else []  # 0 if all of it was compilation
             final = epoch + 1 == run.epochs
             deployed = without_projectors(progress.state.variables)
-            observe(epoch + 1, deployed)  # before a checkpoint says that it is over
+            observe(epoch + 1, deployed)  # before a checkpoint records the epoch
             lr = float(np.asarray(schedule(epoch * steps)))
             record = _end_epoch(problem, model, deployed, progress, lr, final)
             report(

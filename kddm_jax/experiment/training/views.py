@@ -2,7 +2,7 @@
 
 Every training image gets V augmented copies, which are drawn once. Teacher and student
 see the same copy. The teacher's outputs are computed once and saved in the folder of
-the results, under the teacher's digest.
+results, under a name that depends on the teacher's digest.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ BATCH = 500
 
 @dataclass
 class Views:
-    """Fixed views of some training images.
+    """Contains fixed views of the students' training images.
 
     Attributes:
       settings: the settings of the command.
       images: all training images.
-      labels: theirs.
-      indices: those that students see.
+      labels: labels of the training images.
+      indices: indices of the images that students see.
     """
 
     settings: Settings
@@ -50,7 +50,7 @@ class Views:
 
     @cached_property
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """Draws the views, view v of image i at ``i V + v``, and their labels."""
+        """Draws the views and their labels; view v of image i is at ``i V + v``."""
         options = asdict(self.settings.augmentation)
 
         @jax.jit
@@ -70,7 +70,7 @@ class Views:
         return views, self.labels[repeated]
 
     def order(self, order: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Draws a view of each image of an epoch; returns indices among the views."""
+        """Draws a view of each image of an epoch and returns the views' indices."""
         position = np.zeros(len(self.images), np.int64)
         position[self.indices] = np.arange(len(self.indices))
         view = np.random.default_rng((seed, epoch, 1)).integers(
@@ -79,7 +79,7 @@ class Views:
         return (position[order] * self.count + view).astype(np.int32)
 
     def outputs(self, problem, teacher, layers: tuple[str, ...]):
-        """Computes the teacher's outputs on all views, or reads saved ones."""
+        """Computes the teacher's outputs on all views, or reads the saved outputs."""
         found: Any = processes.first(lambda: self._kept(problem, teacher, layers))
         logits, features = found.pop("logits"), found.pop("features")
         return adapters.Outputs(logits, features, found)
@@ -98,7 +98,7 @@ class Views:
         return found
 
     def _file(self, problem, teacher, layers) -> Path:
-        """Returns the file of the outputs, named by a hash of all that decides them."""
+        """Returns the outputs' file, named by a hash of everything they depend on."""
         options = asdict(self.settings.augmentation)
         made = {
             **options,
@@ -121,7 +121,7 @@ class Views:
             outputs, _ = apply(variables, jax.vmap(normal)(images), train=False)
             maps = {name: outputs.maps[name] for name in layers}
             found = {"logits": outputs.logits, "features": outputs.features, **maps}
-            # NumPy's files do not know bfloat16.
+            # NumPy's files do not support bfloat16.
             return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 
         variables, (images, _) = jax.device_get(teacher.variables), self.pair
