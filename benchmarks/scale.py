@@ -36,7 +36,7 @@ def measure(name: str, n: int, classes: int, args) -> dict[str, object]:
     batch = distances.make_batch(n, args.d, "unrelated", classes)
     programs = distances.Programs(name)
     try:
-        made = programs.make(batch, classes)
+        made = programs.make(batch)
     except ValueError as error:  # linear_projection at n <= d + 1
         return {**found, "note": "n ≤ d + 1" if "n > d" in str(error) else str(error)}
     arrays, taken = programs.arrays(batch), []
