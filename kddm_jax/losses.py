@@ -339,7 +339,8 @@ def _check_arrays(student_logits, labels, mask, num_classes):
     n, k = student_logits.shape
     mask, labels = masks.check_mask(mask, n), jnp.asarray(labels)
     if is_soft(labels):
-        (labels,) = masks.zeroed(mask, check_targets(labels, n, k))
+        kept = masks.zeroed(mask, labels)[0] if len(labels) == n else labels
+        labels = check_targets(kept, n, k)
     else:
         labels = with_mask(labels, mask)
         check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
@@ -452,8 +453,7 @@ def distill_loss(
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
     labels, mask = _check_arrays(student_logits, labels, mask, num_classes)
-    (student_logits,) = masks.zeroed(mask, student_logits)
-    n = student_logits.shape[0]
+    (student_logits,), n = masks.zeroed(mask, student_logits), len(student_logits)
     soft = {"targets": labels} if is_soft(labels) else {}
     labels = class_labels(labels)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax.losses import NOTHING, distill_loss
@@ -122,8 +123,13 @@ def seen(
       mask: as in `distill_loss`; where it is zero, the arrays are zero.
     """
     every = taught.values() if isinstance(taught, Mapping) else [taught]
-    outputs = [(layers.get("features"), logits) for layers, logits in every]
-    arrays = jax.tree.leaves(outputs)
+    arrays = []
+    for layers, logits in every:
+        if logits is not None:  # a logit of minus infinity leaves a class out
+            arrays.append(jnp.where(logits == -jnp.inf, 0, logits))
+        of_maps_alone = logits is None and "features" not in layers
+        names = layers if of_maps_alone else {"features"} & {*layers}
+        arrays += [layers[name] for name in names]
     return masks.zeroed(masks.check_mask(mask, len(arrays[0])), *arrays)
 
 

@@ -1,11 +1,12 @@
 """Several teachers in one step: the sum of their losses, with one task."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_train_step as steps
 
-from kddm_jax import Term
+from kddm_jax import Term, teachers
 from kddm_jax.teachers import check_teachers
 
 APPLY = steps.TEACHER_APPLY
@@ -94,3 +95,25 @@ def test_arguments_of_the_step_are_checked():
         take(TEACHERS, TERMS, {"one": steps.TEACHER})
     with pytest.raises(ValueError, match="teacher_data has 'class_cost', which is no"):
         take(TEACHERS, TERMS, VARIABLES, data={"class_cost": np.zeros((4, 4))})
+
+
+@pytest.mark.parametrize(
+    ("features", "logits", "finite"),
+    [
+        (None, 1.0, True),
+        (None, -np.inf, True),
+        (1.0, np.nan, False),
+        (np.nan, 1.0, False),
+    ],
+)
+def test_seen_are_features_and_logits(features, logits, finite):
+    """A logit of minus infinity leaves a class out; a row without a sample is zero."""
+    layers = {} if features is None else {"features": jnp.full((2, 3), features)}
+    taught = layers, jnp.array([[1.0, logits], [np.nan, np.nan]])
+    found = teachers.seen(taught, jnp.array([1, 0]))
+    assert all(np.isfinite(a).all() for a in found) == finite
+
+
+def test_seen_of_a_teacher_without_logits_are_its_maps():
+    (found,) = teachers.seen(({"map": jnp.ones((2, 1, 1, 3))}, None), None)
+    assert found.shape == (2, 1, 1, 3)
