@@ -8,23 +8,17 @@ under jit, grad, vmap, pmap and shard_map.  The teacher gets no gradient.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from kddm_jax.distances import (
     Distance,
-    Options,
-    callable_name,
     get_distance,
-    hashable_options,
 )
 from kddm_jax.numerics import masks
-from kddm_jax.numerics.checks import check_choice, check_labels, check_number
+from kddm_jax.numerics.checks import check_labels, check_number
 from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import (
     gather,
@@ -35,153 +29,21 @@ from kddm_jax.numerics.devices import (
 )
 from kddm_jax.numerics.linalg import constant
 from kddm_jax.numerics.normalization import check_normalization, normalize
-from kddm_jax.numerics.positions import POSITIONS, as_matrices
+from kddm_jax.numerics.positions import as_matrices
 from kddm_jax.numerics.targets import (
     check_targets,
     class_labels,
     cross_entropy,
     is_soft,
 )
+from kddm_jax.terms import Term, as_terms, check_options, lambda_of, term_name
 
 Features = jax.Array | Mapping[str, jax.Array]
 NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Term:
-    """Describes one distance in the loss, between a student and a teacher layer.
-
-    Terms are hashable.
-
-    Attributes:
-      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
-      weight: number ``>= 0`` that multiplies this distance; lambda then multiplies the
-        sum of all terms.
-      layers: ``(student_layer, teacher_layer)``, the layers to compare if features are
-        mappings from layer name to array.  None compares ``"features"`` of both
-        networks.  Distances of predictions do not need layers.
-      options: keyword arguments of the distance, as a mapping; stored as sorted pairs.
-      name: name of this term in the dict that `distill_loss` returns; None uses the key
-        of the distance or the function's name.
-      positions: how a distance of features treats maps ``[n, h, w, c]`` or tokens ``[n,
-        t, c]``.  ``"pool"`` averages them over positions.  ``"each"`` makes every
-        position a sample with the label of its image; the larger map is first
-        average-pooled to the grid of the smaller one.
-      normalization: normalization for this term only, as in `distill_loss`; None uses
-        the one given to `distill_loss`.
-
-    Raises:
-      ValueError: the weight is not a number ``>= 0``, an option is an array, a choice
-        is unknown, or a distance without features has a normalization.
-
-    Examples:
-      >>> Term("w2", weight=0.5, options={"solver": "exact"}).options
-      (('solver', 'exact'),)
-    """
-
-    distance: str | Distance | Callable[..., jax.Array]
-    _: KW_ONLY
-    weight: float = 1.0
-    layers: tuple[str, str] | None = None
-    options: Options = ()
-    name: str | None = None
-    positions: str = "pool"
-    normalization: str | None = None
-
-    def __post_init__(self):
-        """Checks everything that does not depend on arrays."""
-        object.__setattr__(self, "options", hashable_options(self.options))
-        object.__setattr__(self, "layers", self.layers and tuple(self.layers))
-        name = _term_name(self)
-        if isinstance(self.weight, Tracer):
-            raise ValueError(
-                f"weight of {name} is traced, but a Term is a constant of the program; "
-                "pass a number, and trace lambda: distill_loss(..., weight=...)"
-            )
-        check_number(f"weight of {name}", self.weight, positive=False)
-        object.__setattr__(self, "weight", float(self.weight))
-        check_choice("positions", self.positions, POSITIONS)
-        check_normalization(self.normalization)
-        row = get_distance(self.distance)
-        if self.normalization is not None and "features" not in row.inputs:
-            raise ValueError(
-                f"normalization={self.normalization!r} is for distances of features, "
-                f"but {name} compares {row.inputs[0]}; leave it out"
-            )
-
-
-def _term_name(term):
-    if term.name is not None:
-        return term.name
-    if isinstance(term.distance, str):
-        name = term.distance
-    else:
-        fn = term.distance.fn if isinstance(term.distance, Distance) else term.distance
-        name = callable_name(fn)
-    return name if term.layers is None else f"{name}@{term.layers[0]}"
-
-
-def _is_one(distance):
-    """Returns whether this is a single distance rather than Terms."""
-    return isinstance(distance, str | Distance) or callable(distance)
-
-
-def _as_terms(distance):
-    """Turns one distance, one Term or a sequence of Terms into a tuple of Terms."""
-    if isinstance(distance, Term):
-        terms = (distance,)
-    elif isinstance(distance, Sequence) and not isinstance(distance, str):
-        terms = tuple(distance)
-    else:
-        terms = (Term(distance),)
-    for term in terms:
-        if not isinstance(term, Term):
-            raise ValueError(
-                "a sequence of distances must hold Terms, got "
-                f"{type(term).__name__}; write Term({term!r}, weight=...)"
-            )
-    names = [_term_name(term) for term in terms]
-    if len(set(names)) < len(names):
-        raise ValueError(f"terms must have different names, got {', '.join(names)}")
-    for name in names:
-        if name == "task" or "/" in name:
-            raise ValueError(
-                f'a term cannot be named {name!r}: "task" is the cross-entropy and '
-                '"/" marks diagnostics; give it another name'
-            )
-    return terms
-
-
-def _lambda(weight, distance, normalization):
-    """Returns lambda, by default 1 for Terms or the catalogue's for one distance."""
-    if weight is not None:
-        check_number("weight", weight, positive=False)
-        return weight
-    if not _is_one(distance):
-        return 1.0
-    row = get_distance(distance)
-    if normalization not in row.weights:
-        known = [f"normalization={name!r}" for name in row.weights]
-        raise ValueError(
-            f"weight is None, but {row.title or callable_name(row.fn)} has no default "
-            f"weight with normalization={normalization!r}"
-            + (f", only with {', '.join(known)}" if known else "")
-            + "; pass a number, weight=..."
-        )
-    return row.weights[normalization]
-
-
-def _check_options(distance, options):
-    """Rejects options given together with Terms, and arrays other than scalars."""
-    if options and not _is_one(distance):
-        raise ValueError(
-            f"got the option {', '.join(options)}, but Terms have options of their "
-            "own; write Term(..., options={...})"
-        )
-    hashable_options({name: o for name, o in options.items() if np.ndim(o)})
-
-
 DEFAULT_LAYER = "features"
+OF_SAMPLES = ("features", "maps", "logits", "labels")  # inputs with a row per sample
 
 
 def _compared(features, terms, side, n):
@@ -244,6 +106,11 @@ def _arguments(row, term, batch, whole, normalization):
     known = {"maps": pair}
     if "features" in row.inputs:
         known["features"], labels = _features(term, batch, whole, normalization)
+        if "logits" in row.inputs and len(labels) != len(batch["labels"]):
+            raise ValueError(
+                f'positions="each" gives {term_name(term)!r} several features for '
+                'each prediction; use positions="pool"'
+            )
     known["logits"] = [batch["student_logits"], batch["teacher_logits"]]
     known["labels"], known["key"] = [labels], [batch["key"]]
     arguments = []
@@ -252,7 +119,7 @@ def _arguments(row, term, batch, whole, normalization):
         if any(array is None for array in arrays):
             missing = {"logits": "teacher_logits", "key": "key=jax.random.key(...)"}
             missing = missing.get(kind, f"teacher_data={{{kind!r}: ...}}")
-            raise ValueError(f"distance {_term_name(term)!r} needs {missing}, got None")
+            raise ValueError(f"distance {term_name(term)!r} needs {missing}, got None")
         arguments += arrays
     return arguments
 
@@ -262,7 +129,7 @@ def _options(row, term, given, num_classes):
     options = {**dict(row.options), **dict(term.options), **given}
     if wrong := [name for name in options if name in row.inputs]:
         raise ValueError(
-            f"{wrong[0]} of distance {_term_name(term)!r} is an array, not an option; "
+            f"{wrong[0]} of distance {term_name(term)!r} is an array, not an option; "
             f"pass it as teacher_data={{{wrong[0]!r}: ...}}"
         )
     known = inspect.signature(row.fn).parameters
@@ -270,10 +137,11 @@ def _options(row, term, given, num_classes):
         options.setdefault("num_classes", num_classes)
     needed = [p.name for p in known.values() if p.kind is p.KEYWORD_ONLY]
     needed = [name for name in needed if known[name].default is inspect.Parameter.empty]
-    missing = [name for name in needed if name not in options]
+    # `_masked` passes the mask.
+    missing = [name for name in needed if name not in (*options, "mask")]
     if missing:
         raise ValueError(
-            f"distance {_term_name(term)!r} needs the option {', '.join(missing)}; "
+            f"distance {term_name(term)!r} needs the option {', '.join(missing)}; "
             "pass it as a keyword, or in Term(..., options={...})"
         )
     return options
@@ -281,15 +149,20 @@ def _options(row, term, given, num_classes):
 
 def _masked(row, term, mask, arrays):
     """Returns the keyword argument ``mask``, or ``{}`` if there is no mask."""
-    if mask is None:
-        return {}
     known = inspect.signature(row.fn).parameters.values()
+    if mask is None:
+        needed = any(p.name == "mask" and p.default is p.empty for p in known)
+        return {"mask": None} if needed else {}
     if not any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in known):
         raise ValueError(
-            f"distance {_term_name(term)!r} does not take a mask; give it a keyword "
+            f"distance {term_name(term)!r} does not take a mask; give it a keyword "
             "argument mask, shape [n], zero for no sample, or leave mask out"
         )
-    return {"mask": _repeated(mask, arrays)}
+    samples = [i for i, kind in enumerate(row.inputs) if kind in OF_SAMPLES]
+    if not samples:
+        return {"mask": mask}
+    # Whatever comes before the first array of samples is one array for each name.
+    return {"mask": _repeated(mask, arrays[samples[0] :])}
 
 
 def _check_scalar(name, value):
@@ -307,14 +180,14 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     local_only = axis_name is not None and row.per_sample
     batch = local if local_only else gathered
     chosen = term.normalization or normalization
-    row.check_normalization(_term_name(term), chosen, options)
+    row.check_normalization(term_name(term), chosen, options)
     arrays = _arguments(row, term, batch, gathered, normalization)
     options = {**options, **_masked(row, term, batch["mask"], arrays)}
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
         value, stats = row.diagnose(*arrays, **options)
-    _check_scalar(f"distance {_term_name(term)!r}", value)
+    _check_scalar(f"distance {term_name(term)!r}", value)
     if local_only:
         labelled = "labels" in row.inputs
         count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
@@ -324,7 +197,11 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     if groups is not None:
         # Every device has its group's value, so the mean over devices is the mean over
         # groups.  The same is true of the gradients, which the caller averages.
-        value = jax.lax.pmean(value, axis_name)
+        if gathered["mask"] is None:
+            value = jax.lax.pmean(value, axis_name)
+        else:  # a group without samples has no part
+            present = jnp.any(gathered["mask"])
+            value = mean_over_images(value, present, axis_name, None)
     if local_only or groups is not None:
         stats = worst(stats, axis_name)
     return value, stats
@@ -446,10 +323,10 @@ def distill_loss(
       (Array(2.0986, dtype=float32), Array(1.0986, dtype=float32),
        Array(2., dtype=float32))
     """
-    terms = _as_terms(distance)
-    _check_options(distance, options)
+    terms = as_terms(distance)
+    check_options(distance, options)
     check_normalization(normalization)
-    lam = _lambda(weight, distance, normalization)
+    lam = lambda_of(weight, distance, normalization)
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
     labels, mask = _check_arrays(student_logits, labels, mask, num_classes)
@@ -482,7 +359,7 @@ def distill_loss(
     _check_scalar("task", value)
     loss, results, weighted = task_weight * value, {"task": value}, []
     for term in terms:
-        row, name = get_distance(term.distance), _term_name(term)
+        row, name = get_distance(term.distance), term_name(term)
         value, stats = _evaluate(
             term,
             {**local, **alike},

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.losses import get_distance
+from kddm_jax.distances import get_distance
 
 
 def assert_distance_gradients(

@@ -283,17 +283,26 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
 
     Args:
       step: a step from `make_train_step`.
-      known: whether the step's teacher is `known_outputs`.  ``f`` then takes the
-        teacher's outputs on all images as ``teacher_variables``.
+      known: whether the step's teacher is `known_outputs` (of several teachers, all of
+        them).  ``f`` then takes the teacher's outputs on all images as
+        ``teacher_variables``.
 
     Returns:
-      ``f(state, teacher_variables, images, labels, indices, teacher_data={}) ->
-      (state, metrics)``.  Images are uint8 ``[n, h, w, c]`` and labels ``[n]``, both of
-      the whole data set; ``indices`` ``[steps, b]`` are this device's share of each
-      batch.  Metrics have a leading axis of steps.
+      ``f(state, teacher_variables, images, labels, indices, teacher_data={},
+      mask=None) -> (state, metrics)``.  Images are uint8 ``[n, h, w, c]``, labels and
+      mask ``[n]``, all of the whole data set; ``indices`` ``[steps, b]`` are this
+      device's share of each batch.  Metrics have a leading axis of steps.
     """
 
-    def scanned(state, teacher_variables, images, labels, indices, *teacher_data):
+    def scanned(
+        state,
+        teacher_variables,
+        images,
+        labels,
+        indices,
+        teacher_data=NOTHING,
+        mask=None,
+    ):
         def body(state, index):
             # Without the barrier XLA:CPU repeats the lookup in every consumer.
             lookup = lambda table: jax.tree.map(lambda array: array[index], table)
@@ -304,7 +313,8 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
                 batch, teacher = jax.lax.optimization_barrier((batch, teacher))
             else:
                 batch = jax.lax.optimization_barrier(batch)
-            return step(state, teacher, *batch, *teacher_data)
+            own_mask = None if mask is None else jnp.asarray(mask)[index]
+            return step(state, teacher, *batch, teacher_data, own_mask)
 
         if indices.shape[0] > 1:
             return jax.lax.scan(body, state, indices)

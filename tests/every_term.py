@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax import DISTANCES, Term, distill_loss
-from kddm_jax.losses import get_distance
+from kddm_jax.distances import get_distance
 
 N, D, K = 16, 6, helpers.NUM_CLASSES
 BATCH = helpers.make_batch(N, D).map(np.float32)

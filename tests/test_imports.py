@@ -22,7 +22,7 @@ OUTSIDE = ("experiments", "benchmarks", "examples", "tests")
 # What is on the right of "<" may import what is on its left.  Parts of the package are
 # its files and folders; inside experiment, what has no name here is a command.
 RULES = """
-numerics < families < distances < losses < teachers < train_step
+numerics < families < distances < terms < losses < teachers < train_step
 losses < testing
 numerics < quality
 numerics < adapters < resnet < networks

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
-from kddm_jax.distances import paired_l2, wasserstein
-from kddm_jax.losses import cross_entropy, get_distance
+from kddm_jax.distances import get_distance, paired_l2, wasserstein
+from kddm_jax.losses import cross_entropy
 from kddm_jax.numerics.normalization import NORMALIZATIONS, normalize, teacher_factor
 
 N, D, K = 16, 6, helpers.NUM_CLASSES
@@ -950,6 +950,13 @@ def test_messages(name):
 def test_messages_of_a_term(options, message):
     with pytest.raises(ValueError, match=message):
         Term("l2", **options)
+
+
+def test_predictions_are_not_compared_position_by_position():
+    maps = np.ones((N, 2, 2, D), np.float32)
+    term = Term("jw2", layers=("map", "map"), positions="each")
+    with pytest.raises(ValueError, match="several features for each prediction; use"):
+        simple({"map": maps}, {"map": maps}, t=BATCH.logits_y, distance=term)
 
 
 def test_the_weight_of_a_term_is_not_traced():

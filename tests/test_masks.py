@@ -14,7 +14,7 @@ import pytest
 from helpers import FLOATS, arguments, bound, float_arguments, make_batch, names
 from test_hostile import VARIANTS
 
-from kddm_jax import DISTANCES, Term, distill_loss
+from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.distances import paired_l2
 from kddm_jax.losses import cross_entropy
 
@@ -321,6 +321,44 @@ def test_a_distance_of_one_s_own_takes_the_mask():
     assert masked_loss(mine, mask=None)[0] == masked_loss("l2", mask=None)[0]
     with pytest.raises(ValueError, match="'<lambda>' does not take a mask; give it a"):
         masked_loss(lambda x, y: jnp.sum(x - y))
+
+
+def test_a_mask_reaches_a_distance_that_takes_other_arrays_first():
+    bank = jnp.ones((N // 2, D))
+
+    def banked(bank, x, y, *, mask):  # required: without a mask it is None
+        return paired_l2(x, y, mask=mask) + 0 * jnp.sum(bank)
+
+    row = Distance(banked, inputs=("bank", "features"))
+    for mask in (MASK, None):
+        found, _ = masked_loss(row, mask=mask, teacher_data={"bank": bank})
+        assert found == masked_loss("l2", mask=mask)[0]
+
+
+def test_a_group_of_devices_without_samples_has_no_part():
+    """The loss does not depend on where the padding lies."""
+    batch, half = as_arrays(make_batch(N, D)), np.arange(N) < N // 2
+    arrays = batch.x, batch.y, batch.labels, batch.logits_x
+
+    def loss(x, arrays, mask, **options):
+        options |= {"distance": "mmd_rbf", "weight": 1.0, "task_weight": 0.0}
+        return distill_loss(x, *arrays, mask=mask, **options)[0]
+
+    def on_device(arrays, mask):
+        x, *others = arrays
+        options = {"axis_name": "batch", "group_size": 1}
+        value, grad = jax.value_and_grad(loss)(x, others, mask, **options)
+        return value, grad
+
+    split = lambda z: np.asarray(z).reshape(2, N // 2, *np.shape(z)[1:])
+    shares = jax.tree.map(split, arrays)
+    value, grads = jax.pmap(on_device, axis_name="batch")(shares, split(half))
+    cut = [z[half] for z in arrays]
+    expected, slope = jax.value_and_grad(loss)(cut[0], cut[1:], None)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # Every device differentiates the global loss: their mean is the gradient.
+    np.testing.assert_allclose(grads[0] / 2, slope, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(grads[1], 0)
 
 
 @pytest.mark.parametrize(

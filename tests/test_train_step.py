@@ -763,6 +763,11 @@ def test_padded_images_of_a_mask_have_no_part():
         state, teacher, images, np.where(mask, LABELS, 77), {}, mask.astype(np.float32)
     )
     assert metrics["teacher_finite"]
+    backwards = np.arange(N)[::-1][None]
+    scanned, _ = jax.jit(scan_steps(step))(
+        state, teacher, images, np.where(mask, LABELS, 77), backwards, {}, mask
+    )
+    assert_close(scanned.params, new.params, tolerance=1e-4)
     cut, expected = step(state, teacher, IMAGES[mask], LABELS[mask])
     assert_close(metrics, expected, tolerance=1e-4)
     assert_close(new.params, cut.params, tolerance=1e-4)

@@ -12,6 +12,7 @@ from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.settings import Settings, as_json
+from kddm_jax.experiment.training import models
 
 
 def run_all(settings: Settings, console: Console) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _summary(opened, results, seconds):
         "settings": as_json(problem.settings),
         "eval_images": len(problem.parts.eval_labels),
         "teacher": {
-            "model": type(teacher.model).__name__,
+            "model": models.name_of(teacher.model),
             "width": teacher.width,
             "accuracy": teacher.accuracy,
             "best_accuracy": trained and trained["best_accuracy"],

@@ -9,12 +9,14 @@ deployment.
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kddm_jax.adapters import Outputs
+from kddm_jax.numerics.batches import layers_of
 from kddm_jax.numerics.checks import as_float
 from kddm_jax.numerics.pooling import average_pool
 
@@ -124,24 +126,6 @@ PROJECTORS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
 )
 
 
-class ProjectedOutputs(NamedTuple):
-    """Contains a network's outputs with some of its layers projected.
-
-    Attributes:
-      logits: logits of the network, shape ``[b, k]``.
-      features: pooled features, projected if "features" has a projector.
-      maps: layers by name, projected if they have a projector.
-    """
-
-    logits: jax.Array
-    features: jax.Array
-    maps: dict[str, jax.Array]
-
-
-def _layers(outputs):
-    return {"features": outputs.features, **outputs.maps}
-
-
 def _find(layers, name):
     if name not in layers:
         raise ValueError(
@@ -217,7 +201,7 @@ def without_projectors(variables: Variables) -> dict[str, Any]:
 def projected_apply(
     apply: Callable[..., tuple[Any, Variables]],
     projectors: Mapping[str, nn.Module],
-) -> Callable[..., tuple[ProjectedOutputs, Variables]]:
+) -> Callable[..., tuple[Outputs, Variables]]:
     """Makes an apply function of the student that returns projected layers.
 
     Args:
@@ -227,7 +211,7 @@ def projected_apply(
 
     Returns:
       An apply function that takes variables from `add_projectors` and returns
-      `ProjectedOutputs`.
+      `adapters.Outputs`, in which layers that have a projector are projected.
 
     Raises:
       ValueError: the network does not have a layer of ``projectors`` (when called).
@@ -237,7 +221,7 @@ def projected_apply(
     def projected(variables, images, *, train, **rngs):
         own = without_projectors(variables)
         outputs, stats = apply(own, images, train=train, **rngs)
-        layers, learned = _layers(outputs), {}
+        layers, learned = layers_of(outputs), {}
         own = {kind: tree.get(NAME, {}) for kind, tree in variables.items()}
         for name, projector in projectors.items():
             mine = {kind: tree[name] for kind, tree in own.items() if name in tree}
@@ -246,10 +230,10 @@ def projected_apply(
             )
             if "batch_stats" in updated:
                 learned[name] = updated["batch_stats"]
-        features = layers.pop("features")
+        features: Any = layers.pop("features", None)
         new = learned if train else own.get("batch_stats", {})
         return (
-            ProjectedOutputs(outputs.logits, features, layers),
+            Outputs(outputs.logits, features, layers),
             {**stats, NAME: new},
         )
 

@@ -220,6 +220,6 @@ def check_labels(
     if largest >= num_classes:
         raise ValueError(
             f"labels must lie below num_classes={num_classes}, got {largest}; "
-            "raise num_classes or correct the labels"
+            "correct the labels, or give the network a logit for each class"
         )
     return labels

@@ -89,6 +89,28 @@ def test_features_alone():
     np.testing.assert_allclose(loss - values["task"], 2.0 * expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("line", "who", "message"),
+    [
+        (("--distances", "nst"), "student", "compares maps, but the student has none"),
+        (("--distances", "nst"), "teacher", "compares maps, but the teacher has none"),
+        (("--layers", "a:p", "a:q"), None, "names the student's layer 'a' twice"),
+    ],
+)
+def test_mistakes_about_layers(line, who, message):
+    bare = lambda shapes, name: {**shapes, "maps": {}} if name == who else shapes
+    shapes = bare(STUDENT, "student"), bare(TEACHER, "teacher")
+    settings = parse(["--dataset", "digits", "--distances", "l2", *line])
+    with pytest.raises(UserError, match=message):
+        methods.make(settings, settings.method.distances[0], *shapes)
+
+
+def test_features_alone_needs_maps_of_the_student():
+    settings = parse(["--distances", "feature_only", "--projector", "conv"])
+    with pytest.raises(UserError, match="the student has no maps; name the pairs by"):
+        methods.check_choice_of_layers(settings, {**STUDENT, "maps": {}}, TEACHER)
+
+
 def test_dense_projector_of_maps_is_that_of_every_position():
     line = ("--layers", "a:p", "features:features", "--projector", "dense")
     method = make(*line, "--distances", "l2")
@@ -98,10 +120,12 @@ def test_dense_projector_of_maps_is_that_of_every_position():
 
 def test_head_is_a_module_of_the_student():
     line = ("--layers", "a:p", "--projector", "conv")
-    with pytest.raises(UserError, match="--head nothing: .* body, top, fc"):
+    with pytest.raises(UserError, match="no module nothing; .*--head, .* top, fc"):
         make(*line, "--head", "nothing", name="feature_only")
     for student, head in {"ViT": "heads_head", "MobileNetV2": "classifier_1"}.items():
-        with pytest.raises(UserError, match=f"--head {head}: "):  # not in these shapes
+        with pytest.raises(
+            UserError, match=f"no module {head}; "
+        ):  # not in these shapes
             make("--student-model", student, *line, name="feature_only")
 
 
@@ -109,7 +133,10 @@ def test_head_is_a_module_of_the_student():
     ("line", "parts"),
     [
         ((), ["widths [3, 5, 6, 12]", "--projector conv"]),
-        (("--projector", "conv", "--head", "x"), ["--head x"]),
+        (
+            ("--projector", "conv", "--head", "x"),
+            ["no module x; name its head by --head"],
+        ),
     ],
 )
 def test_choice_of_layers_is_checked_before_there_is_a_teacher(line, parts):

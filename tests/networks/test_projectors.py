@@ -1,5 +1,6 @@
 """Projectors: what they compute; that they train with the student and stay apart."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import chex
@@ -162,6 +163,19 @@ def test_projectors_train_with_the_student(student):
     }
     statistics = state.batch_stats["projectors"]["map"]["bn1"]
     assert np.any(np.asarray(statistics["var"]) != 1)
+
+
+def test_a_student_without_maps_has_its_features_projected():
+    bare = lambda variables, images, *, train: (
+        SimpleNamespace(logits=images, features=images),
+        {},
+    )
+    projectors = {"features": PROJECTORS["dense"](5)}
+    own = init_projectors(jax.random.key(0), projectors, {"features": jnp.ones((2, 3))})
+    variables = add_projectors({"params": {}}, own)
+    apply = projected_apply(bare, projectors)
+    outputs, _ = apply(variables, jnp.ones((2, 3)), train=False)
+    assert (outputs.features.shape, outputs.maps) == ((2, 5), {})
 
 
 def test_projector_of_no_layer_is_refused(student):

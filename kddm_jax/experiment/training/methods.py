@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
+from kddm_jax.distances import get_distance
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, change
 from kddm_jax.experiment.training import models
-from kddm_jax.losses import get_distance
 from kddm_jax.networks.projectors import (
     PROJECTORS,
     add_projectors,
@@ -122,6 +122,11 @@ def pairs(settings: Settings) -> list[tuple[str, str, float]]:
                 f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
                 "such as stage4_block2:stage4_block3:0.5"
             )
+        if student in (pair[0] for pair in found):
+            raise UserError(
+                f"--layers names the student's layer {student!r} twice; name one "
+                "teacher's layer for each"
+            )
         found.append((student, teacher, number))
     return found
 
@@ -193,6 +198,12 @@ def make(
     options = {"normalization": settings.method.normalization}
     layered = {"features", "maps"} & set(row.inputs)
     if not chosen and "maps" in row.inputs:  # the last maps of both networks
+        for who, shapes in (("student", student), ("teacher", teacher)):
+            if not shapes["maps"]:
+                raise UserError(
+                    f"distance {name} compares maps, but the {who} has none; choose a "
+                    "distance of features, or return maps"
+                )
         chosen = [(list(student["maps"])[-1], list(teacher["maps"])[-1], 1.0)]
     if not layered or not (chosen or settings.method.projector):
         return Method(_named(row, name), options)
@@ -232,8 +243,8 @@ def _feature_only(settings, student, teacher):
     head = settings.method.head or HEADS.get(settings.networks.student_model, ("fc",))
     if missing := sorted(set(head) - set(student["modules"])):
         raise UserError(
-            f"--head {' '.join(missing)}: the student's modules are "
-            f"{', '.join(student['modules'])}"
+            f"feature_only: the student has no module {', '.join(missing)}; name its "
+            f"head by --head, among {', '.join(student['modules'])}"
         )
     return Method(terms, {}, projectors, head=tuple(head))
 
@@ -251,6 +262,11 @@ def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
 def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
     """Checks before training that any choice of layers by quality will work."""
     own, known = student_layers(settings, student), teacher["maps"]
+    if not own:
+        raise UserError(
+            "feature_only: the student has no maps; name the pairs by --layers, such "
+            "as features:features"
+        )
     if len(known) < len(own):
         raise UserError(
             f"feature_only: the teacher has {len(known)} layers, the student follows "

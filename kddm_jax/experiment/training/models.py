@@ -96,6 +96,12 @@ class NNXNetwork:
 Network = nn.Module | NNXNetwork
 
 
+def name_of(model: Network) -> str:
+    """Returns the name of a network's class, or of the function that makes it."""
+    made = model.make if isinstance(model, NNXNetwork) else type(model)
+    return getattr(made, "__name__", type(made).__name__)
+
+
 def network_apply(model: Network) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
     """Turns a network into the apply function that the train step takes."""
     if not isinstance(model, NNXNetwork):
@@ -189,6 +195,7 @@ def shapes(name: str, model: Network, image: tuple[int, ...], batch: int):
     except (TypeError, ValueError, AttributeError) as error:
         text = str(error).splitlines()[0]
         raise UserError(
-            f"model {name!r} on images {list(image)}: {text}; it must take (images, "
-            "train=...) and give logits, features and maps"
+            f"model {name!r} on images {list(image)}: {text}; it must take "
+            f"{'(images)' if isinstance(model, NNXNetwork) else '(images, train=...)'} "
+            "and return logits, features and maps"
         ) from error

@@ -86,7 +86,7 @@ def load(option: str, path: Path, model: models.Network, channels: int) -> Pretr
     """
     if not isinstance(model, resnet.ResNet):
         raise UserError(
-            f"{option} {path} is for a ResNet, this run has {type(model).__name__}; "
+            f"{option} {path} is for a ResNet, this run has {models.name_of(model)}; "
             "leave it out, or choose a ResNet"
         )
     if path.is_dir():

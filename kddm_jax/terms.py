@@ -1,0 +1,159 @@
+"""The terms of a loss: one distance between one pair of layers each, and their weights.
+
+`losses.distill_loss` takes one distance, one `Term` or a sequence of them as
+``distance``; here it becomes a tuple of Terms, its lambda and its options are checked.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from kddm_jax.distances import (
+    Distance,
+    Options,
+    callable_name,
+    get_distance,
+    hashable_options,
+)
+from kddm_jax.numerics.checks import check_choice, check_number
+from kddm_jax.numerics.normalization import check_normalization
+from kddm_jax.numerics.positions import POSITIONS
+
+
+@dataclass(frozen=True)
+class Term:
+    """Describes one distance in the loss, between a student and a teacher layer.
+
+    Terms are hashable.
+
+    Attributes:
+      distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
+      weight: number ``>= 0`` that multiplies this distance; lambda then multiplies the
+        sum of all terms.
+      layers: ``(student_layer, teacher_layer)``, the layers to compare if features are
+        mappings from layer name to array.  None compares ``"features"`` of both
+        networks.  Distances of predictions do not need layers.
+      options: keyword arguments of the distance, as a mapping; stored as sorted pairs.
+      name: name of this term in the dict that `distill_loss` returns; None uses the key
+        of the distance or the function's name.
+      positions: how a distance of features treats maps ``[n, h, w, c]`` or tokens ``[n,
+        t, c]``.  ``"pool"`` averages them over positions.  ``"each"`` makes every
+        position a sample with the label of its image; the larger map is first
+        average-pooled to the grid of the smaller one.
+      normalization: normalization for this term only, as in `distill_loss`; None uses
+        the one given to `distill_loss`.
+
+    Raises:
+      ValueError: the weight is not a number ``>= 0``, an option is an array, a choice
+        is unknown, or a distance without features has a normalization.
+
+    Examples:
+      >>> Term("w2", weight=0.5, options={"solver": "exact"}).options
+      (('solver', 'exact'),)
+    """
+
+    distance: str | Distance | Callable[..., jax.Array]
+    _: KW_ONLY
+    weight: float = 1.0
+    layers: tuple[str, str] | None = None
+    options: Options = ()
+    name: str | None = None
+    positions: str = "pool"
+    normalization: str | None = None
+
+    def __post_init__(self):
+        """Checks everything that does not depend on arrays."""
+        object.__setattr__(self, "options", hashable_options(self.options))
+        object.__setattr__(self, "layers", self.layers and tuple(self.layers))
+        name = term_name(self)
+        if isinstance(self.weight, Tracer):
+            raise ValueError(
+                f"weight of {name} is traced, but a Term is a constant of the program; "
+                "pass a number, and trace lambda: distill_loss(..., weight=...)"
+            )
+        check_number(f"weight of {name}", self.weight, positive=False)
+        object.__setattr__(self, "weight", float(self.weight))
+        check_choice("positions", self.positions, POSITIONS)
+        check_normalization(self.normalization)
+        row = get_distance(self.distance)
+        if self.normalization is not None and "features" not in row.inputs:
+            raise ValueError(
+                f"normalization={self.normalization!r} is for distances of features, "
+                f"but {name} compares {row.inputs[0]}; leave it out"
+            )
+
+
+def term_name(term: Term) -> str:
+    """Returns the name of a term in the results of the loss."""
+    if term.name is not None:
+        return term.name
+    if isinstance(term.distance, str):
+        name = term.distance
+    else:
+        fn = term.distance.fn if isinstance(term.distance, Distance) else term.distance
+        name = callable_name(fn)
+    return name if term.layers is None else f"{name}@{term.layers[0]}"
+
+
+def is_one(distance: object) -> bool:
+    """Returns whether this is a single distance rather than Terms."""
+    return isinstance(distance, str | Distance) or callable(distance)
+
+
+def as_terms(distance: Any) -> tuple[Term, ...]:
+    """Turns one distance, one Term or a sequence of Terms into a tuple of Terms."""
+    if isinstance(distance, Term):
+        terms = (distance,)
+    elif isinstance(distance, Sequence) and not isinstance(distance, str):
+        terms = tuple(distance)
+    else:
+        terms = (Term(distance),)
+    for term in terms:
+        if not isinstance(term, Term):
+            raise ValueError(
+                "a sequence of distances must hold Terms, got "
+                f"{type(term).__name__}; write Term({term!r}, weight=...)"
+            )
+    names = [term_name(term) for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"terms must have different names, got {', '.join(names)}")
+    for name in names:
+        if name == "task" or "/" in name:
+            raise ValueError(
+                f'a term cannot be named {name!r}: "task" is the cross-entropy and '
+                '"/" marks diagnostics; give it another name'
+            )
+    return terms
+
+
+def lambda_of(weight: Any, distance: Any, normalization: str | None) -> Any:
+    """Returns lambda, by default 1 for Terms or the catalogue's for one distance."""
+    if weight is not None:
+        check_number("weight", weight, positive=False)
+        return weight
+    if not is_one(distance):
+        return 1.0
+    row = get_distance(distance)
+    if normalization not in row.weights:
+        known = [f"normalization={name!r}" for name in row.weights]
+        raise ValueError(
+            f"weight is None, but {row.title or callable_name(row.fn)} has no default "
+            f"weight with normalization={normalization!r}"
+            + (f", only with {', '.join(known)}" if known else "")
+            + "; pass a number, weight=..."
+        )
+    return row.weights[normalization]
+
+
+def check_options(distance: object, options: Mapping[str, Any]) -> None:
+    """Rejects options given together with Terms, and arrays other than scalars."""
+    if options and not is_one(distance):
+        raise ValueError(
+            f"got the option {', '.join(options)}, but Terms have options of their "
+            "own; write Term(..., options={...})"
+        )
+    hashable_options({name: o for name, o in options.items() if np.ndim(o)})
