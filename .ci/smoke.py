@@ -85,7 +85,7 @@ def answer(use, *arguments):
 
 
 def check_core():
-    """What the core can do, and what it answers to the rest."""
+    """Checks that the core computes, and that the rest names the missing extra."""
     value, size = check_losses()
     print(f"W2 {value:.2f}, gradient up to {size:.4f}, a step: loss {check_step():.2f}")
     print(answer(data.load, "digits"))

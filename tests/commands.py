@@ -46,7 +46,7 @@ COMPILER_FLAGS = (
 
 
 def environ(**more):
-    """Of a subprocess: this package, a plain terminal, one device, no user's data."""
+    """Returns a subprocess's environment: plain terminal, one device, no user data."""
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""What needs the extra says so in one line where the extra is not installed."""
+"""Without the extra, each part that needs it raises a one-line error."""
 
 import subprocess
 import sys

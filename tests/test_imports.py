@@ -165,7 +165,7 @@ def circle(graph: Graph) -> list[str] | None:
 def folders(graph: Graph) -> dict[str, set[str]]:
     """The same graph of folders.
 
-    Files beside folders, such as ``losses.py`` beside ``numerics/``, stay themselves;
+    Files next to folders, such as ``losses.py`` and ``numerics/``, stay themselves;
     the file that only marks a folder as a package is none.
     """
     parents = {module.rpartition(".")[0] for module in graph}

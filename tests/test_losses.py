@@ -58,7 +58,7 @@ def numpy_cross_entropy(logits, labels):
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_default_weight(name):
-    """Of the normalization; where there is none, a number is asked for."""
+    """The default is that of the normalization; without one, a number is needed."""
     row = DISTANCES[name]
     x, y, s, t = arrays(row)
     options = {"weight": None, "t": t, "distance": name, "key": KEY}
@@ -548,7 +548,7 @@ def by_shard_map(name):
 
 
 def mapped_gradient(fn):
-    """Of the student's scale, by shard_map with its default, check_vma=True."""
+    """Differentiates by the student's scale, under shard_map with check_vma=True."""
 
     def loss(scale, x, s, labels):
         return distill_loss(scale * x, x, labels, s, axis_name="devices", **fn)[0]

@@ -182,7 +182,7 @@ def test_debiased_alignment_of_few_samples_is_zero(kept):
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_sample_without_a_label_may_hold_anything(name):
-    """Of distances that take labels it is left out like one that is no sample."""
+    """Distances that take labels leave it out like one that is masked."""
     mask = random_mask(0)
     batch = make_batch(N, D)
     for poison in (np.nan, np.inf, -np.inf):

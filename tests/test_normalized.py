@@ -277,7 +277,7 @@ def loss_of(scale, batch, *, names, **options):
 
 
 def on_one(names, groups):
-    """Of the whole batch, or the mean over its halves."""
+    """Computes the loss of the whole batch, or the mean over its halves."""
 
     def fn(scale, batch):
         parts = [z.reshape(groups, -1, *z.shape[1:]) for z in batch]

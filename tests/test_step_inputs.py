@@ -1,4 +1,4 @@
-"""What loaders and networks of others hand to the step: taken, or refused in a line."""
+"""The step takes what loaders and networks give it, or refuses it in one line."""
 
 from collections import OrderedDict
 from types import MappingProxyType, SimpleNamespace

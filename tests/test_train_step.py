@@ -549,7 +549,7 @@ def test_teacher_data_are_an_argument_of_the_program(scanned, compilations):
 
 
 def test_dropout_has_keys_of_its_own():
-    """Of each step and device, and none of the images'."""
+    """Keys of dropout differ by step and device, and from those of the images."""
     seen, fold = [], jax.vmap(jax.random.fold_in, (None, 0))
 
     def student(variables, images, *, train, rngs):
@@ -763,9 +763,9 @@ def test_padded_images_of_a_mask_have_no_part():
         state, teacher, images, np.where(mask, LABELS, 77), {}, mask.astype(np.float32)
     )
     assert metrics["teacher_finite"]
-    backwards = np.arange(N)[::-1][None]
+    moved = np.roll(np.arange(N), 1)[None]  # the mask moves along
     scanned, _ = jax.jit(scan_steps(step))(
-        state, teacher, images, np.where(mask, LABELS, 77), backwards, {}, mask
+        state, teacher, images, np.where(mask, LABELS, 77), moved, {}, mask
     )
     assert_close(scanned.params, new.params, tolerance=1e-4)
     cut, expected = step(state, teacher, IMAGES[mask], LABELS[mask])

@@ -53,7 +53,7 @@ def once(shared, name):
 
 @pytest.fixture(scope="session")
 def finished(shared):
-    """Folder of a finished run; ``stdout.txt`` beside ``out/``."""
+    """Folder of a finished run, with ``out/`` and ``stdout.txt``."""
     with once(shared, "finished") as (folder, first):
         if first:
             done = command(*tiny("out"), cwd=folder)

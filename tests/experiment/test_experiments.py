@@ -1049,8 +1049,8 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
     settings = parse([*map(str, line), "--held-out", "100"])
     with pytest.raises(UserError, match="may have seen these images"):
         find_teacher(problems.prepare(settings, tmp_path))
-    told = change(settings, teacher_saw_held_out=True)
-    assert find_teacher(problems.prepare(told, tmp_path)).given
+    allowed = change(settings, teacher_saw_held_out=True)
+    assert find_teacher(problems.prepare(allowed, tmp_path)).given
 
 
 def test_teacher_of_other_classes(trained, tmp_path, monkeypatch):

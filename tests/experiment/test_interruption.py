@@ -96,7 +96,7 @@ def test_tally_of_skipped_steps_stays_finite():
 
 
 def test_tally_names_the_teacher():
-    """Where it is the cause, and not where a step was finite all the same."""
+    """The teacher is named if it is the cause, not if the step was finite anyway."""
     tally, no = Tally(), np.array([False, False, True])
     taught = np.array([False, True, False])
     tally.add({"loss": np.ones(3), "finite": no, "teacher_finite": taught})

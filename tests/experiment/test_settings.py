@@ -364,7 +364,7 @@ def test_results_of_earlier_versions_are_read(name):
 
 
 def test_identity_is_everything_but_the_run():
-    """Of a distilled student; what it names otherwise is listed once."""
+    """Checks a distilled student; renamed settings are listed in one place."""
     settings = parse(["--distances", "feature_only"])
     named = {
         group: {f.name for f in fields(kind)}

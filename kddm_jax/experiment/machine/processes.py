@@ -238,8 +238,8 @@ def first_tree(fn: Callable[[], Tree], like: Tree) -> Tree:
     """
     if count() == 1:
         return fn()
-    told: Any = first(lambda: serialization.to_state_dict(jax.device_get(fn())))
-    whole: Any = serialization.from_state_dict(like, told)
+    shared: Any = first(lambda: serialization.to_state_dict(jax.device_get(fn())))
+    whole: Any = serialization.from_state_dict(like, shared)
     return whole
 
 
