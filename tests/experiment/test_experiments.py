@@ -43,7 +43,7 @@ from kddm_jax.experiment.machine import records, terminal
 from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
-from kddm_jax.experiment.settings import change
+from kddm_jax.experiment.settings import Settings, change
 from kddm_jax.experiment.training import models, pretrained, problems, runs, train
 from kddm_jax.experiment.training.teacher import (
     find_checkpoint,
@@ -298,7 +298,7 @@ def test_live_bar():
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=200, color_system=None)
     reporter = terminal.Reporter(console, live=True)
-    run = runs.Run("w2", 3, 1e-3, 2, np.arange(4), {})
+    run = runs.Run("w2", 3, 1e-3, 2, np.arange(4), Settings(), {})
     step = {
         "loss": np.array([1.5]),
         "w2": np.array([0.25]),

@@ -438,7 +438,7 @@ def test_steps_that_are_not_finite(shared, tmp_path, capsys):
     """Stops with what is known; skips on request, and both give the same history."""
     line = (*tiny("out"), "--distances", "wrong:BROKEN", "--devices", 1)
     problem = problems.prepare(parse([*map(str, line[:-4])]), tmp_path)
-    run = runs.Run("any", 1, 0.0, 2, problem.parts.student, {})
+    run = runs.Run("any", 1, 0.0, 2, problem.parts.student, problem.settings, {})
     labels = first_labels(problem, run)
     bad = labels[5]  # the second step of the second epoch, at the earliest
     expected = labels == bad

@@ -184,7 +184,9 @@ def test_adamw_decays_apart_from_its_moments():
 
 
 def test_epoch_order_is_of_seed_and_epoch():
-    run = lambda seed: runs.Run("student", seed, 0.0, 2, np.arange(100, 170), {})
+    run = lambda seed: runs.Run(
+        *("student", seed, 0.0, 2, np.arange(100, 170), Settings(), {})
+    )
     first = runs.epoch_order(run(0), 0, 32)
     assert first.shape == (2, 32)  # the last 6 wait for another epoch
     assert first.dtype == np.int32

@@ -41,6 +41,8 @@ def test_every_command_knows_the_class_cost(name, trained, tmp_path, monkeypatch
 def test_no_run_is_trained_without_its_class_cost(tmp_path):
     line = [*SMALL, "--distances", "wkd_logits", "--compilation-cache", "None"]
     problem = problems.prepare(parse([*line, "--devices", "1"]), tmp_path)
-    run = runs.Run("wkd_logits", 1, 1.0, 1, problem.parts.student, {})
+    run = runs.Run(
+        *("wkd_logits", 1, 1.0, 1, problem.parts.student, problem.settings, {})
+    )
     with pytest.raises(RuntimeError, match="wkd_logits needs the teacher's class cost"):
         train.teacher_data(problem, run)

@@ -21,6 +21,7 @@ from kddm_jax.adapters import Outputs
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
+from kddm_jax.experiment.settings import Settings
 from kddm_jax.experiment.training import problems, runs, train
 
 
@@ -279,7 +280,7 @@ def test_head_is_read_from_the_network():
 
 
 def test_epochs_are_kept(tmp_path):
-    run = runs.Run("w2", 4, 0.1, 1, np.arange(3), {})
+    run = runs.Run("w2", 4, 0.1, 1, np.arange(3), Settings(), {})
     kept = theorem.Epochs(run, tmp_path, 30)
     student, teacher, _ = pair(0)
     kept.write(0, student)

@@ -87,6 +87,23 @@ def needs_class_cost(name: str) -> bool:
     return "class_cost" in find(name).inputs
 
 
+def normalizes(name: str) -> bool:
+    """Returns whether a method compares features, which a normalization changes."""
+    return name != FEATURE_ONLY and "features" in find(name).inputs
+
+
+def is_zero(name: str, normalization: str | None) -> bool:
+    """Returns whether a normalization makes equal all that a distance compares."""
+    if not normalizes(name):
+        return False
+    row = find(name)
+    try:
+        row.check_normalization(name, normalization, dict(row.options))
+    except ValueError:
+        return True
+    return False
+
+
 def digest(name: str) -> str | None:
     """Hashes the file of a user's distance, because an edited one is another run."""
     if name in DISTANCES or name == FEATURE_ONLY:

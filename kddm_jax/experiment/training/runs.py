@@ -1,14 +1,14 @@
 """Defines the runs of a study, and the settings that decide their results.
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
-its result), ``checkpoints/`` and, once finished, ``result.json``. The runs of a grid of
-lambdas are in ``<out>/weight-<lambda>``. A command that would give another result in an
+its result), ``checkpoints/`` and, once finished, ``result.json``. ``kddm
+choose-weights`` has a folder for each candidate in ``<out>``. A command that would give another result in an
 existing folder stops with an error before anything starts. `train.py` trains the runs.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,20 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
         methods.check(name, method, *problem.shapes, problem.compared_images)
 
 
-def method_of(problem: Problem, name: str) -> methods.Method:
+def method_of(
+    problem: Problem, name: str, settings: Settings | None = None
+) -> methods.Method:
     """Makes the training method of a run.
 
     Args:
       problem: the data, the devices and the settings.
       name: name of the run: "teacher", "student" or a method.
+      settings: settings of the run; None uses those of the study.
 
     Returns:
       The method; it has no distance for the teacher and for students alone.
     """
-    settings = problem.settings
+    settings = settings or problem.settings
     if name in ALONE:
         return methods.Method()
     if name == FEATURE_ONLY and not settings.method.layers:
@@ -85,9 +88,11 @@ class Run:
       weight: lambda.
       epochs: number of epochs.
       indices: indices of the run's training images.
+      settings: the study's settings, of which this run may change some.
       identity: the settings that decide the result, as JSON values.
       start: weights of a file that the network starts from; None uses random weights.
-      place: folder within the folder of results; contains the lambda of a grid's run.
+      place: folder within the folder of results, named after what a candidate of
+        ``kddm choose-weights`` tries.
     """
 
     name: str
@@ -95,6 +100,7 @@ class Run:
     weight: float
     epochs: int
     indices: np.ndarray
+    settings: Settings
     identity: dict[str, Any]
     start: pretrained.Pretrained | None = None
     place: str = ""
@@ -108,8 +114,8 @@ class Run:
         """Returns the run's name in messages."""
         if self.name == "teacher":
             return self.name
-        lam = f" λ = {self.weight:g}" if self.place else ""
-        return f"{self.name}{lam} seed {self.seed}"
+        candidate = f" {self.place}" if self.place else ""
+        return f"{self.name}{candidate} seed {self.seed}"
 
     @property
     def title(self) -> str:
@@ -117,8 +123,8 @@ class Run:
         return self.name if self.name in ALONE else methods.title(self.name)
 
 
-def _identity(problem, name, start, **more):
-    decisive = identity(problem.settings, name)
+def _identity(problem, settings, name, start, **more):
+    decisive = identity(settings, name)
     decisive["data"] = problem.data_digest
     for model in ("teacher_model", "student_model"):
         if model in decisive:
@@ -136,62 +142,69 @@ def teacher_run(problem: Problem) -> Run:
         weight=0.0,
         epochs=settings.optimizer.teacher_epochs,
         indices=problem.parts.teacher,
-        identity=_identity(problem, "teacher", start, width=problem.teacher_width),
+        settings=settings,
+        identity=_identity(
+            problem, settings, "teacher", start, width=problem.teacher_width
+        ),
         start=start,
     )
 
 
-def student_runs(
-    problem: Problem, teacher_digest: str | None, weight: float | None = None
-) -> Iterator[Run]:
+def student_run(
+    problem: Problem,
+    teacher_digest: str | None,
+    name: str,
+    seed: int,
+    *,
+    settings: Settings | None = None,
+    place: str = "",
+) -> Run:
+    """Returns the run of one student.
+
+    Args:
+      problem: the data, the devices and the settings.
+      teacher_digest: digest of the teacher; None if it is not trained yet.
+      name: "student" for the student alone, or a method.
+      seed: the run's seed.
+      settings: settings of the run; None uses those of the study. They may differ from
+        the study's in method and optimizer only.
+      place: folder within the folder of results.
+    """
+    settings = settings or problem.settings
+    start, more = problem.starts.get("student"), {}
+    if name not in ALONE:
+        more = {"distance": name, "weight": weight_of(settings, name)}
+        more["distance_source"] = methods.digest(name)
+        whole = problem.compared_images == settings.optimizer.batch_size
+        more["group_images"] = None if whole else problem.compared_images
+        if teacher_digest is not None:
+            more["teacher"] = teacher_digest
+    return Run(
+        name=name,
+        seed=seed,
+        weight=more.get("weight", 0.0),
+        epochs=settings.optimizer.epochs,
+        indices=problem.parts.student,
+        settings=settings,
+        identity=_identity(problem, settings, name, start, seed=seed, **more),
+        start=start,
+        place=place,
+    )
+
+
+def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Yields the students alone, then the distilled ones, distance by distance.
 
     Args:
       problem: the data, the devices and the settings.
       teacher_digest: digest of the teacher; None if it is not trained yet.
-      weight: lambda of all distances; None uses the settings.
 
     Yields:
       The runs.
     """
-    settings, start = problem.settings, problem.starts.get("student")
-    for name in ("student", *settings.method.distances):
-        more = {}
-        if name not in ALONE:
-            lam = weight_of(settings, name) if weight is None else weight
-            more = {"distance": name, "weight": lam}
-            more["distance_source"] = methods.digest(name)
-            whole = problem.compared_images == settings.optimizer.batch_size
-            more["group_images"] = None if whole else problem.compared_images
-            if teacher_digest is not None:
-                more["teacher"] = teacher_digest
-        for seed in settings.run.seeds:
-            yield Run(
-                name=name,
-                seed=seed,
-                weight=more.get("weight", 0.0),
-                epochs=settings.optimizer.epochs,
-                indices=problem.parts.student,
-                identity=_identity(problem, name, start, seed=seed, **more),
-                start=start,
-            )
-
-
-def grid_runs(
-    problem: Problem, teacher_digest: str | None, grid: Sequence[float]
-) -> list[Run]:
-    """Returns the students of every lambda of a grid, each with its own folder.
-
-    Students of one distance follow each other, because they share a compiled program.
-    """
-    names = problem.settings.method.distances
-    every = [
-        replace(run, place=f"weight-{weight:g}")
-        for weight in grid
-        for run in student_runs(problem, teacher_digest, weight)
-        if run.name in names
-    ]
-    return sorted(every, key=lambda run: names.index(run.name))
+    for name in ("student", *problem.settings.method.distances):
+        for seed in problem.settings.run.seeds:
+            yield student_run(problem, teacher_digest, name, seed)
 
 
 def check_folder(run: Run, out: Path) -> None:

@@ -6,7 +6,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -94,17 +94,17 @@ def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
 
 def _train_program(problem, run, method, model, teacher, tx, length):
     """Compiles the steps; runs that differ only in seed or lambda share the program."""
-    key = (run.name, run.epochs, length)
+    settings = run.settings
+    key = (run.name, run.epochs, length, repr(settings.optimizer))
+    key += (repr(replace(settings.method, distances=(), weight=None, weights=None)),)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
         teacher_apply = None
         if distilled:
             known = train_step.known_outputs
             teacher_apply = known if of_views else models.network_apply(teacher.model)
-        steps = run.epochs * (len(run.indices) // problem.settings.optimizer.batch_size)
-        weight_schedule = optimizers.make_weight_schedule(
-            problem.settings.method, steps
-        )
+        steps = run.epochs * (len(run.indices) // settings.optimizer.batch_size)
+        weight_schedule = optimizers.make_weight_schedule(settings.method, steps)
         step = train_step.make_train_step(
             methods.apply_of(method, models.network_apply(model)),
             teacher_apply,
@@ -113,7 +113,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             distance=method.distance,
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
-            group_size=problem.settings.method.distance_group,
+            group_size=settings.method.distance_group,
             **method.options,
         )
         images = 0 if problem.streams and not of_views else None
@@ -128,7 +128,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
 
 def _epoch(problem, run, progress, program, fixed, length, report):
     """Takes the remaining steps of an epoch and returns the images per second."""
-    settings, epoch = problem.settings, progress.epoch
+    settings, epoch = run.settings, progress.epoch
     began = looked = time.monotonic()
     counted, waiting = 0, []
     speed = lambda: counted / max(time.monotonic() - began, 1e-6)
@@ -216,7 +216,7 @@ def _about(problem, run):
     }
 
 
-def _end_epoch(problem, model, variables, progress, lr, final):
+def _end_epoch(problem, run, model, variables, progress, lr, final):
     """Ends an epoch, with an evaluation if one is due, and returns its record."""
     epoch = progress.epoch + 1
     record = {
@@ -225,7 +225,7 @@ def _end_epoch(problem, model, variables, progress, lr, final):
         **progress.means(),
         "skipped": progress.tally.skipped,
     }
-    if final or epoch % problem.settings.optimizer.eval_every == 0:
+    if final or epoch % run.settings.optimizer.eval_every == 0:
         record["test_accuracy"] = problems.evaluate(problem, model, variables)
     progress.end_epoch(record)
     return record
@@ -261,13 +261,13 @@ def train(
     """
     if finished := _begin(problem, run):
         return finished
-    settings = problem.settings
+    settings = run.settings
 
     # --- state: initial, or that of the last checkpoint ------------------------
     steps = len(run.indices) // settings.optimizer.batch_size
     schedule = optimizers.make_schedule(settings.optimizer, steps, run.epochs)
     tx = optimizers.make_optimizer(settings.optimizer, schedule)
-    method = method_of(problem, run.name)
+    method = method_of(problem, run.name, settings)
     folder = run.folder(problem.out) / "checkpoints"
     state = _fresh(problem, run, model, method, tx)
     progress = Progress(run.label, folder, _about(problem, run), steps, state)
@@ -289,7 +289,7 @@ def train(
             deployed = without_projectors(progress.state.variables)
             observe(epoch + 1, deployed)  # before a checkpoint records the epoch
             lr = float(np.asarray(schedule(epoch * steps)))
-            record = _end_epoch(problem, model, deployed, progress, lr, final)
+            record = _end_epoch(problem, run, model, deployed, progress, lr, final)
             report(
                 run,
                 epoch=epoch,
