@@ -11,6 +11,7 @@ from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
+from kddm_jax.experiment.report.rows import reference, rows
 from kddm_jax.experiment.settings import Settings, as_json
 from kddm_jax.experiment.training import models
 
@@ -46,6 +47,7 @@ def _summary(opened, results, seconds):
     trained = teacher.result
     return {
         "settings": as_json(problem.settings),
+        "student_images": len(problem.parts.student),
         "eval_images": len(problem.parts.eval_labels),
         "teacher": {
             "model": models.name_of(teacher.model),
@@ -84,11 +86,11 @@ def _write_page(opened, summary):
 
 def _warn_of_weak_teacher(summary, console):
     teacher = summary["teacher"]["accuracy"]
-    alone = [run["accuracy"] for run in summary["runs"] if run["name"] == "student"]
-    if teacher <= max(alone):
+    alone = max(reference(rows(summary)).accuracy.values())
+    if teacher <= alone:
         console.print(
             f"The teacher ({teacher:.2f} %) is no better than the student "
-            f"alone ({max(alone):.2f} %): there is nothing to distil. The paper recipe "
+            f"alone ({alone:.2f} %): there is nothing to distil. The paper recipe "
             "needs ImageNet weights (--pretrained-teacher, --pretrained-student); "
             "without them use --recipe strong."
         )

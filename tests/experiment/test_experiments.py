@@ -70,6 +70,7 @@ def traced_once(monkeypatch):
 def test_results_are_written(finished):
     results = results_of(finished / "out")
     assert results["eval_images"] == 100
+    assert results["student_images"] == 128
     assert results["settings"]["distances"] == list(DISTANCE_NAMES)
     assert results["settings"]["width"] == 4
     assert [run["name"] for run in results["runs"]] == ["student", *DISTANCE_NAMES]

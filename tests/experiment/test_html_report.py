@@ -1,5 +1,6 @@
 """The page of a command: whole, alone, safe, the same each time, and true."""
 
+import html
 import json
 import re
 import shutil
@@ -111,7 +112,8 @@ def test_page_holds_every_run(finished):
     accuracy, runs, solver, environment, settings = Page(
         page_of(finished / "out")
     ).tables
-    assert accuracy == [list(table.COLUMNS), *map(list, table.table(results))]
+    names = table.columns(results)
+    assert accuracy == [list(names), *map(list, table.table(results))]
     header, teacher, *rows = runs
     assert header == list(page_module.RUN_COLUMNS)
     assert teacher[3] == f"{results['teacher']['accuracy']:.2f}"
@@ -122,8 +124,7 @@ def test_page_holds_every_run(finished):
         assert row == [
             *(run["title"], str(run["seed"])),
             f"{run['weight']:g}" if run["weight"] else "",
-            *(f"{run['accuracy']:.2f}", f"{run['best_accuracy']:.2f}"),
-            *(str(run["best_epoch"]), f"{timing['seconds']:.1f}"),
+            *(f"{run['accuracy']:.2f}", f"{timing['seconds']:.1f}"),
             f"{timing['seconds_to_first_step']:.1f}",
             *(f"{timing['images_per_second']:.0f}", "0"),
         ]
@@ -251,6 +252,27 @@ def test_page_without_distilled_students_or_teacher_run():
     assert [row[0] for row in runs] == ["", "student", "student"]
     assert "Solvers" not in page.headings
     assert page.count("svg") == 1
+
+
+def test_page_compares_with_the_better_student_alone():
+    results = full_results()
+    name = {"name": "student_longer", "title": "student, longer"}
+    results["runs"] += [
+        {**run, **name, "accuracy": run["accuracy"] + 2} for run in results["runs"][:2]
+    ]
+    text = page_module.render(results)
+    accuracy, runs, *_ = Page(text).tables
+    names = ["student", "student, longer", "teacher", "W2 (E)"]
+    assert [row[0] for row in accuracy[1:]] == names
+    assert accuracy[-1][2] == "+1.6 [-3.5, +6.7]"  # that to the student, less 2
+    assert [row[0] for row in runs[1:6:2]] == ["teacher", "student", "student, longer"]
+    for note in table.notes(results):
+        assert note in html.unescape(text)
+    cards = re.findall(r"<li>(.*?)<b>(.*?) %</b></li>", text)
+    assert cards == [
+        ("student, longer", "83.00 ± 1.41"),
+        *(("teacher", "90.00"), ("W2 (E)", "84.60 ± 0.85")),
+    ]
 
 
 RESULTS = sorted((EXPERIMENTS / "results").glob("*.json"))

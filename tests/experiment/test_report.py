@@ -4,13 +4,15 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from commands import command, environ, small_results, table_lines
 from rich.console import Console
+from scipy import stats
 
-from kddm_jax.experiment import render
+from kddm_jax.experiment import distill, render
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.report import curves, table
+from kddm_jax.experiment.report import accuracies, curves, table
 
 
 @pytest.mark.parametrize(
@@ -37,21 +39,69 @@ from kddm_jax.experiment.report import curves, table
     ],
 )
 def test_gap_closed(accuracy, student, teacher, images, expected):
-    found = table.gap_closed(accuracy, student, teacher, images)
+    found = accuracies.gap_closed(accuracy, student, teacher, images)
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-# By hand: means 81 and 84.6, standard deviations sqrt(2) and 0.6 sqrt(2), of the best
-# ones sqrt(2) and 0.4 sqrt(2); (84.6 - 81) / (90 - 81) = 40 %.
+def test_difference_is_paired_by_seed():
+    """By hand: differences 1, 2, 3 have deviation 1, and t is 4.303 for 2 degrees."""
+    alone = {0: 10.0, 1: 50.0, 2: 90.0}  # far apart, but that is paired away
+    distilled = {2: 93.0, 0: 11.0, 1: 52.0}
+    mean, (low, high) = accuracies.difference(distilled, alone)
+    assert mean == pytest.approx(2.0)
+    assert high - mean == pytest.approx(4.303 / np.sqrt(3), abs=1e-3)
+    assert mean - low == pytest.approx(high - mean)
+
+
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_interval_is_that_of_the_paired_t_test(count):
+    rng = np.random.default_rng(count)
+    alone = dict(enumerate(rng.normal(60, 2, count)))
+    distilled = {seed: value + rng.normal(1, 0.5) for seed, value in alone.items()}
+    found = accuracies.difference(distilled, alone)
+    pair = [*distilled.values()], [*alone.values()]
+    expected = stats.ttest_rel(*pair).confidence_interval(0.95)
+    np.testing.assert_allclose(found.interval, expected)
+
+
+def test_only_common_seeds_are_compared():
+    alone = {0: 80.0, 1: 82.0, 7: 0.0}
+    assert accuracies.difference({0: 84.0, 1: 85.2, 5: 0.0}, alone).mean == (
+        pytest.approx(3.6)
+    )
+    assert accuracies.difference({1: 85.0, 5: 0.0}, alone) == (3.0, None)
+    assert accuracies.difference({5: 0.0}, alone) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "text"),
+    [
+        (3.14, (2.36, 3.92), "+3.1 [+2.4, +3.9]"),
+        (-3.14, None, "-3.1"),
+        (0.4, (-0.02, 0.82), "+0.4 [-0.0, +0.8]"),  # contains zero
+        (0.42, (0.02, 0.82), "+0.4 [+0.0, +0.8]"),
+    ],
+)
+def test_differences_are_written_with_signs(mean, interval, text):
+    assert str(accuracies.Difference(mean, interval)) == text
+
+
+# By hand: means 81 and 84.6, standard deviations sqrt(2) and 0.6 sqrt(2);
+# (84.6 - 81) / (90 - 81) = 40 %.  Differences 4 and 3.2 have the standard error 0.4,
+# and t is 12.706 for one degree of freedom: 3.6 ± 5.08.
 GOLDEN = """\
-|  | last epoch % | best epoch % | gap closed | λ | seconds |
-|---|---|---|---|---|---|
-| student | 81.00 ± 1.41 | 81.50 ± 1.41 | – |  | 12 |
-| teacher | 90.00 | 91.50 |  |  | 61 |
-| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | 40 % | 0.0001 | 20 |
+|  | accuracy % | difference to alone | gap closed | λ | seeds | seconds |
+|---|---|---|---|---|---|---|
+| student | 81.00 ± 1.41 |  |  |  | 2 | 12 |
+| teacher | 90.00 |  |  |  |  | 61 |
+| W2 (E) | 84.60 ± 0.85 | +3.6 [-1.5, +8.7] | 40 % | 0.0001 | 2 | 20 |
 
 digits, recipe laptop: ResNet34 (width 32) to ResNet18 (width 16), cifar stem; \
-accuracy on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, commit abc1234. \
+accuracy after the last epoch on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, \
+commit abc1234. Differences and "gap closed" refer to "student". ± is the standard \
+deviation over seeds; brackets are 95 % intervals of the mean difference, paired by \
+seed (Student's t). All seeds share one teacher, the same labelled images and the same \
+test images, so intervals do not cover other teachers or other samples. \
 `python experiments/cifar.py --dataset digits --seeds 0 1`
 """
 
@@ -116,13 +166,13 @@ def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
 
 def test_no_gap_is_a_dash():
     text = table.markdown(small_results(teacher=86.0))
-    assert "| W2 (E) | 84.60 ± 0.85 | 85.60 ± 0.57 | – | 0.0001 | 20 |" in text
-    assert "%" not in text.splitlines()[4]
+    row = "| W2 (E) | 84.60 ± 0.85 | +3.6 [-1.5, +8.7] | – | 0.0001 | 2 | 20 |"
+    assert row in text.splitlines()
 
 
 def test_given_teacher_has_no_time():
     text = table.markdown(small_results(given=True))
-    assert "| teacher | 90.00 |  |  |  |  |" in text
+    assert "| teacher | 90.00 |  |  |  |  |  |" in text
 
 
 def test_one_seed_has_no_spread():
@@ -131,15 +181,99 @@ def test_one_seed_has_no_spread():
     results["settings"]["seeds"] = [0]
     results["eval_images"] = 400  # errors of 2 and 1.5: the gap of 10 counts
     text = table.markdown(results)
-    assert "| W2 (E) | 84.00 | 86.00 | 40 % | 0.0001 | 20 |" in text
+    assert "| W2 (E) | 84.00 | +4.0 | 40 % | 0.0001 | 1 | 20 |" in text
     assert "; 1 seed; " in text
+    assert "One seed gives no interval." in text
     assert "±" not in text
+    assert "All seeds" not in text
+
+
+def test_seeds_that_are_missing_are_not_compared():
+    results = small_results()
+    del results["runs"][1]  # the student alone of seed 1
+    results["eval_images"] = 400
+    text = table.markdown(results)
+    # The accuracy is that of both seeds, the difference is 84 - 80.
+    assert "| W2 (E) | 84.60 ± 0.85 | +4.0 | 40 % | 0.0001 | 2 | 20 |" in text
+    assert "; 1 to 2 seeds; " in text
+    results["runs"][0]["seed"] = 5
+    text = table.markdown(results)
+    assert "| W2 (E) | 84.60 ± 0.85 | – | – | 0.0001 | 2 | 20 |" in text
+
+
+def test_caption_says_what_seeds_share():
+    results = small_results()
+    shared = lambda: table.notes(results)[-1]
+    assert "the same labelled images and the same test images" in shared()
+    results["settings"].update(train_images=500, student_images=None)
+    assert "the same 500 labelled images and" in shared()
+    results["settings"].update(student_images=128, views=4, held_out=100)
+    assert "128 labelled images in 4 fixed views and the same held-out" in shared()
+    results["student_images"] = 64
+    results["settings"]["pretrained_student"] = "resnet18.safetensors"
+    assert "one teacher, the same pretrained weights, the same 64 label" in shared()
+
+
+def longer(accuracy):
+    """Two seeds of the student alone with the compute of a distilled run."""
+    title = "student alone, compute of a distilled run"
+    name = {"name": "student_longer", "title": title}
+    alone = small_results()["runs"][:2]
+    return [{**run, **name, "accuracy": accuracy + run["seed"]} for run in alone]
+
+
+def test_the_better_student_alone_is_the_reference():
+    results = small_results()
+    results["runs"] += longer(84.0)  # after W2, but shown above the teacher
+    names = [row[0] for row in table.table(results)]
+    title = results["runs"][-1]["title"]
+    assert names == ["student", title, "teacher", "W2 (E)"]
+    text = table.markdown(results)
+    # Differences of W2 are 0 and 0.2, so that t gives 0.1 ± 12.706 x 0.1; the gap is
+    # 0.1 of 5.5.  Those of the student are -4 and -3.
+    assert f"| {title} | 84.50 ± 0.71 |  |  |  | 2 | 12 |" in text
+    assert "| student | 81.00 ± 1.41 | -3.5 [-9.9, +2.9] |  |  | 2 | 12 |" in text
+    assert "+0.1 [-1.2, +1.4] | – | 0.0001" in text  # gap of less than two errors
+    assert f'refer to "{title}", the better of the two students alone.' in text
+    results["eval_images"] = 1000
+    assert "+0.1 [-1.2, +1.4] | 2 % | 0.0001" in table.markdown(results)
+
+    results["runs"][-2:] = longer(70.0)
+    text = table.markdown(results)
+    assert 'refer to "student", the better of the two students alone.' in text
+    assert "| W2 (E) | 84.60 ± 0.85 | +3.6 [-1.5, +8.7] |" in text
+
+
+def test_a_teacher_that_is_no_better_than_the_better_student_alone():
+    file = io.StringIO()
+    results = small_results(teacher=85.5)
+    distill._warn_of_weak_teacher(results, Console(file=file, width=500))
+    assert file.getvalue() == ""
+    results["runs"] += longer(84.5)  # 84.5 and 85.5
+    distill._warn_of_weak_teacher(results, Console(file=file, width=500))
+    assert "no better than the student alone (85.50 %)" in file.getvalue()
+
+
+def test_a_table_needs_a_student_alone():
+    results = small_results()
+    del results["runs"][:2]
+    with pytest.raises(UserError, match="no student alone"):
+        table.markdown(results)
+
+
+def test_students_alone_have_no_differences():
+    results = small_results()
+    del results["runs"][2:]
+    text = table.markdown(results)
+    assert "Differences" not in text
+    assert "brackets" not in text
+    assert "± is the standard deviation over seeds. All seeds share" in text
 
 
 def test_held_out_images_are_called_so():
     results = small_results()
     results["settings"]["held_out"] = 100
-    assert "accuracy on 100 held-out training images" in table.markdown(results)
+    assert "epoch on 100 held-out training images" in table.markdown(results)
 
 
 @pytest.mark.slow
@@ -171,6 +305,23 @@ def test_curves_of_two_distances_of_one_title(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_have_the_titles_of_the_table():
+    results = small_results()
+    results["runs"] += longer(84.0)
+    for run, normalization in zip(results["runs"][2:4], ("unit", None), strict=True):
+        run["settings"] = {"normalization": normalization}
+    figure = curves.of_runs(results)
+    (legend,) = figure.legends
+    titles = [text.get_text() for text in legend.get_texts()]
+    assert titles == [
+        *("student", "student alone, compute of a distilled run"),
+        *("W2 (E), unit rows", "W2 (E), raw", "teacher"),
+    ]
+    styles = [line.get_linestyle() for line in legend.get_lines()[:2]]
+    assert styles == ["--", "-."]
+    curves.plt.close(figure)
+
+
 def test_curves_without_distilled_students(tmp_path):
     results = small_results()
     del results["runs"][2:]
@@ -192,7 +343,23 @@ def test_terminal_table_says_what_markdown_says():
         [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
         for line in table_lines(file.getvalue())
     ]
-    assert rows == [list(table.COLUMNS), *map(list, table.table(small_results()))]
+    names = table.columns(small_results())
+    assert rows == [list(names), *map(list, table.table(small_results()))]
+    assert file.getvalue().splitlines()[-3:] == table.notes(small_results())
+
+
+def test_a_narrow_terminal_breaks_no_number():
+    results = small_results()
+    results["runs"] += longer(84.0)
+    file = io.StringIO()
+    table.show(results, Console(file=file, width=60))
+    lines = table_lines(file.getvalue())
+    text = "\n".join(lines)
+    for title, *cells in table.table(results):
+        assert all(part in text for part in (*title.split(), *cells))
+    assert "…" not in text
+    assert not any(results["runs"][-1]["title"] in line for line in lines)  # broken
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_an_installed_package_has_a_version():
@@ -202,4 +369,5 @@ def test_an_installed_package_has_a_version():
     results["teacher"]["environment"]["commit"] = "version 1.2"
     results["environment"]["command"] = "kddm distill --seeds 0 1"
     text = table.markdown(results)
-    assert ", JAX 1.2.3, version 1.2. `kddm distill --dataset digits --seeds" in text
+    assert ", JAX 1.2.3, version 1.2. " in text
+    assert text.endswith("`kddm distill --dataset digits --seeds 0 1`\n")

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from PIL import Image
 
 from kddm_jax.experiment.machine.records import distance_of
+from kddm_jax.experiment.report.rows import rows
 
 mpl.use("Agg")
 from cycler import cycler  # noqa: E402
@@ -20,6 +22,7 @@ COLOURS = 128  # size of a picture's palette, which saves two thirds of the byte
 # Each of ten colours is used for a solid line, and then for dots and dashes.
 CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
 PLAIN = {"color": "black", "linestyle": "--"}  # the student alone
+ALONE = {"student": PLAIN, "student_longer": {"color": "black", "linestyle": "-."}}
 
 
 def plain(text: object) -> str:
@@ -102,8 +105,8 @@ def draw(axes, runs: Sequence[Mapping], value: Callable, **style) -> None:
 
 
 def panels(
-    groups: Mapping[str, Sequence[Mapping]],
-    styles: Mapping[str, Mapping],
+    groups: Mapping[Any, Sequence[Mapping]],
+    styles: Mapping[Any, Mapping],
     part: str,
     *,
     relative: bool = False,
@@ -155,13 +158,12 @@ def of_runs(results: Mapping):
     Returns:
       The figure.
     """
-    groups: dict[str, list] = {}
-    for run in results["runs"]:
-        groups.setdefault(run["name"], []).append(run)
+    found = rows(results)
+    groups = {row.key: row.runs for row in found}
     part = "held-out" if results["settings"]["held_out"] else "test"
     styles = {
-        name: {"label": plain(runs[0]["title"]), **(PLAIN if name == "student" else {})}
-        for name, runs in groups.items()
+        row.key: {"label": plain(row.title), **ALONE.get(row.key.name, {})}
+        for row in found
     }
     figure, axes = panels(groups, styles, part, relative=True)
     line = {"color": "grey", "linewidth": 1, "linestyle": ":"}

@@ -18,7 +18,9 @@ from matplotlib.ticker import MaxNLocator
 
 from kddm_jax.experiment.recipes import defaults
 from kddm_jax.experiment.report import curves, table
+from kddm_jax.experiment.report.accuracies import spread
 from kddm_jax.experiment.report.curves import plt
+from kddm_jax.experiment.report.rows import reference, rows
 from kddm_jax.experiment.settings import as_json
 
 HERE = Path(__file__).resolve().parent
@@ -31,14 +33,6 @@ STATS = {  # statistics of a solver, and the names of their axes
 
 # ---------------------------------------------------------------------------
 # The parts of the page.
-
-
-def _groups(results) -> dict[str, list[Mapping]]:
-    """Groups runs by name, students alone first."""
-    groups: dict[str, list[Mapping]] = {}
-    for run in results["runs"]:
-        groups.setdefault(run["name"], []).append(run)
-    return groups
 
 
 class Solver(NamedTuple):
@@ -65,14 +59,13 @@ FORMATS = {
 
 
 def _solved(results):
-    """Yields ``(name, term, title, statistic, runs)`` of all statistics of solvers."""
-    for name, runs in _groups(results).items():
-        for key in runs[0]["history"][0]:
+    """Yields ``(row, term, title, statistic)`` of all statistics of solvers."""
+    for row in rows(results):
+        for key in row.runs[0]["history"][0]:
             term, _, stat = key.rpartition("/")
             if term and stat in STATS:
-                title = runs[0]["title"]
-                title = title if term == name else f"{title}, {term}"
-                yield name, term, title, stat, runs
+                title = row.title if term == row.key.name else f"{row.title}, {term}"
+                yield row, term, title, stat
 
 
 def solvers(results: Mapping[str, Any]) -> list[Solver]:
@@ -84,15 +77,15 @@ def solvers(results: Mapping[str, Any]) -> list[Solver]:
     Returns:
       A row for each term that has a solver.
     """
-    rows = {}
-    for name, term, title, stat, runs in _solved(results):
-        records = [record for run in runs for record in run["history"]]
+    found = {}
+    for row, term, title, stat in _solved(results):
+        records = [record for run in row.runs for record in run["history"]]
         values = [r[f"{term}/{stat}"] for r in records if f"{term}/{stat}" in r]
         mean, worst = FORMATS[stat](np.array(values))
         text = mean if mean == worst else f"{mean} ({worst})"
-        row = rows.get((name, term), Solver(title))
-        rows[name, term] = row._replace(**{stat: text})
-    return [*rows.values()]
+        known = found.get((row.key, term), Solver(title))
+        found[row.key, term] = known._replace(**{stat: text})
+    return [*found.values()]
 
 
 def solver_curves(results: Mapping[str, Any]):
@@ -103,11 +96,11 @@ def solver_curves(results: Mapping[str, Any]):
     figure, axes = plt.subplots(1, len(STATS), figsize=(12, 3.6), layout="constrained")
     for one, (stat, name) in zip(axes, STATS.items(), strict=True):
         one.set_prop_cycle(curves.CYCLE)
-        for _, term, title, which, runs in solved:
+        for row, term, title, which in solved:
             if which == stat:
                 value = lambda record, key=f"{term}/{stat}": record.get(key)
                 style = {"label": curves.plain(title), "linewidth": 1.2}
-                curves.draw(one, runs, value, **style)
+                curves.draw(one, row.runs, value, **style)
         one.set(xlabel="epoch", ylabel=name)
         one.xaxis.set_major_locator(MaxNLocator(integer=True))
     converged, _, error = axes
@@ -132,9 +125,12 @@ def features(embedding: Mapping[str, Any]):
       The figure.
     """
     labels, shown = np.asarray(embedding["labels"]), embedding["panels"]
-    names, rows = embedding["classes"], -(-len(shown) // COLUMNS)
+    names, lines = embedding["classes"], -(-len(shown) // COLUMNS)
     figure, axes = plt.subplots(
-        *(rows, COLUMNS), figsize=(12, 3.2 * rows), layout="constrained", squeeze=False
+        *(lines, COLUMNS),
+        figsize=(12, 3.2 * lines),
+        layout="constrained",
+        squeeze=False,
     )
     for one in axes.flat:
         one.set_axis_off()
@@ -159,7 +155,7 @@ def features(embedding: Mapping[str, Any]):
 
 
 RUN_COLUMNS = (
-    *("", "seed", "λ", "last %", "best %", "best epoch", "seconds"),
+    *("", "seed", "λ", "accuracy %", "seconds"),
     *("to first step, s", "images/s", "steps skipped"),
 )
 
@@ -178,26 +174,26 @@ def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
       Strings, in the order of `RUN_COLUMNS`.
     """
     teacher = results["teacher"]
-    made = [{**teacher, "title": "teacher", "seed": 0, "weight": 0, "name": "teacher"}]
-    rows = []
-    for run in [*(made if teacher["timing"] else []), *results["runs"]]:
+    listed = [("teacher", "", {**teacher, "seed": 0})] if teacher["timing"] else []
+    listed += [
+        (row.title, row.key.weight, run) for row in rows(results) for run in row.runs
+    ]
+    cells = []
+    for title, weight, run in listed:
         timing, history = run["timing"], run.get("history") or []
-        alone = run["name"] in ("teacher", "student")
-        rows.append(
+        cells.append(
             (
-                run["title"],
+                title,
                 str(run["seed"]),
-                "" if alone else f"{run['weight']:g}",
+                weight,
                 f"{run['accuracy']:.2f}",
-                f"{run['best_accuracy']:.2f}",
-                _number(run.get("best_epoch"), "{}"),
                 f"{timing['seconds']:.1f}",
                 _number(timing.get("seconds_to_first_step"), "{:.1f}"),
                 _number(timing.get("images_per_second"), "{:.0f}"),
                 str(sum(record.get("skipped", 0) for record in history)),
             )
         )
-    return rows
+    return cells
 
 
 def _setting(value):
@@ -225,14 +221,19 @@ def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), ", ".join(values(name))) for name in names]
 
 
-def _summary(results, rows):
+def _summary(results):
     """Returns title and accuracy of student, teacher and the best distilled student."""
-    student, teacher, *distilled = [(row[0], row[1]) for row in rows]
-    cards = [("student alone", student[1]), teacher]
+    found = rows(results)
+    alone, distilled = reference(found), [row for row in found if not row.alone]
+    name = "student alone" if alone.key.name == "student" else alone.title
+    cards = [
+        (name, spread([*alone.accuracy.values()])),
+        ("teacher", f"{results['teacher']['accuracy']:.2f}"),
+    ]
     if distilled:
-        best = max(distilled, key=lambda row: float(row[1].split()[0]))
+        best = max(distilled, key=lambda row: row.mean)
         some = f", highest of {len(distilled)}" if len(distilled) > 1 else ""
-        cards.append((f"{best[0]}{some}", best[1]))
+        cards.append((f"{best.title}{some}", spread([*best.accuracy.values()])))
     return cards
 
 
@@ -261,9 +262,10 @@ def render(
         settings=results["settings"],
         conditions=table.conditions(results),
         command=table.command_of(results),
-        columns=table.COLUMNS,
+        notes=table.notes(results),
+        columns=table.columns(results),
         rows=table.table(results),
-        cards=_summary(results, table.table(results)),
+        cards=_summary(results),
         curves=picture(curves.of_runs(results)),
         embedding=embedding,
         method=embedding and embedding["made_of"]["method"],

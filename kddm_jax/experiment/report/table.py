@@ -2,11 +2,11 @@
 
 As in KD2M, the table has a row for the student, one for the teacher, and one for each
 distance, with mean and standard deviation over seeds and the share of the gap between
-student and teacher that a distance closes. Everything is rendered from the JSON of the
-runs.
+student and teacher that a distance closes. The difference to the student alone is
+paired by seed and has a confidence interval. All accuracies are those after the last
+epoch. Everything is rendered from the JSON of the runs.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,96 +14,85 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import defaults
+from kddm_jax.experiment.report.accuracies import (
+    CONFIDENCE,
+    difference,
+    gap_closed,
+    spread,
+)
+from kddm_jax.experiment.report.rows import Row, reference, rows
 from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
 
-COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
+COLUMNS = (
+    *("", "accuracy %", "difference to alone", "gap closed"),
+    *("λ", "normalization", "seeds", "seconds"),
+)
+TITLES = 20  # narrowest column of titles on a terminal, in characters
 
 
-def _standard_error(accuracies, images):
-    """Computes the error of a mean accuracy, over seeds or binomial for one run."""
-    mean = float(np.mean(accuracies))
-    if len(accuracies) > 1:
-        return float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
-    return math.sqrt(max(mean * (100 - mean), 0.0) / images)
+def columns(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the table's columns, those of `COLUMNS` that it needs."""
+    found = {row.key.normalization for row in rows(results)} - {""}
+    return tuple(c for c in COLUMNS if c != "normalization" or len(found) > 1)
 
 
-def gap_closed(
-    accuracy: float,
-    student: Sequence[float],
-    teacher: float,
-    images: int,
-) -> float | None:
-    """Computes the share of the gap from student to teacher, in percent.
-
-    Args:
-      accuracy: accuracy of the distilled student, in percent.
-      student: accuracies of the student alone, one per seed.
-      teacher: accuracy of the teacher.
-      images: number of images that the accuracies were measured on.
-
-    Returns:
-      ``100 (accuracy - student) / (teacher - student)``, or None if the gap is not
-      larger than two standard errors, because a share of it would mean nothing.
-    """
-    gap = teacher - float(np.mean(student))
-    error = math.hypot(
-        _standard_error(student, images), _standard_error([teacher], images)
-    )
-    if gap <= 2 * error:
-        return None
-    return 100 * (accuracy - float(np.mean(student))) / gap
+def _compared(row, alone, results):
+    """Compares a row with the student alone: its difference, and the gap it closes."""
+    if row is alone:
+        return {}
+    found = difference(row.accuracy, alone.accuracy)
+    cells = {"difference to alone": str(found or "–")}
+    if not row.alone:
+        closed = found and gap_closed(
+            alone.mean + found.mean,
+            [*alone.accuracy.values()],
+            results["teacher"]["accuracy"],
+            results["eval_images"],
+        )
+        cells["gap closed"] = "–" if closed is None else f"{round(closed)} %"
+    return cells
 
 
-def _spread(values):
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+def _cells(row: Row, alone: Row, results) -> dict[str, str]:
+    """Returns the cells of a row by column."""
+    return {
+        "": row.title,
+        "accuracy %": spread([*row.accuracy.values()]),
+        **_compared(row, alone, results),
+        "λ": row.key.weight,
+        "normalization": row.key.normalization,
+        "seeds": str(len(row.runs)),
+        "seconds": f"{np.mean([run['timing']['seconds'] for run in row.runs]):.0f}",
+    }
 
 
 def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Makes the table's rows.
+    """Makes the table's rows: students alone, the teacher, and the methods.
 
     Args:
       results: the content of ``results.json``.
 
     Returns:
-      Rows of strings, in the order of `COLUMNS`.
+      Rows of strings, in the order of `columns`.
     """
-    teacher, images = results["teacher"], results["eval_images"]
-    runs: dict[str, list[dict]] = {}
-    for run in results["runs"]:
-        runs.setdefault(run["name"], []).append(run)
-    alone = [run["accuracy"] for run in runs["student"]]
+    teacher, found = results["teacher"], rows(results)
+    alone = reference(found)
     spent = teacher["timing"] and teacher["timing"]["seconds"]
-    trained = teacher["best_accuracy"] is not None
-    rows = []
-    for name, group in runs.items():
-        last = [run["accuracy"] for run in group]
-        closed = gap_closed(float(np.mean(last)), alone, teacher["accuracy"], images)
-        distilled = name != "student"
-        rows.append(
-            (
-                group[0]["title"],
-                _spread(last),
-                _spread([run["best_accuracy"] for run in group]),
-                f"{closed:.0f} %" if distilled and closed is not None else "–",
-                f"{group[0]['weight']:g}" if distilled else "",
-                f"{np.mean([run['timing']['seconds'] for run in group]):.0f}",
-            )
-        )
-    row = (
-        "teacher",
-        f"{teacher['accuracy']:.2f}",
-        f"{teacher['best_accuracy']:.2f}" if trained else "",
-        "",
-        "",
-        f"{spent:.0f}" if spent is not None else "",
+    cells = [_cells(row, alone, results) for row in found]
+    cells.insert(
+        sum(row.alone for row in found),
+        {
+            "": "teacher",
+            "accuracy %": f"{teacher['accuracy']:.2f}",
+            "seconds": f"{spent:.0f}" if spent is not None else "",
+        },
     )
-    return [rows[0], row, *rows[1:]]
+    return [tuple(row.get(c, "") for c in columns(results)) for row in cells]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -122,22 +111,66 @@ def markdown(results: Mapping[str, Any]) -> str:
         last = {**last, "command": results["command"]}
         return "\n".join(markdown(one) for one in (*first, last))
     if "rows" in results:
-        columns, rows = results["columns"], results["rows"]
+        names, cells = results["columns"], results["rows"]
         made_by = f" `{results['command']}`" if "command" in results else ""
         below = results["caption"] + made_by
     else:
-        columns, rows, below = COLUMNS, table(results), caption(results)
+        names, cells, below = columns(results), table(results), caption(results)
     lines = [
-        "| " + " | ".join(columns) + " |",
-        "|---" * len(columns) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        "| " + " | ".join(names) + " |",
+        "|---" * len(names) + "|",
+        *("| " + " | ".join(row) + " |" for row in cells),
     ]
     return "\n".join(lines) + "\n\n" + below + "\n"
 
 
 def caption(results: Mapping[str, Any]) -> str:
-    """Describes the conditions of the table's measurement, and its command."""
-    return f"{conditions(results)} `{command_of(results)}`"
+    """Describes the measurement, how to read it, and its command."""
+    text = " ".join([conditions(results), *notes(results)])
+    return f"{text} `{command_of(results)}`"
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """Says in sentences what the table's differences and intervals mean."""
+    found = rows(results)
+    alone, compared = reference(found), len(found) > 1
+    sentences = []
+    if compared:
+        several = sum(row.alone for row in found) > 1
+        better = ", the better of the two students alone" if several else ""
+        title = f'"{alone.title}"'
+        sentences.append(f'Differences and "gap closed" refer to {title}{better}.')
+    if max(len(row.runs) for row in found) == 1:
+        return [*sentences, *(["One seed gives no interval."] if compared else [])]
+    brackets = (
+        f"; brackets are {100 * CONFIDENCE:.0f} % intervals of the mean difference, "
+        "paired by seed (Student's t)"
+    )
+    sentences.append(
+        f"± is the standard deviation over seeds{brackets if compared else ''}."
+    )
+    return [*sentences, _shared(results)]
+
+
+def _shared(results):
+    """Says what the seeds of a study share; they differ in what is drawn in training.
+
+    The images and their fixed views are drawn by seed 0 in every run.
+    """
+    settings = results["settings"]
+    names = ("student_images", "train_images")  # later ones are those of the teacher
+    known = [results.get(names[0]), *(settings.get(name) for name in names)]
+    count = next((f"{number} " for number in known if number), "")
+    views = f" in {settings['views']} fixed views" if settings.get("views") else ""
+    start = (
+        "the same pretrained weights, " if settings.get("pretrained_student") else ""
+    )
+    part = "held-out" if settings["held_out"] else "test"
+    return (
+        f"All seeds share one teacher, {start}the same {count}labelled images{views} "
+        f"and the same {part} images, so intervals do not cover other teachers or "
+        "other samples."
+    )
 
 
 def conditions(results: Mapping[str, Any]) -> str:
@@ -147,7 +180,8 @@ def conditions(results: Mapping[str, Any]) -> str:
     made = [run["environment"] for run in [*results["runs"], teacher]]
     made = [environment for environment in made if environment]
     part = "held-out training" if settings["held_out"] else "test"
-    seeds = len(settings["seeds"])
+    counts = sorted({len(row.runs) for row in rows(results)})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     names = (teacher["model"], settings["student_model"])
     widths = (teacher["width"], settings["width"])
     residual = [name.startswith("ResNet") for name in names]
@@ -158,9 +192,9 @@ def conditions(results: Mapping[str, Any]) -> str:
     stem = f", {settings['stem']} stem" if any(residual) else ""
     return (
         f"{settings['dataset']}, recipe {settings['recipe']}: "
-        f"{pair[0]} to {pair[1]}{stem}; accuracy on "
+        f"{pair[0]} to {pair[1]}{stem}; accuracy after the last epoch on "
         f"{results['eval_images']} {part} images; {seeds} seed"
-        f"{'s' if seeds > 1 else ''}; "
+        f"{'' if seeds == '1' else 's'}; "
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, {_sources(made)}."
     )
@@ -215,14 +249,35 @@ def _all(environments, name):
     return ", ".join(sorted({str(environment[name]) for environment in environments}))
 
 
+def _widths(names, cells, most):
+    """Returns the widths of columns, in characters.
+
+    If the table is too wide, names and titles are broken, but never numbers.
+    """
+    longest = lambda texts: max(map(len, texts))
+    by_column = [*zip(*cells, strict=True)]
+    whole = [longest([n, *c]) for n, c in zip(names, by_column, strict=True)]
+    frame = 3 * len(names) + 1
+    if sum(whole) + frame <= most:
+        return whole, sum(whole) + frame
+    numbers = zip(names[1:], by_column[1:], strict=True)
+    narrow = [longest([*name.split(), *column]) for name, column in numbers]
+    title = min(whole[0], max(TITLES, most - sum(narrow) - frame))
+    return [title, *narrow], title + sum(narrow) + frame
+
+
 def show(results: Mapping[str, Any], console: Console) -> None:
-    """Prints the table on a terminal."""
-    view = Table(*COLUMNS, title=results["settings"]["dataset"])
-    for column in view.columns[1:]:
-        column.justify = "right"
-    for row in table(results):
-        view.add_row(*row)
-    console.print(view)
+    """Prints the table on a terminal, and what its numbers mean."""
+    names, cells = columns(results), table(results)
+    widths, total = _widths(names, cells, console.width)
+    view = Table(title=results["settings"]["dataset"], width=total)
+    for number, (name, width) in enumerate(zip(names, widths, strict=True)):
+        view.add_column(name, width=width, justify="right" if number else "left")
+    for row in cells:
+        view.add_row(*map(Text, row))
+    console.print(view, soft_wrap=True)
+    for line in notes(results):
+        console.print(line, soft_wrap=True)
 
 
 def show_quality(record: dict[str, Any], console: Console) -> None:
