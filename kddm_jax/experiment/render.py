@@ -2,10 +2,11 @@
 
     kddm report runs/digits-laptop
     kddm report experiments/results/digits.json
+    kddm report runs/raw/results.json runs/unit/results.json
     kddm report experiments/README.md
 
-For a folder of ``kddm distill``, the command writes table, curves and page again. For a
-JSON file, it prints the table. In a Markdown page, it replaces the marked tables.
+For a folder of ``kddm distill``, the command writes table, curves and page again. For
+JSON files, it prints one table. In a Markdown page, it replaces the marked tables.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.records import read_json
 from kddm_jax.experiment.machine.terminal import answer_errors
 from kddm_jax.experiment.report import table
+from kddm_jax.experiment.report.rows import merge
 
 ABOUT = "Renders tables, curves and pages of finished runs again."
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -27,12 +29,15 @@ def _rendered(paths):
     files = [read_json(path) for path in paths]
     if all("held_out_accuracy" in results for results in files):
         return table.weights_markdown(files)
-    if len(files) > 1:
-        raise UserError(
-            f"{' '.join(map(str, paths))}: of several files only grids of "
-            "kddm choose-weights are one table"
-        )
-    return table.markdown(files[0])
+    if len(files) == 1:
+        return table.markdown(files[0])
+    if all("eval_images" in results for results in files):
+        return table.markdown(merge(dict(zip(map(str, paths), files, strict=True))))
+    raise UserError(
+        f"{' '.join(map(str, paths))}: several files make one table only if all are "
+        "results of kddm distill, or all are grids of kddm choose-weights; render each "
+        "alone"
+    )
 
 
 def fill(page: Path) -> str:
@@ -40,8 +45,8 @@ def fill(page: Path) -> str:
 
     Args:
       page: path of a page with ``<!-- table: FILES -->`` and ``<!-- /table -->`` around
-        each table.  Paths of files are relative to the page; several grids of ``kddm
-        choose-weights`` make one table.
+        each table.  Paths of files are relative to the page; several results of ``kddm
+        distill``, or several grids of ``kddm choose-weights``, make one table.
 
     Returns:
       The text of the page with each table rendered from its JSON.
@@ -78,17 +83,17 @@ def main(arguments: Sequence[str]) -> int:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="folder of results, JSON file, or Markdown page",
+        help="folder of results, JSON files of one table, or Markdown page",
     )
     given = parser.parse_args(arguments)
 
     def work():
+        if files := [path for path in given.paths if path.suffix == ".json"]:
+            print(_rendered(files))
         for path in given.paths:
             if path.suffix == ".md":
                 path.write_text(fill(path))
-            elif path.suffix == ".json":
-                print(_rendered([path]))
-            else:
+            elif path.suffix != ".json":
                 folder(path)
 
     return answer_errors(work)

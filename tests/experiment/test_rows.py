@@ -1,10 +1,14 @@
-"""Rows of a study: which runs a row has, and what its title says."""
+"""Rows of one study and of several: which runs a row has, and what its title says."""
 
 import copy
+import json
 
 import pytest
 from commands import small_results
 
+from kddm_jax.experiment import render
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.report import page as page_module
 from kddm_jax.experiment.report import rows, table
 
 TITLES = {"student": "student", "w2": "W2 (E)", "l2": "paired L2", "kd": "KD"}
@@ -107,5 +111,163 @@ def test_results_of_earlier_versions_call_it_scale():
     ],
 )
 def test_placebos_are_called_so(placebo, words):
+    real = study(made("w2", {0: 84.0, 1: 85.0}))
     sham = study(made("w2", {0: 81.0, 1: 82.0}), placebo=placebo)
     assert [row.title for row in rows.rows(sham)] == ["student", f"W2 (E), {words}"]
+    both = rows.merge({"a.json": real, "b.json": sham})
+    assert cells(both, "", "accuracy %") == [
+        ("W2 (E)", "84.50 ± 0.71"),
+        (f"W2 (E), {words}", "81.50 ± 0.71"),
+    ]
+
+
+# ---------------------------------------------------------------------------
+# Several studies.
+
+
+def test_seeds_of_two_files_are_one_row(tmp_path, capsys):
+    """By hand: seeds 0 to 2, differences 4, 4 and 1; t is 4.303, the error 1."""
+    one = study(made("w2", {0: 84.0, 1: 86.0}), made("kd", {0: 87.0}), seeds=[0, 1])
+    other = study(made("student", {2: 81.0}), made("w2", {2: 82.0}), seeds=[2])
+    other["runs"] = other["runs"][2:]
+    other["environment"]["command"] = "kddm distill --seeds 2"
+    (tmp_path / "a.json").write_text(json.dumps(one))
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: a.json b.json -->\nold\n<!-- /table -->\n")
+    text = render.fill(page)
+    assert text.splitlines()[1:7] == [
+        "|  | accuracy % | difference to alone | gap closed | λ | seeds | seconds |",
+        "|---|---|---|---|---|---|---|",
+        "| student | 81.00 ± 1.00 |  |  |  | 3 | 10 |",
+        "| teacher | 90.00 |  |  |  |  | 61 |",
+        "| W2 (E) | 84.00 ± 2.00 | +3.0 [-1.3, +7.3] | 33 % | 1 | 3 | 10 |",
+        "| KD | 87.00 | +7.0 | 78 % | 1 | 1 | 10 |",
+    ]
+    assert "; 1 to 3 seeds; " in text
+    assert text.splitlines()[-4:-1] == [
+        "",
+        "- `python experiments/cifar.py --dataset digits --seeds 0 1`",
+        "- `kddm distill --dataset digits --seeds 2`",
+    ]
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    assert render.main(paths) == 0
+    assert capsys.readouterr().out.strip() == "\n".join(text.splitlines()[1:-1])
+
+
+def test_normalizations_of_two_files_are_two_rows():
+    """A method that compares no features is one row, in the order of the files."""
+    settings = lambda value: {"normalization": value, "data": None, "lr": 0.1}
+    one = study(
+        made("l2", {0: 84.0, 1: 85.0}, **settings("unit")),
+        made("kd", {0: 85.0}, **settings("unit")),
+        normalization="unit",
+    )
+    other = study(
+        made("w2", {0: 70.0}, 0.3, **settings(None)),
+        made("l2", {0: 83.0}, 0.3, **settings(None)),
+        made("kd", {1: 85.0}, **settings(None)),
+        normalization=None,
+    )
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert cells(merged, "", "normalization", "λ", "seeds") == [
+        ("paired L2, unit rows", "unit rows", "1", "2"),
+        ("KD", "", "1", "2"),
+        ("W2 (E)", "raw", "0.3", "1"),
+        ("paired L2, raw", "raw", "0.3", "1"),
+    ]
+    page = page_module.render(merged)
+    assert "paired L2, unit rows" in page
+
+
+def test_a_run_that_is_in_both_files_counts_once():
+    one, other = study(made("w2", {0: 84.0})), study(made("l2", {0: 85.0}))
+    other["runs"][0]["timing"] = {"seconds": 99.0}
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert [len(row.runs) for row in rows.rows(merged)] == [2, 1, 1]
+
+
+def test_the_trained_teacher_has_its_seconds():
+    one, other = study(made("w2", {0: 84.0})), study(made("l2", {0: 85.0}))
+    one["teacher"].update(small_results(given=True)["teacher"])
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert table.table(merged)[1][-1] == "61"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("dataset", ("digits", "mnist"), "dataset (digits and mnist)"),
+        ("student_images", (128, None), "student_images (128 and None)"),
+        ("views", (None, 4), "views (None and 4)"),
+        ("width", (16, 32), "width (16 and 32)"),
+        ("student_model", ("ResNet18", "ResNet9"), "student_model (ResNet18 and"),
+        ("epochs", (15, 30), "epochs (15 and 30)"),
+        ("batch_size", (128, 256), "batch_size (128 and 256)"),
+        ("optimizer", ("sgd", "adamw"), "optimizer (sgd and adamw)"),
+        ("layers", ([], ["a:b"]), "layers ([] and ['a:b'])"),
+        ("held_out", (0, 300), "held_out (0 and 300)"),
+        ("distance_group", (None, 2), "distance_group (None and 2)"),
+    ],
+)
+def test_studies_of_other_settings_are_no_table(name, values, said):
+    one, other = (study(made("w2", {0: 84.0}), **{name: value}) for value in values)
+    with pytest.raises(UserError, match="^a.json and b.json differ in ") as error:
+        rows.merge({"a.json": one, "b.json": other})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_setting_had_its_default():
+    """Earlier versions did not record every setting."""
+    one, other = study(made("w2", {0: 84.0})), study(made("l2", {0: 85.0}), epochs=15)
+    assert "epochs" not in one["settings"]
+    rows.merge({"a.json": one, "b.json": other})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seeds": [3]},
+        {"eval_every": 5},
+        {"weights": {"l2": 3.0}},
+        {"teacher": "elsewhere", "teacher_epochs": 99},
+        {"devices": 2, "data_dir": "elsewhere"},
+    ],
+)
+def test_settings_that_a_table_shows_or_does_not_need_may_differ(settings):
+    one, other = study(made("w2", {0: 84.0})), study(made("l2", {0: 85.0}), **settings)
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert [row.title for row in rows.rows(merged)] == [
+        "student",
+        "W2 (E)",
+        "paired L2",
+    ]
+
+
+def test_another_teacher_or_test_set_is_no_table():
+    one, other = study(made("w2", {0: 84.0})), study(made("l2", {0: 85.0}))
+    other["teacher"]["digest"] = "def"
+    with pytest.raises(UserError, match=r"the teacher's digest \(abc and def\)"):
+        rows.merge({"a.json": one, "b.json": other})
+    other["teacher"]["digest"] = "abc"
+    other["eval_images"] = 50
+    with pytest.raises(UserError, match=r"evaluation images \(100 and 50\)"):
+        rows.merge({"a.json": one, "b.json": other})
+
+
+def test_two_accuracies_of_one_run_are_no_table():
+    one = study(made("w2", {0: 84.0, 1: 85.0}))
+    other = study(made("w2", {1: 85.5}))
+    with pytest.raises(
+        UserError, match=r"seed 1 \(85.00 and 85.50 %\); copy the folder w2"
+    ):
+        rows.merge({"a.json": one, "b.json": other})
+
+
+def test_runs_of_a_row_differ_in_their_seed_only():
+    """Such as one's own distance, whose file was edited."""
+    one = study(made("w2", {0: 84.0}, distance_source="old"))
+    other = study(made("w2", {1: 85.5}, distance_source="new"))
+    with pytest.raises(UserError, match=r"distance_source of W2 \(E\) \(old and new\)"):
+        rows.merge({"a.json": one, "b.json": other})

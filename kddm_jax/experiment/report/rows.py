@@ -1,18 +1,28 @@
-"""Groups the runs of a study into the rows of a table.
+"""Groups runs into the rows of a table, for one study or for several.
 
 A row is a method with its normalization, its lambda and, if it is a control, its
-placebo. The runs of a row differ in their seed only.
+placebo. The runs of a row differ in their seed only. `rows` groups the runs of a study.
+`merge` joins studies that differ only in their seeds and in what the rows show.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY, renamed
+from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
+    GROUP_OF,
+    NAMED_OTHERWISE,
+    OF_TEACHER,
+    Settings,
+    as_json,
+    renamed,
+)
 
 # Students without a teacher: with the epochs of a distilled student, or its compute.
 ALONE = ("student", "student_longer")
@@ -28,7 +38,11 @@ PLACEBOS = {
     "labels": "labels permuted",
     "gaussian": "Gaussian features",
 }
+# A table shows these, or they do not change a run's last epoch. The teacher is compared
+# by its digest, and a file of pretrained weights by its digest in the runs.
 SHOWN = ("normalization", "placebo")
+MAY_DIFFER = {*NAMED_OTHERWISE, *OF_TEACHER, *SHOWN, "eval_every"} - {"distance_group"}
+OF_A_SEED = {*SHOWN, "eval_every", "seed"}
 
 
 # ---------------------------------------------------------------------------
@@ -117,10 +131,10 @@ def _title(title, key, keys):
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """Groups the runs of a study.
+    """Groups the runs of a study, or of merged ones.
 
     Args:
-      results: the content of ``results.json``.
+      results: the content of ``results.json``, or what `merge` returns.
 
     Returns:
       The rows: students alone, then the methods in the order of the runs.
@@ -149,3 +163,93 @@ def reference(found: Sequence[Row]) -> Row:
             "kddm distill that made them"
         )
     return max(alone, key=lambda row: row.mean)
+
+
+# ---------------------------------------------------------------------------
+# Several studies.
+
+
+def _refuse(places, what, values) -> NoReturn:
+    raise UserError(
+        f"{' and '.join(places)} differ in {what} ({values[0]} and {values[1]}), so "
+        "they make no table together; render each alone"
+    )
+
+
+def _defaults():
+    return json.loads(json.dumps(as_json(Settings())))  # in the form that is read
+
+
+def _check_alike(places, studies):
+    """Refuses two studies whose rows cannot be compared."""
+    plain = _defaults()  # earlier versions did not record all settings
+    first, other = ({**plain, **renamed(study["settings"])} for study in studies)
+    for name in plain:
+        shared = GROUP_OF[name] != "run" and name not in MAY_DIFFER
+        if shared and first[name] != other[name]:
+            _refuse(places, name, (first[name], other[name]))
+    digests = [study["teacher"].get("digest") for study in studies]
+    if digests[0] != digests[1]:
+        _refuse(places, "the teacher's digest", digests)
+    images = [study["eval_images"] for study in studies]
+    if images[0] != images[1]:
+        _refuse(places, "the number of evaluation images", images)
+
+
+def _check_row(places, runs):
+    """Refuses two runs of a row that differ in more than their seed."""
+    plain, title = _defaults(), runs[0]["title"]
+    first, other = ({**plain, **renamed(run.get("settings", {}))} for run in runs)
+    for name in sorted({*first, *other} - OF_A_SEED):
+        pair = first.get(name), other.get(name)
+        if pair[0] != pair[1]:
+            _refuse(places, f"{name} of {title}", pair)
+    found = [run["accuracy"] for run in runs]
+    if runs[0]["seed"] == runs[1]["seed"] and found[0] != found[1]:
+        folder = f"{runs[0]['name'].replace(':', '.')}/seed{runs[0]['seed']}"
+        raise UserError(
+            f"{' and '.join(places)} differ in the accuracy of {title}, seed "
+            f"{runs[0]['seed']} ({found[0]:.2f} and {found[1]:.2f} %); copy the folder "
+            f"{folder} of one study into the other and rerun its command, or render "
+            "each alone"
+        )
+
+
+def merge(studies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Joins the runs of several studies.
+
+    Args:
+      studies: contents of ``results.json``, by the names that messages use.
+
+    Returns:
+      Results with the runs of all studies, and with the studies as ``studies``. A row
+      that occurs in several studies has the seeds of all; a seed that occurs twice is
+      taken once.
+
+    Raises:
+      UserError: the studies differ in more than seeds, distances, lambda, normalization
+        and placebo, or have different accuracies of one seed.
+    """
+    (place, first), *others = studies.items()
+    for other, study in others:
+        _check_alike((place, other), (first, study))
+    found: dict[Key, dict[int, tuple[str, Mapping]]] = {}  # by row and by seed
+    for place, study in studies.items():
+        for run in study["runs"]:
+            own = {
+                **renamed(run.get("settings", {})),
+                **_method(run, study["settings"]),
+            }
+            run, row = {**run, "settings": own}, _key(run, study["settings"])
+            seeds = found.setdefault(row, {})
+            if seeds:  # compared with the run of the same seed, or else with any
+                known = seeds.get(run["seed"], next(iter(seeds.values())))
+                _check_row((known[0], place), (known[1], run))
+            seeds.setdefault(run["seed"], (place, run))
+    trained = [s["teacher"] for s in studies.values() if s["teacher"]["timing"]]
+    return {
+        **first,
+        "teacher": (trained or [first["teacher"]])[0],
+        "runs": [run for seeds in found.values() for _, run in seeds.values()],
+        "studies": [*studies.values()],
+    }

@@ -75,7 +75,8 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes the table's rows: students alone, the teacher, and the methods.
 
     Args:
-      results: the content of ``results.json``.
+      results: the content of ``results.json``, or several of them, merged by
+        `rows.merge`.
 
     Returns:
       Rows of strings, in the order of `columns`.
@@ -99,9 +100,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Renders the table and its caption as Markdown.
 
     Args:
-      results: the content of ``results.json``, or results of another command with
-        ``columns``, ``rows``, ``caption`` and ``command``, or with several ``tables``
-        of these and one ``command``.
+      results: the content of ``results.json``; several of them, merged by
+        `rows.merge`; or results of another command with ``columns``, ``rows``,
+        ``caption`` and ``command``, or with several ``tables`` of these and one
+        ``command``.
 
     Returns:
       The table, an empty line and the caption, for one table after the other.
@@ -125,9 +127,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def caption(results: Mapping[str, Any]) -> str:
-    """Describes the measurement, how to read it, and its command."""
+    """Describes the measurement and how to read it, and lists its commands."""
     text = " ".join([conditions(results), *notes(results)])
-    return f"{text} `{command_of(results)}`"
+    studies = results.get("studies", [results])
+    made_by = [f"`{command_of(study)}`" for study in studies]
+    if len(made_by) == 1:
+        return f"{text} {made_by[0]}"
+    return "\n".join([text, "", *(f"- {one}" for one in made_by)])
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
