@@ -8,19 +8,23 @@ them, the efficiency E of their use of space, and the quality `Q = S + sqrt(I E)
 `f_i` are the flattened features of sample i, `u_i = f_i / ||f_i||`, and
 `G_ij = |<u_i, u_j>|`. Everything follows from one `[n, n]` Gram matrix, which is summed
 over blocks of features. Features may be very wide, or on disk (`numpy.memmap`).
+
+`select_layers` chooses layers by Q, and `layer_similarity` finds layers that are copies
+of each other. `kddm_jax.probe` measures how well a layer separates the classes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax.numerics.checks import as_float, check_labels, check_number
+from kddm_jax.numerics.checks import as_float, check_number
 from kddm_jax.numerics.linalg import matmul
+from kddm_jax.numerics.samples import by_class, check_finite, flat_features
 
 # Options of the released code: `knowledge_quality(f, y, **RELEASED)`.
 RELEASED: Mapping[str, object] = MappingProxyType(
@@ -96,11 +100,7 @@ def _geometry(features, order, starts):
     # Distances of centred features are more accurate. The cosines need uncentred ones:
     # <f_i, f_j> = <f_i - m, f_j - m> + <f_i - m, m> + <f_j - m, m> + <m, m>.
     centred, offset, square = _inner_products(features, order)
-    if not all(np.all(np.isfinite(part)) for part in (centred, offset, square)):
-        raise ValueError(
-            "features must be finite, got NaN, infinity or values whose square is "
-            "infinite; rescale them or check the network"
-        )
+    check_finite(centred, offset, square)
     plain = centred + offset[:, None] + offset[None, :] + square
     norms = np.sqrt(np.maximum(np.diagonal(plain), 0))
     if not np.any(norms):
@@ -161,27 +161,6 @@ def _efficiency(geometry, packing):
         distances.append(np.sqrt(others.min()))
         lengths.append(geometry.norms[rows].mean(dtype=np.float64))
     return packing * 2 * np.mean(distances, dtype=np.float64) / np.mean(lengths)
-
-
-def _by_class(labels, n):
-    """Sorts labelled samples by class; returns their order and where classes start."""
-    labels = np.asarray(check_labels(labels, n))
-    order = np.argsort(labels, kind="stable")
-    order = order[np.count_nonzero(labels < 0) :]
-    names, starts, counts = np.unique(
-        labels[order], return_index=True, return_counts=True
-    )
-    if len(names) < 2:
-        raise ValueError(
-            f"labels must hold two classes at least, got {len(names)}; quality "
-            "compares classes"
-        )
-    if counts.min() < 2:
-        raise ValueError(
-            f"labels must give each class two samples at least, class "
-            f"{names[counts.argmin()]} has one; take more samples or leave it out"
-        )
-    return order, starts
 
 
 def knowledge_quality(
@@ -249,13 +228,8 @@ def knowledge_quality(
       >>> quality.S, quality.I  # orthogonal classes, each on one line
       (1.0, 0.0)
     """
-    if np.ndim(features) < 2 or 0 in np.shape(features):
-        raise ValueError(
-            f"features must have shape [n, ...], got {list(np.shape(features))}; "
-            "give each sample its features along the later axes"
-        )
-    features = features.reshape(features.shape[0], -1)
-    order, starts = _by_class(labels, features.shape[0])
+    features = flat_features(features)
+    order, starts = by_class(labels, features.shape[0])
     n, d = len(order), features.shape[1]
     n_train = n if n_train is None else n_train
     check_number("n_train", n_train, positive=True)
@@ -271,28 +245,122 @@ def knowledge_quality(
     return KnowledgeQuality(separation, information, efficiency, quality, packing)
 
 
+def _direction(features):
+    """Returns the Gram matrix, centred without its diagonal and of length 1."""
+    features = flat_features(features)
+    n = features.shape[0]
+    if n < 4:
+        raise ValueError(f"features must have 4 samples at least, got {n}")
+    gram = np.array(next(_inner_products(features, np.arange(n))), np.float64)
+    check_finite(gram)
+    scale = np.abs(gram).max() * n
+    np.fill_diagonal(gram, 0)
+    rows = gram.sum(1) / (n - 2)
+    gram += rows.sum() / (n - 1) - rows[:, None] - rows[None, :]
+    np.fill_diagonal(gram, 0)
+    length = np.linalg.norm(gram)
+    # Of constant features only round-off of the float32 Gram matrix remains.
+    return gram / length if length > 1e-6 * scale else np.zeros_like(gram)
+
+
+def layer_similarity(features: Iterable[jax.Array | np.ndarray]) -> np.ndarray:
+    r"""Computes the linear centred kernel alignment (CKA) of every pair of layers.
+
+    .. math:: C_{kl} = \frac{\langle \tilde K_k, \tilde K_l \rangle}
+              {\|\tilde K_k\|_F \|\tilde K_l\|_F}
+
+    where K_k is the ``[n, n]`` Gram matrix of layer k, centred without its diagonal
+    (unbiased estimate of HSIC), so that C is 0 on average for independent features of
+    any width. C is 1 if two layers differ only by a rotation, a shift and a scale. It
+    takes 2 n^2 d floating point operations for each layer, and 8 n^2 bytes of memory.
+    A thousand samples are enough to find copies.
+
+    Args:
+      features: features of each layer for the same samples, floating, shape
+        `[n, ...]`, flattened; widths may differ. A generator holds only one layer in
+        memory.
+
+    Returns:
+      Float64 array `[layers, layers]` of values in [-1, 1]. Constant features have the
+      similarity 0 to all layers.
+
+    Raises:
+      ValueError: if a shape or dtype is wrong, if layers have different numbers of
+        samples or fewer than four, or if features are not finite.
+
+    References:
+      Kornblith et al., Similarity of neural network representations revisited, 2019,
+      arXiv:1905.00414, section 3. Song et al., Feature selection via dependence
+      maximization, 2012, equation 5, for the unbiased estimate.
+
+    Examples:
+      >>> x = np.eye(6, 3)
+      >>> layer_similarity([x, 2 * x[:, ::-1] + 1]).round(3)
+      array([[1., 1.],
+             [1., 1.]])
+    """
+    directions = [_direction(layer) for layer in features]
+    sizes = {len(direction) for direction in directions}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"features must be those of the same samples in all layers, got "
+            f"{len(directions)} layers of {sorted(sizes)} samples"
+        )
+    rows = np.array(directions).reshape(len(directions), -1)
+    return rows @ rows.T
+
+
+def _numbers(quality) -> tuple[Any, np.ndarray]:
+    """Returns the layers' names and their qualities."""
+    if isinstance(quality, Mapping):
+        names, values = tuple(quality), list(quality.values())
+    else:
+        names, values = tuple(range(len(quality))), list(quality)
+    values = [v.Q if isinstance(v, KnowledgeQuality) else float(v) for v in values]
+    for name, value in zip(names, values, strict=True):
+        if math.isnan(value):
+            raise ValueError(f"quality of layer {name!r} is NaN; leave the layer out")
+    return names, np.array(values)
+
+
 def select_layers(
     quality: Mapping[str, float | KnowledgeQuality]
     | Sequence[float | KnowledgeQuality],
     count: int = 4,
+    *,
+    last: bool = False,
+    similarity: np.ndarray | None = None,
+    most_similar: float = 0.98,
 ) -> tuple[str, ...] | tuple[int, ...]:
-    """Chooses the layers of highest quality.
+    """Chooses the layers of highest quality, without copies of a chosen layer.
 
-    The released code has fixed lists of layers instead, those of arXiv:2511.14981.
+    Layers are taken in the order of their quality; with ``last``, the last layer comes
+    first. A layer is left out if its similarity to a layer that is already taken is
+    above ``most_similar``, because the blocks of one stage can be copies of each other
+    and then have the same quality. Quality alone may also leave out the last layer,
+    from which the teacher's head reads the classes.
+
+    The released code has fixed lists of layers instead, those of arXiv:2511.14981. The
+    paper has neither ``last`` nor ``similarity``.
 
     Args:
       quality: quality of each layer from the first to the last, as a mapping by name or
         a sequence. `jax.jit` returns a dict sorted by name ("block10" before "block2"),
         so take the order of the layers from the network, not from such a dict.
       count: number of layers to choose; 4 in the paper.
+      last: True always chooses the last layer.
+      similarity: array `[layers, layers]` of `layer_similarity`, in the order of
+        ``quality``; None does not look for copies.
+      most_similar: largest similarity of two chosen layers.
 
     Returns:
       The names of the `count` best layers (or indices, for a sequence) in order of
-      depth. Of layers with equal quality, the first is chosen.
+      depth; fewer if the others are copies of these. Of layers with equal quality, the
+      first is chosen.
 
     Raises:
-      ValueError: if `count` is not between 1 and the number of layers, or a quality is
-        not a number.
+      ValueError: if `count` is not between 1 and the number of layers, a quality is
+        not a number, or `similarity` has another shape or contains NaN.
 
     References:
       Cooper et al., 2025, arXiv:2511.14981.
@@ -302,19 +370,25 @@ def select_layers(
       ('block1', 'last')
       >>> select_layers([0.1, 0.9, 0.4, 0.7], 2)
       (1, 3)
+      >>> copies = np.array([[1.0, 0.99, 0.5], [0.99, 1.0, 0.5], [0.5, 0.5, 1.0]])
+      >>> select_layers([0.9, 0.8, 0.1], 2, similarity=copies)
+      (0, 2)
     """
-    if isinstance(quality, Mapping):
-        names, values = tuple(quality), list(quality.values())
-    else:
-        names, values = tuple(range(len(quality))), list(quality)
-    values = [v.Q if isinstance(v, KnowledgeQuality) else float(v) for v in values]
-    for name, value in zip(names, values, strict=True):
-        if math.isnan(value):
-            raise ValueError(f"quality of layer {name!r} is NaN; leave the layer out")
-    if not 1 <= count <= len(names):
+    names, values = _numbers(quality)
+    total = len(names)
+    if not 1 <= count <= total:
         raise ValueError(
-            f"count must be between 1 and the number of layers {len(names)}, "
-            f"got {count}"
+            f"count must be between 1 and the number of layers {total}, got {count}"
         )
-    best = np.argsort(-np.array(values), kind="stable")[:count]
+    alike = np.zeros((total, total)) if similarity is None else np.asarray(similarity)
+    if alike.shape != (total, total) or np.isnan(alike).any():
+        raise ValueError(
+            f"similarity must have shape [{total}, {total}] without NaN, got "
+            f"{list(alike.shape)}; pass that of layer_similarity for these layers"
+        )
+    values[-1] = math.inf if last else values[-1]
+    best: list[int] = []
+    for layer in np.argsort(-values, kind="stable"):
+        if len(best) < count and np.all(alike[layer, best] <= most_similar):
+            best.append(int(layer))
     return tuple(names[i] for i in sorted(best))

@@ -68,6 +68,7 @@ for name in ("grain", "sklearn", "safetensors", "tensorflow_datasets", "tyro", "
              "importlib_resources", "matplotlib", "jinja2", "tensorflow", "torch"):
     sys.modules[name] = None
 import kddm_jax.adapters, kddm_jax.checkpoint, kddm_jax.data.augment, kddm_jax.quality
+import kddm_jax.probe
 import kddm_jax.data.stream, kddm_jax.networks.weights, kddm_jax.networks.surgery
 import kddm_jax.networks.mlp, kddm_jax.networks.mobilenet, kddm_jax.networks.vit
 import kddm_jax.networks.projectors, kddm_jax.train_step, kddm_jax.testing

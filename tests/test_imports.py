@@ -24,12 +24,13 @@ OUTSIDE = ("experiments", "benchmarks", "examples", "tests")
 RULES = """
 numerics < families < distances < terms < losses < teachers < train_step
 losses < testing
-numerics < quality
+numerics < quality, probe
 numerics < adapters < resnet < networks
 extras < checkpoint < networks
 extras < data
 distances, losses < __init__
-__init__, train_step, testing, quality, networks, checkpoint, data < experiment.machine
+__init__, train_step, testing, quality, probe < experiment.machine
+networks, checkpoint, data < experiment.machine
 experiment.machine < experiment.settings < experiment.checks < experiment.recipes
 experiment.recipes < experiment.training
 experiment.training < experiment.report < experiment.study < experiment < __main__

@@ -6,11 +6,12 @@ import pytest
 import reference
 from helpers import relu_features
 
-from kddm_jax import quality
+from kddm_jax import cka, quality
 from kddm_jax.quality import (
     RELEASED,
     KnowledgeQuality,
     knowledge_quality,
+    layer_similarity,
     select_layers,
 )
 
@@ -239,3 +240,100 @@ def test_select_layers_prefers_the_first_of_equals():
 def test_select_layers_refuses(values, count, message):
     with pytest.raises(ValueError, match=message):
         select_layers(values, count)
+
+
+def test_select_layers_takes_the_last_on_demand():
+    values = {"stem": 0.2, "b1": 0.9, "b2": 0.1, "b3": 1.1, "b4": -0.3}
+    assert select_layers(values, 2, last=True) == ("b3", "b4")
+    assert select_layers(values, 1, last=True) == ("b4",)
+    assert select_layers([1.0, 0.5], 2, last=True) == (0, 1)
+
+
+def alike(*groups):
+    """Similarity 0.99 within groups of layers, 0.5 between them."""
+    groups = np.array(groups)
+    return np.where(groups[:, None] == groups[None, :], 0.99, 0.5)
+
+
+def test_select_layers_leaves_out_copies():
+    values = [0.1, 0.9, 0.8, 0.7, 0.2]
+    similarity = alike(0, 1, 1, 1, 2)
+    assert select_layers(values, 3) == (1, 2, 3)
+    assert select_layers(values, 3, similarity=similarity) == (0, 1, 4)
+    assert select_layers(values, 2, similarity=similarity) == (1, 4)
+    # The limit itself is allowed.
+    options = {"similarity": similarity, "most_similar": 0.99}
+    assert select_layers(values, 3, **options) == (1, 2, 3)
+
+
+def test_select_layers_prefers_the_last_to_its_better_copy():
+    similarity = alike(0, 1, 2, 2)
+    values = [0.1, 0.2, 0.9, 0.3]
+    assert select_layers(values, 2, similarity=similarity) == (1, 2)
+    assert select_layers(values, 2, last=True, similarity=similarity) == (1, 3)
+
+
+def test_select_layers_returns_fewer_rather_than_copies():
+    assert select_layers([0.1, 0.2, 0.3], 3, similarity=alike(0, 0, 1)) == (1, 2)
+
+
+@pytest.mark.parametrize("wrong", [np.eye(2), np.zeros(3), np.full((3, 3), np.nan)])
+def test_select_layers_refuses_another_similarity(wrong):
+    with pytest.raises(ValueError, match=r"^similarity must have shape \[3, 3\] "):
+        select_layers([0.1, 0.2, 0.3], similarity=wrong, count=2)
+
+
+# -------------------------------------------------------------- their similarity
+
+
+def test_similarity_is_debiased_linear_cka():
+    """The distance of the catalogue, which is computed in another way."""
+    layers = [features(d, n=30, seed=d) for d in (3, 7, 40)]
+    layers[2][:, :3] += layers[0]
+    found = layer_similarity(layers)
+    np.testing.assert_allclose(np.diag(found), 1, rtol=1e-12)
+    np.testing.assert_array_equal(found, found.T)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        wanted = 1 - cka(layers[i], layers[j], debiased=True)
+        np.testing.assert_allclose(found[i, j], wanted, atol=1e-5)
+
+
+def test_copies_are_similar_and_strangers_are_not():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 50)).astype(np.float32)
+    turn, _ = np.linalg.qr(rng.normal(size=(50, 50)))
+    copy = np.float32(3 * x @ turn + 2)
+    near = np.float32(x + 0.05 * rng.normal(size=x.shape))
+    # Without the correction, wide independent features would have 0.9.
+    other = rng.normal(size=(100, 10, 200)).astype(np.float32)
+    found = layer_similarity(iter([x, copy, near, other]))
+    np.testing.assert_allclose(found[0, 1], 1, atol=1e-4)
+    assert 0.98 < found[0, 2] < 1
+    assert abs(found[0, 3]) < 0.1
+
+
+def test_similarity_is_summed_over_blocks(monkeypatch):
+    layers = [features(40), features(7, seed=1)]
+    wanted = layer_similarity(layers)
+    monkeypatch.setattr(quality, "_BLOCK", 16 * 12)
+    np.testing.assert_allclose(layer_similarity(layers), wanted, atol=1e-5)
+
+
+def test_constant_features_are_similar_to_nothing():
+    found = layer_similarity([features(), np.full((12, 3), 0.1, np.float32)])
+    np.testing.assert_array_equal(found[1], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([features(), features(n=11)], r"^features must be .* 2 layers of \[11, 12\]"),
+        ([], r"^features must be those of the same samples .* got 0 layers"),
+        ([features(n=3)], r"^features must have 4 samples at least, got 3"),
+        ([with_value(np.nan)], r"^features must be finite"),
+        ([features()[:, 0]], r"^features must have shape \[n, ...\], got \[12\]"),
+    ],
+)
+def test_similarity_refuses(layers, message):
+    with pytest.raises(ValueError, match=message):
+        layer_similarity(layers)

@@ -126,13 +126,14 @@ def feature_only(dataset: str) -> Settings:
 
     The teacher is a ResNet34 and the student a ResNet9, trained by AdamW with a
     one-cycle schedule; the student alone and KD are trained, too. As in the paper,
-    images are not augmented.
+    images are not augmented. Features are scaled to unit length; ``--layers released``
+    uses the paper's loss instead.
     """
     return Settings(
         Data(dataset),
         augmentation(dataset, Augmentation(padding=0, flip=False)),
         Networks(student_model="ResNet9", stem="cifar", width=16),
-        Method(("kd", FEATURE_ONLY), normalization="teacher", projector="conv"),
+        Method(("kd", FEATURE_ONLY), normalization="unit", projector="conv"),
         Optimizer(
             teacher_epochs=50,
             epochs=50,

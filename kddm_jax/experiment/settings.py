@@ -15,6 +15,7 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 
 FEATURE_ONLY = "feature_only"
+RELEASED = "released"  # the value of --layers for the layers of arXiv 2511.14981
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
@@ -114,7 +115,8 @@ class Method:
     your own distances as module:NAME, or feature_only (labels train only the head)."""
     weight: float | None = None
     """Lambda of every distance that --weights does not name. None uses 1e-4, as in the
-    released code, or with --normalization the catalogue's default, if it has one."""
+    released code, or with --normalization the catalogue's default, if it has one.
+    feature_only uses 10 with --normalization unit, otherwise 1."""
     weights: dict[str, float] | None = None
     """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3."""
     weight_schedule: str = "constant"
@@ -126,23 +128,26 @@ class Method:
     mean squared deviation, so that lambda has no unit. unit: each feature vector is
     scaled to length 1. centered: each network's mean is subtracted, and the result is
     divided by that network's root mean squared deviation. standardized: like centered,
-    but for each feature separately. feature_only does not transform features."""
+    but for each feature separately. With --layers released, feature_only transforms
+    nothing."""
     layers: tuple[str, ...] = ()
     """Pairs of layers that every distance compares instead of the pooled features:
-    STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. Without --layers, feature_only uses the
-    teacher's layers of highest knowledge quality."""
+    STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. The word released makes feature_only
+    compare four layers, chosen by knowledge quality, by mean squared error."""
     projector: str | None = None
     """Learned projection of the student's layers to the teacher's width: dense, conv
-    (1x1) or conv3 (three layers); None uses no projection."""
+    (1x1) or conv3 (three layers); None uses no projection. Without --layers,
+    feature_only projects the pooled features if, and only if, their widths differ."""
     positions: str = "pool"
     """How distances of features treat feature maps: pool (averages over positions) or
     each (every position is a sample)."""
     quality_images: int = 5000
     """Number of training images, the same number from each class, on which the
-    knowledge quality of the teacher's layers is measured."""
+    knowledge quality of the teacher's layers is measured (--layers released)."""
     head: tuple[str, ...] | None = None
-    """Modules of the student that are trained with labels in feature_only; None uses
-    the modules after its features."""
+    """Modules of the student that labels train in feature_only. They learn from labels
+    only, and all other modules from features only. None uses the modules after the
+    features."""
     distance_group: int | None = None
     """Number of devices that gather features from each other; None uses all. A smaller
     number changes the loss to the mean of the distances of all groups."""
@@ -351,6 +356,12 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
 
 
 RELEASED_WEIGHT = 1e-4
+UNIT_WEIGHT = 10.0  # of feature_only, whose distance of unit features is at most 4
+
+
+def by_quality(settings: Settings) -> bool:
+    """Returns whether the teacher's layers are chosen by quality."""
+    return settings.method.layers == (RELEASED,)
 
 
 def weight_of(settings: Settings, distance: str) -> float:
@@ -360,9 +371,10 @@ def weight_of(settings: Settings, distance: str) -> float:
         return weights[distance]
     if settings.method.weight is not None:
         return settings.method.weight
-    if distance == FEATURE_ONLY:
-        return 1.0
     normalization = settings.method.normalization
+    if distance == FEATURE_ONLY:
+        unit = normalization == "unit" and not by_quality(settings)
+        return UNIT_WEIGHT if unit else 1.0
     if normalization is None:
         return RELEASED_WEIGHT
     if distance not in DISTANCES:

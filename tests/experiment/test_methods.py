@@ -1,5 +1,6 @@
 """How students learn: layer pairs, projectors, one's own distance, features alone."""
 
+import io
 import json
 import shutil
 import sys
@@ -8,16 +9,28 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from commands import KEEP, SMALL, TINY, call, results_of
+from commands import EXPERIMENTS, KEEP, NETWORK, SMALL, TINY, call, results_of
+from rich.console import Console
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.settings import change
-from kddm_jax.experiment.training import methods, models, outputs, problems, runs
+from kddm_jax.experiment.report import curves, table
+from kddm_jax.experiment.settings import change, weight_of
+from kddm_jax.experiment.training import (
+    from_teacher,
+    methods,
+    models,
+    outputs,
+    problems,
+    runs,
+)
+from kddm_jax.experiment.training.train import Teacher
+from kddm_jax.train_step import create_state, make_train_step
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 STUDENT = {
@@ -70,23 +83,149 @@ def test_projector_alone_maps_the_pooled_features():
     assert method.projectors["features"].features == 12
 
 
-def test_features_alone():
-    line = ("--layers", "a:p", "b:q", "--projector", "conv3", "--head", "top", "fc")
-    method = make(*line, name="feature_only")
-    assert [t.weight for t in method.distance] == [1.0 / 2 / 5, 1.0 / 2 / 12]
-    assert {t.positions for t in method.distance} == {"each"}
-    assert method.head == ("top", "fc")
-    # The loss is lambda times the mean over layers of the mean squared error.
-    rng = np.random.default_rng(0)
-    x = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
-    y = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
+def loss_of(method, x, y, weight):
+    """The loss of a method without its projectors, and without the task."""
     terms = [replace(t, layers=(t.layers[1],) * 2) for t in method.distance]
     labels, logits = np.zeros(8, np.int32), np.zeros((8, 10), np.float32)
     loss, values = kddm_jax.distill_loss(
-        x, y, labels, logits, distance=terms, weight=2.0
+        *(x, y, labels, logits), distance=terms, weight=weight, **method.options
     )
-    expected = np.mean([np.mean((x[k] - y[k]) ** 2) for k in x])
-    np.testing.assert_allclose(loss - values["task"], 2.0 * expected, rtol=1e-5)
+    return loss - values["task"]
+
+
+def samples(shapes, seed):
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: rng.normal(size=shape.shape).astype(np.float32)
+    return {name: draw(shape) for name, shape in methods.layers_of(shapes).items()}
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+FEATURE_ONLY = ("--recipe", "feature_only")
+
+
+def test_features_alone_compares_pooled_features_of_unit_length():
+    settings = parse(["--dataset", "digits", *FEATURE_ONLY])
+    wide = {**STUDENT, "features": of(8, 12)}
+    method = methods.make(settings, "feature_only", wide, TEACHER)
+    methods.check("feature_only", method, wide, TEACHER, 8)
+    assert [t.layers for t in method.distance] == [("features", "features")]
+    assert method.options == {"normalization": "unit"}
+    assert method.projectors == {}  # of equal widths, in spite of the recipe's conv
+    assert method.head == ("fc",)
+    assert methods.teacher_layers(method) == ()
+    x, y = samples(TEACHER, 0), samples(TEACHER, 1)
+    cosines = np.sum(unit(x["features"]) * unit(y["features"]), axis=1)
+    found = loss_of(method, x, y, 10.0)
+    np.testing.assert_allclose(found, 10 * np.mean(2 - 2 * cosines), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["None", "conv"])
+def test_features_alone_projects_pooled_features_of_other_widths(kind):
+    method = make(*FEATURE_ONLY, "--projector", kind, name="feature_only")
+    assert type(method.projectors["features"]).__name__ == "DenseProjector"
+    assert method.projectors["features"].features == 12
+
+
+PAIRS = ("a:p", "b:q:0.5")
+
+
+def test_released_is_the_mean_squared_error_of_the_layers():
+    """Whatever --normalization says, exactly the loss of version 0.2.0."""
+    line = [*FEATURE_ONLY, "--head", "top", "fc", "--layers", "released"]
+    settings = methods.released(parse(line), PAIRS)
+    method = methods.make(settings, "feature_only", STUDENT, TEACHER)
+    methods.check("feature_only", method, STUDENT, TEACHER, 8)
+    assert [t.weight for t in method.distance] == [1.0 / 2 / 5, 0.5 / 2 / 12]
+    assert {t.positions for t in method.distance} == {"each"}
+    assert {type(p).__name__ for p in method.projectors.values()} == {"ConvProjector"}
+    assert (method.options, method.head) == ({"normalization": None}, ("top", "fc"))
+    x, y = samples(TEACHER, 0), samples(TEACHER, 1)
+    error = {name: np.mean((x[name] - y[name]) ** 2) for name in x}
+    expected = (error["p"] + 0.5 * error["q"]) / 2
+    np.testing.assert_allclose(loss_of(method, x, y, 2.0), 2 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["None", "unit", "standardized"])
+def test_features_alone_of_pairs_is_normalized(normalization):
+    line = (*FEATURE_ONLY, "--normalization", normalization)
+    method = make(*line, "--layers", *PAIRS, name="feature_only")
+    x, y = samples(TEACHER, 0), samples(TEACHER, 1)
+
+    def distance(name):
+        flat = [side[name].reshape(-1, side[name].shape[-1]) for side in (x, y)]
+        if normalization == "standardized":
+            flat = [(side - side.mean(0)) / side.std(0) for side in flat]
+        if normalization == "unit":  # the sum over channels, on average over positions
+            return np.mean(np.sum((unit(flat[0]) - unit(flat[1])) ** 2, axis=1))
+        return np.mean((flat[0] - flat[1]) ** 2)
+
+    expected = (distance("p") + 0.5 * distance("q")) / 2
+    np.testing.assert_allclose(loss_of(method, x, y, 2.0), 2 * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "weight"),
+    [
+        ((), 10.0),
+        (("--layers", "a:p"), 10.0),
+        (("--normalization", "teacher"), 1.0),
+        (("--normalization", "None"), 1.0),
+        (("--layers", "released"), 1.0),
+        (("--layers", "released", "--weight", "3"), 3.0),
+    ],
+)
+def test_features_alone_has_a_default_weight(line, weight):
+    assert weight_of(parse([*FEATURE_ONLY, *line]), "feature_only") == weight
+
+
+def test_labels_train_only_the_head_of_features_alone():
+    """Other labels give the backbone the same step, and the head another one."""
+    networks = ("--teacher-model", NETWORK, "--student-model", NETWORK)
+    settings = parse(["--dataset", "digits", *FEATURE_ONLY, *networks])
+    model = models.build(NETWORK, num_classes=10, stem="cifar", width=4)
+    shapes = models.shapes(NETWORK, model, (8, 8, 1), 6)
+    method = methods.make(settings, "feature_only", shapes, shapes)
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    student, teacher = (
+        model.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1))) for seed in (0, 1)
+    )
+    step = jax.jit(
+        make_train_step(
+            *(models.network_apply(model),) * 2,
+            (tx := optax.sgd(0.1)),
+            augment=lambda key, image: image / 255.0,
+            distance=method.distance,
+            head=method.head,
+            axis_name=None,
+            **method.options,
+        )
+    )
+    state = create_state(student, tx, weight=10.0)
+    labels = np.arange(6), np.arange(6)[::-1].copy()
+    new = [step(state, teacher, images, of_images)[0].params for of_images in labels]
+    backbone = [{k: v for k, v in params.items() if k != "fc"} for params in new]
+    jax.tree.map(np.testing.assert_array_equal, *backbone)
+    moved = jax.tree.leaves(
+        jax.tree.map(
+            jnp.array_equal,
+            backbone[0],
+            {k: v for k, v in state.params.items() if k != "fc"},
+        )
+    )
+    assert not all(moved)  # by the features
+    assert not np.array_equal(new[0]["fc"]["kernel"], new[1]["fc"]["kernel"])
+
+
+def test_released_layers_are_for_features_alone():
+    line = ("--layers", "released", "--distances")
+    with pytest.raises(UserError, match="--layers released is for .*, not for l2; put"):
+        make(*line, "l2")
+    assert make(*line, "kd").distance == "kd"  # has no layers
+    with pytest.raises(UserError, match="--layers 'released': write STUDENT:TEACHER"):
+        make("--layers", "released", "a:p", "--distances", "l2")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +246,7 @@ def test_mistakes_about_layers(line, who, message):
 
 def test_features_alone_needs_maps_of_the_student():
     settings = parse(["--distances", "feature_only", "--projector", "conv"])
-    with pytest.raises(UserError, match="the student has no maps; name the pairs by"):
+    with pytest.raises(UserError, match="released: the student has no maps; leave out"):
         methods.check_choice_of_layers(settings, {**STUDENT, "maps": {}}, TEACHER)
 
 
@@ -147,7 +286,7 @@ def test_choice_of_layers_is_checked_before_there_is_a_teacher(line, parts):
         assert part in str(caught.value)
     few = {**TEACHER, "maps": {"p": of(8, 4, 4, 5)}}
     settings = parse(["--distances", "feature_only", "--projector", "conv"])
-    with pytest.raises(UserError, match="the teacher has 1 layers"):
+    with pytest.raises(UserError, match="released: the teacher has 1 layers"):
         methods.check_choice_of_layers(settings, STUDENT, few)
 
 
@@ -183,7 +322,8 @@ def test_edited_distance_is_another_run(own, tmp_path):
     before = methods.digest("own_distances:ROW")
     (tmp_path / "own_distances.py").write_text(OWN + "# edited\n")
     assert methods.digest("own_distances:ROW") != before
-    assert methods.digest("w2") is methods.digest("feature_only") is None
+    assert methods.digest("w2") is None
+    assert methods.digest("feature_only") is not None  # None in version 0.2.0
 
 
 def test_own_distance_is_found_by_module_and_name(own):
@@ -255,6 +395,7 @@ def problem_of(student, monkeypatch, tmp_path, *line):
 )
 def test_student_layers(student, expected, monkeypatch, tmp_path):
     line = ("--distances", "feature_only", "--projector", "conv")
+    line = (*line, "--layers", "released")
     problem = problem_of(student, monkeypatch, tmp_path, *line)
     assert list(methods.student_layers(problem.settings, problem.shapes[0])) == expected
 
@@ -269,6 +410,86 @@ def test_wide_maps_are_max_pooled(monkeypatch):
     assert outputs._pool(flat, flat.shape[1:]) is flat
 
 
+# ------------------------------------------------------------ quality of layers
+
+
+@pytest.fixture
+def rated(monkeypatch, tmp_path):
+    """A problem whose layers are chosen by quality, and an untrained teacher."""
+    line = ("--distances", "feature_only", "--projector", "conv")
+    line = (*line, "--layers", "released", "--quality-images", "100")
+    problem = problem_of("ResNet9", monkeypatch, tmp_path, *line)
+    model = problem.model("ResNet18", 4)
+    return problem, Teacher(model, 4, problem.init(model, 0), "a", 0.0, None)
+
+
+def test_record_of_an_earlier_version_is_made_again(rated, tmp_path):
+    problem, teacher = rated
+    asked = {"teacher": "a", "images": 100, "student": "ResNet9"}
+    old = {**asked, "layers": {}, "pairs": ["stage1_block1:stem"]}
+    (tmp_path / "quality.json").write_text(json.dumps(old))
+    drawn = []
+    prepare = lambda: from_teacher.prepare(*rated, lambda *of: drawn.append(of))
+    record = prepare()
+    blocks = [f"stage{i}_block{j}" for i in (1, 2, 3, 4) for j in (1, 2)]
+    assert list(record["layers"]) == ["stem", *blocks, "features"]
+    for layer in record["layers"].values():
+        assert set(layer) == {*"SIEQK", "probe"}
+        assert 0 <= layer["probe"] <= 100
+    assert record["teacher_accuracy"] < 50  # untrained
+    assert record["pairs"][-1].endswith(":stage4_block2")
+    assert problem.chosen_layers == tuple(record["pairs"])
+    (term, *_) = runs.method_of(problem, "feature_only").distance
+    assert term.layers == tuple(record["pairs"][0].split(":"))
+    assert prepare() == record == json.loads((tmp_path / "quality.json").read_text())
+    assert len(drawn) == 1  # the second time it was read
+
+
+def test_copies_among_the_teachers_layers_are_left_out(rated, monkeypatch):
+    """The student's last layers follow what remains; the best of copies is one."""
+    problem, teacher = rated
+    names = list(problem.shapes[1]["maps"])
+    layers = {name: {"Q": float("block2" in name)} for name in names}
+    stages = np.array([name.split("_")[0] for name in names])
+    alike = (stages[:, None] == stages[None, :]) * 0.99
+    monkeypatch.setattr(from_teacher, "features_of", lambda *_: None)
+    monkeypatch.setattr(from_teacher, "layer_similarity", lambda layers: alike)
+    expected = [f"stage{i}_block1:stage{i}_block2" for i in (1, 2, 3, 4)]
+    assert from_teacher._select(problem, teacher, layers) == expected
+    monkeypatch.setattr(from_teacher, "layer_similarity", lambda layers: alike + 0.99)
+    assert from_teacher._select(problem, teacher, layers) == expected[-1:]
+
+
+RECORDED = EXPERIMENTS / "results" / "cifar10-feature-only-quality.json"
+
+
+@pytest.mark.parametrize("probe", [None, 63.44])
+def test_quality_is_shown_and_drawn_with_and_without_a_probe(probe, tmp_path):
+    record = json.loads(RECORDED.read_text())
+    if probe is not None:
+        for layer in record["layers"].values():
+            layer["probe"] = probe
+    console = Console(record=True, width=120, file=io.StringIO())
+    table.show_quality(record, console)
+    text = console.export_text()
+    assert "probe %" in text
+    assert "63.4" in text if probe else "–" in text
+    assert "warning" not in text
+    assert curves.of_layers(record, tmp_path / "q.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("accuracy", "warns"), [(89.9, True), (90.0, False)])
+def test_a_teacher_that_does_not_fit_is_told_in_one_line(accuracy, warns):
+    record = {**json.loads(RECORDED.read_text()), "teacher_accuracy": accuracy}
+    console = Console(record=True, width=80, file=io.StringIO())
+    table.show_quality(record, console)
+    lines = [line for line in console.export_text().splitlines() if "warning" in line]
+    assert len(lines) == warns
+    if warns:
+        assert "89.9 % of its training images" in lines[0]
+        assert lines[0].endswith("name the pairs by --layers")
+
+
 @pytest.mark.slow
 def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Quality chooses the layers; the table has all; the same command is content."""
@@ -277,6 +498,7 @@ def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
         *(*KEEP, "--devices", 1),
         *("--out", tmp_path / "out", "--teacher-model", "ResNet18"),
         *("--projector", "conv", "--distances", "feature_only"),
+        *("--layers", "released"),
     )
     assert call(*line) == 0
     printed = capsys.readouterr().out
@@ -284,22 +506,25 @@ def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
     names = ["stem", *(f"stage{i}_block{j}" for i in (1, 2, 3, 4) for j in (1, 2))]
     assert list(record["layers"]) == [*names, "features"]
     chosen = [pair.split(":")[1] for pair in record["pairs"]]
-    best = sorted(names, key=lambda name: -record["layers"][name]["Q"])[:4]
-    assert chosen == [name for name in names if name in best]
+    assert 2 <= len(chosen) <= 4  # fewer if others are copies of these
+    assert chosen == [name for name in names if name in chosen]
+    best = max(names, key=lambda name: record["layers"][name]["Q"])
+    assert chosen[-1] == names[-1]
+    assert best in chosen or len(chosen) < 4
     assert "knowledge quality" in printed
+    assert "warning: the teacher classifies" in printed
     assert (tmp_path / "out" / "quality.png").stat().st_size > 10_000
     run = results_of(tmp_path / "out")["runs"][1]
     assert run["name"] == "feature_only"
     last = run["history"][-1]
-    assert {f"feature_only@stage{i}_block1" for i in (1, 2, 3, 4)} <= set(last)
+    followers = {pair.split(":")[0] for pair in record["pairs"]}
+    assert {f"feature_only@{layer}" for layer in followers} <= set(last)
 
     # What is deployed has no projectors, what is resumed has them.
     folder = tmp_path / "out" / "feature_only" / "seed1"
     path = checkpoint.latest(folder / "checkpoints")
     arrays, _ = checkpoint.restore_arrays(path)
-    assert set(arrays["params"]["projectors"]) == {
-        f"stage{i}_block1" for i in (1, 2, 3, 4)
-    }
+    assert set(arrays["params"]["projectors"]) == followers
     (folder / "result.json").unlink()
     kept = run["history"]
     shutil.rmtree(tmp_path / "out" / "student")

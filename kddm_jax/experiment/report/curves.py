@@ -180,10 +180,10 @@ def of_runs(results: Mapping):
 
 
 def of_layers(record: Mapping, path: Path) -> Path:
-    """Draws quality and its parts against the teacher's layer.
+    """Draws quality, its parts and the linear probe against the teacher's layer.
 
     Args:
-      record: the content of ``quality.json``.
+      record: the content of ``quality.json``; those of version 0.2.0 have no probe.
       path: path of the picture.
 
     Returns:
@@ -194,6 +194,10 @@ def of_layers(record: Mapping, path: Path) -> Path:
     for letter, style in (("Q", "-o"), ("S", ":"), ("I", "--"), ("E", "-.")):
         values = [record["layers"][layer][letter] for layer in layers]
         axes.plot(values, style, label=letter, markersize=3)
+    probes = [record["layers"][layer].get("probe") for layer in layers]
+    if None not in probes:
+        shares = np.array(probes) / 100
+        axes.plot(shares, "-s", label="linear probe", markersize=3)
     chosen = [layers.index(pair.split(":")[1]) for pair in record["pairs"]]
     best = [record["layers"][layers[i]]["Q"] for i in chosen]
     axes.plot(chosen, best, "kx", markersize=9, label="chosen")

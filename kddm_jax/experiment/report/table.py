@@ -286,14 +286,36 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
+# Accuracy on its training images, in percent, below which a teacher does not fit them.
+# Quality compares how far the layers separate the classes of training images, and a
+# teacher below this has not separated them in any layer.
+FITTED = 90.0
+
+
 def show_quality(record: dict[str, Any], console: Console) -> None:
-    """Prints the quality of the teacher's layers; those chosen are marked."""
-    view = Table("layer", "S", "I", "E", "Q", "followed by", title="knowledge quality")
+    """Prints the quality of the teacher's layers; those chosen are marked.
+
+    Args:
+      record: the content of ``quality.json``.
+      console: console that prints the table, and a warning if the teacher does not fit
+        its training images.
+    """
+    columns = ("layer", *"SIEQ", "probe %", "followed by")
+    view = Table(*columns, title="knowledge quality")
     followers = {pair.split(":")[1]: pair.split(":")[0] for pair in record["pairs"]}
     for layer, quality in record["layers"].items():
         numbers = [f"{quality[letter]:.3f}" for letter in "SIEQ"]
-        view.add_row(layer, *numbers, followers.get(layer, ""))
+        probe = f"{quality['probe']:.1f}" if "probe" in quality else "–"
+        view.add_row(layer, *numbers, probe, followers.get(layer, ""))
     console.print(view)
+    accuracy = record.get("teacher_accuracy", FITTED)
+    if accuracy < FITTED:
+        console.print(
+            f"warning: the teacher classifies {accuracy:.1f} % of its training images "
+            f"correctly, below {FITTED:g} %, so the quality of its layers says little; "
+            "train it longer, or name the pairs by --layers",
+            soft_wrap=True,
+        )
 
 
 def _check_alike(first, other):

@@ -1,9 +1,9 @@
 """Computes the teacher's arrays that distances need, before a student trains.
 
-A feature-only student learns from the teacher's layers of highest quality. (The
-released code of arXiv 2511.14981 has lists of layers; here they are chosen for each
-teacher.) WKD-L moves probability between classes at a cost that is computed from the
-teacher's features.
+With ``--layers released`` a feature-only student learns from the teacher's last layer
+and its others of highest quality. (The released code of arXiv 2511.14981 has lists of
+layers; here they are chosen for each teacher.) WKD-L moves probability between classes
+at a cost that is computed from the teacher's features.
 """
 
 import json
@@ -17,15 +17,18 @@ import numpy as np
 from kddm_jax import data
 from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY
+from kddm_jax.experiment.settings import FEATURE_ONLY, by_quality
 from kddm_jax.experiment.training import methods, runs
-from kddm_jax.experiment.training.outputs import features_of
+from kddm_jax.experiment.training.outputs import features_of, outputs_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.families.wkd import class_cost_cka
-from kddm_jax.quality import KnowledgeQuality, knowledge_quality, select_layers
+from kddm_jax.probe import probe_accuracy
+from kddm_jax.quality import knowledge_quality, layer_similarity, select_layers
 
 COST_IMAGES = 50  # images of each class for the cost between classes
+SIMILARITY_IMAGES = 1000  # images on which copies among the layers are found
+MOST_SIMILAR = 0.98  # linear CKA of two layers that are not copies
 Draw = Callable[[Mapping[str, Any], Path], None]
 
 
@@ -42,28 +45,68 @@ def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
       it.
     """
     settings, quality = problem.settings, None
-    if FEATURE_ONLY in settings.method.distances and not settings.method.layers:
+    if FEATURE_ONLY in settings.method.distances and by_quality(settings):
         quality = choose(problem, teacher, draw)
     if any(methods.needs_class_cost(name) for name in settings.method.distances):
         problem.class_cost = processes.first(lambda: class_cost(problem, teacher))
     return quality
 
 
-def rate(problem: Problem, teacher: Teacher) -> dict[str, KnowledgeQuality]:
-    """Measures the quality of every layer of the teacher, from first to last."""
-    labels = problem.dataset.train_labels
-    count = min(problem.settings.method.quality_images, len(problem.parts.teacher))
-    seen = problem.parts.teacher
-    chosen = np.sort(seen[data.balanced_subset(labels[seen], count, seed=0)])
-    images = problem.dataset.train_images
-    return {
-        layer: knowledge_quality(
-            features_of(problem, teacher, layer, images, chosen),
-            labels[chosen],
-            n_train=len(seen),
-        )
-        for layer in methods.layers_of(problem.shapes[1])
-    }
+def _quality_images(problem):
+    """Returns the indices of the images on which the layers are measured."""
+    labels, seen = problem.dataset.train_labels, problem.parts.teacher
+    count = min(problem.settings.method.quality_images, len(seen))
+    return np.sort(seen[data.balanced_subset(labels[seen], count, seed=0)])
+
+
+def rate(problem: Problem, teacher: Teacher) -> dict[str, dict[str, float]]:
+    """Measures every layer of the teacher, from first to last.
+
+    Args:
+      problem: the data, the devices and the settings.
+      teacher: the trained teacher.
+
+    Returns:
+      For each layer the letters of `KnowledgeQuality`, and ``probe``, the accuracy of a
+      linear probe of the pooled layer on held-out quality images, in percent.
+    """
+    chosen, found = _quality_images(problem), {}
+    images, labels = problem.dataset.train_images, problem.dataset.train_labels[chosen]
+    for layer, shape in methods.layers_of(problem.shapes[1]).items():
+        features = features_of(problem, teacher, layer, images, chosen)
+        seen = len(problem.parts.teacher)
+        quality = knowledge_quality(features, labels, n_train=seen)
+        channels = shape.shape[-1]
+        pooled = features.reshape(len(features), -1, channels).mean(1)
+        probe = 100 * probe_accuracy(pooled, labels)
+        found[layer] = {**quality._asdict(), "probe": probe}
+    return found
+
+
+def _fit(problem, teacher):
+    """Returns the teacher's accuracy on the quality images, in percent."""
+    chosen, dataset = _quality_images(problem), problem.dataset
+    images = dataset.train_images[chosen]
+    logits = outputs_of(problem, teacher.model, teacher.variables, images).logits
+    return 100 * float(np.mean(logits.argmax(1) == dataset.train_labels[chosen]))
+
+
+def _select(problem, teacher, layers):
+    """Chooses the last map and the best others, no two of them copies."""
+    own = methods.student_layers(problem.settings, problem.shapes[0])
+    quality = {name: layers[name]["Q"] for name in problem.shapes[1]["maps"]}
+    chosen, images = _quality_images(problem), problem.dataset.train_images
+    chosen = chosen[:: -(-len(chosen) // SIMILARITY_IMAGES)]
+    similarity = layer_similarity(
+        features_of(problem, teacher, name, images, chosen) for name in quality
+    )
+    best = select_layers(
+        *(quality, len(own)),
+        last=True,
+        similarity=similarity,
+        most_similar=MOST_SIMILAR,
+    )
+    return [f"{a}:{b}" for a, b in zip(own[-len(best) :], best, strict=True)]
 
 
 def _rated(problem, teacher, draw) -> dict[str, Any]:
@@ -73,6 +116,7 @@ def _rated(problem, teacher, draw) -> dict[str, Any]:
         "teacher": teacher.digest,
         "images": min(settings.method.quality_images, len(problem.parts.teacher)),
         "student": settings.networks.student_model,
+        "most_similar": MOST_SIMILAR,  # records of earlier versions have none
     }
     try:
         found = json.loads(path.read_text())
@@ -80,14 +124,12 @@ def _rated(problem, teacher, draw) -> dict[str, Any]:
         found = None
     record: dict[str, Any] = found if isinstance(found, dict) else {}
     if {name: record.get(name) for name in asked} != asked:
-        quality = rate(problem, teacher)
-        own = methods.student_layers(settings, problem.shapes[0])
-        maps = {layer: q for layer, q in quality.items() if layer != "features"}
-        best = select_layers(maps, len(own))
+        layers = rate(problem, teacher)
         record = {
             **asked,
-            "layers": {layer: dict(q._asdict()) for layer, q in quality.items()},
-            "pairs": [f"{a}:{b}" for a, b in zip(own, best, strict=True)],
+            "teacher_accuracy": _fit(problem, teacher),
+            "layers": layers,
+            "pairs": _select(problem, teacher, layers),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(record, path.with_suffix(".png"))

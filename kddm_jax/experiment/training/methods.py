@@ -5,7 +5,7 @@ A method is a key of the catalogue, a user's distance as ``module:NAME``, or
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,13 @@ from flax import linen as nn
 from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.distances import get_distance
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, change
+from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
+    RELEASED,
+    Settings,
+    by_quality,
+    change,
+)
 from kddm_jax.experiment.training import models
 from kddm_jax.networks.projectors import (
     PROJECTORS,
@@ -32,6 +38,10 @@ STUDENT_LAYERS = {
     "ViT": ("block2", "block4", "block6", "block8"),
 }
 COUNT = 4
+POOLED = ("features", "features", 1.0)
+FEATURE_ONLY_LOSS = (
+    "2"  # changes with the loss, so that runs of older losses are others
+)
 # The modules after the features; "fc" in other networks.
 HEADS = {"MobileNetV2": ("classifier_1",), "ViT": ("heads_head",)}
 Shapes = Mapping[str, Any]  # from models.shapes
@@ -106,7 +116,9 @@ def is_zero(name: str, normalization: str | None) -> bool:
 
 def digest(name: str) -> str | None:
     """Hashes the file of a user's distance, because an edited one is another run."""
-    if name in DISTANCES or name == FEATURE_ONLY:
+    if name == FEATURE_ONLY:
+        return FEATURE_ONLY_LOSS
+    if name in DISTANCES:
         return None
     find(name)
     return models.source_digest(name)
@@ -211,9 +223,17 @@ def make(
     """
     if name == FEATURE_ONLY:
         return _feature_only(settings, student, teacher)
-    row, chosen = find(name), pairs(settings)
+    row = find(name)
     options = {"normalization": settings.method.normalization}
     layered = {"features", "maps"} & set(row.inputs)
+    if by_quality(settings):
+        if layered:
+            raise UserError(
+                f"--layers {RELEASED} is for {FEATURE_ONLY}, not for {name}; put "
+                f"{name} into another command"
+            )
+        return Method(_named(row, name), options)
+    chosen = pairs(settings)
     if not chosen and "maps" in row.inputs:  # the last maps of both networks
         for who, shapes in (("student", student), ("teacher", teacher)):
             if not shapes["maps"]:
@@ -239,18 +259,29 @@ def make(
     return Method(terms, options, projectors)
 
 
-def _feature_only(settings, student, teacher):
-    """Makes the loss (lambda / K) sum_k mean (projected student - teacher)^2.
+def _pooled(settings, student, teacher):
+    """Returns settings that project the pooled features only if their widths differ."""
+    same = student["features"].shape[-1] == teacher["features"].shape[-1]
+    kind = None if same else settings.method.projector or "dense"
+    return change(settings, projector=kind)
 
-    Labels train the head only.
+
+def _feature_only(settings, student, teacher):
+    """Makes the loss (lambda / K) sum_k D(projected student, teacher) of K layers.
+
+    D is the mean squared error, or the squared distance of features of unit length,
+    which is 2 - 2 cos.  Labels train the head only.
     """
-    chosen = pairs(settings)
+    chosen, unit = pairs(settings), settings.method.normalization == "unit"
+    if not chosen:
+        chosen, settings = [POOLED], _pooled(settings, student, teacher)
 
     def term(of_student, of_teacher, share, layer):
-        # l2 sums over channels, but the method averages over all elements.
+        # l2 sums over channels.  Features of unit length have the same sum in any
+        # width; of others the method averages over all elements.
         return Term(
             "l2",
-            weight=share / len(chosen) / layer.shape[-1],
+            weight=share / len(chosen) / (1 if unit else layer.shape[-1]),
             layers=(of_student, of_teacher),
             name=f"{FEATURE_ONLY}@{of_student}",
             positions="each",
@@ -263,11 +294,12 @@ def _feature_only(settings, student, teacher):
             f"feature_only: the student has no module {', '.join(missing)}; name its "
             f"head by --head, among {', '.join(student['modules'])}"
         )
-    return Method(terms, {}, projectors, head=tuple(head))
+    options = {"normalization": settings.method.normalization}
+    return Method(terms, options, projectors, head=tuple(head))
 
 
 def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
-    """Returns the student's layers that feature_only trains, from first to last."""
+    """Returns the student's layers of ``--layers released``, from first to last."""
     if settings.networks.student_model in STUDENT_LAYERS:
         return STUDENT_LAYERS[settings.networks.student_model]
     own = [layer for layer in student["maps"] if layer != "stem"]
@@ -276,27 +308,33 @@ def student_layers(settings: Settings, student: Shapes) -> tuple[str, ...]:
     return tuple(own[(i + 1) * len(own) // COUNT - 1] for i in range(COUNT))
 
 
+def released(settings: Settings, layers: Sequence[str]) -> Settings:
+    """Returns the settings of arXiv 2511.14981: chosen layers, not normalized."""
+    return change(settings, layers=tuple(layers), normalization=None)
+
+
 def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes):
     """Checks before training that any choice of layers by quality will work."""
     own, known = student_layers(settings, student), teacher["maps"]
     if not own:
         raise UserError(
-            "feature_only: the student has no maps; name the pairs by --layers, such "
-            "as features:features"
+            f"--layers {RELEASED}: the student has no maps; leave out --layers to "
+            "compare pooled features"
         )
     if len(known) < len(own):
         raise UserError(
-            f"feature_only: the teacher has {len(known)} layers, the student follows "
-            f"{len(own)}; name the pairs by --layers"
+            f"--layers {RELEASED}: the teacher has {len(known)} layers, the student "
+            f"follows {len(own)}; name the pairs by --layers"
         )
     widths = {known[name].shape[-1] for name in known}
     widths |= {student["maps"][name].shape[-1] for name in own}
     if settings.method.projector is None and len(widths) > 1:
         raise UserError(
-            f"feature_only: layers have widths {sorted(widths)}; pass --projector conv"
+            f"--layers {RELEASED}: layers have widths {sorted(widths)}; pass "
+            "--projector conv"
         )
     chosen = [f"{a}:{b}" for a, b in zip(own, list(known)[-len(own) :], strict=True)]
-    _feature_only(change(settings, layers=tuple(chosen)), student, teacher)
+    _feature_only(released(settings, chosen), student, teacher)
 
 
 def check(

@@ -19,7 +19,7 @@ from kddm_jax.experiment.settings import (
     FEATURE_ONLY,
     Settings,
     as_json,
-    change,
+    by_quality,
     identity,
     renamed,
     weight_of,
@@ -41,7 +41,7 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
         models.shapes("teacher", teacher, image, count),
     )
     for name in settings.method.distances:
-        if name == FEATURE_ONLY and not settings.method.layers:
+        if name == FEATURE_ONLY and by_quality(settings):
             methods.check_choice_of_layers(settings, *problem.shapes)
             continue  # its layers are chosen when the teacher is trained
         method = method_of(problem, name)
@@ -64,8 +64,8 @@ def method_of(
     settings = settings or problem.settings
     if name in ALONE:
         return methods.Method()
-    if name == FEATURE_ONLY and not settings.method.layers:
-        settings = change(settings, layers=problem.chosen_layers)
+    if name == FEATURE_ONLY and by_quality(settings):
+        settings = methods.released(settings, problem.chosen_layers)
     return methods.make(settings, name, *problem.shapes)
 
 
