@@ -30,8 +30,8 @@ extras < checkpoint < networks
 extras < data
 distances, losses < __init__
 __init__, train_step, testing, quality, networks, checkpoint, data < experiment.machine
-experiment.machine < experiment.settings < experiment.checks < experiment.recipes
-experiment.recipes < experiment.training
+experiment.machine < experiment.options < experiment.settings < experiment.checks
+experiment.checks < experiment.recipes < experiment.training
 experiment.training < experiment.report < experiment.study < experiment < __main__
 """
 # Loaded only when they are needed.
