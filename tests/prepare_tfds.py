@@ -1,8 +1,8 @@
-"""Prepares tiny TFDS sets in both file formats, for tests/test_tfds.py to read.
+"""Prepares tiny TFDS sets in both file formats, for tests/data/test_tfds.py to read.
 
     pip install -e ".[prepare]"
     python tests/prepare_tfds.py DIR
-    KDDM_TEST_TFDS=DIR pytest tests/test_tfds.py
+    KDDM_TEST_TFDS=DIR pytest tests/data/test_tfds.py
 
 Preparing needs TensorFlow, reading ArrayRecord does not: run this in one environment
 and the tests in another.

@@ -41,11 +41,6 @@ def poisoned(batch, mask, poison):
     return batch.map(spoil)._replace(labels=np.where(mask, batch.labels, 99))
 
 
-def thin(batch):
-    """Few features, so that a batch of nine samples is tall."""
-    return batch
-
-
 @cache
 def program(name, options=(), masked=True):
     """Value and gradients of a row, with a traced mask or without one."""
