@@ -1,4 +1,4 @@
-"""How students learn: layer pairs, projectors, one's own distance, features alone."""
+"""Tests how students learn: layer pairs, projectors, own distances, features only."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def test_features_alone():
     assert [t.weight for t in method.distance] == [1.0 / 2 / 5, 1.0 / 2 / 12]
     assert {t.positions for t in method.distance} == {"each"}
     assert method.head == ("top", "fc")
-    # The loss is lambda times the mean over layers of the mean squared error.
+    # The distance is the mean over layers of the mean squared error.
     rng = np.random.default_rng(0)
     x = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
     y = {k: rng.normal(size=v.shape) for k, v in TEACHER["maps"].items()}
@@ -125,7 +125,7 @@ def test_head_is_a_module_of_the_student():
     for student, head in {"ViT": "heads_head", "MobileNetV2": "classifier_1"}.items():
         with pytest.raises(
             UserError, match=f"no module {head}; "
-        ):  # not in these shapes
+        ):  # without these modules
             make("--student-model", student, *line, name="feature_only")
 
 
@@ -271,7 +271,7 @@ def test_wide_maps_are_max_pooled(monkeypatch):
 
 @pytest.mark.slow
 def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """Quality chooses the layers; the table has all; the same command is content."""
+    """Chooses layers by quality, shows them all in the table, and resumes."""
     line = (
         *TINY,
         *(*KEEP, "--devices", 1),
@@ -293,7 +293,7 @@ def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
     last = run["history"][-1]
     assert {f"feature_only@stage{i}_block1" for i in (1, 2, 3, 4)} <= set(last)
 
-    # What is deployed has no projectors, what is resumed has them.
+    # The evaluated network has no projectors, but its checkpoint has.
     folder = tmp_path / "out" / "feature_only" / "seed1"
     path = checkpoint.latest(folder / "checkpoints")
     arrays, _ = checkpoint.restore_arrays(path)
