@@ -1,10 +1,10 @@
-"""Adapts networks to the train step, and contains the layers that our networks share.
+"""Adapts networks to the train step, and contains what the networks here share.
 
 The train step calls a function ``apply(variables, images, *, train, rngs) -> (outputs,
-state)``. `linen_apply` makes one from a Linen module, `nnx_apply` from an NNX module.
-Our networks return `Outputs`. `make_layers` returns the convolution and the BatchNorm
-of torchvision's networks, in a form that is fast on a CPU. All networks share the
-checks of arguments.
+state)``. `linen_apply` makes this function from a Linen module, `nnx_apply` from an NNX
+module. The networks of this package return `Outputs`, and share the checks of arguments
+and the layers of `make_layers`: the convolution and the BatchNorm of torchvision's
+networks, in a form that is fast on a CPU.
 """
 
 import inspect
@@ -30,11 +30,11 @@ class Outputs(NamedTuple):
     """Holds what a network returns for a batch of images.
 
     Attributes:
-      logits: scores, shape `[b, num_classes]`, float32 at least.
-      features: input of the classifier, shape `[b, d]`, float32 at least; for a ResNet
-        the last map averaged over its pixels, and `d = 8 * width`.
-      maps: shape `[b, h, w, c]` in the compute dtype, by name: "stem", and the output
-        of every block, "stage1_block1", "stage1_block2", ...
+      logits: scores of the classes, shape `[b, num_classes]`, float32 at least.
+      features: input of the classifier, shape `[b, d]`, float32 at least. In a ResNet
+        this is the last map, averaged over its pixels, with `d = 8 * width`.
+      maps: feature maps by name, shape `[b, h, w, c]`, in the dtype of the computation:
+        "stem", and the output of every block, "stage1_block1", "stage1_block2", ...
     """
 
     logits: jax.Array
@@ -43,7 +43,7 @@ class Outputs(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """Describes a first convolution; `pool` adds a 3x3/2 max pooling after it."""
+    """Describes the first convolution; `pool` adds a 3x3/2 max pooling after it."""
 
     kernel: int
     stride: int
@@ -56,7 +56,7 @@ STEMS: Mapping[str, Stem] = {
 }
 
 
-# torchvision's choices: normal with variance 2 / (k * k * features) for convolutions,
+# As in torchvision: normal with variance 2 / (k * k * features) for convolutions,
 # uniform in +- 1 / sqrt(d) for the classifier.
 conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -66,9 +66,10 @@ class Layers(NamedTuple):
     """Holds the layers of torchvision's networks with their options.
 
     Attributes:
-      conv: `conv(features, kernel, stride, name=...)`, without bias, padded as in
-        torch; further options are those of `flax.linen.Conv`.
-      norm: `norm(name=...)`, a `flax.linen.BatchNorm`.
+      conv: makes a convolution without bias, padded as in torch, by
+        `conv(features, kernel, stride, name=...)`; further options are those of
+        `flax.linen.Conv`.
+      norm: makes a `flax.linen.BatchNorm` by `norm(name=...)`.
     """
 
     conv: ModuleDef
@@ -76,7 +77,7 @@ class Layers(NamedTuple):
 
 
 def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
-    # Explicit padding: with stride 2, "SAME" differs from torch's by one pixel.
+    # Padding is explicit, because with stride 2 "SAME" differs from torch by one pixel.
     pad = (kernel - 1) // 2
     return nn.Conv(
         features,
@@ -91,10 +92,10 @@ def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
 
 
 class _BatchNorm(nn.BatchNorm):
-    """Flax's, which in half precision needs implicit promotion of dtypes."""
+    """Allows implicit promotion of dtypes, which Flax needs in half precision."""
 
     def __call__(self, *arrays, **options):
-        """Normalises as Flax's does."""
+        """Normalizes as Flax's BatchNorm does."""
         with implicit_promotion():
             return super().__call__(*arrays, **options)
 
@@ -102,15 +103,16 @@ class _BatchNorm(nn.BatchNorm):
 def make_layers(
     *, train: bool, dtype: jax.typing.DTypeLike, axis_name: str | None
 ) -> Layers:
-    """Makes the convolution and the normalisation of one forward pass.
+    """Makes the convolution and the normalization for one forward pass.
 
     Args:
-      train: whether BatchNorm uses and averages the statistics of the batch.
+      train: True if BatchNorm uses the statistics of the batch and updates the running
+        ones.
       dtype: dtype of the computation.
-      axis_name: mapped axis over which BatchNorm averages, or None.
+      axis_name: mapped axis over which BatchNorm averages its statistics, or None.
 
     Returns:
-      Both layers, which take a number of features and a name.
+      The functions that make both layers.
     """
     norm = partial(
         _BatchNorm,
@@ -124,7 +126,7 @@ def make_layers(
 
 
 def check_images(images: jax.Array) -> None:
-    """Checks the rank and dtype of a network's images.
+    """Checks the rank and the dtype of a network's images.
 
     Args:
       images: images, shape `[b, h, w, c]`, floating point.
@@ -161,11 +163,11 @@ def check_stem(stem: str) -> None:
 
 
 def check_positive(model: nn.Module, *names: str) -> None:
-    """Checks a network's sizes.
+    """Checks that sizes of a network are positive.
 
     Args:
       model: the network.
-      *names: names of its attributes that must be positive.
+      *names: names of the network's attributes that must be positive.
 
     Raises:
       ValueError: if an attribute is not positive; the message names it.
@@ -188,10 +190,10 @@ def linen_apply(
 
     Returns:
       A function `apply(variables, images, *, train, rngs={}) -> (outputs,
-      batch_stats)`, where variables are `{"params": ..., "batch_stats": ...}` and
-      `rngs` holds the key of `"dropout"`, from which modules that draw from a
-      collection of another name get keys, too.  In evaluation nothing is random, and
-      the statistics come back as given; a module without any gives `{}`.
+      batch_stats)`. The variables are `{"params": ..., "batch_stats": ...}`. `rngs`
+      contains the key `"dropout"`; collections of random numbers with another name get
+      keys that are derived from it. In evaluation nothing is random, and the statistics
+      are returned unchanged. If a module has no statistics, they are `{}`.
 
     Examples:
       >>> from kddm_jax.resnet import ResNet9
@@ -215,25 +217,25 @@ def linen_apply(
             outputs = model.apply(variables, images, train=False)
             return outputs, variables.get("batch_stats", {})
         keys = dict(rngs)
-        if "dropout" in keys:  # Linen draws from "params" for names without a key
+        if "dropout" in keys:  # Linen uses "params" for names without a key
             keys.setdefault("params", jax.random.fold_in(keys["dropout"], 0))
         outputs, updated = model.apply(
             variables, images, train=True, mutable=["batch_stats"], rngs=keys
         )
         statistics = updated.get("batch_stats") or {}
         if isinstance(variables.get("batch_stats"), FrozenDict):
-            statistics = freeze(statistics)  # the state keeps its structure
+            statistics = freeze(statistics)  # keeps the structure of the state
         return outputs, statistics
 
     return apply
 
 
-# Written during a call, and read by who makes the call: no part of a network's state.
+# Values that a call writes for its caller; they are not part of a network's state.
 _TRANSIENT = nnx.Any(nnx.Intermediate, nnx.Perturbation)
 
 
 def _split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
-    """Splits a module into its graph, parameters, random keys, and other state."""
+    """Splits a module into its graph, parameters, random keys and remaining state."""
     graph, params, streams, _, state = nnx.split(
         model, nnx.Param, nnx.RngState, _TRANSIENT, ...
     )
@@ -241,7 +243,7 @@ def _split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
 
 
 def _reseeded(streams: Any, key: jax.Array) -> Any:
-    """Gives every stream of random numbers a key of its own; counters begin anew."""
+    """Gives every stream of random numbers its own key, and a counter of zero."""
     leaves, structure = jax.tree.flatten(streams)
     for i, leaf in enumerate(leaves):
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -255,25 +257,27 @@ def _reseeded(streams: Any, key: jax.Array) -> Any:
 def nnx_apply(
     model: nnx.Module,
 ) -> tuple[Callable[..., tuple[Any, Mapping[str, Any]]], dict[str, Any]]:
-    """Turns an NNX module into the apply function and the variables of the train step.
+    """Makes the apply function and the variables of the train step from an NNX module.
 
-    The step trains copies of the module's arrays.  To use them in the module again:
-    `nnx.update(model, state.params)`, then `nnx.update(model, state.batch_stats)`.
+    The step trains copies of the module's arrays. To write them into the module, call
+    `nnx.update(model, state.params)` and `nnx.update(model, state.batch_stats)`.
 
     Args:
-      model: a module of images, called as `model(images)`, after `model.train()` or
-        `model.eval()`; `train` is passed if its `__call__` takes it.  Layers that draw
-        random numbers hold their own `nnx.Rngs`, as `nnx.Dropout(0.1, rngs=rngs)`.
+      model: an NNX module that is called as `model(images)`, after `model.train()` or
+        `model.eval()`; `train` is passed, too, if its `__call__` takes it. Layers that
+        draw random numbers have their own `nnx.Rngs`, such as
+        `nnx.Dropout(0.1, rngs=rngs)`.
 
     Returns:
       The function `apply(variables, images, *, train, rngs={}) -> (outputs, state)`,
-      and its variables `{"params": ..., "batch_stats": ...}`, nested dictionaries of
-      the arrays of `nnx.Param`, and of all that is neither parameter, random key nor
-      intermediate.  In training, `rngs` holds the key of `"dropout"`, which replaces
-      those of the module; in evaluation the state comes back as given.
+      and its variables `{"params": ..., "batch_stats": ...}`. Both are nested
+      dictionaries of arrays: "params" has the arrays of `nnx.Param`, "batch_stats" all
+      others, except random keys and intermediates. In training, `rngs` contains the key
+      `"dropout"`, which replaces the module's keys. In evaluation the state is returned
+      unchanged.
 
     Raises:
-      ValueError: in training, a module with random keys without `rngs`.
+      ValueError: in training, if a module has random keys and `rngs` has no key.
 
     Examples:
       >>> apply, variables = nnx_apply(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))

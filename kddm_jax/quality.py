@@ -1,13 +1,15 @@
 """Rates the layers of a teacher by how useful they are for distillation.
 
 Cooper et al., "Logit-Based Losses Limit the Effectiveness of Feature Knowledge
-Distillation", arXiv:2511.14981, rate a layer by the geometry of its features. They need
-class labels but no training: the separation S of the classes, the information I within
-them, the efficiency E of their use of space, and the quality `Q = S + sqrt(I E)`.
+Distillation", arXiv:2511.14981, rate a layer by the geometry of its features. This
+needs class labels but no training. The quality is `Q = S + sqrt(I E)`, where S is the
+separation of the classes, I the information within them, and E the efficiency with
+which they use space.
 
-`f_i` are the flattened features of sample i, `u_i = f_i / ||f_i||`, and
-`G_ij = |<u_i, u_j>|`. Everything follows from one `[n, n]` Gram matrix, which is summed
-over blocks of features. Features may be very wide, or on disk (`numpy.memmap`).
+In formulas, `f_i` are the flattened features of sample i, `u_i = f_i / ||f_i||`, and
+`G_ij = |<u_i, u_j>|`. Everything is computed from one `[n, n]` Gram matrix, which is a
+sum over blocks of features. Hence features may be very wide, or on disk
+(`numpy.memmap`).
 
 `select_layers` chooses layers by Q, and `layer_similarity` finds layers that are copies
 of each other. `kddm_jax.probe` measures how well a layer separates the classes.
@@ -26,17 +28,17 @@ from kddm_jax.numerics.checks import as_float, check_number
 from kddm_jax.numerics.linalg import matmul
 from kddm_jax.numerics.samples import by_class, check_finite, flat_features
 
-# Options of the released code: `knowledge_quality(f, y, **RELEASED)`.
+# The released code's options, for `knowledge_quality(f, y, **RELEASED)`.
 RELEASED: Mapping[str, object] = MappingProxyType(
     {"include_diagonal": True, "log_const": 5.0}
 )
 
-# Number of features on the device at once, times samples: 128 MB in float32.
+# Largest number of values on the device at once, samples times features: 128 MB.
 _BLOCK = 2**25
 
 
 class KnowledgeQuality(NamedTuple):
-    """Holds the quality of a layer, with the letters of arXiv:2511.14981.
+    """Holds the quality of a layer, in the notation of arXiv:2511.14981.
 
     Attributes:
       S: separation, the alignment within classes minus that between classes, in
@@ -57,13 +59,13 @@ class KnowledgeQuality(NamedTuple):
 
 
 class _Geometry(NamedTuple):
-    """Holds inner products and distances of samples sorted by class."""
+    """Holds the inner products and distances of samples, which are sorted by class."""
 
     cosines: np.ndarray  # |<u_i, u_j>|, [n, n]
     squares: np.ndarray  # ||f_i - f_j||^2, [n, n]
     centred: np.ndarray  # <f_i - mean, f_j - mean>, [n, n]
     norms: np.ndarray  # ||f_i||, [n]
-    starts: np.ndarray  # where each class begins, [k]
+    starts: np.ndarray  # index of the first sample of each class, [k]
 
     @property
     def classes(self) -> list[slice]:
@@ -85,7 +87,7 @@ def _add_block(total, block):
 
 
 def _inner_products(features, order):
-    """Returns the centred Gram matrix and the terms that make it uncentred."""
+    """Returns the centred Gram matrix, and the terms that restore the uncentred one."""
     n, d = len(order), features.shape[1]
     step = max(1, _BLOCK // n)
     zeros = jnp.zeros((n, n), as_float("features", features[:1, :1]).dtype)
@@ -97,7 +99,7 @@ def _inner_products(features, order):
 
 
 def _geometry(features, order, starts):
-    # Distances of centred features are more accurate. The cosines need uncentred ones:
+    # Centred features give more accurate distances. The cosines need uncentred ones:
     # <f_i, f_j> = <f_i - m, f_j - m> + <f_i - m, m> + <f_j - m, m> + <m, m>.
     centred, offset, square = _inner_products(features, order)
     check_finite(centred, offset, square)
@@ -134,7 +136,7 @@ def _entropy(gram, d):
     """Returns the entropy (nats) of the squared singular values of one class."""
     gram = np.float64(gram)
     gram = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
-    # Values beyond the rank are round-off, and there can be hundreds of them.
+    # Eigenvalues beyond the rank are round-off, and there can be hundreds of them.
     rank = min(len(gram) - 1, d)
     values = np.maximum(np.linalg.eigvalsh(gram)[-rank:], 0)
     if values.sum() == 0:  # constant features
@@ -206,9 +208,8 @@ def knowledge_quality(
         None uses the number of samples.
       include_diagonal: True includes each sample's alignment with itself in S, as in
         the released code.
-      log_const: number whose logarithm divides H_c; None uses n_c - 1. The released
-        code uses 5. Pass `**RELEASED` to set this and `include_diagonal` as in the
-        released code.
+      log_const: number whose logarithm divides H_c; None uses n_c - 1, the released
+        code 5. `**RELEASED` sets this and `include_diagonal` as in the released code.
 
     Returns:
       `KnowledgeQuality` of floats.

@@ -1,11 +1,11 @@
 """Defines residual networks of 9, 18 and 34 layers with features and maps as outputs.
 
-He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385: a stem,
-four stages of basic blocks `relu(x + bn(conv(relu(bn(conv(x))))))` with widths w, 2w,
-4w, 8w, global average pooling, a linear classifier. Padding and initialisation are
-torchvision's, except that the classifier's bias starts at zero and Flax averages the
-biased variance. Parameter names are torchvision's, too: `layer1_0/conv2/kernel` is
-`layer1.0.conv2.weight`. Images are NHWC and already normalised.
+He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385. A network
+has a stem, four stages of basic blocks `relu(x + bn(conv(relu(bn(conv(x))))))` with
+widths w, 2w, 4w and 8w, global average pooling, and a linear classifier. Padding,
+initialization and parameter names are torchvision's (`layer1_0/conv2/kernel` is
+`layer1.0.conv2.weight`), with two differences: the classifier's bias starts at zero,
+and Flax averages the biased variance. Images are NHWC and already normalized.
 """
 
 import jax
@@ -27,7 +27,7 @@ from kddm_jax.numerics.maxima import max_pool, relu
 
 
 class BasicBlock(nn.Module):
-    """Adds two 3x3 convolutions to a shortcut, a projection if the shape changes."""
+    """Adds two 3x3 convolutions to a shortcut, which projects if the shape changes."""
 
     features: int
     stride: int
@@ -47,9 +47,9 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Classifies images by a residual network of basic blocks.
+    """Classifies images with a residual network of basic blocks.
 
-    `ResNet9`, `ResNet18` and `ResNet34` set the numbers of blocks.
+    `ResNet9`, `ResNet18` and `ResNet34` set the number of blocks in each stage.
 
     `model.apply(variables, images)` returns `Outputs`. For training,
     `model.apply(variables, images, train=True, mutable=["batch_stats"])` returns
@@ -58,11 +58,11 @@ class ResNet(nn.Module):
     Attributes:
       num_classes: number of logits.
       stem: "cifar" (3x3, keeps the size) or "imagenet" (7x7/2 and 3x3/2 max pooling).
-      width: channels of the first stage; features have `8 * width`.
+      width: number of channels of the first stage; features have width `8 * width`.
       dtype: dtype of the computation. Parameters, BatchNorm statistics, features and
         logits are float32 at least.
-      axis_name: mapped axis over which BatchNorm averages its statistics in training.
-        The model may be initialised without it.
+      axis_name: mapped axis over which BatchNorm averages its statistics in training,
+        or None. The model can be initialized outside this axis.
       blocks: number of blocks in each stage.
     """
 
@@ -84,8 +84,8 @@ class ResNet(nn.Module):
         """Classifies images.
 
         Args:
-          images: normalised images, shape `[b, h, w, c]`, floating point.
-          train: whether BatchNorm uses the statistics of the batch and averages them
+          images: normalized images, shape `[b, h, w, c]`, floating point.
+          train: True if BatchNorm uses the statistics of the batch and averages them
             into `batch_stats`.
 
         Returns:
@@ -116,7 +116,7 @@ class ResNet(nn.Module):
                 )(x)
                 maps[f"stage{stage}_block{block + 1}"] = x
 
-        # The average and the classifier are cheap: they use float32 at least.
+        # The average and the classifier are cheap, so they use float32 at least.
         dtype = np.promote_types(self.dtype, jnp.float32)
         features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
         logits = nn.Dense(
@@ -126,19 +126,19 @@ class ResNet(nn.Module):
 
 
 class ResNet9(ResNet):
-    """Has one block in each stage: 4.9 million parameters at width 64."""
+    """Has one block in each stage and, at width 64, 4.9 million parameters."""
 
     blocks: tuple[int, ...] = (1, 1, 1, 1)
 
 
 class ResNet18(ResNet):
-    """Has two blocks in each stage: 11.2 million parameters at width 64.
+    """Has two blocks in each stage and, at width 64, 11.2 million parameters.
 
     Examples:
       >>> model = ResNet18(num_classes=10, stem="cifar", width=4)
       >>> images = jnp.zeros((2, 8, 8, 3))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
-      >>> outputs = jax.eval_shape(model.apply, variables, images)  # the shapes alone
+      >>> outputs = jax.eval_shape(model.apply, variables, images)  # shapes only
       >>> outputs.logits.shape, outputs.features.shape
       ((2, 10), (2, 32))
     """
@@ -147,6 +147,6 @@ class ResNet18(ResNet):
 
 
 class ResNet34(ResNet):
-    """Has three, four, six and three blocks: 21.3 million parameters at width 64."""
+    """Has 3, 4, 6 and 3 blocks in its stages; at width 64, 21.3 million parameters."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)

@@ -1,4 +1,4 @@
-"""Runs the experiment command in the tests, and reads what it leaves."""
+"""Runs the experiment command in tests, and reads the files that it writes."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from kddm_jax.experiment import distill
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 DISTANCE_NAMES = ("w2", "w2_gaussian")
-# Teacher and student are of one shape, so that they share their compiled step.
+# Teacher and student have the same shapes, so that they share their compiled step.
 TINY = (
     *("--dataset", "digits", "--recipe", "laptop"),
     *("--teacher-model", "ResNet9", "--student-model", "ResNet9", "--width", "4"),
     *("--teacher-epochs", "2", "--epochs", "2", "--batch-size", "32"),
-    *("--lr", "0.02"),  # gentle: rounding is not amplified from step to step
+    *("--lr", "0.02"),  # small: rounding errors do not grow from step to step
     *("--train-images", "128", "--student-images", "128", "--test-images", "100"),
     *("--seeds", "1", "--distances", *DISTANCE_NAMES),
 )
-# For runs that train: what they show does not depend on the network.
+# For tests of runs whose results do not depend on the network.
 NETWORK = "small_network:Small"
 SMALL = (*TINY, "--teacher-model", NETWORK, "--student-model", NETWORK)
 
@@ -33,11 +33,11 @@ SMALL = (*TINY, "--teacher-model", NETWORK, "--student-model", NETWORK)
 # Running the command.
 
 
-# What the tests compile they share with subprocesses that name no cache of their own.
+# Tests and those subprocesses that name no cache share their compiled programs.
 CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
-# Those of conftest.py and `prefer_eigen`, so that a cached program fits here, too.
+# Flags of conftest.py and `prefer_eigen`. With them, subprocesses find cached programs.
 COMPILER_FLAGS = (
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_use_fusion_emitters=false",
@@ -59,9 +59,9 @@ def environ(**more):
         **kept,
         "PYTHONPATH": f"{package}{os.pathsep}{tests}",
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # the compiler takes half the time
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # halves the time of compilation
         "XLA_FLAGS": " ".join(f for f in COMPILER_FLAGS if f in kept["XLA_FLAGS"]),
-        # A program that a killed run has left half written is compiled anew.
+        # If a killed run left a program incomplete in the cache, it is compiled again.
         "PYTHONWARNINGS": "ignore:Error reading persistent",
         **more,
     }
@@ -81,14 +81,14 @@ def command(*arguments, script=(str(EXPERIMENTS / "cifar.py"),), cwd, env=None):
 
 
 def call(*arguments):
-    """The command's status within this process, tyro's own exit included."""
+    """Returns the command's exit status, run in this process; also when tyro exits."""
     try:
         return distill.main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return stop.code
 
 
-# Programs of subprocesses, too, are kept for the next session.
+# Subprocesses also keep their compiled programs for the next session.
 KEEP = ("--compilation-cache", jax.config.jax_compilation_cache_dir)
 
 
@@ -96,7 +96,7 @@ def tiny(out):
     return (*SMALL, *KEEP, "--out", out)
 
 
-# Dies as by `kill -9` as soon as the first checkpoint of a distilled student stands.
+# A program that ends as by `kill -9` after the first checkpoint of a distilled student.
 KILL = """
 import os, signal, sys
 from kddm_jax import checkpoint
@@ -117,7 +117,7 @@ def results_of(folder):
 
 
 def tree(folder):
-    """Every path below a folder, with the hash of its content."""
+    """Returns every path below a folder, with the hash of its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         if path.is_file()
@@ -145,7 +145,7 @@ def assert_same_arrays(left, right):
 
 
 def timeless(value):
-    """Results without what two equal runs may differ in."""
+    """Returns results without the values in which two equal runs may differ."""
     if isinstance(value, dict):
         skip = ("timing", "seconds", "environment", "out", "checkpoint_seconds")
         return {k: timeless(v) for k, v in value.items() if k not in skip}
@@ -157,7 +157,7 @@ def unwanted_training(*arguments, **options):
 
 
 def small_results(teacher=90.0, given=False):
-    """The results of a command, as in ``results.json``, of two seeds."""
+    """Returns the results of a command with two seeds, as in ``results.json``."""
 
     def run(name, title, seed, accuracy, best, weight, seconds):
         history = [

@@ -1,10 +1,10 @@
-"""Steps of every distance on 1, 2, 4 and 8 devices, as a command of its own.
+"""Trains with every distance on 1, 2, 4 and 8 devices, as a command of its own.
 
     python tests/eight_devices.py --dtype float64 --rows w2 cw2 > deviations.json
 
-The other tests have two devices, which is as many as the machine has cores.  All rows
-are one program, of which every call takes one branch: it compiles once for each
-number of devices.  ``test_devices.py`` judges what this prints.
+The other tests have two devices, because the machine has two cores. All distances are
+in one program, and every call takes one branch of it, so that it compiles once for each
+number of devices. ``test_devices.py`` judges the printed deviations.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Outputs(NamedTuple):
 
 
 class Net(nn.Module):
-    """A layer, BatchNorm over all devices, a layer; smooth, so that nothing ties."""
+    """Has a layer, BatchNorm over all devices and a layer; is smooth, without ties."""
 
     width: int = 8
     axis_name: str | None = None
@@ -59,7 +59,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, images, *, train=False):
         x = images.reshape(images.shape[0], -1)
-        # BatchNorm follows: a bias would have no gradient but rounding errors.
+        # BatchNorm follows, so the gradient of a bias would be only rounding errors.
         x = nn.Dense(self.width, use_bias=False, name="first")(x)
         x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
         features = nn.gelu(x)
@@ -68,9 +68,9 @@ class Net(nn.Module):
 
 
 class Problem(NamedTuple):
-    """Networks, variables and images: what all rows share."""
+    """Contains the networks, variables and images that all distances share."""
 
-    make: object  # axis_name -> module
+    make: object  # maps axis_name to a module
     images: np.ndarray
     dtype: object
     layer: str
@@ -89,7 +89,7 @@ WHOLE = ("key", "class_cost")  # the same for all groups
 
 
 def within(row, groups):
-    """The row as the mean over groups of neighbouring samples, on one device."""
+    """Averages a distance over groups of neighbouring samples, on one device."""
 
     def fn(*arrays, **options):
         kinds = [kind for kind in row.inputs for _ in helpers.FIELDS[kind]]
@@ -105,7 +105,7 @@ def within(row, groups):
 
 
 def term_of(name, problem, *, groups=None):
-    """A row as a term; of several groups on one device, if so many are given."""
+    """Makes a term of a distance, or of its average over groups on one device."""
     row = DISTANCES[name]
     layers = (problem.layer,) * 2 if "maps" in row.inputs else None
     options = helpers.options_of(row, K)
@@ -114,7 +114,7 @@ def term_of(name, problem, *, groups=None):
 
 
 def step_of_any(names, problem, **options):
-    """``step(i, state, teacher, images, labels)`` takes the i-th row."""
+    """Makes ``step(i, state, teacher, images, labels)`` with the i-th distance."""
     groups = options.pop("groups", None)
 
     def one(name, operands):
@@ -136,7 +136,7 @@ def step_of_any(names, problem, **options):
 
 
 def shards_equal(tree, count):
-    """Whether all devices hold the same bits."""
+    """Tells if all devices have bitwise equal arrays."""
     every = [[np.asarray(s.data) for s in a.addressable_shards] for a in leaves(tree)]
     return all(
         len(shards) == count and all(np.array_equal(shards[0], s) for s in shards)
@@ -148,7 +148,7 @@ leaves = jax.tree.leaves
 
 
 def train(problem, names, count, *, steps, how, **options):
-    """Of each row: the state after one step, all losses, and whether shards agree."""
+    """Returns each distance's state after one step, its losses, and if shards agree."""
     step = step_of_any(names, problem, **options)
     devices = jax.devices()[:count]
     axes = (None, None, None, 0, 0)
@@ -171,18 +171,18 @@ def train(problem, names, count, *, steps, how, **options):
 
 
 def deviation(tree, expected):
-    """Over tensors, the largest max|difference| / max|expected|."""
+    """Returns the largest max|difference| / max|expected| of the tensors."""
 
     def of(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        # Statistics of no use to a sum, such as a seed, are equal or far apart.
+        # Values that are not sums, such as a seed, are either equal or far apart.
         return float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3))
 
     return max(leaves(jax.tree.map(of, tree, expected)))
 
 
 def compare(result, expected):
-    """Deviations of one row's run from another's."""
+    """Returns the deviations of one distance's run from another run."""
     losses = lambda of: np.array([m["loss"] for m in of["history"]], np.float64)
     curve = np.abs(losses(result) / losses(expected) - 1)
     return {
@@ -195,7 +195,7 @@ def compare(result, expected):
 
 
 def main():
-    """Prints the deviations from one device as JSON: ``{what: {row: ...}}``."""
+    """Prints the deviations from one device as JSON: ``{what: {distance: ...}}``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=list(DISTANCES))
     parser.add_argument("--dtype", default="float32")
@@ -225,7 +225,7 @@ def main():
         }
 
     if args.counts:
-        one = run(1, how="pmap")  # the same program whatever it is compared with
+        one = run(1, how="pmap")  # always the same program
         for count in args.counts:
             judge(str(count), many(count), one)
     for size in args.groups:

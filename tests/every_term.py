@@ -1,4 +1,4 @@
-"""Every entry of the catalogue and its solvers, as terms of one student's loss."""
+"""Defines a loss of one student with every catalogue entry and solver as its terms."""
 
 import helpers
 import jax
@@ -17,7 +17,7 @@ PARAMS = {
     "bias": np.linspace(0.5, -0.5, K, dtype=np.float32),
 }
 
-SOLVERS = ("entropic", "exact")  # "sinkhorn" is the default
+SOLVERS = ("entropic", "exact")  # the default is "sinkhorn"
 OPTIONS = (
     *(
         (name, {"solver": solver})
@@ -55,7 +55,7 @@ TERMS = {
 
 
 def loss_of(term, params, arrays, **options):
-    """The loss and its terms, of a student with two parameters."""
+    """Returns the loss of a student with two parameters, and its terms."""
     layers = {}
     for side in "xy":
         maps = arrays[f"maps_{side}"]

@@ -1,4 +1,4 @@
-"""Inputs for the tests: batches like a network's, and the degenerate ones."""
+"""Makes inputs for tests: batches like those of a network, and degenerate ones."""
 
 import inspect
 from collections import Counter
@@ -12,7 +12,7 @@ import numpy as np
 
 from kddm_jax import DISTANCES, Distance
 
-# What each name in `Distance.inputs` stands for, in the order of the arguments.
+# Fields of `Batch` for each name in `Distance.inputs`, in the order of the arguments.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "features": ("x", "y"),
     "maps": ("maps_x", "maps_y"),
@@ -22,11 +22,11 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "class_cost": ("class_cost",),
 }
 
-# Options that a row cannot do without, for k classes.
+# Options without a default that a distance needs, for k classes.
 REQUIRED: Mapping[str, Callable[[int], object]] = {"temperature": lambda k: 2.0}
 
-# Numbers that a distance derives from its inputs and holds constant, and the
-# accuracy of its iterations: given explicitly, its value is smooth in the inputs.
+# Numbers that a distance derives from its inputs and holds constant, and the accuracy
+# of its iterations. With these values, a distance is a smooth function of its inputs.
 FIXED: Mapping[str, object] = {
     "epsilon": 3.0,
     "threshold": 1e-8,
@@ -34,16 +34,16 @@ FIXED: Mapping[str, object] = {
     "bandwidth": 1.3,
     "ridge": 0.05,
     "beta": 0.7,
-    "num_projections": 2,  # of many, samples are about to change places along one
+    "num_projections": 2,  # with many directions, samples almost tie along one
 }
 
 
-# Rows that need more samples than features: they get the first few features only.
+# Distances that need more samples than features; they get the first few features.
 TALL = {"linear_projection"}
 
 
 class Batch(NamedTuple):
-    """What a student and a teacher say about the same images."""
+    """Contains the outputs of a student and a teacher for the same images."""
 
     x: np.ndarray
     y: np.ndarray
@@ -56,43 +56,43 @@ class Batch(NamedTuple):
 
     @property
     def class_cost(self):
-        """Its price between classes, which a teacher would set."""
+        """Returns the cost between classes, which a teacher would determine."""
         return class_cost(self.logits_y.shape[-1])
 
     def map(self, fn, *names):
-        """The batch with ``fn`` applied to the named arrays, all floats by default."""
+        """Applies ``fn`` to the named arrays, by default to all arrays of floats."""
         names = names or FLOATS
         return self._replace(**{name: fn(getattr(self, name)) for name in names})
 
 
 def class_cost(k):
-    """A price between k classes, ``[k, k]``."""
+    """Returns costs between k classes, ``[k, k]``."""
     return np.abs(np.subtract.outer(np.arange(k), np.arange(k))).astype(np.float32) / k
 
 
 FLOATS = ("x", "y", "logits_x", "logits_y", "maps_x", "maps_y")
 NUM_CLASSES = 4
 
-# The first row of each kind, by what decides how it is gathered over devices.
+# The first distance of each kind. Kinds differ in how devices gather their arrays.
 KINDS: dict[tuple, str] = {}
 for _name, _row in DISTANCES.items():
     KINDS.setdefault((_row.inputs, _row.per_sample), _name)
 
 
 def relu_features(rng, n, d):
-    """Non-negative, a part of them zero, some features larger than others."""
+    """Makes non-negative features; some are zero, and some are larger than others."""
     scale = rng.uniform(0.3, 2.0, d)
     return np.maximum(rng.normal(0.4, 1.0, (n, d)), 0) * scale
 
 
 def make_labels(rng, n, k=NUM_CLASSES):
-    """Unbalanced: a class has about half the images of the one before."""
+    """Makes unbalanced labels; each class is about half as large as the one before."""
     share = 0.5 ** np.arange(k)
     return rng.choice(k, n, p=share / share.sum()).astype(np.int32)
 
 
 def make_batch(n=8, d=12, m=None, k=NUM_CLASSES, labels=None, seed=0):
-    """Features ``[n, d]`` and ``[m, d]``, logits ``[n, k]``, maps ``[n, 3, 3, d]``."""
+    """Makes features ``[n, d]`` and ``[m, d]``, logits ``[n, k]`` and 3 x 3 maps."""
     rng = np.random.default_rng(seed)
     m = n if m is None else m
     labels = make_labels(rng, n, k) if labels is None else np.asarray(labels, np.int32)
@@ -112,18 +112,18 @@ def is_tall(row: Distance) -> bool:
 
 
 def fitted(row: Distance, batch: Batch) -> Batch:
-    """The batch, with as few features as the row needs."""
+    """Returns the batch, with as few features as the distance needs."""
     most = max(len(batch.x) - 2, 1)
     return batch.map(lambda z: z[:, :most], "x", "y") if is_tall(row) else batch
 
 
 def names(row: Distance) -> list[str]:
-    """The names of a row's array arguments, pairs expanded."""
+    """Returns the names of a distance's array arguments, with pairs expanded."""
     return [name for kind in row.inputs for name in FIELDS[kind]]
 
 
 def arguments(row: Distance, batch: Batch, dtype=jnp.float32) -> list[jax.Array]:
-    """The arrays that ``row.inputs`` names, in order; floats as ``dtype``."""
+    """Returns the arrays that ``row.inputs`` names, in order; floats as ``dtype``."""
     arrays, batch = [], fitted(row, batch)
     for name in names(row):
         value = getattr(batch, name)
@@ -135,7 +135,7 @@ def arguments(row: Distance, batch: Batch, dtype=jnp.float32) -> list[jax.Array]
 
 
 def float_arguments(row: Distance) -> tuple[int, ...]:
-    """The positions one may differentiate by."""
+    """Returns the positions of the arguments that have a gradient."""
     return tuple(i for i, name in enumerate(names(row)) if name in FLOATS)
 
 
@@ -144,7 +144,7 @@ def parameters(row: Distance) -> Mapping[str, inspect.Parameter]:
 
 
 def options_of(row: Distance, k=NUM_CLASSES, **wanted) -> dict[str, object]:
-    """The row's options, those it needs, and the wanted ones it knows."""
+    """Returns a distance's options, those it needs, and those of ``wanted`` it has."""
     known = parameters(row)
     needed = {name: make(k) for name, make in REQUIRED.items() if name in known}
     needed = {n: v for n, v in needed.items() if known[n].default is inspect._empty}
@@ -153,7 +153,7 @@ def options_of(row: Distance, k=NUM_CLASSES, **wanted) -> dict[str, object]:
 
 
 def bound(row: Distance, **wanted) -> Callable[..., jax.Array]:
-    """The row's function of arrays alone."""
+    """Returns the distance as a function of arrays only."""
     return partial(row.fn, **options_of(row, **wanted))
 
 
@@ -162,7 +162,7 @@ TRACES: Counter = Counter()
 
 @cache
 def compiled(name: str, **wanted) -> Callable[..., jax.Array]:
-    """The same, compiled once for all tests; `TRACES` counts its traces."""
+    """Returns the same, compiled once for all tests; `TRACES` counts its traces."""
     fn = bound(DISTANCES[name], **wanted)
 
     @jax.jit
@@ -174,11 +174,11 @@ def compiled(name: str, **wanted) -> Callable[..., jax.Array]:
 
 
 def scale(batch: Batch) -> float:
-    """What rounding errors of a squared distance are measured by."""
+    """Returns the size to which rounding errors of a squared distance are relative."""
     squared = lambda z: (np.asarray(z, float) ** 2).sum(-1).mean()
     return (
         float(squared(batch.x) + squared(batch.y)) + 1e-19
-    )  # the least epsilon, in float32
+    )  # the smallest epsilon in float32
 
 
 # ----------------------------------------------------------------- degenerate
@@ -202,7 +202,7 @@ def identical(batch):
 
 
 def orthonormal(batch):
-    """Every covariance has one eigenvalue, many times over."""
+    """Makes covariances with a single eigenvalue of high multiplicity."""
     n, d = batch.x.shape
     basis = np.linalg.qr(np.random.default_rng(3).normal(size=(d, d)))[0]
     signs = np.repeat([1.0, -1.0], n // 2)[:, None]

@@ -1,4 +1,4 @@
-"""Six samples as formulas, so that anyone can reproduce the literal numbers."""
+"""Defines six samples by formulas, so that anyone can reproduce the literal numbers."""
 
 import numpy as np
 

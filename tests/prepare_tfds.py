@@ -1,11 +1,11 @@
-"""Prepares tiny TFDS sets in both file formats, for tests/test_tfds.py to read.
+"""Prepares tiny TFDS sets in both file formats, to be read by tests/data/test_tfds.py.
 
     pip install -e ".[prepare]"
     python tests/prepare_tfds.py DIR
-    KDDM_TEST_TFDS=DIR pytest tests/test_tfds.py
+    KDDM_TEST_TFDS=DIR pytest tests/data/test_tfds.py
 
-Preparing needs TensorFlow, reading ArrayRecord does not: run this in one environment
-and the tests in another.
+Preparing sets needs TensorFlow, and reading ArrayRecord does not. Run this script in
+one environment and the tests in another.
 """
 
 import io
@@ -22,7 +22,7 @@ SHARDS = 2
 
 
 def image(name, split, index):
-    """The image of an example, uint8, so that tests know every pixel."""
+    """Makes the image of an example, uint8, so that tests know every pixel."""
     rng = np.random.default_rng([len(name), len(split), index])
     height, width, channels = 8, 8, 3
     if name == "tiny_sizes":
@@ -33,12 +33,12 @@ def image(name, split, index):
 
 
 def label(split, index):
-    """The label of an example."""
+    """Returns the label of an example."""
     return (index * index + len(split)) % len(CLASSES)
 
 
 def make_builders():
-    """The builders, each with a trait of its own."""
+    """Returns the builders, each with a special feature."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -74,7 +74,7 @@ def make_builders():
             }
 
     class TinyFixed(Tiny):
-        """Two labels and other features beside them, as CIFAR-100; three splits."""
+        """Has two labels and other features, as CIFAR-100, and three splits."""
 
         SPLITS = ("train", "test", "validation")
 
@@ -86,14 +86,14 @@ def make_builders():
             return {**super()._example(split, index), "coarse": 1, "id": index}
 
     class TinySizes(Tiny):
-        """Images that differ in size; a validation split in place of a test split."""
+        """Has images of several sizes, and a validation split but no test split."""
 
         SPLITS = ("train", "validation")
         SHAPE = (None, None, 3)
         SUPERVISED = None
 
     class TinyGrey(Tiny):
-        """Two configs, of which the second is the default; grey."""
+        """Has grey images and two configs; the second is the default."""
 
         SHAPE = (8, 8, 1)
         BUILDER_CONFIGS = [
@@ -109,12 +109,12 @@ def make_builders():
             return example
 
     class TinyTrain(Tiny):
-        """A training split alone."""
+        """Has only a training split."""
 
         SPLITS = ("train",)
 
     class TinyText(Tiny):
-        """No images."""
+        """Has no images."""
 
         SUPERVISED = None
 
@@ -128,7 +128,7 @@ def make_builders():
             return {"text": str(index), "label": label(split, index)}
 
     class TinyDamaged(Tiny):
-        """Two images that are none."""
+        """Has two images that are damaged."""
 
         def _example(self, split, index):
             example = super()._example(split, index)
@@ -137,7 +137,7 @@ def make_builders():
             return example
 
     class TinyUnlabelled(Tiny):
-        """A test split without labels, as ImageNet's, and one for validation."""
+        """Has a test split without labels, as ImageNet, and a validation split."""
 
         SPLITS = ("train", "test", "validation")
 
@@ -146,14 +146,14 @@ def make_builders():
             return {**example, "label": -1 if split == "test" else example["label"]}
 
     class TinyHalf(Tiny):
-        """Training images without labels."""
+        """Has training images without labels."""
 
         def _example(self, split, index):
             example = super()._example(split, index)
             return {**example, "label": -1 if split == "train" else example["label"]}
 
     class TinyFloats(Tiny):
-        """Images of floats."""
+        """Has images of floats."""
 
         def _features(self):
             image = tfds.features.Image(shape=(8, 8, 1), dtype=np.float32)
@@ -164,7 +164,7 @@ def make_builders():
             return {**example, "image": example["image"][..., :1].astype(np.float32)}
 
     class TinyTest(Tiny):
-        """No training split."""
+        """Has no training split."""
 
         SPLITS = ("test", "validation")
 
@@ -173,10 +173,11 @@ def make_builders():
 
 
 def main(root):
-    """Prepares every set below ``root/<file format>``."""
+    """Prepares all sets in ``root/<file format>``."""
     import tensorflow_datasets as tfds
 
-    # Of 20 training images each: TFDS reads shards in turns of 16 unless told not to.
+    # Shards of 20 training images each, because TFDS interleaves blocks of 16 unless
+    # told otherwise.
     shards = tfds.download.DownloadConfig(num_shards=SHARDS)
     for builder in make_builders():
         configs = [config.name for config in builder.BUILDER_CONFIGS] or [None]

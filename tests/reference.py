@@ -1,10 +1,10 @@
-"""Distances as the text-books write them: NumPy and SciPy, float64, loops.
+"""Computes distances as textbooks define them: NumPy and SciPy, float64, loops.
 
-The witness that the library is compared with.  Nothing here shares code, or a
-clever identity, with `kddm_jax`: optimal transport is a linear programme, classes
-are a loop, square roots of matrices are SciPy's.  ``x`` is the student ``[n, d]``,
-``y`` the teacher ``[m, d]``; Wasserstein distances are squared; covariances divide
-by the number of samples.
+The library is compared with these functions. They share no code and no clever identity
+with `kddm_jax`: optimal transport is a linear programme, classes are a loop, and square
+roots of matrices are SciPy's. ``x`` is the student ``[n, d]``, ``y`` the teacher ``[m,
+d]``. Wasserstein distances are squared, and covariances divide by the number of
+samples.
 """
 
 import numpy as np
@@ -49,7 +49,7 @@ def joint_cost(x, y, logits_x, logits_y, *, beta, label_cost):
 
 
 def largest_feature_cost(x, y):
-    """The beta of ``beta="max"``: max_ij ||x_i - y_j||^2."""
+    """The largest feature cost, which ``beta="max"`` uses: max_ij ||x_i - y_j||^2."""
     return squared_distances(x, y).max()
 
 
@@ -91,8 +91,8 @@ def logsumexp(a, axis):
 def sinkhorn_plan(cost, epsilon, a=None, b=None, tolerance=1e-12):
     """P = a_i b_j exp((f_i + g_j - C_ij) / eps) with marginals a, b, else uniform.
 
-    Sinkhorn's iterations, then Newton's on the dual: near a permutation the former
-    need millions.
+    Newton's method on the dual follows after Sinkhorn's iteration, which would need
+    millions of steps if the plan is nearly a permutation.
     """
     n, m = cost.shape
     log_a = np.log(uniform(n) if a is None else a)
@@ -119,7 +119,7 @@ def sinkhorn_plan(cost, epsilon, a=None, b=None, tolerance=1e-12):
             return plan
         hessian = np.block([[np.diag(rows), plan], [plan.T, np.diag(columns)]])
         step = epsilon * np.linalg.lstsq(hessian, residual, rcond=1e-14)[0]
-        step *= min(1, 5 * epsilon / np.abs(step).max())  # exp stays of order one
+        step *= min(1, 5 * epsilon / np.abs(step).max())  # keeps exp of order one
         while dual(potentials + step) < dual(potentials) - 1e-14:
             step /= 2
         potentials = potentials + step
@@ -142,7 +142,7 @@ def divergence(cost_xy, cost_xx, cost_yy, epsilon):
 
 
 def solve(cost, x, y, solver, epsilon):
-    """The optimal cost between ``x`` and ``y`` under the function ``cost(x, y)``."""
+    """Returns the optimal cost between ``x`` and ``y`` for the costs ``cost(x, y)``."""
     if solver == "exact":
         return exact(cost(x, y))
     if solver == "entropic":
@@ -154,7 +154,7 @@ def solve(cost, x, y, solver, epsilon):
 
 
 def classes(labels):
-    """The classes present; negative labels are padding."""
+    """Returns the classes that have samples; negative labels are no class."""
     return np.unique(labels[labels >= 0])
 
 
@@ -228,7 +228,7 @@ def paired_l2(x, y):
 
 
 def sliced_wasserstein(x, y, directions):
-    """Mean over the columns of ``directions`` of W2^2 along them."""
+    """The mean of W2^2 along the columns of ``directions``."""
     along = lambda z, direction: (z @ direction)[:, None]
     return np.mean([wasserstein(along(x, d), along(y, d)) for d in directions.T])
 
@@ -247,7 +247,7 @@ def gromov_energy(a, b, plan):
 
 
 def gromov_wasserstein(x, y, *, metric="euclidean", epsilon=None):
-    """The best of the local minima that plans of linearised problems lead to."""
+    """The least of the local minima that linearized problems lead to."""
     a, b = METRICS[metric](x), METRICS[metric](y)
     n, m = len(a), len(b)
     starts = [np.full((n, m), 1 / (n * m))]
@@ -270,7 +270,7 @@ def gromov_wasserstein(x, y, *, metric="euclidean", epsilon=None):
 
 
 def optimal_plan(cost):
-    """A vertex of the plans with uniform marginals, by a linear programme."""
+    """Returns an extreme plan with uniform marginals, by a linear programme."""
     n, m = cost.shape
     marginals = np.concatenate([uniform(n), uniform(m)])
     rows = np.kron(np.eye(n), np.ones((1, m)))
@@ -291,9 +291,9 @@ def covariance(x):
 
 
 def root_by_eigenvectors(a):
-    """V diag(sqrt(max(l, 0))) V^T: right for rank-deficient matrices too."""
+    """V diag(sqrt(max(l, 0))) V^T, also for rank-deficient matrices."""
     values, vectors = np.linalg.eigh((a + a.T) / 2)
-    # the root of a round-off eigenvalue, 1e-16, would be 1e-8
+    # Without this, an eigenvalue of 1e-16 would become a root of 1e-8.
     values[values < 1e-14 * values.max()] = 0
     return (vectors * np.sqrt(values)) @ vectors.T
 
@@ -306,7 +306,7 @@ def bures(cov_x, cov_y):
 
 
 def bures_sqrtm(cov_x, cov_y):
-    """The same by SciPy's Schur method; for matrices of full rank."""
+    """The same by SciPy's Schur method, for matrices of full rank."""
     root = sqrtm(cov_x)
     inner = sqrtm(root @ cov_y @ root)
     return np.trace(cov_x) + np.trace(cov_y) - 2 * np.trace(inner).real
@@ -330,7 +330,7 @@ def gaussian_wasserstein(x, y, *, covariance_type="full"):
 def class_gaussian_wasserstein(
     x, y, labels, *, covariance_type="full", reduction="mean"
 ):
-    """sum_c w_c of the above; a class of one sample has covariance zero."""
+    """sum_c w_c of the above; the covariance of a class of one sample is zero."""
 
     def distance(x, y):
         return gaussian_wasserstein(x, y, covariance_type=covariance_type)
@@ -358,7 +358,7 @@ def moments(x, covariance_type):
 
 
 def ridged_kl(moments_x, moments_y, *, ridge, direction):
-    """KL between Gaussians, ``ridge`` added to the variances of both."""
+    """KL between Gaussians, with ``ridge`` added to the variances of both."""
     (mean_x, cov_x), (mean_y, cov_y) = moments_x, moments_y
     full = cov_x.ndim == 2
     shift = ridge * np.eye(len(mean_x)) if full else ridge
@@ -372,7 +372,7 @@ def ridged_kl(moments_x, moments_y, *, ridge, direction):
 def gaussian_kl(
     x, y, *, covariance_type="diag", ridge=0.0, direction="student||teacher"
 ):
-    """KL between the Gaussian fits of the two clouds."""
+    """KL between Gaussians fitted to the two samples."""
     return ridged_kl(
         moments(x, covariance_type),
         moments(y, covariance_type),
@@ -399,7 +399,7 @@ def class_gaussian_kl(
     direction="student||teacher",
     reduction="mean",
 ):
-    """sum_c w_c KL_c; classes of one sample take each side's pooled covariance."""
+    """sum_c w_c KL_c; a class of one sample has the pooled covariance of its side."""
     values = []
     for c in classes(labels):
         of_class = []
@@ -416,7 +416,7 @@ def class_gaussian_kl(
 
 
 def mean_distance(x, y):
-    """The default bandwidth: mean entry of the matrices XX, YY and XY together."""
+    """The default bandwidth: the mean entry of the matrices XX, YY and XY together."""
     pairs = [(x, x), (y, y), (x, y)]
     entries = [np.sqrt(squared_distances(a, b)).ravel() for a, b in pairs]
     return np.concatenate(entries).mean()
@@ -433,7 +433,7 @@ def mmd(x, y, *, kernel="rbf", bandwidth=None):
 
 
 def class_mmd(x, y, labels, *, kernel="rbf", bandwidth=None, reduction="mean"):
-    """sum_c w_c MMD^2 of the class; by default one bandwidth, of same-class pairs."""
+    """sum_c w_c MMD^2 of class c; the default bandwidth is of all same-class pairs."""
     if bandwidth is None:
         entries = []
         for c in classes(labels):
@@ -449,13 +449,13 @@ def class_mmd(x, y, labels, *, kernel="rbf", bandwidth=None, reduction="mean"):
 
 
 def normalized(x):
-    """Centred, of Frobenius norm one."""
+    """Centres features and divides them by their Frobenius norm."""
     centred = x - x.mean(0)
     return centred / np.linalg.norm(centred)
 
 
 def procrustes(x, y, *, unit_norm=True):
-    """min_Q ||x - y Q||^2, the narrower side padded with zeros; Q by SciPy."""
+    """min_Q ||x - y Q||^2 by SciPy; the narrower side is padded with zeros."""
     x, y = (normalized(x), normalized(y)) if unit_norm else (x, y)
     width = max(x.shape[1], y.shape[1])
     x, y = (np.pad(z, [(0, 0), (0, width - z.shape[1])]) for z in (x, y))
@@ -472,7 +472,7 @@ def feature_gram(x, y, *, unit_norm=True):
 
 
 def hsic(k, l):
-    """Tr(K H L H) with H the centring matrix, up to a factor."""
+    """Tr(K H L H), where H centres, up to a factor."""
     centring = np.eye(len(k)) - 1 / len(k)
     return np.trace(k @ centring @ l @ centring)
 
@@ -502,13 +502,13 @@ def linear_projection(x, y):
 
 
 def similarity_preserving(x, y):
-    """||G_x - G_y||^2 / n^2, rows of G = x x^T divided by their norms."""
+    """||G_x - G_y||^2 / n^2, where G is x x^T with its rows divided by their norms."""
     rows = lambda g: g / np.linalg.norm(g, axis=1)[:, None]
     return ((rows(x @ x.T) - rows(y @ y.T)) ** 2).mean()
 
 
 def cells(size, count):
-    """Slices of adaptive pooling."""
+    """Returns the slices of adaptive cells."""
     return [
         slice(int(np.floor(k * size / count)), int(np.ceil((k + 1) * size / count)))
         for k in range(count)
@@ -516,7 +516,7 @@ def cells(size, count):
 
 
 def adaptive_pool(image, height, width):
-    """Averages of an image ``[h, w, c]`` over a grid of adaptive cells."""
+    """Averages an image ``[h, w, c]`` over a grid of adaptive cells."""
     return np.array(
         [
             [
@@ -529,7 +529,7 @@ def adaptive_pool(image, height, width):
 
 
 def nst(maps_x, maps_y, *, kernel="poly"):
-    """Per image, over its channels of norm 1: mean k_xx + mean k_yy - 2 mean k_xy."""
+    """Mean of k_xx + k_yy - 2 k_xy over the channels of an image, which have norm 1."""
     values = []
     for pair in zip(maps_x, maps_y, strict=True):
         size = np.minimum(pair[0].shape[:2], pair[1].shape[:2])
@@ -548,7 +548,7 @@ def nst(maps_x, maps_y, *, kernel="poly"):
 
 
 def wkd_features(maps_x, maps_y, *, grid=1, ratio=2.0):
-    """Cell by cell: ratio ||mean difference||^2 + ||deviation difference||^2."""
+    """Sum over cells of ratio ||mean difference||^2 + ||deviation difference||^2."""
     total = 0.0
     for pair in zip(maps_x, maps_y, strict=True):
         moments = []
@@ -599,7 +599,7 @@ def kd(
 
 
 def unrolled_sinkhorn(cost, epsilon, a, b, iterations):
-    """So many rounds of v = b / K^T u, u = a / K v, from u = 1/k."""
+    """Iterates v = b / K^T u, u = a / K v, from u = 1/k."""
     kernel, u = np.exp(-cost / epsilon), np.full(len(a), 1 / len(a))
     for _ in range(iterations):
         v = b / (kernel.T @ u + 1e-8)
@@ -618,7 +618,7 @@ def wkd_logits(
     epsilon=0.05,
     iterations=None,
 ):
-    """Image by image: the label's class apart, the others by transport."""
+    """Adds, for each image, KL of the label's class and transport of all others."""
     values = []
     for s, t, label in zip(logits_x, logits_y, labels, strict=True):
         if label < 0:
@@ -687,9 +687,9 @@ def knowledge_quality(features, labels, *, n_train, diagonal=False, log_const=No
 
 
 def depthwise(x, kernel, stride):
-    """Each channel of [b, h, w, c] with its own k x k kernel, (k - 1) / 2 zeros around.
+    """Convolves each channel of [b, h, w, c] with its own k x k kernel.
 
-    By SciPy, pixel by pixel; a stride leaves out pixels.
+    By SciPy, pixel by pixel, with (k - 1) / 2 zeros around; a stride leaves out pixels.
     """
     y = np.zeros_like(x)
     for image, channel in np.ndindex(x.shape[0], x.shape[3]):
@@ -700,14 +700,14 @@ def depthwise(x, kernel, stride):
 
 
 def batch_norm(x, params, stats, train):
-    """By the batch's mean and (biased) variance in training, else by running ones."""
+    """Uses the batch's mean and (biased) variance in training, else running ones."""
     mean = x.mean((0, 1, 2)) if train else stats["mean"]
     var = x.var((0, 1, 2)) if train else stats["var"]
     return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
 
 
 def inverted_residual(x, params, stats, *, stride, train):
-    """MobileNetV2's block, arXiv:1801.04381, table 1; layers by torchvision's names."""
+    """MobileNetV2's block, arXiv:1801.04381, table 1, with torchvision's names."""
     relu6 = lambda x: np.clip(x, 0, 6)
     norm = lambda x, name: batch_norm(x, params[name], stats[name], train)
     y, names = x, ["conv_0_0", "conv_0_1", "conv_1", "conv_2"]
@@ -722,13 +722,13 @@ def inverted_residual(x, params, stats, *, stride, train):
 
 
 def layer_norm(x, params):
-    """Over the channels of each token."""
+    """Normalizes each token over its channels."""
     mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - mean) / np.sqrt(var + 1e-6) * params["scale"] + params["bias"]
 
 
 def attention(x, params):
-    """Softmax attention, arXiv:1706.03762, image by image and head by head."""
+    """Softmax attention, arXiv:1706.03762, for each image and head."""
     heads = params["query"]["kernel"].shape[1]
     y = np.zeros_like(x)
     for i in range(x.shape[0]):

@@ -1,7 +1,7 @@
-"""A network that compiles in a second, for runs whose network does not matter.
+"""Defines networks that compile in a second, for tests that do not depend on it.
 
-The experiment takes it as ``--student-model small_network:Small``, or as NNX network
-with dropout as ``small_network:SmallNNX``.
+The command accepts ``--student-model small_network:Small``, or the NNX network with
+dropout, ``small_network:SmallNNX``.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from kddm_jax.adapters import Outputs
 
 
 class Small(nn.Module):
-    """Two dense layers with BatchNorm over all devices between them."""
+    """Has two dense layers, with BatchNorm over all devices between them."""
 
     num_classes: int
     width: int = 4
@@ -29,7 +29,7 @@ class Small(nn.Module):
 
 
 class SmallNNX(nnx.Module):
-    """The same as an NNX module of digits, with dropout."""
+    """Is the same network for digits as an NNX module, with dropout."""
 
     def __init__(self, rngs, num_classes, width=4, axis_name=None):
         self.first = nnx.Linear(64, 8 * width, use_bias=False, rngs=rngs)
@@ -46,7 +46,7 @@ class SmallNNX(nnx.Module):
 
 
 class Dropped(nn.Module):
-    """A Linen network with dropout and stochastic depth."""
+    """Is a Linen network with dropout and stochastic depth."""
 
     num_classes: int
 

@@ -1,4 +1,4 @@
-"""accelerator.sh: its commands in order, what the grid chose, and the time limit."""
+"""Tests accelerator.sh: its commands in order, the chosen weights, the time limit."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "accelerator.sh"
-# Stands for Python: writes its command down and leaves what the next command reads.
+# Replaces Python: records each command, and writes the files that later commands read.
 PYTHON = """#!{bash}
 if [ "$1" = -c ]; then exec {python} "$@"; fi
 echo "$(basename "$1") ${{@:2}}" >> "$LOG"
@@ -27,7 +27,7 @@ MEASURED = '{"claims": []}'
 
 
 def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
-    """The script's status, and the commands that it ran."""
+    """Returns the script's status and the commands that it ran."""
     folder, log = tmp_path / "bin", tmp_path / "log"
     folder.mkdir(exist_ok=True)
     python = folder / "python"
@@ -56,7 +56,7 @@ def test_all_parts_run_in_their_order(tmp_path):
     assert lines[1].endswith("cifar10 --distances")
     assert lines[3].endswith("--distances w2 kd --weights w2 0.1 kd 3")
     assert "--pretrained-student w.safetensors" in lines[-1]
-    # Once more: the step is measured already, and the other commands resume.
+    # Run again, the script skips the measured step, and all other commands resume.
     status, again = run(tmp_path, 1)
     assert (status, again) == (0, lines[1:-1])
 

@@ -1,4 +1,4 @@
-"""Linen and NNX networks in the train step: statistics, random keys, devices."""
+"""Tests Linen and NNX networks in the train step: statistics, random keys, devices."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class LinenNet(nn.Module):
 
 
 class NNXNet(nnx.Module):
-    """The same network; the list has integers as keys of its parameters."""
+    """The same network in NNX; keys of its parameters are the integers of a list."""
 
     def __init__(self, rngs, axis_name=None, rate=0.0):
         self.first = nnx.List([nnx.Linear(SIDE * SIDE, WIDTH, rngs=rngs)])
@@ -66,13 +66,13 @@ def nnx_net(seed=0, **options):
 
 
 def as_linen(variables):
-    """The NNX network's variables under the Linen network's names."""
+    """Returns the NNX network's variables with the Linen network's names."""
     params = {**variables["params"], "first": variables["params"]["first"][0]}
     return {"params": params, "batch_stats": variables["batch_stats"]}
 
 
 def run(apply, variables, *, teacher, devices, how="pmap", steps=2, **options):
-    """Distils by l2; returns state and metrics."""
+    """Distils by l2; returns the state and the metrics."""
     taught, given = teacher
     options = {"distance": "l2", "augment": PLAIN, **options}
     if devices is None:
@@ -100,7 +100,7 @@ LINEN_TEACHER = (
 
 
 def test_nnx_is_linen():
-    """One network in both: the same steps with statistics, on one device and on two."""
+    """The same network in both libraries takes equal steps, on one and two devices."""
     _, variables = nnx_net()
     nnx_of = lambda axis: nnx_net(axis_name=axis)[0]
     state, metrics = run(
@@ -125,7 +125,7 @@ def test_nnx_is_linen():
 
 
 def test_nnx_teacher_is_in_evaluation_mode():
-    """Without dropout, with its own statistics, which stay; and without keys."""
+    """It has no dropout and no keys, uses its own statistics, and keeps them."""
     teacher = nnx_net(seed=3, rate=0.5)
     student = linen_apply(LinenNet())
     state, metrics = run(
@@ -157,7 +157,7 @@ def test_trained_arrays_return_to_the_module():
 
 
 class Stochastic(nn.Module):
-    """Draws from collections of three names, two of which have no key of their own."""
+    """Draws from three collections, two of which have no key of their own."""
 
     @nn.compact
     def __call__(self, images, *, train=False):
@@ -177,7 +177,7 @@ NETS = {
 
 @pytest.mark.parametrize("kind", NETS)
 def test_dropout_changes_with_step_and_device(kind):
-    """Both devices have the same images: only the keys make a difference."""
+    """Both devices have the same images, so only the keys differ."""
     apply, variables = NETS[kind]()
 
     def watched(variables, images, *, train, rngs):
@@ -214,7 +214,7 @@ def test_dropout_follows_its_key(kind):
 
 
 def test_linen_modules_draw_from_any_name():
-    """Stochastic depth has no name that all agree on; the draws are independent."""
+    """Stochastic depth has no standard name; draws with all names are independent."""
     images = jnp.zeros((2, SIDE, SIDE, 1))
     variables = Stochastic().init(jax.random.key(0), images)
     outputs, _ = linen_apply(Stochastic())(variables, images, train=True, rngs=KEYS)
@@ -227,7 +227,7 @@ def test_linen_modules_draw_from_any_name():
 
 
 class Tied(nnx.Module):
-    """Two layers that share a stream, one with a stream for each of two branches."""
+    """Has two layers that share a stream, and a stream for each of two branches."""
 
     def __init__(self, rngs):
         self.rngs = rngs
@@ -262,7 +262,7 @@ def test_nnx_module_may_take_train():
 
 
 def test_nnx_module_of_shapes():
-    """As a large network whose arrays come from a checkpoint."""
+    """As with a large network whose arrays come from a checkpoint."""
     shapes = nnx.eval_shape(lambda: NNXNet(nnx.Rngs(0), rate=0.5))
     apply, _ = nnx_apply(shapes)
     plain, variables = nnx_net(rate=0.5)

@@ -1,4 +1,4 @@
-"""The benchmarks run, in their smallest setting, and write what they measured."""
+"""Runs the benchmarks in their smallest setting, and tests what they write."""
 
 import argparse
 import json
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(command, json_file):
-    """What a benchmark prints and the JSON it writes."""
-    # Programs that run twice: compiling them without optimisation halves the test.
+    """Returns the output of a benchmark and the JSON that it writes."""
+    # Programs run only twice, so compiling them without optimization halves the time.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes"
     script, *options = command.split()
     done = subprocess.run(
@@ -37,7 +37,7 @@ def run(command, json_file):
 
 
 def table(text):
-    """The rows of the first Markdown table, as lists of stripped cells."""
+    """Returns head and rows of the first Markdown table, as lists of stripped cells."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert len({len(row) for row in cells[:2]}) == 1
@@ -56,7 +56,7 @@ def test_step(tmp_path):
     assert [row[head.index("distance")] for row in rows] == names
     speeds = [row[head.index("images/s")] for row in rows]
     assert all(float(speed.replace(",", "")) > 0 for speed in speeds[:2])
-    # What needs more than this step has says so, and the others are measured.
+    # Distances that need other inputs say so; the others are measured.
     assert "maps_x must have shape" in speeds[2]
     assert "needs teacher_data={'class_cost'" in speeds[3]
     assert [row["finite"] for row in report["rows"][:2]] == [True, True]
@@ -66,7 +66,7 @@ def test_step(tmp_path):
 
 
 def test_claims_of_the_step(monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # step.py sets it
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # set by step.py
     import step
 
     def row(
@@ -82,7 +82,7 @@ def test_claims_of_the_step(monkeypatch):
         row(106.0, distance="w2", distance_ms=6.0),
         row(104.0, distance="jw2/exact", distance_ms=4.0),
         row(103.0, distance="w2_gaussian/svd", distance_ms=3.0),
-        row(150.0, distance="gromov", distance_ms=50.0),  # none of KD2M's
+        row(150.0, distance="gromov", distance_ms=50.0),  # not one of KD2M's
         row(80.0, "PyTorch eager"),
         row(50.0, "PyTorch compile"),
         row(50.0, "PyTorch eager", "w2_gaussian"),
@@ -135,14 +135,14 @@ def test_claims_of_the_step_on_a_gpu(monkeypatch):
         for framework, distance, ms, share in (
             ("JAX", "none", 10.0, 0.24),
             ("JAX", "w2", 12.0, 0.2),
-            ("JAX", "w2_gaussian/svd", 90.0, 0.02),  # beside the default: reported
+            ("JAX", "w2_gaussian/svd", 90.0, 0.02),  # not the default, so only reported
             ("PyTorch compile", "none", 8.0, None),
         )
     ]
     names = [f"cifar, width 64, batch {batch}, bfloat16: " for batch in (128, 1024)]
     assert step.claims(rows, "gpu", same_device=True) == [
         (f"{names[0]}JAX / PyTorch compile", 1.25, 1.0),
-        (f"{names[1]}w2 / none", 1.2, 1.1),  # at 128 it is only reported
+        (f"{names[1]}w2 / none", 1.2, 1.1),  # at batch 128 it is only reported
         (f"{names[1]}JAX / PyTorch compile", 1.25, 1.0),
         (f"{names[1]}30% of the peak / ours", 1.25, 1.0),
     ]
@@ -160,7 +160,7 @@ for line in sys.stdin:
 
 
 def torch_process(monkeypatch, tmp_path, text):
-    """A process that runs this text in place of PyTorch's step."""
+    """Starts a process that runs this text instead of PyTorch's step."""
     import torch_process
 
     script = tmp_path / "torch_step.py"
@@ -175,7 +175,7 @@ def test_the_process_of_pytorch_answers_fails_and_ends(monkeypatch, tmp_path):
     assert process.ask(run=2) == {"losses": [2]}
     with pytest.raises(RuntimeError, match="PyTorch: no memory"):
         process.ask(make=[])
-    assert process.ask(run=3) == {"losses": [3]}  # it goes on
+    assert process.ask(run=3) == {"losses": [3]}  # the process continues
     for _ in range(2):
         with pytest.raises(RuntimeError, match="PyTorch: ended"):
             process.ask(run=7)
@@ -218,12 +218,12 @@ def test_step_beside_pytorch(tmp_path):
     ]
     assert rows == both
     assert all(row["finite"] and row["ms_per_step"] > 0 for row in report["rows"])
-    assert report["claims"] == []  # of no such size
+    assert report["claims"] == []  # none for this size
 
 
 @pytest.mark.bench
 def test_step_says_what_it_did_not_run(tmp_path):
-    # No time for any row: the table still says which there would have been.
+    # Without time for any row, the table still names the rows.
     text, report = run("step.py --minutes 0 --no-torch", tmp_path / "step.json")
     head, rows = table(text)
     assert {row[head.index("images/s")] for row in rows} == {"not run: out of time"}
@@ -234,8 +234,8 @@ def test_step_says_what_it_did_not_run(tmp_path):
     ("options", "fast", "slow"),
     [
         ({}, 5, 5),
-        ({"least": 12}, 12, 5),  # a fast one goes on
-        ({"most": 10}, 5, 4),  # a slow one ends, after three turns
+        ({"least": 12}, 12, 5),  # a fast one continues
+        ({"most": 10}, 5, 4),  # a slow one ends after three turns
         ({"most": 2}, 3, 3),
         ({"deadline": 0}, 3, 3),
         ({"least": 12, "most": 10}, 11, 4),
@@ -267,7 +267,7 @@ def test_gaps_are_the_time_without_work():
     import gaps
 
     assert gaps.idle_ns([]) == gaps.idle_ns([(3, 9)]) == 0
-    # Within another, overlapping it, touching it; then two gaps.
+    # Intervals within another, overlapping and touching it; then two gaps.
     work = [(0, 10), (2, 5), (8, 12), (12, 13), (20, 21), (24, 30)]
     assert gaps.idle_ns(work) == 7 + 3
 
@@ -283,13 +283,14 @@ def test_a_host_that_sleeps_leaves_a_gap():
         time.sleep(0.1)
         return product(x)
 
-    # Nine sleeps in ten dispatches; without them a busy machine may leave some, too.
+    # It sleeps in nine of ten dispatches. A busy machine may leave some gaps without
+    # sleep.
     assert gaps.idle_ms(lambda: product(x), 10) < 90 < gaps.idle_ms(late, 10)
 
 
 @pytest.fixture
 def ahead(monkeypatch):
-    """The module, whose environment is of this test alone."""
+    """Imports the module with a copy of the environment for this test."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     import ahead
 
@@ -298,10 +299,10 @@ def ahead(monkeypatch):
 
 @pytest.mark.bench
 def test_the_step_compiled_ahead(ahead):
-    """For this machine's devices: an SVD here, and products elsewhere."""
+    """Compiles for this machine: with an SVD on a CPU, with products elsewhere."""
     args = argparse.Namespace(width=2, dtype="bfloat16", steps=2, batch_size=8)
     row = ahead.measure("cw2_gaussian", jax.devices()[:2], args)
-    assert row["convolutions"] == row["of_dtype"] == 95  # none of the images' own
+    assert row["convolutions"] == row["of_dtype"] == 95  # none for the images
     assert row["decomposed"] == ["svd"]
     assert row["all_gathers"] > 0
     assert row["all_reduces"] > 0
@@ -326,7 +327,7 @@ def test_claims_about_compiled_programs(ahead):
         "decomposed": ["qr", "svd"],
     }
     fine = {**row, "memory_gb": 1.0, "donated_mb": 91.0, "of_dtype": 95, "host": 0}
-    other = {**fine, "distance": "procrustes"}  # none of KD2M's
+    other = {**fine, "distance": "procrustes"}  # not one of KD2M's
     tall = {**fine, "decomposed": ["qr"]}
     failed = {"distance": "kd", "note": "fails: it does not compile", "failed": True}
     absent = {"distance": "linear_projection", "note": "x must have n > d + 1"}
@@ -395,7 +396,7 @@ def test_distances(tmp_path):
         tmp_path / "distances.json",
     )
     head, lines = table(text)
-    lines = lines[:20]  # the claims follow
+    lines = lines[:20]  # the rest are the claims
     measured = [tuple(line[:4]) for line in lines]
     of_a_size = [
         ("w2/exact", "–"),
@@ -417,7 +418,8 @@ def test_distances(tmp_path):
             assert row["value_ms"] > 0
             assert row["gradient_ms"] > 0
             assert row["memory"] >= 0
-    # One of arrays a size, and of two flat rows two students' times a size.
+    # For each of two sizes, a claim about arrays, and claims about the time of two
+    # distances with two students.
     assert len(report["claims"]) == 2 + 2 * 2 * 2
     assert all(claim[1] <= 1 for claim in report["claims"][:2])
 
@@ -425,7 +427,7 @@ def test_distances(tmp_path):
 def test_large_arrays_are_seen():
     import distances
 
-    def pairs(x):  # [5, 5, 3], within a loop
+    def pairs(x):  # [5, 5, 3], in a loop
         return jnp.sum((x[:, None, :] - x[None, :, :]) ** 2)
 
     def looped(x):
@@ -468,7 +470,7 @@ def test_scale(tmp_path):
 
 
 def test_growth_of_memory_is_judged():
-    """By that of the largest matrix: n x n at 10 classes, k x k beyond n."""
+    """Compares with the largest matrix: n x n for 10 classes, k x k for more than n."""
     import scale
 
     def rows(*memories, n=(512, 1024), classes=(10, 10)):
@@ -479,10 +481,10 @@ def test_growth_of_memory_is_judged():
 
     grown = lambda *args, **options: scale.claims(rows(*args, **options), 64)[0][1]
     assert grown(4e6, 16e6) == pytest.approx(1)
-    assert grown(4e6, 64e6) == pytest.approx(4)  # [n, n, d] where [n, n] is allowed
+    assert grown(4e6, 64e6) == pytest.approx(4)  # [n, n, d], but [n, n] is allowed
     more = {"n": (256, 256), "classes": (1000, 2000)}
     assert grown(4e6, 16e6, **more) == pytest.approx(1)
-    assert scale.claims(rows(1e3, 1e6), 64) == []  # too little to tell
+    assert scale.claims(rows(1e3, 1e6), 64) == []  # too small to judge
 
 
 def test_only_the_cache_is_kept_between_first_steps(monkeypatch):
@@ -515,7 +517,7 @@ def test_claims_of_startup_are_judged():
 
 @pytest.mark.bench
 def test_startup(tmp_path):
-    # Times are not asserted: they are another matter on a busy machine.
+    # Times are not asserted, because the machine may be busy.
     command = "startup.py --rounds 2 --no-steps --no-assert"
     text, report = run(command, tmp_path / "startup.json")
     head, rows = table(text)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and a run continues bit for bit from one."""
+"""Tests that checkpoints are whole or absent, and that runs resume bit for bit."""
 
 import ast
 import errno
@@ -23,7 +23,7 @@ from kddm_jax.checkpoint import CheckpointError
 
 
 def make_state(seed=0, features=3):
-    """A state with everything that one can hold: arrays, counters, empty nodes."""
+    """Makes a state with arrays, counters and empty nodes."""
     draw = np.random.default_rng(seed).standard_normal
     variables = {
         "params": {
@@ -33,8 +33,8 @@ def make_state(seed=0, features=3):
         "batch_stats": {"mean": jnp.asarray(draw(features), jnp.float32)},
     }
     tx = optax.chain(
-        optax.add_decayed_weights(1e-4),  # an EmptyState
-        optax.sgd(optax.constant_schedule(0.1), momentum=0.9),  # an int32 count
+        optax.add_decayed_weights(1e-4),  # has an EmptyState
+        optax.sgd(optax.constant_schedule(0.1), momentum=0.9),  # has an int32 count
     )
     state = train_step.create_state(variables, tx, seed=2**32 - 1, weight=1e-3)
     grads = jax.tree.map(jnp.ones_like, state.params)
@@ -47,7 +47,7 @@ def make_state(seed=0, features=3):
 
 
 def assert_bit_equal(left, right):
-    """Same structure, dtypes and bytes: nan equals nan, 0 differs from -0."""
+    """Asserts equal structures, dtypes and bytes; NaN equals NaN, 0 differs from -0."""
     chex.assert_trees_all_equal_structs(left, right)
     chex.assert_trees_all_equal_dtypes(left, right)
     as_bytes = lambda tree: [
@@ -62,7 +62,7 @@ def names(folder):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """A folder with one checkpoint, to be copied."""
+    """Makes a folder with one checkpoint, which other tests copy."""
     folder = tmp_path_factory.mktemp("one")
     checkpoint.save(folder, 1, make_state(), {"epoch": 1})
     return folder
@@ -70,7 +70,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture
 def two(one, tmp_path):
-    """A folder with two checkpoints: step 1, step 2."""
+    """Makes a folder with two checkpoints, of steps 1 and 2."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(one, folder)
     shutil.copytree(folder / "step-00000001", folder / "step-00000002")
@@ -93,7 +93,7 @@ def test_round_trip_is_bit_equal(tmp_path):
     state = state.replace(params={**state.params, "odd": odd})
     meta = {"history": [{"loss": 0.1 + 0.2}], "seconds": 1e-300, "none": None}
     path = checkpoint.save(tmp_path, 7, state, meta)
-    # Into a fresh state: nothing may come from `like` but the structure.
+    # Only the structure may come from `like`.
     like = jax.tree.map(jnp.zeros_like, state)
     restored, found = checkpoint.restore(path, like)
     assert_bit_equal(restored, state)
@@ -111,7 +111,7 @@ def test_restored_arrays_stay_on_the_host(one):
 
 
 def test_replicated_state_is_saved(tmp_path):
-    """What the step holds lies on every device; what is saved is one copy."""
+    """The step's state is on every device, and one copy of it is saved."""
     state = make_state()
     path = checkpoint.save(tmp_path, 1, train_step.replicate(state), {})
     assert_bit_equal(checkpoint.restore(path, state)[0], state)
@@ -124,7 +124,7 @@ def test_empty_tree_of_statistics(tmp_path):
 
 
 class NNXNet(nnx.Module):
-    """With a list, statistics, and random keys."""
+    """Has a list, statistics, and random keys."""
 
     def __init__(self, seed=0):
         rngs = nnx.Rngs(seed)
@@ -138,7 +138,7 @@ def mlp(seed=0):
     return eqx.filter(module, eqx.is_array)
 
 
-# Trees by seed; the arrays of two seeds differ.
+# Trees as functions of a seed; arrays differ between seeds.
 TREES = {
     "NNX module": NNXNet,
     "state of an NNX module": lambda seed: nnx.state(NNXNet(seed)),
@@ -178,7 +178,7 @@ TREES = {
 
 
 def plain(tree):
-    """The tree with the numbers of its keys, NumPy arrays at the end."""
+    """Replaces random keys by their data, and all arrays by NumPy arrays."""
     is_key = lambda a: (
         isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
     )
@@ -194,10 +194,10 @@ def test_trees_of_any_kind(name, tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(like)
     assert_bit_equal(plain(restored), plain(tree))
     for leaf, old in zip(*map(jax.tree.leaves, (restored, tree)), strict=True):
-        assert jnp.result_type(leaf) == jnp.result_type(old)  # keys are keys again
+        assert jnp.result_type(leaf) == jnp.result_type(old)  # keys remain keys
 
 
-# A tree, and what the message must say.
+# A tree, and a part of the message.
 REFUSED = {
     "text": ({"a": {"b": "x"}, "c": 1}, "a/b is no array of numbers, but str"),
     "bytes": ({"a": b"x"}, "a is no array of numbers, but bytes"),
@@ -248,7 +248,7 @@ def test_keeps_the_newest(tmp_path, keep):
 
 
 def test_a_replacement_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
-    """Also where it fails between the two renames."""
+    """Also if it fails between the two renames."""
     state = make_state()
     path = checkpoint.save(tmp_path, 1, state, {"epoch": 1})
     rename = Path.rename
@@ -377,7 +377,7 @@ def test_not_a_checkpoint(tmp_path, path):
 
 
 def test_find_by_any_of_its_folders(two, tmp_path):
-    """The checkpoint itself, those of a run, the run's; the newest of several."""
+    """A checkpoint, its folder, or the run's folder; the newest of several is found."""
     older, newest = two / "step-00000001", two / "step-00000002"
     assert checkpoint.find(older) == older
     assert checkpoint.find(two) == newest
@@ -392,7 +392,7 @@ def test_find_by_any_of_its_folders(two, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a signal: no handler of errors sees it."""
+    """Stands for a signal, which no handler of errors catches."""
 
 
 def test_killed_before_the_rename(one, tmp_path, monkeypatch):
@@ -403,8 +403,8 @@ def test_killed_before_the_rename(one, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        # Orbax renames within the arrays' folder; ours is the only Path.rename of a
-        # checkpoint.
+        # Orbax renames within the arrays' folder, so this is the checkpoint's only
+        # Path.rename.
         rename = Path.rename
         patch.setattr(
             Path,
@@ -417,14 +417,14 @@ def test_killed_before_the_rename(one, tmp_path, monkeypatch):
             checkpoint.save(folder, 2, make_state(1), {})
     assert names(folder) == ["step-00000001", "step-00000002.partial"]
     assert checkpoint.latest(folder) == folder / "step-00000001"
-    # The next save of that step is not disturbed by what the killed one left.
+    # The remains of the killed save do not disturb the next save of that step.
     path = checkpoint.save(folder, 2, make_state(2), {})
     assert names(folder) == ["step-00000001", "step-00000002"]
     assert_bit_equal(checkpoint.restore(path, make_state())[0], make_state(2))
 
 
 def test_killed_saves_of_other_steps_go(one, tmp_path):
-    """Their number would grow with every kill."""
+    """Otherwise their number would grow with every kill."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(one, folder)
     for left in ("step-00000007.partial", "step-00000001.old.partial"):
@@ -435,7 +435,7 @@ def test_killed_saves_of_other_steps_go(one, tmp_path):
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_killed_while_old_ones_go(two, step, monkeypatch):
-    """What is half removed, replaced or too old, is no damaged checkpoint."""
+    """Partly removed, replaced or old checkpoints do not count as damaged ones."""
 
     def remove_half(path, **options):
         largest_file(path).unlink()
@@ -454,7 +454,7 @@ def test_killed_while_old_ones_go(two, step, monkeypatch):
 
 
 def test_damaged_ones_ahead_do_not_count(two):
-    """A run that went back behind a damaged checkpoint keeps its own whole ones."""
+    """A run that resumed before a damaged checkpoint keeps its own intact ones."""
     shutil.copytree(two / "step-00000002", two / "step-00000009")
     truncate(two / "step-00000009")
     for step in (3, 4):
@@ -494,7 +494,7 @@ def test_refused_by_the_disk(one, tmp_path, monkeypatch, method, code):
 
 
 def test_disk_full_while_arrays_are_written(one, tmp_path):
-    """A real limit on file sizes, which the array writer meets, not Python."""
+    """The array writer, not Python, meets a limit on file sizes."""
     resource = pytest.importorskip("resource")
     folder = tmp_path / "checkpoints"
     shutil.copytree(one, folder)
@@ -534,7 +534,7 @@ def test_other_shape_names_the_array(one):
 
 
 def renamed(state, count):
-    """A state whose model has other layers."""
+    """Returns a state of a model with other layers."""
     layers = {f"a_layer_with_a_long_name_{i}": jnp.zeros(2) for i in range(count)}
     return state.replace(params=layers)
 
@@ -544,8 +544,8 @@ def test_other_model_names_an_array(one, count):
     with pytest.raises(CheckpointError, match="another model") as caught:
         checkpoint.restore(checkpoint.latest(one), renamed(make_state(), count))
     message = str(caught.value)
-    assert "params" in message  # where
-    assert "a_layer_with_a_long_name" in message or "conv" in message  # what
+    assert "params" in message  # the place
+    assert "a_layer_with_a_long_name" in message or "conv" in message  # the layer
     assert "\n" not in message
 
 
@@ -572,7 +572,7 @@ def test_other_optimiser_is_refused(one):
 
 
 def test_nothing_unpickles():
-    """No module of the package, nor the experiment, can run what a file says."""
+    """No module of the package or the experiments executes the content of a file."""
     package = Path(kddm_jax.__file__).parent
     experiments = Path(__file__).parents[1] / "experiments"
     sources = [*package.rglob("*.py"), *experiments.glob("*.py")]
@@ -594,7 +594,7 @@ def test_nothing_unpickles():
 
 
 def test_checkpoint_holds_no_pickle(one):
-    """Every array file is Orbax's, every record is JSON."""
+    """All array files are Orbax's, and all records are JSON."""
     path = checkpoint.latest(one)
     for name in ("meta.json", "manifest.json"):
         json.loads((path / name).read_text())

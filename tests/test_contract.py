@@ -1,8 +1,8 @@
-"""What every row of the catalogue keeps, read from the row itself.
+"""Tests the properties of every catalogue entry.
 
-``promises`` names what only some keep: "zero" for identical clouds, "symmetric",
-"translation" and "rotation" (common to both clouds), "widths" (student and teacher
-may differ in width).
+The ``promises`` of an entry name properties that not all have: "zero" for identical
+samples, "symmetric", "translation" and "rotation" (applied to both samples), and
+"widths" (student and teacher may differ in width).
 """
 
 from dataclasses import replace
@@ -39,14 +39,14 @@ from kddm_jax.numerics.normalization import NORMALIZATIONS
 
 
 def parametrize(rows):
-    """One test for each row."""
+    """Parametrizes a test by distances."""
     return pytest.mark.parametrize("name", list(rows))
 
 
 ROWS = parametrize(DISTANCES)
-# Accurate enough to compare two solutions of the same problem.
+# Exact enough to compare two solutions of one problem.
 TIGHT = {"threshold": 1e-7}
-# Rows that take another number of teacher samples; all others refuse it.
+# Distances that accept n != m; all others refuse it.
 UNEQUAL_COUNTS = {
     *("w2", "jw2", "w2_gaussian", "kl_gaussian", "mmd_linear", "mmd_rbf"),
     *("sliced_w2", "gromov_w2"),
@@ -54,7 +54,7 @@ UNEQUAL_COUNTS = {
 
 
 def promising(promise):
-    """The rows that promise, as a parameter of the test."""
+    """Parametrizes a test by the distances that have a property."""
     rows = [name for name, row in DISTANCES.items() if promise in row.promises]
     assert rows, f"no row promises {promise!r}"
     return parametrize(rows)
@@ -67,7 +67,7 @@ def value(name, batch, dtype=jnp.float32, **wanted):
 
 
 def rows_along(batch, change):
-    """The batch with its samples taken in another order, or only some of them."""
+    """Takes the samples of a batch in another order, or some of them."""
     return batch.map(lambda z: z[change], *FLOATS, "labels")
 
 
@@ -111,7 +111,7 @@ def test_symmetric(name, x64):
     )
     expected = value(name, batch, jnp.float64, **TIGHT)
     got = value(name, swapped, jnp.float64, **TIGHT)
-    # Iterations treat the two sides in turn and stop at a threshold.
+    # Iterations do not treat both sides alike, and stop at a threshold.
     rtol = 1e-5 if "threshold" in parameters(DISTANCES[name]) else 1e-9
     np.testing.assert_allclose(got, expected, rtol=rtol)
 
@@ -168,7 +168,7 @@ def test_names_of_the_classes_are_irrelevant(name, x64):
 @parametrize(LABELLED)
 def test_padding_weighs_nothing(name, x64):
     padded = make_batch(labels=[0, 1, 1, 0, 1, -1, -1, -1])
-    # What padding holds must not matter either, but for a digit or two.
+    # The content of padding does not matter either, except for a digit or two.
     garbage = padded.map(lambda z: np.concatenate([z[:5], 1e3 + z[5:]]))
     expected = value(name, padded, jnp.float64, **TIGHT)
     np.testing.assert_allclose(
@@ -187,7 +187,7 @@ def test_padding_is_the_same_as_leaving_out(name, x64):
 
 @ROWS
 def test_not_a_number_shows(name):
-    # The train step watches for it: a guard against zeros must not swallow it.
+    # The train step must see NaN, so no guard against zeros may hide it.
     row, batch = DISTANCES[name], make_batch()
     for position in float_arguments(row):
         arrays = arguments(row, batch)
@@ -204,7 +204,7 @@ def test_single_precision_follows_double(name):
     single = value(name, batch)
     with jax.enable_x64(True):
         double = value(name, batch, jnp.float64)
-    # The threshold of iterations, 1e-3, is met one round earlier or later.
+    # Iterations reach the threshold of 1e-3 one step earlier or later.
     np.testing.assert_allclose(single, double, rtol=1e-4, atol=1e-6 * scale(batch))
 
 
@@ -263,7 +263,7 @@ def test_vmap_and_pmap_equal_single_calls(name):
     arrays = zip(*(arguments(row, batch) for batch in batches), strict=True)
     stacked = [jnp.stack(pair) for pair in arrays]
     for transform in (lambda fn: jax.jit(jax.vmap(fn)), jax.pmap):
-        # Every problem of a batch iterates until the last one has converged.
+        # Under vmap, all problems iterate until the last one has converged.
         np.testing.assert_allclose(transform(bound(row))(*stacked), expected, rtol=1e-4)
 
 
@@ -295,13 +295,13 @@ def test_number_may_be_traced(name, option):
 
 @cache
 def value_and_gradients(name):
-    """Of a row, by all its float arguments, compiled once for a shape."""
+    """Returns a distance and its gradients by all float arguments, compiled."""
     row = DISTANCES[name]
     return jax.jit(jax.value_and_grad(bound(row), argnums=float_arguments(row)))
 
 
 def complaints(name, batch, out, grads):
-    """What is wrong with a value and gradients."""
+    """Yields everything that is wrong with a value and its gradients."""
     row, rounding = DISTANCES[name], 1e-6 * scale(batch)
     if not np.isfinite(out):
         yield f"value {out}"
@@ -310,8 +310,9 @@ def complaints(name, batch, out, grads):
     identical_clouds = np.array_equal(batch.x, batch.y) and "zero" in row.promises
     if identical_clouds and not abs(out) <= rounding:
         yield f"not zero: {out} at scale {scale(batch)}"
-    # The gradient of the mean squared norm, 2 |x| / n, sets the unit.  Where nothing
-    # varies, ridge and bandwidth are as small as roundings: no explosion will do.
+    # The unit is the gradient of the mean squared norm, 2 |x| / n. Without any
+    # variation, ridge and bandwidth are as small as rounding errors, but gradients must
+    # not explode.
     unit = 2 * np.abs(batch.x).max() / len(batch.x) + 1e-30
     most = 1e-3 if np.ptp(batch.x, axis=0).any() else 1.0
     for position, grad in zip(float_arguments(row), grads, strict=True):
@@ -358,7 +359,7 @@ def test_half_precision_is_computed_in_single(name):
 
 
 def refusal(name, *arrays, **options):
-    """The message of the ValueError, raised while tracing."""
+    """Returns the message of the ValueError that is raised while tracing."""
     row = DISTANCES[name]
     with pytest.raises(ValueError) as error:  # noqa: PT011
         jax.eval_shape(lambda *a: row.fn(*a, **options_of(row), **options), *arrays)
@@ -445,10 +446,10 @@ def test_wrong_labels_are_refused(name):
     assert "labels" in one_hot
     assert "argmax" in one_hot
     if "num_classes" in parameters(row):
-        # Known outside of compiled code only.
+        # The values of labels are known only outside compiled code.
         fn = bound(row, num_classes=4)
 
-        def trace(new):  # all but the labels
+        def trace(new):  # the labels are constant
             arrays = arguments(row, make_batch())
             before, after = arrays[:at], arrays[at + 1 :]
             new = jnp.asarray(new)
@@ -536,7 +537,7 @@ def test_row_is_complete(name):
     assert all(weight > 0 for weight in row.weights.values())
     assert set(row.inputs) <= set(FIELDS)
     assert set(dict(row.options)) <= set(parameters(row))
-    for change in (  # a shared default must not change
+    for change in (  # shared defaults cannot be changed
         lambda: setattr(row, "title", "mine"),
         lambda: row.weights.update(mine=1),
         lambda: row.options.append(("mine", 1)),
@@ -548,10 +549,10 @@ def test_row_is_complete(name):
 
 @parametrize([name for name, row in DISTANCES.items() if "features" in row.inputs])
 def test_default_weights_are_those_of_a_unit(name, x64):
-    """One weight serves both normalizations where a common factor changes nothing."""
+    """An entry has two equal weights if the scale of features does not matter."""
     row, batch = DISTANCES[name], make_batch(16, 5)
     larger = batch.map(lambda z: 3 * z, "x", "y")
-    fixed = {"bandwidth": None}  # that of the batch
+    fixed = {"bandwidth": None}  # the batch's own
     before, after = (value(name, b, jnp.float64, **fixed) for b in (batch, larger))
     same = np.isclose(before, after, rtol=1e-6)
     assert (len(row.weights) == 2) == same
@@ -574,7 +575,7 @@ def test_diagnosis_has_the_same_value(name):
     assert facts["converged"] == 1
 
 
-# Options that are one number, and those that are a count.
+# Options that are a single number, and options that are a count.
 ONE_NUMBER = ("epsilon", "ridge", "beta", "pairing", "gamma", "ratio", "threshold")
 COUNTS = ("max_iterations", "num_projections", "grid", "iterations")
 WITH_ONE_NUMBER = [

@@ -1,4 +1,4 @@
-"""docs/dependencies.md names what pyproject.toml declares, and when it is imported."""
+"""Tests docs/dependencies.md against pyproject.toml and against imports."""
 
 import ast
 import re
@@ -26,12 +26,12 @@ MODULES = {
 
 
 def names(requirements):
-    """Distributions that a list of requirements declares."""
+    """Returns the distributions that a list of requirements declares."""
     return [re.match(r"[\w.-]+", text)[0] for text in requirements]
 
 
 def rows(heading):
-    """The cells of the table below a heading."""
+    """Returns the cells of the table below a heading."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -41,7 +41,7 @@ def quoted(cell):
     return re.findall(r"`([^`]+)`", cell)
 
 
-# The library's tables and what they describe.
+# Headings of the page's tables, and the requirements that they describe.
 EXTRAS = dict(PROJECT["optional-dependencies"])
 LIBRARY = {
     "The core": PROJECT["dependencies"],
@@ -72,7 +72,7 @@ def test_every_extra_has_its_rows_and_no_other():
         (extra, name)
         for extra, requirements in EXTRAS.items()
         for name in names(requirements)
-        if name != PROJECT["name"]  # an extra that includes another
+        if name != PROJECT["name"]  # an extra may include another
     }
     assert len(set(described)) == len(described)
     assert set(described) == declared
@@ -84,7 +84,7 @@ def test_no_cell_is_empty(heading):
 
 
 def top_level_imports(path):
-    """First names of what a file imports at its top level."""
+    """Yields the top-level packages that a file imports at its top level."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -93,7 +93,7 @@ def top_level_imports(path):
 
 
 def test_imported_at_once_are_those_that_say_so():
-    # What the package itself imports: older versions of Optax bring others along.
+    # The modules that the package itself imports; older versions of Optax import more.
     code = (
         "import sys; from kddm_jax import *; "
         "print(*(m.__file__ for n, m in sys.modules.items() if n[:9] == 'kddm_jax.'))"

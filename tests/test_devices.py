@@ -1,6 +1,6 @@
-"""One step on 4 and 8 devices is the step on one, for every distance.
+"""Tests that a step on 4 and 8 devices equals the step on one, for every distance.
 
-`eight_devices.py` makes the steps, in a process of its own, which has the devices.
+`eight_devices.py` makes the steps in another process, which has the devices.
 """
 
 import json
@@ -16,14 +16,14 @@ import kddm_jax
 from kddm_jax import DISTANCES
 
 SCRIPT = Path(__file__).with_name("eight_devices.py")
-# What rounding leaves: sums over the batch are taken in another order.
+# Rounding errors of sums over the batch in another order.
 OF_STATE = {"float32": 1e-5, "float64": 1e-9}
 OF_CURVE = 1e-3
 KINDS = tuple(BY_KIND.values())
 
 
 def deviations(command):
-    """From one device, ``{what: {row: ...}}``."""
+    """Returns the deviations from one device, ``{what: {distance: ...}}``."""
     done = subprocess.run(
         [sys.executable, SCRIPT, *command.split()],
         env={**os.environ, "PYTHONPATH": str(Path(kddm_jax.__file__).parents[1])},
@@ -65,7 +65,7 @@ def test_kinds_of_rows_on_four_devices_and_in_groups_of_two():
     found = deviations(line)
     assert_same(found, "float32", whats=["4", "groups of 2"], rows=KINDS)
     for name, row in found["groups of 2"].items():
-        # Groups are another loss, but to means over images.
+        # With groups the loss is another, except for means over images.
         whole = found["4"][name]["distance"]
         same = row["distance"] == pytest.approx(whole, rel=1e-4)
         assert same == DISTANCES[name].per_sample, name

@@ -1,4 +1,4 @@
-"""The examples: each stands alone, and runs as it says."""
+"""Tests that each example stands alone, and runs as its docstring says."""
 
 import ast
 import json
@@ -25,19 +25,19 @@ PERCENT = r"teacher (\S+) %, student alone (\S+) %, distilled (\S+) %"
 
 
 def numbers(text):
-    """Accuracies of teacher, student alone and distilled student."""
+    """Returns the accuracies of teacher, student alone and distilled student."""
     return [float(value) for value in re.search(PERCENT, text).groups()]
 
 
 def said_by(name):
-    """An example's docstring, on one line."""
+    """Returns an example's docstring on one line."""
     text = (EXAMPLES / f"{name}.py").read_text()
     return " ".join(ast.get_docstring(ast.parse(text)).split())
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_examples_stand_alone(name):
-    """To be copied: short, and nothing of ours but the package."""
+    """Examples can be copied: they are short and import only the package."""
     text = (EXAMPLES / f"{name}.py").read_text()
     assert len(text.splitlines()) < 80
     tree = ast.parse(text)
@@ -53,7 +53,7 @@ def test_small_examples_stand_alone(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_examples_quote_measured_numbers(name):
-    """Their lambda was the best on held-out digits, their numbers are of a command."""
+    """Their lambda is the best on held-out digits, and a command made their numbers."""
     rows = {row["name"]: row for row in json.loads(CHOSEN.read_text())["found"]}
     held_out, test = rows[name]["held_out"], np.array(rows[name]["test"])
     best = float(max(held_out, key=held_out.get))
@@ -69,7 +69,7 @@ def test_small_examples_quote_measured_numbers(name):
 
 
 def run_small(name, **more):
-    """The command's accuracies; a warning is an error."""
+    """Returns the accuracies that an example prints; warnings are errors."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     done = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"],
@@ -91,7 +91,7 @@ def run_small(name, **more):
 @pytest.mark.bench
 @pytest.mark.parametrize("name", SMALL)
 def test_small_examples_distil(name):
-    """As they say, to a few of the 355 test digits: rounding differs by machine."""
+    """Results are those of the docstring, up to a few of the 355 test digits."""
     teacher, alone, distilled = found = run_small(name)
     assert teacher > distilled > alone + 2
     assert found == pytest.approx(numbers(said_by(name)), abs=5 * 100 / 355)
@@ -99,7 +99,7 @@ def test_small_examples_distil(name):
 
 @pytest.mark.bench
 def test_a_sharded_loss_is_of_all_devices():
-    """Two devices or four, the student is the same but for rounding."""
+    """With two devices or four, the student is the same up to rounding."""
     two, four = (run_small("sharded", JAX_NUM_CPU_DEVICES=n) for n in ("2", "4"))
     assert two == pytest.approx(four, abs=2 * 100 / 355)
 
@@ -118,7 +118,7 @@ def test_choose(tmp_path, monkeypatch, capsys):
     (found,) = results["found"]
     assert list(found["held_out"]) == ["0.5", "2"]
     assert found["held_out"][f"{found['best']:g}"] == max(found["held_out"].values())
-    # of 300 held-out digits, and of 355 test digits
+    # percent of 300 held-out digits, and of 355 test digits
     for value in found["held_out"].values():
         assert 3 * value * 3 == pytest.approx(round(3 * value * 3), abs=1e-3)
     hits = np.array(found["test"]) * 3.55
@@ -137,4 +137,4 @@ def test_held_out_digits_are_training_digits():
     rows = lambda images: {image.tobytes() for image in images}
     both = rows(parts.train_images) | rows(parts.test_images)
     assert both == rows(digits.train_images)
-    assert len(rows(parts.test_images) & rows(parts.train_images)) < 3  # twins
+    assert len(rows(parts.test_images) & rows(parts.train_images)) < 3  # duplicates

@@ -1,4 +1,4 @@
-"""Without the extra, each part that needs it raises a one-line error."""
+"""Tests that parts that need the extra raise a one-line error without it."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ INSTALL = 'pip install "kddm-jax\\[experiments\\]"'
 
 @pytest.fixture
 def without(monkeypatch):
-    """Makes the import of a package fail as if it were not installed."""
+    """Makes the import of a package fail, as if it were not installed."""
     return lambda name: monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -60,7 +60,7 @@ def test_weights(without, tmp_path):
         weights.load(tmp_path / "a.safetensors")
 
 
-# Packages of the extra that no package of the core brings along.
+# Packages of the extra that no package of the core depends on.
 PROGRAM = """
 import sys, warnings
 warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The distances of experiments/fused.py: what their prices do to the plan."""
+"""Tests the distances of experiments/fused.py, and how their prices change the plan."""
 
 import fused
 import jax
@@ -8,13 +8,13 @@ import pytest
 
 import kddm_jax
 
-pytestmark = pytest.mark.slow  # they compile a program each
+pytestmark = pytest.mark.slow  # each compiles a program
 
 LABELS = jnp.array([0, 0, 1, 1])
-# Student 0 lies where the teacher has 1, and so on: each moved into its neighbour.
+# Student 0 is where teacher 1 is, and so on, so that neighbours are swapped.
 TEACHER = jnp.array([[0.0, 0], [3, 0], [9, 0], [12, 0]])
 STUDENT = TEACHER[jnp.array([1, 0, 3, 2])]
-DEVIATION = 22.5  # mean of 36, 9, 9, 36
+DEVIATION = 22.5  # the mean of 36, 9, 9 and 36
 
 
 def test_masses_of_a_plan_that_swaps_neighbours():
@@ -32,7 +32,7 @@ def test_masses_of_a_plan_across_classes():
 
 @pytest.mark.parametrize(
     ("kappa", "diagonal"),
-    # Staying costs 9 a sample, the neighbour's place kappa times 22.5.
+    # Staying costs 9 per sample, moving to the neighbour kappa times 22.5.
     [(0.05, 0), (1.0, 1), (3.0, 1)],
 )
 def test_price_is_in_units_of_the_teachers_deviation(kappa, diagonal):

@@ -1,7 +1,7 @@
-"""Literal numbers, computed once in float64 by NumPy, SciPy and POT.
+"""Tests numbers that NumPy, SciPy and POT computed once in float64.
 
-Of six samples given by formulas.  Both the text-book forms of `reference` and the
-library have to give them.
+They are for six samples given by formulas. Both the textbook forms in `reference` and
+the library must give them.
 """
 
 from functools import cache, partial
@@ -23,7 +23,7 @@ LOGITS, PROBS, KL = ({"label_cost": name} for name in ("logits", "probs", "kl"))
 DIAG, FULL = {"covariance": "diag"}, {"covariance": "full"}
 SUM, WEIGHTED = {"reduction": "sum"}, {"reduction": "weighted"}
 REVERSED = {"direction": "teacher||student"}
-# The released code adds 1e-9 to standard deviations of order one: no ridge.
+# The released code adds 1e-9 to standard deviations of order one, so there is no ridge.
 BARE = {"ridge": 0.0}
 FEATURES, WIDER, JOINT, LOGIT = (X, Y), (X, Y5), (X, Y, S, T), (S, T)
 FEWER = (X, Y[:4])
@@ -35,8 +35,8 @@ def sinkhorn(solver, epsilon):
     return {"solver": solver, "epsilon": epsilon}
 
 
-# By NumPy, SciPy (`linear_sum_assignment`, `linalg.sqrtm`) and POT (`ot.emd2`,
-# `ot.sinkhorn2`), full precision.
+# Computed by NumPy, SciPy (`linear_sum_assignment`, `linalg.sqrtm`) and POT (`ot.emd2`,
+# `ot.sinkhorn2`), in full precision.
 GOLDEN = [
     ("paired_l2", FEATURES, {}, 3.40247721887024),
     ("wasserstein", FEATURES, EXACT, 1.9262218449395894),
@@ -67,7 +67,8 @@ GOLDEN = [
     ("mmd", FEATURES, {"kernel": "linear"}, 0.9493633219493844),
     ("mmd", FEATURES, {}, 0.24222794596483976),
     ("mmd", FEATURES, {"bandwidth": 1.5463455472126444}, 0.24222794596483976),
-    # With scikit-learn's `rbf_kernel`; the bandwidth is the mean same-class distance.
+    # Computed with scikit-learn's `rbf_kernel`; the bandwidth is the mean same-class
+    # distance.
     ("class_mmd", BAL, {}, 0.3313178050344181),
     ("class_mmd", UNBAL, {}, 0.5074329560762192),
     ("class_mmd", UNBAL, WEIGHTED, 0.4258190903696595),
@@ -98,9 +99,10 @@ GOLDEN = [
         {"grid": 2, "ratio": 1.0},
         1.7704177584833878 + 0.14551563464427003,
     ),
-    # By POT 0.9.7, `ot.gromov.gromov_wasserstein2` with `loss_fun="square_loss"` on
-    # SciPy's `cdist`: the lower of its results from its own start and from the
-    # identity; and `entropic_gromov_wasserstein`, energy + eps KL of its plan.
+    # Computed by POT 0.9.7: `ot.gromov.gromov_wasserstein2` with
+    # `loss_fun="square_loss"` and SciPy's `cdist`, the smaller result from its own
+    # start and from the identity; and `entropic_gromov_wasserstein`, energy + eps KL of
+    # its plan.
     ("gromov_wasserstein", FEATURES, {}, 0.30813059909831436),
     ("gromov_wasserstein", WIDER, {}, 1.7443380564806543),
     ("gromov_wasserstein", FEWER, {}, 0.3387539852574313),
@@ -113,15 +115,15 @@ GOLDEN = [
     ("gromov_wasserstein", FEATURES, {"epsilon": 0.5}, 0.8088248310114552),
 ]
 
-# Known to eight decimals only.
+# These have only eight decimals.
 GOLDEN_ROUNDED = [
     ("class_gaussian_wasserstein", UNBAL, FULL, 2.61745853),
     ("class_gaussian_wasserstein", UNBAL, FULL | WEIGHTED, 2.32211568),
 ]
 
 
-# Near a permutation Sinkhorn's iterations stall: POT stopped 4e-6 below the optimum,
-# which Newton's method reaches with marginals right to 1e-12.
+# If the plan is nearly a permutation, Sinkhorn's iteration stalls: POT stopped 4e-6
+# below the optimum. Newton's method reaches it, with marginals exact to 1e-12.
 GOLDEN_SLOW = [
     ("wasserstein", FEATURES, sinkhorn("entropic", 0.05), 2.015792314926391),
     ("wasserstein", FEATURES, sinkhorn("sinkhorn", 0.05), 1.9262288895550932),
@@ -137,7 +139,7 @@ def describe(case):
 
 def by_reference(name, arrays, options):
     options = dict(options)
-    if "covariance" in options:  # there the word is taken by the function
+    if "covariance" in options:  # the function's argument has this name
         options["covariance_type"] = options.pop("covariance")
     return getattr(reference, name)(*arrays, **options)
 
@@ -145,7 +147,7 @@ def by_reference(name, arrays, options):
 def by_library(name, arrays, options):
     options = dict(options)
     if name == "gromov_wasserstein":
-        pass  # it has no settings of its solver
+        pass  # it has no options for its solver
     elif "epsilon" in options:
         options |= {"threshold": 1e-8, "max_iterations": 20_000}
     return compiled(name, **options)(*map(jnp.asarray, arrays))
@@ -165,7 +167,7 @@ WITNESSES = pytest.mark.parametrize(
 @pytest.mark.parametrize("case", GOLDEN, ids=describe)
 def test_value(case, compute):
     name, arrays, options, expected = case
-    # The ridge of the released code moves KL by 1e-8; all others are exact.
+    # The released code's ridge changes KL by 1e-8; all other numbers are exact.
     rtol = 1e-7 if options.get("ridge") == 0.0 else 1e-9
     np.testing.assert_allclose(compute(name, arrays, options), expected, rtol=rtol)
 
@@ -184,7 +186,7 @@ def test_value_near_a_permutation(case, compute):
     np.testing.assert_allclose(compute(name, arrays, options), expected, rtol=1e-5)
 
 
-# By POT, `ot.sliced_wasserstein_distance(..., projections=DIRECTIONS) ** 2`.
+# Computed by POT, `ot.sliced_wasserstein_distance(..., projections=DIRECTIONS) ** 2`.
 DIRECTIONS = np.sin(1 + np.arange(3)[:, None] + 2.0 * np.arange(5)[None, :])
 DIRECTIONS /= np.linalg.norm(DIRECTIONS, axis=0)
 SLICED = [(FEATURES, 0.703772185203669), (FEWER, 0.816315464802076)]
@@ -197,7 +199,7 @@ def test_sliced(pair, expected, compute):
 
 
 def test_pot_gives_its_numbers_again(monkeypatch):
-    for backend in ("PYTORCH", "JAX", "TENSORFLOW", "CUPY"):  # NumPy is enough
+    for backend in ("PYTORCH", "JAX", "TENSORFLOW", "CUPY"):  # only NumPy is needed
         monkeypatch.setenv(f"POT_BACKEND_DISABLE_{backend}", "1")
     ot = pytest.importorskip("ot", reason='need POT (pip install -e ".[bench]")')
     a = np.full(6, 1 / 6)
@@ -226,13 +228,14 @@ def test_pot_gives_its_numbers_again(monkeypatch):
     np.testing.assert_allclose(sliced, SLICED[0][1], rtol=1e-9)
 
 
-# Three classes, and one more without probability that is removed as the label's.
-# The cost is sharpened, with 1e-8 added, as the released code does.
+# Three classes, and another without probability, which is removed as the label's. The
+# cost is sharpened and 1e-8 is added, as in the released code.
 CLASS_DISTANCE = np.array([[0.0, 0.3, 0.9], [0.3, 0.0, 0.6], [0.9, 0.6, 0.0]])
 CLASS_COST = 1 - np.exp(-CLASS_DISTANCE) + 1e-8
 GOLDEN_WKD = [
     ({"iterations": 10}, 0.04767484723164114, 1e-9),
-    # By thousands of iterations; 1e-8 in their divisions moves the limit by 1e-5.
+    # After thousands of iterations; the 1e-8 in their divisions changes the limit by
+    # 1e-5.
     ({}, 0.08144986, 2e-5),
 ]
 
@@ -261,8 +264,8 @@ def test_reference_cost_without_entropy():
 
 @WITNESSES
 def test_joint_with_beta_max_is_the_released_scaling_times_the_largest_cost(compute):
-    # The released code divides the feature cost by its maximum; here beta is that
-    # maximum and nothing is divided: the same minimum times the maximum.
+    # The released code divides the feature cost by its maximum. Here beta is this
+    # maximum and nothing is divided, which multiplies the minimum by the maximum.
     largest = reference.largest_feature_cost(X, Y)
     value = compute("joint_wasserstein", JOINT, EXACT | LOGITS | {"beta": "max"})
     np.testing.assert_allclose(value / largest, 2.486837830722264, rtol=1e-9)
@@ -270,7 +273,7 @@ def test_joint_with_beta_max_is_the_released_scaling_times_the_largest_cost(comp
 
 @WITNESSES
 def test_joint_is_not_the_released_cost_within_the_student(compute):
-    # There the feature cost compared the student with itself.
+    # In the released code, the feature cost compares the student with itself.
     largest = reference.largest_feature_cost(X, Y)
     value = compute("joint_wasserstein", JOINT, EXACT | LOGITS | {"beta": "max"})
     assert abs(value / largest - 2.5058852319698177) > 1e-3
@@ -278,7 +281,7 @@ def test_joint_is_not_the_released_cost_within_the_student(compute):
 
 @WITNESSES
 def test_joint_with_one_hot_predictions_and_a_large_beta_is_class_conditional(compute):
-    one_hot = np.where(np.eye(2)[BALANCED] > 0, 0.0, -1e3)  # probabilities 1 and 0
+    one_hot = np.where(np.eye(2)[BALANCED] > 0, 0.0, -1e3)  # probabilities of 1 and 0
     options = EXACT | PROBS | {"beta": 1e4}
     value = compute("joint_wasserstein", (X, Y, one_hot, one_hot), options)
     np.testing.assert_allclose(value, 2.502960821218994, rtol=1e-9)
@@ -312,7 +315,7 @@ def test_reference_plan_bandwidth_and_transport_cost():
     np.testing.assert_allclose(reference.mean_distance(X, Y), 1.5463455472126444)
     plan = reference.sinkhorn_plan(cost, 0.5)
     np.testing.assert_allclose((plan * cost).sum(), 2.157264294568961, rtol=1e-9)
-    plan = reference.sinkhorn_plan(cost, 0.05)  # where POT had stalled
+    plan = reference.sinkhorn_plan(cost, 0.05)  # POT stalls here
     np.testing.assert_allclose((plan * cost).sum(), 1.926303037097157, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Gradients: of every row against differences of its value, and in closed form."""
+"""Compares gradients of all distances with differences and with closed forms."""
 
 from functools import partial
 
@@ -25,15 +25,15 @@ from kddm_jax.testing import assert_distance_gradients, assert_loss_gradients
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# n < d and n > d; unbalanced, with a class of one sample and with padding.
+# n < d and n > d; classes are unbalanced, with a class of one sample and padding.
 TINY = {
     "n<d": make_batch(6, 8, labels=[0, 0, 1, 1, 1, 2]),
     "n>d": make_batch(7, 3, labels=[0, 0, 1, 1, 1, 2, -1], seed=6),  # no tiny row
 }
 CLOUDS = pytest.mark.parametrize("batch", TINY.values(), ids=TINY)
 
-# Options that change what is differentiated.  Labels are priced before transport:
-# any solver tells whether their gradient is right, the exact one soonest.
+# Options that change the derivative. Labels become costs before the transport, so any
+# solver shows if their gradient is right, and the exact one is the fastest.
 VARIANTS = [
     {},
     {"solver": "exact"},
@@ -50,7 +50,7 @@ VARIANTS = [
 
 
 def is_new(row, variant):
-    """Whether a row knows the options of a variant, and does not have them anyway."""
+    """Tells if a distance has the options of a variant, with other defaults."""
     known = parameters(row)
     if not variant.keys() <= known.keys():
         return False
@@ -67,7 +67,7 @@ CASES = [
     for variant in VARIANTS
     if is_new(row, variant)
     for shape, batch in TINY.items()
-    # Solvers see a cost, to which the shapes of the clouds make no difference.
+    # Solvers see only the cost, so the shapes of the samples do not matter.
     if "threshold" not in parameters(row) or (shape == "n<d") == bool(variant)
 ]
 
@@ -80,7 +80,7 @@ def double(array):
 
 
 def of_one_matrix(row, batch, **options):
-    """A row as a function of its float arguments side by side: one compilation."""
+    """Returns a distance as a function of one matrix, which compiles only once."""
     arrays, at = arguments(row, batch, jnp.float64), float_arguments(row)
     shapes = [arrays[i].shape for i in at]
     matrices = [arrays[i].reshape(len(arrays[i]), -1) for i in at]
@@ -103,13 +103,13 @@ def test_gradient_is_that_of_the_value(name, variant, batch):
     row = DISTANCES[name]
     options = options_of(row, **{**FIXED, **variant})
     fn, matrix = of_one_matrix(row, batch, **options)
-    # Steps of 1e-5 over variances of 0.1: central differences err by as much.
+    # With steps of 1e-5 and variances of 0.1, central differences have this error.
     assert_distance_gradients(fn, matrix, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_gradient_along_one_direction(name):
-    """Compares a directional derivative with a difference of values, for every row."""
+    """Compares directional derivatives with differences, for all distances."""
     row = DISTANCES[name]
     fn, matrix = of_one_matrix(row, TINY["n<d"], **options_of(row, **FIXED))
     value_and_gradient = jax.jit(jax.value_and_grad(fn))
@@ -120,7 +120,7 @@ def test_gradient_along_one_direction(name):
     )
     _, gradient = value_and_gradient(matrix)
     expected = np.vdot(gradient, direction)
-    assert abs(expected) > 1e-3  # else a zero gradient would do
+    assert abs(expected) > 1e-3  # so a zero gradient would fail
     np.testing.assert_allclose((after - before) / (2 * step), expected, rtol=1e-4)
 
 
@@ -176,7 +176,7 @@ def test_helper_fails_on_a_wrong_second_argument():
 
 
 def loss_of_network(params, x, labels, distance="l2", **options):
-    """distill_loss of a network with a counter among its parameters."""
+    """Returns distill_loss of a network with a counter among its parameters."""
     features = jnp.tanh(x @ params["net"]["w"]) + params["b"]
     arrays = features, x[:, :2], labels, features
     return kddm_jax.distill_loss(*arrays, distance=distance, weight=0.5, **options)
@@ -254,7 +254,7 @@ def test_entropic_wasserstein_pulls_to_the_plan(batch):
     options = {"epsilon": epsilon, "threshold": 1e-10}
     got = gradient("wasserstein", x, y, solver="entropic", **options)
     np.testing.assert_allclose(got, expected, atol=1e-8)
-    # Debiased: the pull of the student on itself is taken back.
+    # With debiasing, the student's pull on itself is subtracted.
     own = reference.sinkhorn_plan(reference.squared_distances(x, x), epsilon)
     expected = expected - 2 * (own.sum(1)[:, None] * x - own @ x)
     got = gradient("wasserstein", x, y, solver="sinkhorn", **options)
@@ -286,7 +286,7 @@ def test_labels_pull_nothing_at_beta_zero():
 
 
 def brenier_map(x, y):
-    """T = A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2, pushing N(0, A) to N(0, B)."""
+    """T = A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2, which maps N(0, A) to N(0, B)."""
     cov_x, cov_y = reference.covariance(x), reference.covariance(y)
     root = reference.sqrtm(cov_x)
     inverse = np.linalg.inv(root)
@@ -315,7 +315,7 @@ def test_diagonal_gaussian_wasserstein_pulls_to_the_scaled_cloud(batch):
 def test_bures_pulls_to_the_inverse_map():
     batch = make_batch(16, 4)
     cov_x, cov_y = reference.covariance(batch.x), reference.covariance(batch.y)
-    # d Bures(A, B) / dA = I - T, with T the map from A to B.
+    # d Bures(A, B) / dA = I - T, where T maps A to B.
     expected = np.eye(4) - brenier_map(batch.x, batch.y)
     got = gradient("bures", cov_x, cov_y)
     np.testing.assert_allclose((got + got.T) / 2, expected, atol=1e-9)
@@ -339,7 +339,7 @@ def test_rbf_mmd_by_hand(batch):
 
     n, m = len(x), len(y)
     expected = 2 * pull(x, x) / n**2 - 2 * pull(x, y) / (n * m)
-    # By default the bandwidth is a constant, although made of the data.
+    # The default bandwidth is computed from the data, but it is a constant.
     np.testing.assert_allclose(gradient("mmd", x, y), expected, atol=1e-12)
     got = gradient("mmd", x, y, bandwidth=sigma)
     np.testing.assert_allclose(got, expected, atol=1e-12)
@@ -384,7 +384,7 @@ def test_numbers_made_of_the_data_are_constants(name, derived, batch):
     arrays = arguments(row, batch, jnp.float64)
     explicit = {option: make(batch.x, batch.y) for option, make in derived.items()}
     at = float_arguments(row)
-    # Both exact where iterations would differ by their rounding of epsilon.
+    # Exact solvers, because iterations would differ by their rounding of epsilon.
     solver = {"threshold": 1e-7}
     if name == "jw2":
         solver["solver"] = "exact"
@@ -412,8 +412,8 @@ def wide(case):
 @pytest.mark.parametrize("name", ["w2_gaussian", "cw2_gaussian"])
 @pytest.mark.parametrize("case", ["generic", "dead features", "repeated samples"])
 def test_gradient_in_single_precision_follows_double(name, case):
-    # Directions of zero variance have no gradient of their own: keeping what
-    # rounding makes of them would leave half of it arbitrary.
+    # Directions of zero variance have no gradient. If their rounding errors were kept,
+    # half of the gradient would be arbitrary.
     row, batch = DISTANCES[name], wide(case)
     fn = jax.jit(jax.grad(bound(row)))
     expected = fn(*arguments(row, batch, jnp.float64))
@@ -424,7 +424,8 @@ def test_gradient_in_single_precision_follows_double(name, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16, 40), (16, 5)], ids=["n<d", "n>d"])
 def test_collapsed_student_is_pulled_by_its_mean_alone(shape):
-    # The covariance of a point is zero: the minimal-norm choice is the mean's pull.
+    # The covariance of a point is zero, so the minimal-norm gradient is that of the
+    # mean.
     batch = make_batch(*shape)
     x, y = np.broadcast_to(batch.x[:1], batch.x.shape), batch.y
     expected = np.broadcast_to(2 * (x.mean(0) - y.mean(0)) / len(x), x.shape)

@@ -1,7 +1,7 @@
-"""Every row of the catalogue on input that nobody would call features.
+"""Tests every catalogue entry on input that no network should give.
 
-Shapes and precisions are few, for each is compiled; what the arrays hold is drawn by
-hypothesis as names of patterns and a seed, so that a failure says what it is made of.
+Few shapes and precisions are used, because each is compiled. Hypothesis draws the
+content of arrays as names of patterns and a seed, so that a failure can be read.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +19,12 @@ from jax.extend.core import jaxprs_in_params
 
 from kddm_jax import DISTANCES
 
-# Those that a student learns by.
+# Arguments whose gradient a student gets.
 STUDENT = ("x", "logits_x", "maps_x")
 NUM_CLASSES = 4
 
 
-# Other ways through the code of a row than its own options take.
+# Options that use other code than the entry's own options.
 VARIANTS: Mapping[str, tuple[dict[str, object], ...]] = {
     "w2": ({"solver": "exact"}, {"solver": "entropic"}, {"epsilon": 1e-3}),
     "cw2": (
@@ -62,12 +62,7 @@ VARIANTS: Mapping[str, tuple[dict[str, object], ...]] = {
 
 
 class Form(NamedTuple):
-    """Samples, teacher's samples, width, and the precision that numbers are given in.
-
-    Half precision is widened before the program, which has one compilation less to do
-    and a gradient that float16 could not hold; `test_half_precision_is_widened_first`
-    shows that the library would do the same.
-    """
+    """Holds the student's and the teacher's n, the width, and the arrays' precision."""
 
     n: int
     m: int
@@ -75,7 +70,7 @@ class Form(NamedTuple):
     dtype: str = "float32"
 
 
-# Both sides of n = d; the default suite compiles the first alone.
+# Both sides of n = d; the quick tests compile only the first form.
 FEW = (Form(6, 6, 9), Form(9, 9, 5, "float16"))
 MANY = (
     *FEW,
@@ -112,7 +107,7 @@ def far_from_the_origin(rng, n, d):
     return 1e3 + rng.normal(size=(n, d))
 
 
-# Made of rng, n and d; the magnitude is set afterwards.
+# Functions of rng, n and d; the magnitude is set later.
 PATTERNS: Mapping[str, Callable] = {
     "relu": relu_features,
     "normal": lambda rng, n, d: rng.normal(size=(n, d)),
@@ -135,7 +130,7 @@ PATTERNS: Mapping[str, Callable] = {
     ),
 }
 
-# A teacher's array, of its own pattern or made of the student's rows ``x``.
+# The teacher's array, from its own pattern ``y`` or from the student's array ``x``.
 RELATIONS: Mapping[str, Callable] = {
     "independent": lambda rng, x, y: y,
     "equal": lambda rng, x, y: x,
@@ -160,7 +155,7 @@ MAGNITUDES = (1e-4, 1e-2, 1.0, 1e2, 1e4)
 
 
 class Content(NamedTuple):
-    """What the arrays of a batch hold, by name."""
+    """Names the contents of a batch's arrays."""
 
     student: str
     teacher: str
@@ -182,7 +177,7 @@ contents = st.builds(
 
 
 def pair(rng, content, n, m, d):
-    """A student's and a teacher's rows, the largest entry of each its magnitude."""
+    """Makes the arrays of student and teacher, with these largest entries."""
 
     def sized(z, magnitude):
         largest = np.abs(z).max()
@@ -197,7 +192,7 @@ def make(form, content):
     rng = np.random.default_rng(content.seed)
     n, m, d, _ = form
     x, y = pair(rng, content, n, m, d)
-    # Large features beside small logits, and the reverse.
+    # Large features with small logits, and the reverse.
     turned = content._replace(magnitudes=content.magnitudes[::-1])
     logits_x, logits_y = pair(rng, turned, n, m, NUM_CLASSES)
     maps_x, maps_y = pair(rng, content, n * 9, m * 9, d)
@@ -214,7 +209,7 @@ def make(form, content):
 
 @cache
 def value_and_gradients(name, options=()):
-    """Of a row, by what its student gives."""
+    """Returns a distance and its gradients by the student's arrays, compiled."""
     row = DISTANCES[name]
     student = tuple(i for i, arg in enumerate(names(row)) if arg in STUDENT)
     return jax.jit(jax.value_and_grad(bound(row, **dict(options)), argnums=student))
@@ -226,7 +221,7 @@ def floats(form):
 
 @cache
 def refused(name, form, options=()):
-    """Whether the row refuses this form, which it does in one line with the cause."""
+    """Tells if an entry refuses this form; asserts that the error is one line."""
     row = DISTANCES[name]
     blank = make(form, Content("zero", "zero", "equal", (1.0, 1.0), "random", 0))
     arrays = arguments(row, blank, floats(form))
@@ -256,7 +251,7 @@ def hold(name, form, content, options=()):
 
 
 def examples(count):
-    """So many of them, the same in every run: CI must not fail by chance."""
+    """Uses this number of examples, which are the same in every run."""
     return settings(
         max_examples=count,
         derandomize=True,
@@ -299,7 +294,7 @@ def test_finite_with_other_options(name, options, form, content):
 
 
 def halves_computed_with(jaxpr):
-    """Names of the operations on half precision, other than widening it."""
+    """Yields the names of operations on half precision, except those that widen it."""
     for equation in jaxpr.eqns:
         inner = list(jaxprs_in_params(equation.params))
         for sub in inner:
@@ -315,13 +310,13 @@ HALVES = (jnp.float16, jnp.bfloat16)
 
 @ROWS
 def test_half_precision_is_widened_first(name):
-    """The square of 1e4 is infinite in float16: no operation may see it."""
+    """The square of 1e4 is infinite in float16, so no operation may use float16."""
     row = DISTANCES[name]
     content = Content("normal", "normal", "independent", (1e4, 1e4), "random", 0)
     arrays = arguments(row, make(FEW[1], content), jnp.float16)
     jaxpr = jax.make_jaxpr(bound(row))(*arrays).jaxpr
     assert not set(halves_computed_with(jaxpr))
-    # and there is something to be found
+    # The search does find operations.
     naive = jax.make_jaxpr(lambda x: jnp.sum(x * x))(arrays[0]).jaxpr
     assert "mul" in set(halves_computed_with(naive))
 
@@ -337,7 +332,7 @@ ODD = [Form(1, 1, 1), Form(5, 3, 4), Form(3, 3, 70), Form(2, 90, 6)]
     "forms", [ODD[:2], pytest.param(ODD[2:], marks=pytest.mark.slow)], ids=["", "more"]
 )
 def test_what_is_refused_is_refused_in_one_line(name, forms):
-    """Whatever the shapes: a scalar, or a ValueError that names one of them."""
+    """For all shapes, the result is a scalar or a ValueError that names the shape."""
     assert not refused(name, FEW[1])
     for form in forms:
         refused(name, form)

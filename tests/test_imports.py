@@ -1,7 +1,7 @@
-"""Imports run downwards and never in a circle, whoever writes them.
+"""Tests that imports run downwards and never in a circle.
 
-Files are read, not imported: imports inside functions count, those below
-``if TYPE_CHECKING`` do not.
+Files are read, not imported. Imports inside functions count, and those below ``if
+TYPE_CHECKING`` do not.
 """
 
 import ast
@@ -19,8 +19,8 @@ PACKAGE = Path(importlib.util.find_spec("kddm_jax").origin).parent
 ROOT = PACKAGE.parent
 OUTSIDE = ("experiments", "benchmarks", "examples", "tests")
 
-# What is on the right of "<" may import what is on its left.  Parts of the package are
-# its files and folders; inside experiment, what has no name here is a command.
+# A part may import the parts on the left of its "<", also indirectly. Parts are files
+# and folders of the package. Files in experiment that are not named here are commands.
 RULES = """
 numerics < families < distances < terms < losses < teachers < train_step
 losses < testing
@@ -31,11 +31,11 @@ extras < data
 distances, losses < __init__
 __init__, train_step, testing, quality, probe < experiment.machine
 networks, checkpoint, data < experiment.machine
-experiment.machine < experiment.settings < experiment.checks < experiment.recipes
-experiment.recipes < experiment.training
+experiment.machine < experiment.options < experiment.settings < experiment.checks
+experiment.checks < experiment.recipes < experiment.training
 experiment.training < experiment.report < experiment.study < experiment < __main__
 """
-# Loaded only when they are needed.
+# Imported only when they are needed.
 HEAVY = ("ott", "jaxopt", "tensorflow", "tensorflow_datasets", "torch", "sklearn")
 HEAVY += ("matplotlib", "orbax", "grain")
 NAMELESS = {"utils", "util", "common", "misc", "helpers"}
@@ -48,7 +48,7 @@ Graph = Mapping[str, set[str]]
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """The files of a package by their dotted names, packages as ``a.__init__``."""
+    """Returns the files of a package by dotted name, packages as ``a.__init__``."""
     return {
         ".".join((package.name, *path.relative_to(package).with_suffix("").parts)): path
         for path in sorted(package.rglob("*.py"))
@@ -60,7 +60,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker sees."""
+    """Yields all nodes except those that only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
         if is_type_checking(node):
             for other in node.orelse:
@@ -72,8 +72,8 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported(source: str, module: str = "") -> Iterator[tuple[str, str | None]]:
-    """Pairs of a module and the name taken from it, of every import of a file."""
-    package = module.split(".")[:-1]  # also of a.__init__
+    """Yields a module and the name imported from it, for every import of a file."""
+    package = module.split(".")[:-1]  # the same for a.__init__
     for node in statements(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -90,7 +90,7 @@ def imported(source: str, module: str = "") -> Iterator[tuple[str, str | None]]:
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """The files of a package that each of its files imports."""
+    """Returns the files of a package that each of its files imports."""
     files, graph = modules(package), {}
     for module, path in files.items():
         graph[module] = set()
@@ -110,7 +110,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
 
 
 def below(rules: str) -> dict[str, set[str]]:
-    """The parts that each part may import: all that the rules put below it."""
+    """Returns the parts that each part may import, which the rules put below it."""
     lower = defaultdict(set)
     for line in rules.strip().splitlines():
         groups = [[part.strip() for part in g.split(",")] for g in line.split("<")]
@@ -119,20 +119,20 @@ def below(rules: str) -> dict[str, set[str]]:
                 lower[part] |= set(left)
             for part in left:
                 lower[part] |= set()
-    for _ in lower:  # as often as the longest chain could need
+    for _ in lower:  # at least as many times as the longest chain is long
         for part in lower:
             lower[part] |= set().union(*(lower[other] for other in lower[part]))
     return dict(lower)
 
 
 def part_of(module: str, parts: Mapping[str, object]) -> str | None:
-    """The part of the package that a file belongs to, None if it has no place."""
+    """Returns the part of the package that a file belongs to, or None."""
     _, *names = module.split(".")
     return next((p for p in (".".join(names[:2]), names[0]) if p in parts), None)
 
 
 def upward(graph: Graph, rules: str = RULES) -> list[str]:
-    """Imports that the rules do not allow, and files without a place in them."""
+    """Returns imports that the rules do not allow, and files that have no part."""
     lower, found = below(rules), []
     for module, others in graph.items():
         part = part_of(module, lower)
@@ -146,7 +146,7 @@ def upward(graph: Graph, rules: str = RULES) -> list[str]:
 
 
 def circle(graph: Graph) -> list[str] | None:
-    """A circle of imports, None if there is none."""
+    """Returns a circle of imports, or None."""
     done: set[str] = set()
 
     def search(node, path):
@@ -164,10 +164,10 @@ def circle(graph: Graph) -> list[str] | None:
 
 
 def folders(graph: Graph) -> dict[str, set[str]]:
-    """The same graph of folders.
+    """Returns the graph of imports between folders.
 
-    Files next to folders, such as ``losses.py`` and ``numerics/``, stay themselves;
-    the file that only marks a folder as a package is none.
+    Files next to folders, such as ``losses.py`` next to ``numerics/``, are nodes of
+    their own. A file that only marks a folder as a package is none.
     """
     parents = {module.rpartition(".")[0] for module in graph}
     outer = {parent.rpartition(".")[0] for parent in parents}
@@ -182,15 +182,15 @@ def folders(graph: Graph) -> dict[str, set[str]]:
     return dict(between)
 
 
-# Ways to import the files of another folder.
+# Ways to import files from another folder.
 TRICKS = tuple(f"sys.path.{change}" for change in ("append", "insert", "extend"))
 TRICKS += ("syspath_prepend", "addsitedir", "run_path", "spec_from_file_location")
-# The working folder holds a user's own network, and a checkout the package itself.
+# These are allowed: the working folder has users' networks, and a checkout the package.
 HARMLESS = ("Path.cwd()", "sys.path.append(str(Path(__file__).resolve().parents[1]))")
 
 
 def path_tricks(source: str) -> list[str]:
-    """Changes of ``sys.path``, and other ways to import a file by its place."""
+    """Returns changes of ``sys.path``, and other imports of a file by its path."""
     found = []
     for node in ast.walk(ast.parse(source)):
         trick = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(TRICKS)
@@ -306,7 +306,7 @@ MADE_UP_RULES = "numerics < families < losses < __init__"
 
 @pytest.fixture
 def graph_of(tmp_path):
-    """Writes a package and reads its imports."""
+    """Writes a package, and returns its graph of imports."""
 
     def write(**changes):
         files = {**MADE_UP, **{k.replace("__in__", "."): v for k, v in changes.items()}}
@@ -341,7 +341,7 @@ def test_a_tidy_package_passes(graph_of):
         "from ..losses import loss",
         "def f():\n    from made_up import losses",
         "import importlib\nimportlib.import_module('made_up.losses')",
-        "from made_up import loss",  # the package itself
+        "from made_up import loss",  # imports from the package
         "from made_up.families import gaussian",
         "from made_up import no_such_module as n",
     ],

@@ -1,4 +1,4 @@
-"""The language experiment: its parts, and the command in its smallest setting."""
+"""Tests the parts of the language experiment, and its command in a tiny setting."""
 
 import json
 import os
@@ -26,7 +26,7 @@ TEXT = np.frombuffer(b"def f(x):\n    return x + 1\n\n" * 20, np.uint8)
 
 
 def test_a_name_decides_the_part(tmp_path):
-    """One more file leaves the others where they are; folders below are not read."""
+    """Another file does not change the parts of others; folders are not searched."""
     names = [f"module{i}.py" for i in range(40)]
     for name in names:
         (tmp_path / name).write_text(f"{name}\n")
@@ -98,7 +98,7 @@ def test_no_character_sees_a_later_one():
     assert list(before.layers) == ["block_1", "block_2"]
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_allclose(x[:, :7], y[:, :7], atol=1e-6)
-        # each later one sees it
+        # all later characters depend on it
         assert (np.abs(x - y).max(axis=(0, 2)) > 1e-4)[7:].all()
 
 
@@ -124,7 +124,7 @@ def cloud(seed, *shape):
 
 @pytest.mark.slow
 def test_every_method_teaches():
-    """Its terms are finite and positive, and move the student."""
+    """The terms of each method are finite and positive, and change the student."""
     n, k = 40, 6
     layers = {f"block_{i}": cloud(i, n, 5) for i in (1, 2)}
     guide = {f"block_{i}": cloud(10 + i, n, 7) for i in range(1, 5)}
@@ -155,7 +155,7 @@ def test_every_method_teaches():
 
 
 def test_lambdas_were_chosen_on_validation_text():
-    """Each is the best of its grid, and not at its end, where a better one may lie."""
+    """Each is the best of its grid, and not at an end, where a better one may be."""
     bits = {key: {} for key in language.METHODS}
     for name in ("language-weights", "language-weights-low"):
         path = EXPERIMENTS / "results" / f"{name}.json"
@@ -194,7 +194,7 @@ def test_a_sample_of_all_is_the_distance():
 
 
 class Guess:
-    """A network that finds the characters equally probable, or knows the next one."""
+    """A network that guesses uniformly, or knows the next character."""
 
     def __init__(self, knows):
         self.knows = knows
@@ -227,7 +227,7 @@ def test_table():
         ("CKA", "8", "2.825 ± 0.035", "25 %", "10", "0.250", "0.125", "10", "12"),
     ]
     assert all(len(row) == len(language.COLUMNS) for row in rows)
-    # A teacher no better than the student has nothing to teach.
+    # A teacher that is no better than the student has no gap to close.
     runs[0]["bits"] = 4.0
     assert [row[3] for row in language.table(runs)["rows"]] == ["", "", "–"]
 
@@ -271,7 +271,7 @@ def test_a_network_memorizes_a_text():
 
 @pytest.mark.slow
 def test_seed_decides_a_run():
-    """Also: a weight of zero is the student alone, any other is not."""
+    """A weight of zero gives the student alone, and another weight does not."""
     teacher = language.make_teacher(TINY, TEXT)
 
     def student(seed=0, **learning):
@@ -284,7 +284,8 @@ def test_seed_decides_a_run():
     np.testing.assert_array_equal(alone, student())
     assert np.abs(alone - student(seed=1)).max() > 1e-2
     zero, one = (student(key="procrustes", weight=weight) for weight in (0.0, 1.0))
-    # Adam makes a step of a gradient that is nothing but rounding: compare most.
+    # Adam also makes steps for gradients that are only rounding errors, so most are
+    # compared.
     assert np.quantile(np.abs(zero - alone), 0.99) < 1e-5
     assert np.quantile(np.abs(one - alone), 0.5) > 1e-5
     np.testing.assert_array_equal(one, student(key="procrustes", weight=1.0))
@@ -302,7 +303,7 @@ def test_a_diverging_lambda_is_not_chosen():
 
 
 def run(folder, *options):
-    """The command in its smallest setting, and what it wrote."""
+    """Runs the command in its smallest setting; returns its JSON, page and output."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""The distillation loss: its terms, who gets a gradient, and any number of devices."""
+"""Tests the distillation loss: terms, gradients, and any number of devices."""
 
 from functools import partial
 
@@ -22,14 +22,14 @@ KEY = jax.random.key(3)
 
 
 def arrays(row, batch=BATCH):
-    """Student and teacher features (maps where the row compares maps), logits."""
+    """Returns features (or maps, if the distance compares maps) and logits of both."""
     if "maps" in row.inputs:
         return batch.maps_x, batch.maps_y, batch.logits_x, batch.logits_y
     return batch.x, batch.y, batch.logits_x, batch.logits_y
 
 
 def loss_of(name, **options):
-    """distill_loss of (student, teacher, student logits, teacher logits, labels)."""
+    """Returns the loss as a function of both features, both logits and labels."""
     data = {"class_cost": helpers.class_cost(K)}
     options = {"weight": 1e-3, "teacher_data": data, **options}
 
@@ -40,7 +40,7 @@ def loss_of(name, **options):
 
 
 def simple(x=BATCH.x, y=BATCH.y, labels=LABELS, s=BATCH.logits_x, t=None, **options):
-    """A loss without compilation to speak of."""
+    """Computes a loss that takes almost no time to compile."""
     options = {"distance": "l2", **options}
     if not isinstance(options["distance"], list | tuple | Term):
         options = {"weight": 1e-3, **options}
@@ -58,7 +58,7 @@ def numpy_cross_entropy(logits, labels):
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_default_weight(name):
-    """The default is that of the normalization; without one, a number is needed."""
+    """The default depends on the normalization; without one, a number is required."""
     row = DISTANCES[name]
     x, y, s, t = arrays(row)
     options = {"weight": None, "t": t, "distance": name, "key": KEY}
@@ -92,7 +92,7 @@ def test_the_weight_is_that_of_all_terms():
 
 
 def test_padding_has_no_part():
-    """Rows labelled -1 change nothing in cross-entropy and class-conditional rows."""
+    """Samples labelled -1 change no cross-entropy and no class-conditional distance."""
     labels = np.array([0, 1, 1, 2, 0, 1, -1, -1])
     batch = BATCH.map(lambda z: z[:8])
     options = {"distance": "cw2_gaussian", "weight": 0.1}
@@ -134,7 +134,7 @@ def test_diagnostics_are_terms():
 
 
 def of_maps(distance, x, y, positions, **options):
-    """The value of one distance of features on maps or tokens."""
+    """Computes one distance of features on maps or tokens."""
     term = Term(
         distance, layers=("m", "m"), options=options, name="it", positions=positions
     )
@@ -149,13 +149,13 @@ def test_maps_are_pooled_for_distances_of_features():
     x, y = BATCH.maps_x, BATCH.maps_y
     expected = np.sum((x.mean((1, 2)) - y.mean((1, 2))) ** 2, axis=1).mean()
     np.testing.assert_allclose(of_maps("l2", x, y, "pool"), expected, rtol=1e-5)
-    # A layer of another rank is pooled on its own side.
+    # If only one layer has positions, it is pooled.
     flat = of_maps("l2", x, y.mean((1, 2)), "pool")
     np.testing.assert_allclose(flat, expected, rtol=1e-5)
 
 
 def test_positions_are_samples_of_their_image_s_label():
-    x, y = BATCH.maps_x, BATCH.maps_y  # 3 x 3
+    x, y = BATCH.maps_x, BATCH.maps_y  # of 3 x 3 pixels
     expected = np.sum((x - y) ** 2, axis=-1).mean()
     np.testing.assert_allclose(of_maps("l2", x, y, "each"), expected, rtol=1e-5)
     rows = [z.reshape(-1, D) for z in (x, y)]
@@ -166,7 +166,7 @@ def test_positions_are_samples_of_their_image_s_label():
 
 
 def test_larger_map_is_averaged_down_to_the_smaller():
-    x = np.repeat(np.repeat(BATCH.maps_x, 2, axis=1), 2, axis=2)  # 6 x 6
+    x = np.repeat(np.repeat(BATCH.maps_x, 2, axis=1), 2, axis=2)  # of 6 x 6 pixels
     x[:, ::2] += 1.0
     x[:, 1::2] -= 1.0
     expected = of_maps("l2", BATCH.maps_x, BATCH.maps_y, "each")
@@ -259,13 +259,13 @@ def test_get_distance_keeps_rows():
 
 
 def test_only_compared_layers_are_used():
-    """Layers that no term compares may be anything: they are not even gathered."""
+    """Layers that no term compares may be anything, and are not gathered."""
     student = {"features": BATCH.x, "rubbish": object()}
     simple(student, BATCH.y)
 
 
 def test_predictions_need_no_layer():
-    """Neither to be found nor to be normalized."""
+    """They need no layer and no normalization."""
     row = Distance(paired_l2, inputs=("logits",), promises=frozenset({"squared"}))
     s, t = BATCH.logits_x, BATCH.logits_y
     term = Term(row, weight=0.5)
@@ -353,7 +353,7 @@ def test_the_teacher_s_deviation_is_a_constant():
 
 
 def test_chex_checks_the_loss_that_is_trained():
-    """While it checks, it replaces stop_gradient by ones."""
+    """chex replaces stop_gradient by ones during its check."""
     seen = []
 
     def fn(x):
@@ -413,7 +413,7 @@ def test_a_new_weight_does_not_retrace():
 
 
 def test_terms_and_distances_are_hashable():
-    """So that they may be static arguments; the order of options does not matter."""
+    """They can be static arguments, and the order of options does not matter."""
     options = {"solver": "exact", "pairing": 1.0}
     one = Term("w2", options=options, layers=("a", "b"))
     other = Term("w2", options=dict(reversed(options.items())), layers=("a", "b"))
@@ -435,7 +435,7 @@ def test_terms_and_distances_are_hashable():
 
 
 def test_the_distance_may_be_a_static_argument():
-    """A key, an entry, a function, a Term, several: equal ones share a program."""
+    """Keys, entries, functions and Terms; equal ones share a program."""
     traces = []
 
     def own(x, y):
@@ -455,11 +455,11 @@ def test_the_distance_may_be_a_static_argument():
         assert value == loss(*arguments, distance=make(), weight=0.5)[0]
         expected, _ = distill_loss(*arguments, distance=make(), weight=0.5)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
-    assert len(traces) == 2  # one of the program, one of the call without
+    assert len(traces) == 2  # one with the program, one without
 
 
 def test_the_task_may_be_another():
-    """It takes the place of the cross-entropy, in its weight and in the metrics."""
+    """It replaces the cross-entropy, with its weight and its metric."""
     task = lambda logits, labels: jnp.mean(logits[jnp.arange(N), labels])
     loss, terms = simple(task=task, task_weight=2.0, weight=0.5)
     expected = np.mean(BATCH.logits_x[np.arange(N), BATCH.labels])
@@ -468,7 +468,7 @@ def test_the_task_may_be_another():
 
 
 def test_teacher_data_are_arguments():
-    """Another price between classes is the same program; it gets no gradient."""
+    """Other costs between classes need no other program, and get no gradient."""
 
     @jax.jit
     @chex.assert_max_traces(n=1)
@@ -499,12 +499,12 @@ DEVICES = 2
 
 
 def bent(x, scale):
-    """Not linear: some distances forgive every linear map of the student."""
+    """Is not linear, because some distances are invariant to linear maps."""
     return x + scale * jnp.tanh(x)
 
 
 def differentiate(params, batch, name, axis_name=None):
-    """((loss, terms), gradients by params and by the teacher)."""
+    """Returns ((loss, terms), gradients by params and by the teacher's arrays)."""
     x, y, s, t, labels = batch
 
     def loss(params, y, t):
@@ -566,15 +566,15 @@ def mapped_gradient(fn):
 
 
 def test_shard_map_gives_gradients_that_need_no_average():
-    """Nor does an average change them."""
+    """Averaging does not change them."""
     as_they_come, averaged = mapped_gradient({"distance": "l2", "weight": 0.5})
-    expected = np.mean(np.sum(BATCH.x**2, axis=1))  # of (2 - 1)^2 |x|^2 / 2
+    expected = np.mean(np.sum(BATCH.x**2, axis=1))  # of (s - 1)^2 |x|^2 / 2
     np.testing.assert_allclose(as_they_come, expected, rtol=1e-5)
     assert as_they_come == averaged
 
 
 def test_shard_map_has_no_groups():
-    """But one of all devices."""
+    """All devices are one group."""
     options = {"distance": "l2", "weight": 0.5}
     with pytest.raises(
         ValueError,
@@ -599,7 +599,7 @@ def test_an_axis_of_vmap_has_devices_whose_loss_is_one():
 
 @pytest.mark.slow
 def test_padding_on_one_device_alone():
-    """A mean over images is that of all images, wherever the padding lies."""
+    """A mean over images is that of all images, wherever the padding is."""
     labels = jnp.asarray(np.where(np.arange(N) < 6, -1, BATCH.labels), jnp.int32)
     batch = (*arrays(DISTANCES["wkd_logits"]), labels)
     params = {"scale": np.zeros(D, np.float32), "bias": np.zeros(K, np.float32)}
@@ -614,7 +614,7 @@ def means_apart(x, y):
     return value, {"converged": x[0, 0] > 0, "first": x[0, 0]}
 
 
-# Of labels, per sample, by key, with diagnostics.
+# Distances with labels, per sample, with a key, and with diagnostics.
 GROUPED = {
     "cmmd_rbf": DISTANCES["cmmd_rbf"],
     "l2": DISTANCES["l2"],
@@ -628,7 +628,7 @@ GROUPED = {
 
 
 def grouped_loss(params, x, y, s, t, labels, axis_name=None, **options):
-    """A loss of several terms, each in units of the teacher's spread in its group."""
+    """Returns a loss of several terms, with normalization by the teacher in a group."""
     terms = [Term(row, weight=0.5, name=name) for name, row in GROUPED.items()]
     features, logits = bent(x, params["scale"]), s + params["bias"]
     return distill_loss(
@@ -640,7 +640,7 @@ def grouped_loss(params, x, y, s, t, labels, axis_name=None, **options):
 
 @pytest.mark.slow
 def test_groups_of_devices_have_the_mean_of_their_losses():
-    """Two groups of one device: the mean over halves of the batch, on one device."""
+    """With two groups of one device, the loss is the mean over halves of the batch."""
     params = {"scale": np.full(D, 0.1, np.float32), "bias": np.ones(K, np.float32)}
     batch = (*arrays(DISTANCES["l2"]), LABELS)
     halves = [z.reshape(DEVICES, -1, *z.shape[1:]) for z in batch]
@@ -674,20 +674,20 @@ def test_groups_of_devices_have_the_mean_of_their_losses():
         assert shards[0] == shards[1]
     np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
     for name in values:
-        # 1e-5 of numbers of order one, which cancellation leaves smaller
+        # 1e-5 of numbers of order one; cancellation makes some of them smaller
         value = terms_on_two[name], terms[name]
         np.testing.assert_allclose(*value, rtol=1e-5, atol=1e-5)
     for key, one in gradient.items():
         largest = float(np.max(np.abs(one)))
         np.testing.assert_allclose(gradient_on_two[key], one, atol=1e-5 * largest)
-    # Of diagnostics the worst of the groups.
+    # Diagnostics report the worst group.
     firsts = [
         float(bent(x[0, 0], 0.1) * teacher_factor(y))
         for x, y in zip(*halves[:2], strict=True)
     ]
     np.testing.assert_allclose(terms_on_two["means/first"], max(firsts), rtol=1e-6)
     assert bool(terms_on_two["means/converged"]) == (min(firsts) > 0)
-    # It is another loss than that of the whole batch.
+    # The loss of the whole batch is another.
     whole, _ = jax.jit(grouped_loss)(params, *batch)
     assert abs(whole / loss - 1) > 0.01
 
@@ -700,7 +700,7 @@ def test_groups_divide_the_devices(size):
 
 
 def test_one_program_of_arrays_that_lie_on_two_devices():
-    """Plain jit without an axis: the compiler moves what a distance needs."""
+    """Under plain jit without an axis, the compiler moves the arrays that it needs."""
     compare_sharded(("l2", "mmd_rbf"))
 
 
@@ -710,7 +710,7 @@ def test_every_row_of_arrays_that_lie_on_two_devices():
 
 
 def compare_sharded(names):
-    """Values and gradients of rows, of arrays on one device and on two."""
+    """Compares values and gradients with arrays on one device and on two."""
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("devices",))
     sharded = NamedSharding(mesh, PartitionSpec("devices"))
     params = {"scale": np.full(D, 0.1, np.float32), "bias": np.ones(K, np.float32)}
@@ -734,7 +734,8 @@ def compare_sharded(names):
             two[name],
         )
         np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
-        # as below: 1e-5 of numbers of order one, which cancellation leaves smaller
+        # as below: 1e-5 of numbers of order one, some of which cancellation makes
+        # smaller
         chex.assert_trees_all_close(terms_on_two, terms, rtol=1e-5, atol=1e-5)
         assert np.any(gradients[0]["bias"])
         for a, b in zip(*map(jax.tree.leaves, (on_two, gradients)), strict=True):
@@ -742,7 +743,7 @@ def compare_sharded(names):
             np.testing.assert_allclose(a, b, atol=1e-5 * largest, err_msg=name)
 
 
-# On two devices one row of each kind: test_devices.py has all of them on eight.
+# With two devices, a distance of each kind; test_devices.py tests all with eight.
 DEVICE_ROWS = [
     *((None, name) for name in DISTANCES),
     *((by_pmap, name) for name in helpers.KINDS.values()),
@@ -792,13 +793,14 @@ def test_every_row_on_one_device_and_on_two(mapped, name):
     np.testing.assert_allclose(loss_on_two, loss, rtol=1e-6)
     chex.assert_trees_all_close(terms_on_two, terms, rtol=1e-5, atol=1e-5)
     for key, one in gradient.items():
-        # 1e-5 of the largest: sums of a batch are taken in another order
+        # 1e-5 of the largest entry, because sums over a batch are taken in another
+        # order
         largest = float(np.max(np.abs(one)))
         np.testing.assert_allclose(gradient_on_two[key], one, atol=1e-5 * largest)
 
 
 def test_a_plain_jax_network_learns():
-    """No framework: parameters in a dictionary, gradient descent by hand."""
+    """Uses no framework: parameters are a dictionary, with plain gradient descent."""
     rng = np.random.default_rng(0)
     images = jnp.float32(rng.normal(size=(N, 5)))
     init = lambda *shape: jnp.float32(rng.normal(size=shape) / np.sqrt(shape[0]))

@@ -1,7 +1,7 @@
-"""A mask of samples, and samples without a label, whatever their rows hold.
+"""Tests masks of samples, and samples without a label, with any content.
 
-A masked batch equals the batch without those rows, in value and gradient: for every
-entry of the catalogue, and by one program for all masks of a shape.
+A masked batch equals the batch without the masked samples, in value and gradient, for
+every catalogue entry and with one program for all masks of a shape.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ from kddm_jax.losses import cross_entropy
 N, KEPT, D = 12, 9, 5
 ROWS = pytest.mark.parametrize("name", list(DISTANCES))
 LABELLED = [name for name, row in DISTANCES.items() if "labels" in row.inputs]
-# A partly converged Sinkhorn iteration repeats its rounding errors, no more.
+# A Sinkhorn iteration that has partly converged has these rounding errors.
 RTOL = 2e-4
 
 
@@ -30,7 +30,7 @@ def rows_of(batch, rows):
 
 
 def poisoned(batch, mask, poison):
-    """Rows that are no samples hold ``poison``, and labels of no class."""
+    """Replaces masked samples by ``poison``, and their labels by an unused class."""
     out = ~mask
 
     def spoil(z):
@@ -41,14 +41,9 @@ def poisoned(batch, mask, poison):
     return batch.map(spoil)._replace(labels=np.where(mask, batch.labels, 99))
 
 
-def thin(batch):
-    """Few features, so that a batch of nine samples is tall."""
-    return batch
-
-
 @cache
 def program(name, options=(), masked=True):
-    """Value and gradients of a row, with a traced mask or without one."""
+    """Returns value and gradients of a distance, with a traced mask or without one."""
     row = DISTANCES[name]
     fn = bound(row, **dict(options))
 
@@ -66,7 +61,7 @@ def random_mask(seed, kept=KEPT, n=N):
 
 def array_list(name, batch):
     row = DISTANCES[name]
-    if helpers.is_tall(row):  # as few features as nine samples can determine
+    if helpers.is_tall(row):  # as few features as nine samples determine
         batch = batch.map(lambda z: z[..., :4], "x", "y")
         return [jnp.asarray(getattr(batch, n), jnp.float32) for n in names(row)]
     return arguments(row, batch)
@@ -81,7 +76,7 @@ def assert_masked_is_cut(name, batch, mask, poison, options=()):
     np.testing.assert_allclose(found, expected, rtol=RTOL, atol=1e-6 * unit)
     for grad, slope in zip(grads, slopes, strict=True):
         np.testing.assert_array_equal(grad[~mask], 0)
-        # Where the gradient vanishes, its rounding errors are left.
+        # Where the gradient is zero, its rounding errors remain.
         atol = max(1e-3 * float(np.abs(slope).max()), 2e-7)
         np.testing.assert_allclose(grad[mask], slope, atol=atol, rtol=0)
 
@@ -155,7 +150,7 @@ def test_hard_batches_with_a_mask(name, case):
 @ROWS
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_few_samples(name, kept):
-    """They are the cut batch, which a distance of tall batches would refuse."""
+    """They give the batch without the others, even if the distance would refuse it."""
     mask, batch = random_mask(kept, kept), make_batch(N, D, seed=kept)
     if not helpers.is_tall(DISTANCES[name]):
         assert_masked_is_cut(name, batch, mask, np.nan)
@@ -182,7 +177,7 @@ def test_debiased_alignment_of_few_samples_is_zero(kept):
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_sample_without_a_label_may_hold_anything(name):
-    """Distances that take labels leave it out like one that is masked."""
+    """Distances that take labels leave it out like a masked sample."""
     mask = random_mask(0)
     batch = make_batch(N, D)
     for poison in (np.nan, np.inf, -np.inf):
@@ -223,7 +218,7 @@ TERMS = [
 
 
 def whole_loss(batch, mask=None, **options):
-    """The loss and its gradients by the student's arrays."""
+    """Returns the loss and its gradients by the student's arrays."""
 
     def fn(student):
         x, maps, logits = student
@@ -247,7 +242,7 @@ def as_arrays(batch):
     return batch.map(lambda z: np.asarray(z, np.float32))
 
 
-# Two devices get different numbers of samples.
+# The two devices have different numbers of samples.
 MASK = np.arange(N) % 4 != 1
 MASK[:4] = False
 
@@ -281,7 +276,7 @@ def test_the_loss_of_a_masked_batch_on_one_device_and_on_two():
     for both in jax.tree.leaves(value):
         np.testing.assert_array_equal(both[0], both[1])
     first = jax.tree.map(lambda z: z[0], value)
-    # Every device differentiates the global loss: their mean is the gradient.
+    # Every device differentiates the global loss, so the mean is the gradient.
     grads = jax.tree.map(lambda z: z / 2, grads)
     assert_same_losses((first, grads), expected, MASK)
 
@@ -326,7 +321,7 @@ def test_a_distance_of_one_s_own_takes_the_mask():
 def test_a_mask_reaches_a_distance_that_takes_other_arrays_first():
     bank = jnp.ones((N // 2, D))
 
-    def banked(bank, x, y, *, mask):  # required: without a mask it is None
+    def banked(bank, x, y, *, mask):  # required; None without a mask
         return paired_l2(x, y, mask=mask) + 0 * jnp.sum(bank)
 
     row = Distance(banked, inputs=("bank", "features"))
@@ -336,7 +331,7 @@ def test_a_mask_reaches_a_distance_that_takes_other_arrays_first():
 
 
 def test_a_group_of_devices_without_samples_has_no_part():
-    """The loss does not depend on where the padding lies."""
+    """The loss does not depend on the position of the padding."""
     batch, half = as_arrays(make_batch(N, D)), np.arange(N) < N // 2
     arrays = batch.x, batch.y, batch.labels, batch.logits_x
 
@@ -356,7 +351,7 @@ def test_a_group_of_devices_without_samples_has_no_part():
     cut = [z[half] for z in arrays]
     expected, slope = jax.value_and_grad(loss)(cut[0], cut[1:], None)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    # Every device differentiates the global loss: their mean is the gradient.
+    # Every device differentiates the global loss, so the mean is the gradient.
     np.testing.assert_allclose(grads[0] / 2, slope, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(grads[1], 0)
 

@@ -1,4 +1,4 @@
-"""Distances of normalized features in the loss, on one device and on two."""
+"""Tests distances of normalized features in the loss, on one device and on two."""
 
 from functools import cache, partial
 
@@ -19,14 +19,14 @@ BATCH = helpers.make_batch(N, D)._replace(x=X, y=Y).map(np.float32)
 KEY = jax.random.key(3)
 NAMES = [name for name in NORMALIZATIONS if name is not None]
 OF_FEATURES = [name for name, row in DISTANCES.items() if "features" in row.inputs]
-# Pairs that are zero whatever the features.
+# Pairs that are zero for all features.
 ZERO = {
     *[("mmd_linear", name) for name in ("centered", "standardized")],
     ("kl_gaussian", "standardized"),
 }
 PAIRS = [(d, n) for d in OF_FEATURES for n in NAMES if (d, n) not in ZERO]
-# One of each kind of distances of features but "jw2", whose solver compiles for long,
-# and each normalization with some.
+# One distance of features of each kind, except "jw2", whose solver compiles slowly, and
+# several for each normalization.
 SOME = [
     ("mmd_rbf", "unit"),
     ("cmmd_rbf", "centered"),
@@ -37,7 +37,7 @@ KINDS = [name for name in helpers.KINDS.values() if name in OF_FEATURES]
 
 
 def term_value(name, normalization, x, y, **options):
-    """The term's value, of features of both sides."""
+    """Returns the value of a term for features of both sides."""
     _, terms = distill_loss(
         *(x, y, BATCH.labels, BATCH.logits_x, BATCH.logits_y),
         **{"distance": name, "weight": 1.0, "normalization": normalization},
@@ -48,7 +48,7 @@ def term_value(name, normalization, x, y, **options):
 
 @cache
 def compiled(name, normalization):
-    """Value and gradient by the student, one program for all tests."""
+    """Returns value and gradient by the student, with one program for all tests."""
     return jax.jit(jax.value_and_grad(partial(term_value, name, normalization)))
 
 
@@ -58,7 +58,7 @@ def fitted(name):
 
 
 def slow_but(chosen, every):
-    """Parameters of a test, of which all but a few are for the slow suite."""
+    """Makes parameters of a test, and marks all but the chosen ones as slow."""
     return [
         pytest.param(*p, marks=() if p in chosen else pytest.mark.slow) for p in every
     ]
@@ -84,7 +84,7 @@ def test_gradient_is_that_of_the_value(name, normalization, x64):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "normalization"), PAIRS)
 def test_value_is_that_of_normalized_features(name, normalization):
-    """Finite, with a finite gradient, from half precision on, and never zero."""
+    """It is finite and not zero, with a finite gradient, also in half precision."""
     x, y = fitted(name)
     fn = compiled(name, normalization)
     value, slope = fn(x, y)
@@ -103,7 +103,7 @@ def test_value_is_that_of_normalized_features(name, normalization):
 
 
 def hostile():
-    """Pairs of features of one shape: what a layer should never give."""
+    """Returns pairs of features of one shape that no layer should have."""
     x, y = BATCH.x, BATCH.y
     ones, zeros = np.ones_like(x), np.zeros_like(x)
     gaps = np.where(np.arange(N)[:, None] % 3 == 0, 0, x)
@@ -129,7 +129,7 @@ def test_hostile_features(name, normalization):
     width = fitted(name)[0].shape[1]
     for what, pair in hostile().items():
         if normalization == "teacher" and what == "far apart":
-            continue  # both in units of the teacher: its squares overflow
+            continue  # in the teacher's unit, squares overflow
         value, slope = fn(*(z[:, :width] for z in pair))
         assert np.isfinite(value), what
         assert np.all(np.isfinite(slope)), what
@@ -166,7 +166,7 @@ def test_a_teacher_that_is_not_finite_gives_nan(name, normalization):
         y = y.copy()
         y[1, 0] = wrong
         value, _ = fn(x, y)
-        if normalization is None:  # an infinite distance may be infinite
+        if normalization is None:  # an infinite distance is allowed
             assert not np.isfinite(value), wrong
         else:
             assert np.isnan(value), wrong
@@ -268,7 +268,7 @@ def terms_of(names):
 
 
 def loss_of(scale, batch, *, names, **options):
-    """A loss of a parameter that bends the student's features."""
+    """Computes a loss of a parameter that bends the student's features."""
     x, y, labels, s, t = batch
     features = x + scale * jnp.tanh(x)
     return distill_loss(
@@ -296,7 +296,7 @@ def on_two(names, group_size):
     return jax.pmap(fn, "devices", in_axes=(None, 0), devices=jax.devices()[:DEVICES])
 
 
-# Means over samples, and a distance of a whole batch.
+# Means over samples, and a distance between whole batches.
 QUICK = [*CHEAP, ("cmmd_rbf", "standardized")]
 OF_KINDS = [(d, n) for d in KINDS for n in NAMES]
 
@@ -306,7 +306,7 @@ OF_KINDS = [(d, n) for d in KINDS for n in NAMES]
     "names", [QUICK, pytest.param(OF_KINDS, marks=pytest.mark.slow)], ids=["few", "all"]
 )
 def test_two_devices_are_one(names, group_size):
-    order = np.argsort(BATCH.x[:, 0])  # devices differ in mean and deviation
+    order = np.argsort(BATCH.x[:, 0])  # devices get different means and deviations
     batch = BATCH.x, BATCH.y, BATCH.labels, BATCH.logits_x, BATCH.logits_y
     batch = [z[order] for z in batch]
     halves = [z.reshape(DEVICES, -1, *z.shape[1:]) for z in batch]

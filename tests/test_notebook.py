@@ -1,4 +1,4 @@
-"""The notebook: saved as it ran, and it runs."""
+"""Tests that the notebook is saved as it ran, and that it runs."""
 
 import json
 import re
@@ -14,7 +14,7 @@ if not NOTEBOOK.is_file():
 
 
 def text_of(notebook):
-    """What its cells print and show, as text."""
+    """Returns the text that the cells print and show."""
     outputs = [
         output
         for cell in notebook["cells"]
@@ -26,13 +26,13 @@ def text_of(notebook):
 
 
 def accuracies(text):
-    """On the test digits, by the title of a network."""
+    """Returns accuracies on the test digits, by the title of the network."""
     rows = re.findall(r"^(\S.*?)\s{2,}(\d+\.\d)(?: ± \d+\.\d)? %", text, re.M)
     return {title: float(value) for title, value in rows}
 
 
 def test_it_is_saved_as_it_ran():
-    """Small, run from top to bottom, with pictures and without a machine's paths."""
+    """It is small, has run from top to bottom, and has plots but no local paths."""
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert len(text.encode()) < 300_000
     assert not re.search(r"/(home|root|tmp|Users)/", text)
@@ -51,12 +51,12 @@ def test_it_is_saved_as_it_ran():
 
 @pytest.mark.bench
 def test_it_runs(monkeypatch):
-    """To the saved accuracies, but for a few digits: rounding differs by machine."""
+    """It gives the saved accuracies, up to a few digits that rounding changes."""
     import nbclient
     import nbformat
 
     monkeypatch.setenv("PYTHONPATH", str(Path(kddm_jax.__file__).parents[1]))
-    # As users run it: most of its time is in loops, not in the compiler.
+    # Optimized as for users, because most of the time is spent in loops.
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     saved = nbformat.read(NOTEBOOK, as_version=4)
     notebook = nbformat.from_dict(saved)

@@ -1,4 +1,4 @@
-"""Members of optax in the step: those that want the loss, and those that accumulate."""
+"""Tests optimizers of optax in the step: those that need the loss or accumulate."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from kddm_jax.train_step import (
 )
 
 KEY = jax.random.key(0)
-# Those of optax and optax.contrib that read the loss, and others of unusual state.
+# Optimizers of optax and optax.contrib that read the loss or have an unusual state.
 OPTIMIZERS = {
     "reduce_on_plateau": lambda: optax.chain(
         optax.sgd(0.1), contrib.reduce_on_plateau(factor=0.5, patience=1)
@@ -70,7 +70,7 @@ def test_optimizers_take_steps_on_two_devices(name):
 
 
 def take(tx, count):
-    """The optimiser's state after steps on one device."""
+    """Returns the state and the metrics after steps on one device."""
     step = make_train_step(
         *(steps.linen_apply(steps.Net()), None, tx),
         augment=lambda key, image: steps.NORMALIZE(image),
@@ -84,14 +84,14 @@ def take(tx, count):
 
 def test_plateau_sees_the_loss():
     tx = optax.chain(optax.sgd(0.0), contrib.reduce_on_plateau(factor=0.5, patience=1))
-    state, metrics = take(tx, 4)  # it never improves: nothing is learnt
+    state, metrics = take(tx, 4)  # without learning, it never improves
     plateau = state.opt_state[1]
     np.testing.assert_allclose(plateau.best_value, metrics["loss"], rtol=1e-6)
     assert plateau.scale == 0.125
 
 
 def test_multi_steps_updates_at_every_second_step():
-    """By the mean of the gradients: here of one batch, at the same parameters."""
+    """It uses the mean of the gradients, here of one batch at the same parameters."""
     plain, _ = take(optax.sgd(0.1), 1)
     first, _ = take(optax.MultiSteps(optax.sgd(0.1), 2), 1)
     second, _ = take(optax.MultiSteps(optax.sgd(0.1), 2), 2)
@@ -101,7 +101,7 @@ def test_multi_steps_updates_at_every_second_step():
 
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking"])
 def test_line_searches_say_what_is_missing(name):
-    """They evaluate the loss again."""
+    """They need to evaluate the loss again."""
     search = {
         "lbfgs": lambda: optax.lbfgs(),
         "backtracking": lambda: optax.chain(

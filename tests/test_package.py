@@ -1,4 +1,4 @@
-"""Conventions that a reviewer would forget: names, docstrings, dangerous calls."""
+"""Tests conventions that are easy to forget: names, docstrings, dangerous calls."""
 
 import ast
 import importlib.util
@@ -15,13 +15,13 @@ import kddm_jax
 from kddm_jax import DISTANCES
 from kddm_jax.losses import Features
 
-# Found without importing: every module must be checked, also one that fails to import.
+# Found without importing, so that modules that fail to import are checked, too.
 ROOT = Path(importlib.util.find_spec("kddm_jax").origin).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 
 def imports(source):
-    """Names of all modules that a source text imports, anywhere."""
+    """Yields the names of all modules that a source text imports anywhere."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -36,7 +36,7 @@ UNPACK = {"extract", "extractall", "unpack_archive"}
 
 
 def dangers(source):
-    """What would run code that a file holds, or write where a file says."""
+    """Returns calls that could execute the content of a file, or write to any path."""
     found = [name for name in imports(source) if name.split(".")[0] in RUN_CODE]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
@@ -76,7 +76,7 @@ def test_a_danger_is_found(source):
 # ------------------------------------------------------------------ public names
 
 
-# Options that come from the teacher or the data set: no number would be right.
+# Options that depend on the teacher or the data set, so no default would be right.
 REQUIRED = {"wkd_logits": {"temperature"}, "distill_loss": {"distance"}}
 FUNCTIONS = [n for n in kddm_jax.__all__ if inspect.isfunction(getattr(kddm_jax, n))]
 ARRAYS = (jax.Array, jax.Array | None, Features)
@@ -109,7 +109,7 @@ def test_every_public_name_has_a_docstring(name):
 
 
 def sections(doc):
-    """Heading -> text of a Google docstring."""
+    """Returns the sections of a Google docstring by their headings."""
     parts = re.split(r"^(\w+):$", doc, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 

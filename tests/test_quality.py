@@ -1,4 +1,4 @@
-"""Knowledge quality against its definition, and the choice of layers."""
+"""Compares knowledge quality with its definition, and tests the choice of layers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from kddm_jax.quality import (
     select_layers,
 )
 
-LABELS = np.array([0, 2, 2, 0, 5, 2, 0, 5, 2, 0, 5, 0])  # 5, 4 and 3 samples
+LABELS = np.array([0, 2, 2, 0, 5, 2, 0, 5, 2, 0, 5, 0])  # of 5, 4 and 3 samples
 
 
 def features(d=7, n=12, seed=0):
@@ -24,7 +24,7 @@ def features(d=7, n=12, seed=0):
 
 
 def assert_close(actual, wanted, rtol=2e-5):
-    """Float32 Gram matrices; the entropies and means after them are in float64."""
+    """Gram matrices are in float32, and what follows from them in float64."""
     np.testing.assert_allclose(actual, wanted, rtol=rtol, atol=2e-6)
 
 
@@ -46,7 +46,8 @@ def test_equals_its_definition(d, options, named):
 
 
 def test_golden(x64):
-    # By NumPy in float64, of the released code's formulas; samples as in test_golden.
+    # Computed by NumPy in float64 from the released code's formulas, with test_golden's
+    # samples.
     i, j = np.meshgrid(np.arange(6.0), np.arange(3.0), indexing="ij")
     y = np.cos(0.5 + 1.1 * i - 0.4 * j) + 0.2 * j
     labels = np.array([0, 1, 0, 1, 1, 0])
@@ -61,7 +62,8 @@ def test_golden(x64):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     plain = knowledge_quality(y, labels, n_train=50_000)
     np.testing.assert_allclose(plain.S, 0.03495554701021564, rtol=1e-12)
-    # The released entropy over log 5; three samples have two singular values.
+    # The released code divides the entropy by log 5; three samples have two singular
+    # values.
     np.testing.assert_allclose(plain.I, found.I * np.log(5) / np.log(2), rtol=1e-12)
     assert plain[2:] == (found.E, plain.S + np.sqrt(plain.I * plain.E), found.K)
 
@@ -71,19 +73,20 @@ def test_orthogonal_classes_are_separated_entirely():
     lengths = np.random.default_rng(0).uniform(0.5, 2, (12, 1)).astype(np.float32)
     found = knowledge_quality(lengths * directions, np.repeat([4, 1, 9], 4))
     np.testing.assert_allclose(found.S, 1.0, atol=1e-6)
-    np.testing.assert_allclose(found.I, 0.0, atol=1e-6)  # one direction in each class
-    # The same samples with labels that know nothing of the directions.
+    np.testing.assert_allclose(found.I, 0.0, atol=1e-6)  # a class has one direction
+    # The same samples with labels that are unrelated to the directions.
     mixed = knowledge_quality(lengths * directions, np.tile([4, 1, 9], 4))
     assert mixed.S < 0
 
 
 def test_isotropic_classes_hold_all_information():
-    # Each class: its corners of a simplex about the origin, equal in all directions.
+    # Each class has the corners of a simplex around the origin, equal in all
+    # directions.
     corners = np.eye(5, dtype=np.float32) - 0.2
     found = knowledge_quality(
         np.concatenate([corners, 2 * corners]), np.repeat([0, 1], 5)
     )
-    # Entropy log(n_c - 1) over itself; corners have the cosine -1/4.
+    # The entropy is its maximum, log(n_c - 1), and corners have the cosine -1/4.
     np.testing.assert_allclose(found.I, 1 - 0.25, rtol=1e-5)
 
 
@@ -124,7 +127,7 @@ def test_blocks_of_features_add_up(monkeypatch, tmp_path):
     wanted = knowledge_quality(x, LABELS)
     monkeypatch.setattr(quality, "_BLOCK", 16 * len(x))  # 16, 16 and 8 features
     assert_close(knowledge_quality(x, LABELS), wanted)
-    np.save(tmp_path / "x.npy", x.reshape(-1, 2, 4, 5))  # maps, on disk
+    np.save(tmp_path / "x.npy", x.reshape(-1, 2, 4, 5))  # maps on disk
     maps = np.load(tmp_path / "x.npy", mmap_mode="r")
     assert_close(knowledge_quality(maps, jnp.asarray(LABELS)), wanted)
 
@@ -141,7 +144,8 @@ def test_far_from_the_origin():
     wanted = reference.knowledge_quality(
         np.float32(x).astype(float), LABELS, n_train=12
     )
-    # Alignments are near 1, where float32 has 1e-7; the smallest of S and I is 1e-5.
+    # Alignments are near 1, where float32 has errors of 1e-7; S and I are 1e-5 at
+    # least.
     np.testing.assert_allclose(actual[:2], wanted[:2], rtol=0, atol=1e-6)
     np.testing.assert_allclose(actual.E, wanted[2], rtol=1e-4)
 
@@ -155,7 +159,7 @@ def test_constant_classes_hold_no_information():
     found = knowledge_quality(*constant_classes())
     np.testing.assert_allclose(found.I, 0, atol=1e-6)
     np.testing.assert_allclose(found.S, 1 - 0.8, atol=1e-6)
-    np.testing.assert_allclose(found.Q, found.S, atol=1e-2)  # sqrt of round-off
+    np.testing.assert_allclose(found.Q, found.S, atol=1e-2)  # root of a rounding error
 
 
 def test_constant_features_hold_nothing():
@@ -173,7 +177,8 @@ def test_two_samples_a_class_have_one_direction():
 def test_a_dead_sample_aligns_with_nothing():
     x = np.float32([[1, 0], [0, 0], [0, 1], [0, 2]])
     found = knowledge_quality(x, np.array([0, 0, 1, 1]))
-    # Within classes 0 and 1, between them 0; lengths 1/2 and 3/2, 1 between classes.
+    # Alignments are 1 within classes and 0 between them. Lengths are 1/2 and 3/2, and
+    # the distance between classes is 1.
     np.testing.assert_allclose(found.S, 0.5, rtol=1e-6)
     np.testing.assert_allclose(found.E / found.K, 2 * 1 / 1, rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The README's Python runs, and what it says of the package is true."""
+"""Runs the Python of the README and the pages, and tests the README's claims."""
 
 import re
 from pathlib import Path
@@ -24,13 +24,13 @@ def test_every_question_has_its_page():
     assert len(asked) >= 6
 
 
-# The questions' snippets call distances one operation at a time, which is slow.
+# The snippets of the questions call distances one operation at a time, which is slow.
 @pytest.mark.parametrize(
     "page",
     [*PAGES[:2], *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES[2:])],
 )
 def test_snippets_run_and_print_what_they_say(page, capsys):
-    """One after the other, as somebody types them; promised beside or below a print."""
+    """The snippets run one after the other; comments at a print give its output."""
     names = {"__name__": "page"}
     assert blocks(page)
     for i, block in enumerate(blocks(page)):

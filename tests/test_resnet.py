@@ -16,7 +16,7 @@ COUNTS = [
     (ResNet9, "cifar", 10, 4_903_242),
     (ResNet18, "cifar", 10, 11_173_962),
     (ResNet34, "cifar", 10, 21_282_122),
-    # torchvision's own models: resnet18() and resnet34().
+    # torchvision's own networks, resnet18() and resnet34().
     (ResNet18, "imagenet", 1000, 11_689_512),
     (ResNet34, "imagenet", 1000, 21_797_672),
 ]
@@ -32,9 +32,9 @@ def random_images(batch, size, channels):
 
 
 def random_variables(model, images):
-    """Variables of the scale of initial ones, but nothing neutral: no zeros or ones.
+    """Makes variables of the size of initial ones, but without zeros and ones.
 
-    From NumPy: XLA takes seconds to compile `model.init`.
+    They are from NumPy, because XLA compiles `model.init` for seconds.
     """
     rng = np.random.default_rng(1)
 
@@ -50,7 +50,7 @@ def random_variables(model, images):
 
 @partial(jax.jit, static_argnums=0, static_argnames="train")
 def run(model, variables, images, *, train=False):
-    """Outputs and batch statistics."""
+    """Returns outputs and batch statistics."""
     return linen_apply(model)(variables, images, train=train)
 
 
@@ -67,7 +67,7 @@ def test_parameter_names_are_those_of_torchvision():
     names = {
         jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths
     }
-    # Modules of torchvision's resnet18(), as named_modules() lists them.
+    # Modules of torchvision's resnet18(), as listed by named_modules().
     block = ["conv1", "bn1", "conv2", "bn2"]
     modules = {"conv1", "bn1", "fc"}
     for stage in (1, 2, 3, 4):
@@ -120,7 +120,7 @@ def test_names_of_maps(network, counts):
     }
 
 
-# An independent forward pass: float64 NumPy, one sum over taps per convolution.
+# An independent forward pass in float64 by NumPy; a convolution is a sum over taps.
 
 
 def numpy_conv(x, kernel, stride):
@@ -189,8 +189,8 @@ def test_equals_numpy(strict, stem, size, train):
     variables = random_variables(model, images)
     outputs, _ = run(model, variables, images, train=train)
     wanted = numpy_resnet9(variables, images, stem, train)
-    # float32 through ten normalised layers; the last maps have 6 values per channel
-    # to normalise with, whose variance may be small.
+    # float32 through ten normalized layers. The last maps have 6 values per channel to
+    # normalize with, whose variance may be small.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4),
         outputs,
@@ -203,14 +203,14 @@ def test_initial_values():
     model = ResNet9(width=32)
 
     @jax.jit
-    def init(key):  # XLA leaves out what is not returned
+    def init(key):  # XLA does not compute unused values
         params = model.init(key, jnp.zeros((1, 8, 8, 1)))["params"]
         return params["layer4_0"]["conv2"]["kernel"], params["fc"], params["bn1"]
 
     kernel, dense, norm = init(jax.random.key(0))
-    # 590,000 normal values [3, 3, 256, 256]: their deviation is known to 0.1 %.
+    # The deviation of 590,000 normal values [3, 3, 256, 256] is known to 0.1 %.
     assert np.std(kernel) == pytest.approx(math.sqrt(2 / (9 * 256)), rel=5e-3)
-    assert np.abs(kernel).max() > 4 * np.std(kernel)  # not truncated
+    assert np.abs(kernel).max() > 4 * np.std(kernel)  # not a truncated normal
     assert 0.9 / 16 < np.abs(dense["kernel"]).max() <= 1 / 16  # [256, 10]
     np.testing.assert_array_equal(dense["bias"], 0)
     np.testing.assert_array_equal(norm["scale"], 1)
@@ -229,7 +229,7 @@ def test_bfloat16_keeps_float32_around_it():
     assert {a.dtype for a in jax.tree.leaves(stats)} == {jnp.dtype("float32")}
     assert outputs.logits.dtype == outputs.features.dtype == jnp.float32
     assert {a.dtype for a in outputs.maps.values()} == {jnp.dtype("bfloat16")}
-    # 8 bits through ten layers: a few percent of the largest feature.
+    # 8 bits through ten layers give errors of a few percent of the largest feature.
     full, _ = run(ResNet9(width=4), variables, images)
     half, _ = run(model, variables, images)
     scale = float(jnp.abs(full.features).max())
@@ -259,7 +259,7 @@ def test_training_updates_batch_stats():
         jax.tree.leaves(stats), jax.tree.leaves(variables["batch_stats"]), strict=True
     ):
         assert not np.array_equal(new, old)
-    # A tenth of the batch's statistics comes in.
+    # The new statistics have a weight of one tenth.
     x = numpy_conv(
         np.float64(images), np.float64(variables["params"]["conv1"]["kernel"]), 1
     )
@@ -273,7 +273,7 @@ def test_training_updates_batch_stats():
 @pytest.mark.slow
 def test_batch_norm_over_two_devices_is_that_of_the_whole_batch():
     images = random_images(8, 8, 1)
-    # Halves of unlike statistics: without synchronisation they would not agree.
+    # The halves have different statistics, and would disagree without synchronization.
     images = images.at[4:].multiply(3.0)
     alone, synced = ResNet9(width=4), ResNet9(width=4, axis_name="batch")
     variables = random_variables(alone, images)
@@ -300,8 +300,8 @@ def test_batch_norm_over_two_devices_is_that_of_the_whole_batch():
     wanted_grads, (wanted, wanted_stats) = jax.jit(partial(step, alone))(
         variables, images
     )
-    # float32 sums in another order, through ten layers; gradients relative to the
-    # largest entry of their tensor, since entries cancel.
+    # float32 sums in another order, through ten layers. Gradients are compared relative
+    # to the largest entry of their tensor, because entries cancel.
     np.testing.assert_allclose(
         logits.reshape(wanted.shape), wanted, rtol=1e-3, atol=1e-4
     )
@@ -335,7 +335,7 @@ def test_same_inputs_same_outputs():
     variables = random_variables(model, images)
     first, second = (run(model, variables, images, train=True) for _ in range(2))
     chex.assert_trees_all_equal(first, second)
-    # Equal options are equal modules: a static argument that does not retrace.
+    # Models with equal options are equal, so as static arguments they are traced once.
     assert ResNet9(width=4) == model
     assert hash(ResNet9(width=4)) == hash(model)
 
@@ -346,7 +346,7 @@ def test_evaluation_treats_images_one_by_one():
     variables = random_variables(model, images)
     whole, _ = run(model, variables, images)
     one, _ = run(model, variables, images[2:3])
-    # float32, perhaps with another blocking of the products
+    # float32, perhaps with other blocks of products
     np.testing.assert_allclose(whole.logits[2:3], one.logits, rtol=1e-4, atol=1e-5)
 
 
@@ -364,7 +364,7 @@ def test_linen_apply_gives_back_statistics():
 
     outputs, stats = apply(variables, images, train=False)
     assert stats is variables["batch_stats"]
-    # The running mean is still 0 and the variance 1, plus 1e-5.
+    # The running mean is still 0, and the variance 1 plus 1e-5.
     np.testing.assert_allclose(outputs.features, 5.0, rtol=1e-5)
 
     outputs, stats = apply(variables, images, train=True)
@@ -422,6 +422,6 @@ def test_small_maps_are_not_convolved_on_the_cpu():
     model = ResNet9(width=4)
     variables = shapes(model, images)
     text = jax.jit(model.apply).lower(variables, images).as_text()
-    # Sides 8, 8, 4, 2, 1. Convolutions: the stem, two of stage 1, two of stage 2 and
-    # the projections; the 3x3 ones of stages 3 and 4 are products.
+    # Sides are 8, 8, 4, 2 and 1. The convolutions are the stem, two in stage 1, two in
+    # stage 2, and the projections; the 3x3 kernels of stages 3 and 4 are products.
     assert text.count("stablehlo.convolution") == 1 + 2 + 2 + 3

@@ -1,9 +1,8 @@
-"""The loss of sharded arrays is that of one device: shard_map and meshes under jit.
+"""Compares losses of sharded arrays with one device: shard_map, and meshes under jit.
 
-So is the loss that chex checks.
-
-Every entry of the catalogue and its solvers are one program for each way to shard.
-`test_devices.py` has pmap, and shard_map without types that vary.
+The loss that chex checks is compared, too. All catalogue entries and their solvers are
+in one program for each way to shard. `test_devices.py` tests pmap, and shard_map with
+check_vma=False.
 """
 
 from unittest import mock
@@ -19,7 +18,7 @@ SOME = {name: TERMS[name] for name in ("l2", "cmmd_rbf")}
 
 
 def gradients(terms, params, arrays, prepare=lambda params: params, **options):
-    """{name: ((loss, terms), gradient)}."""
+    """Returns {name: ((loss, terms), gradient)}."""
 
     def one(term):
         fn = lambda params: loss_of(term, prepare(params), arrays, **options)
@@ -29,7 +28,7 @@ def gradients(terms, params, arrays, prepare=lambda params: params, **options):
 
 
 def assert_alike(found, expected):
-    """As on one device, but for rounding: sums are taken in another order."""
+    """Asserts equality up to rounding, because sums are taken in another order."""
     assert list(found) == list(expected)
     for name, ((loss, terms), gradient) in jax.device_get(found).items():
         (one_loss, one_terms), one_gradient = expected[name]
@@ -57,7 +56,7 @@ def mesh_of(shape, names, kind):
 
 
 def by_shard_map(terms):
-    """Gradients as they come: JAX sums them over the devices."""
+    """Returns gradients without averaging; JAX sums them over the devices."""
     fn = lambda *a: gradients(terms, *a, axis_name="batch")
     mesh = mesh_of((2,), ("batch",), AxisType.Auto)
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("batch"))}
@@ -66,7 +65,7 @@ def by_shard_map(terms):
 
 
 def by_jit(terms, shape, names, kind, spec):
-    """Arrays that are sharded over a mesh, in a plain jit; the last axis if need be."""
+    """Shards arrays over a mesh in a plain jit, also along the last axis."""
     mesh = mesh_of(shape, names, kind)
 
     def place(array):
@@ -91,7 +90,7 @@ MESHES = {
 
 
 def as_chex_checks(terms):
-    """While `chex.assert_numerical_grads` runs, stop_gradient gives ones."""
+    """Replaces stop_gradient by ones, as `chex.assert_numerical_grads` does."""
     with mock.patch("jax.lax.stop_gradient", jnp.ones_like):
         return jax.jit(lambda *a: gradients(terms, *a))(PARAMS, ARRAYS)
 
@@ -111,7 +110,7 @@ def test_some_distances_of_sharded_arrays(way):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_parameters_sharded_over_the_mesh(kind):
-    """Their gradients have their sharding."""
+    """Gradients have the sharding of their parameters."""
     mesh = mesh_of((2,), ("batch",), kind)
     shares, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in (("batch",), ()))
 

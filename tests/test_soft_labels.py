@@ -1,4 +1,4 @@
-"""Labels as probabilities, and tasks of one's own, in the loss and in the step."""
+"""Tests labels as probabilities, and users' tasks, in the loss and in the step."""
 
 import helpers
 import jax
@@ -34,7 +34,7 @@ def test_cross_entropy_of_probabilities():
 
 @pytest.mark.parametrize("hostile", [np.nan, np.inf, -np.inf])
 def test_samples_and_classes_without_probability_have_no_part(hostile):
-    """A zero row, whatever its logits are; a class of -inf that nothing asks for."""
+    """A row of zeros has no part with any logits, nor has a class without mass."""
     function = jax.jit(jax.value_and_grad(cross_entropy))
     value, gradient = function(LOGITS.at[2].set(hostile), SOFT)
     expected, slope = function(LOGITS.at[2].set(0), SOFT)
@@ -56,7 +56,7 @@ def test_nothing_labelled_is_zero():
 
 
 def test_distances_take_the_most_likely_class():
-    """Under jit, which knows no values."""
+    """Labels are traced under jit, so their values are unknown."""
     likely = np.where(SOFT.any(1), SOFT.argmax(1), -1)
     numbers = lambda x, y, labels: jnp.sum(labels * 10.0 ** jnp.arange(len(labels)))
     distance = Distance(numbers, inputs=("features", "labels"))
@@ -82,7 +82,7 @@ def test_soft_labels_are_checked(labels, message):
 
 
 def take_steps(step, devices, labels, count=2):
-    """State and metrics after two steps."""
+    """Returns parameters and metrics after some steps."""
     run, (state, teacher) = steps.on_devices(step, devices), steps.start(devices)
     for _ in range(count):
         state, metrics = run(state, teacher, labels=labels)
@@ -96,7 +96,7 @@ SMOOTH = lambda labels, amount=0.1: (
 
 @pytest.mark.slow
 def test_soft_labels_in_the_step():
-    """One-hot labels are the classes; smoothed ones are those of one device."""
+    """One-hot labels equal classes; smoothed labels do not depend on the devices."""
     classes = np.where(np.arange(steps.N) % 5 == 0, -1, steps.LABELS)
     step = steps.make_step(distance="l2")
     hard = take_steps(step, 2, classes.astype(np.int32))
@@ -110,7 +110,7 @@ def test_soft_labels_in_the_step():
 
 @pytest.mark.slow
 def test_task_of_ones_own_in_the_step():
-    """Label smoothing as a task; the loss is that of the smoothed labels."""
+    """With label smoothing as a task, the loss equals that of smoothed labels."""
     task = lambda logits, labels: cross_entropy(logits, SMOOTH(labels))
     found = take_steps(steps.make_step(task=task), 2, steps.LABELS)
     expected = take_steps(steps.make_step(), 2, np.asarray(SMOOTH(steps.LABELS)))
@@ -126,7 +126,7 @@ def test_task_of_ones_own_in_the_step():
 
 
 def test_mixup_is_two_lines():
-    """Images and labels of the whole batch are mixed before it is sharded."""
+    """Images and labels of the whole batch are mixed before they are sharded."""
     partner = np.random.default_rng(0).permutation(steps.N)
     mix = lambda a: 0.7 * a + 0.3 * a[partner]
     labels = mix(np.asarray(jax.nn.one_hot(steps.LABELS, K)))

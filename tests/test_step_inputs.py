@@ -1,4 +1,4 @@
-"""The step takes what loaders and networks give it, or refuses it in one line."""
+"""Tests inputs from loaders and networks: the step accepts or refuses them."""
 
 from collections import OrderedDict
 from types import MappingProxyType, SimpleNamespace
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def network(make):
-    """An apply function whose outputs are made of its logits."""
+    """Makes an apply function whose outputs are made from its logits."""
 
     def apply(variables, images, *, train):
         del train
@@ -82,7 +82,7 @@ def assert_same(left, right):
 
 
 def assert_refused(call, *parts):
-    """The call fails in one line, which has each of ``parts``."""
+    """Asserts that a call fails with a one-line error that has each of ``parts``."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         call()
     message = str(caught.value)
@@ -199,7 +199,7 @@ def test_outputs_of_another_kind(case):
     wrong, *parts = WRONG_OUTPUTS[case]
     assert_refused(lambda: train(network=wrong), *parts)
     assert_refused(lambda: train(teacher=wrong), *parts)
-    if case != "list of maps":  # evaluation looks at logits only
+    if case != "list of maps":  # evaluation uses only logits
         assert_refused(lambda: evaluate(network=wrong), *parts)
 
 

@@ -1,7 +1,7 @@
-"""Everything can be traced where JAX forbids implicit promotion of ranks and dtypes.
+"""Traces everything without implicit promotion of ranks and dtypes.
 
-Tracing is enough: `jax.numpy_rank_promotion("raise")` and strict promotion of dtypes
-are checked while tracing.
+Tracing is enough, because `jax.numpy_rank_promotion("raise")` and strict promotion of
+dtypes are checked while tracing.
 """
 
 from functools import partial
@@ -59,7 +59,7 @@ def test_every_distance(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True])
 def test_mixed_inputs(x64):
-    """A teacher in half precision, labels of 8 bits."""
+    """The teacher is in half precision, and labels have 8 bits."""
     with jax.enable_x64(x64):
         arrays = {
             name: jnp.asarray(a, jnp.bfloat16 if name.endswith("y") else None)
@@ -94,7 +94,7 @@ def test_steps_of_every_network(name, dtype):
 
 
 def trace_steps(network, distance):
-    """A step of training, of networks of one kind, and one of evaluation."""
+    """Traces a training step and an evaluation step with networks of one kind."""
     apply, tx = (
         adapters.linen_apply(network),
         optax.adam(optax.cosine_decay_schedule(1, 9)),

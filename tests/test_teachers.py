@@ -1,4 +1,4 @@
-"""Several teachers in one step: the sum of their losses, with one task."""
+"""Tests several teachers in one step: their losses are added, with one task."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ LAMBDA = 0.05
 
 
 def take(teachers, distance, variables, devices=2, data=None, **options):
-    """Parameters' update and metrics of one step."""
+    """Returns the optimizer's state and the metrics of one step."""
     options = {"augment": steps.AUGMENT, "distance": distance, **options}
     step = steps.make_train_step(steps.STUDENT_APPLY, teachers, steps.TX, **options)
     own = steps.DEVICES[:devices]
@@ -32,7 +32,7 @@ def take(teachers, distance, variables, devices=2, data=None, **options):
 
 
 def test_losses_of_teachers_are_added():
-    """Gradients, too; the task is counted once, and terms bear the teacher's name."""
+    """Gradients are added, too. The task counts once; terms have the teacher's name."""
     momentum, found = take(TEACHERS, TERMS, VARIABLES)
     one, of_one = take(APPLY, TERMS["one"], VARIABLES["one"])
     other, of_other = take(APPLY, TERMS["other"], VARIABLES["other"], task_weight=0)
@@ -107,7 +107,7 @@ def test_arguments_of_the_step_are_checked():
     ],
 )
 def test_seen_are_features_and_logits(features, logits, finite):
-    """A logit of minus infinity leaves a class out; a row without a sample is zero."""
+    """A class may be left out by minus infinity; rows without a sample are zero."""
     layers = {} if features is None else {"features": jnp.full((2, 3), features)}
     taught = layers, jnp.array([[1.0, logits], [np.nan, np.nan]])
     found = teachers.seen(taught, jnp.array([1, 0]))

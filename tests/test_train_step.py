@@ -1,4 +1,4 @@
-"""The train step: it learns, on any number of devices, and is compiled once."""
+"""Tests the train step: it learns on any number of devices, and compiles once."""
 
 import inspect
 from typing import NamedTuple
@@ -41,7 +41,7 @@ AUGMENT = make_augment(mean=(0.5,), std=(0.25,), padding=1)
 NORMALIZE = lambda image: AUGMENT(None, image, train=False)
 
 RNG = np.random.default_rng(0)
-# Pixels that tell the classes, unbalanced: what one batch can be learnt from.
+# The labels can be learned from the pixels of one batch; classes are unbalanced.
 LABELS = np.array([0] * 8 + [1] * 5 + [2] * 2 + [3], np.int32)
 IMAGES = RNG.integers(0, 256, (N, SIDE, SIDE, 1)).astype(np.uint8)
 
@@ -53,7 +53,7 @@ class Outputs(NamedTuple):
 
 
 class Net(nn.Module):
-    """A layer, BatchNorm over all devices, a layer: compiles in a second."""
+    """Has a layer, BatchNorm over all devices, and a layer; compiles in a second."""
 
     axis_name: str | None = None
     width: int = 12
@@ -61,7 +61,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, images, *, train=False):
         x = images.reshape(images.shape[0], -1)
-        # BatchNorm follows: a bias would have no gradient but rounding errors.
+        # BatchNorm follows, so the gradient of a bias would be only rounding errors.
         x = nn.Dense(self.width, use_bias=False, name="first")(x)
         x = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name)(x)
         features = nn.relu(x)
@@ -87,7 +87,7 @@ def make_step(student=STUDENT_APPLY, **options):
 
 
 def on_devices(step, count, **options):
-    """(state, teacher, images, labels) -> (state, metrics), state not donated."""
+    """Maps (state, teacher, images, labels) to (state, metrics), without donation."""
     mapped = parallel(
         step, in_axes=(None, None, 0, 0), devices=DEVICES[:count], **options
     )
@@ -103,19 +103,19 @@ def on_all(tree, count):
 
 
 def start(count=2, **options):
-    """State and teacher, replicated."""
+    """Returns the replicated state and teacher."""
     state = create_state(STUDENT, TX, **{"weight": 0.05, "seed": 7, **options})
     return on_all(state, count), on_all(TEACHER, count)
 
 
 @pytest.fixture(scope="module")
 def l2_step():
-    """The compiled step that most tests share: paired l2 on two devices."""
+    """Compiles the step that most tests share: paired l2 on two devices."""
     return on_devices(make_step(), 2)
 
 
 def assert_close(actual, expected, *, tolerance=1e-5, least=1e-3):
-    """Per tensor: max|difference| <= tolerance * max|expected|, or of ``least``."""
+    """Asserts max|difference| <= tolerance * max(max|expected|, least) per tensor."""
 
     def compare(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -143,7 +143,7 @@ def differs(a, b):
 
 
 def test_overfits_one_batch():
-    """Cross-entropy, distance and accuracy of sixteen images."""
+    """Tests cross-entropy, distance and accuracy on sixteen images."""
     plain = lambda key, image: NORMALIZE(image)
     step = on_devices(make_step(augment=plain), 2)
     state, teacher = start()
@@ -159,7 +159,7 @@ def test_overfits_one_batch():
 
 
 def test_learns_from_labels_alone():
-    """On one device, without pmap and without a teacher: how teachers are made."""
+    """Uses one device, no pmap and no teacher, as for training a teacher."""
     plain = lambda key, image: NORMALIZE(image)
     apply = linen_apply(Net())
     step = make_train_step(apply, None, TX, augment=plain, axis_name=None)
@@ -202,7 +202,7 @@ def test_metrics_are_those_of_the_global_batch(l2_step):
 
 @pytest.mark.parametrize("how", MAPPINGS)
 def test_lower_takes_shapes(how):
-    """As where there is a description of the devices only."""
+    """No arrays are needed, as if there were only a description of the devices."""
     double = lambda x, y: jax.lax.psum(x * y, AXIS)
     mapped = parallel(double, in_axes=(None, 0), devices=DEVICES[:2], how=how)
     shapes = jax.ShapeDtypeStruct((3,), np.float32), jax.ShapeDtypeStruct((2, 3), "f4")
@@ -212,10 +212,10 @@ def test_lower_takes_shapes(how):
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_shard_map_is_pmap(axis):
-    """Step by step, with its gradients as they are on one device, no larger."""
+    """They agree in all steps, with the gradients of a single device."""
     step, axes = make_step(), (None, None, 0, 0)
     batch = shard((IMAGES, LABELS), 2)
-    if axis == 1:  # of steps, devices, images: as streamed runs have it
+    if axis == 1:  # axes are steps, devices, images, as in streamed runs
         step, axes = scan_steps(step), (None, None, None, None, 1)
         batch = (*on_all((IMAGES, LABELS), 2), np.arange(N).reshape(1, 2, -1))
     results = {}
@@ -246,11 +246,11 @@ def test_unknown_mapping():
 
 
 def test_augmentation_does_not_depend_on_the_number_of_devices():
-    """And it changes from image to image, step to step and seed to seed."""
+    """It changes between images, steps and seeds."""
     same = np.broadcast_to(IMAGES[:1], IMAGES.shape)
 
     def student(variables, images, *, train):
-        # What it sees comes back as its statistics, from all devices.
+        # The student's statistics are the images that it sees, from all devices.
         flat = images.reshape(images.shape[0], -1)
         outputs = Outputs(flat @ variables["params"], flat, {})
         return outputs, jax.lax.all_gather(images, AXIS, tiled=True)
@@ -279,7 +279,7 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
 
 @pytest.mark.slow
 def test_unsynchronised_statistics_would_be_noticed():
-    """The comparison can fail: BatchNorm of each device by itself."""
+    """The comparison can fail: here each device has its own BatchNorm."""
     results = []
     for count in (1, 2):
         step = on_devices(make_step(linen_apply(Net())), count)
@@ -294,7 +294,7 @@ def test_unsynchronised_statistics_would_be_noticed():
 
 @pytest.fixture
 def compilations():
-    """The programs compiled while the test runs."""
+    """Collects the programs that are compiled during a test."""
     seen = []
 
     def listen(event, duration, **kwargs):
@@ -307,21 +307,21 @@ def compilations():
 
 
 def test_one_trace_and_one_compilation(compilations):
-    """Steps, batches, seeds, weights and teachers: the same program."""
+    """Steps, batches, seeds, weights and teachers share one program."""
     step = on_devices(chex.assert_max_traces(make_step(), n=1), 2)
     first, teacher = start(seed=1, weight=0.1)
     other, _ = start(seed=2, weight=10.0)
     another_teacher = on_all(variables_of(3), 2)
     state, metrics = step(first, teacher)
     jax.block_until_ready(state)
-    assert compilations  # the listener listens
+    assert compilations  # the listener works
     compilations.clear()
     for _ in range(2):
         state, _ = step(state, teacher, IMAGES[::-1].copy())
     _, other_metrics = step(other, teacher)
     _, taught = step(first, another_teacher)
     assert compilations == []
-    # Each of them matters.
+    # Each of them changes the result.
     assert other_metrics["loss"] > metrics["loss"]
     assert other_metrics["l2"] != metrics["l2"]
     assert taught["l2"] != metrics["l2"]
@@ -330,7 +330,7 @@ def test_one_trace_and_one_compilation(compilations):
 
 @pytest.mark.slow
 def test_schedule_scales_the_weight_at_each_step():
-    """Half at the first step, one and a half at the second; state or own lambda."""
+    """The factor is 0.5 at the first step, 1.5 at the second, with both lambdas."""
     factor = lambda step: 0.5 + step
     for own in (None, 0.2):
         state, teacher = start(weight=0.2)
@@ -345,7 +345,7 @@ def test_schedule_scales_the_weight_at_each_step():
 
 
 def projected_student():
-    """The student with a three-layer projector of its map, whose BatchNorm sees all."""
+    """Returns a student with a three-layer projector and BatchNorm over all devices."""
     projectors = {"map": ThreeLayerProjector(features=3, axis_name=AXIS)}
     outputs = jax.eval_shape(
         lambda v, x: STUDENT_APPLY(v, x, train=False)[0],
@@ -420,13 +420,13 @@ def test_scan_is_single_steps(l2_step):
         assert_close(jax.tree.map(lambda m, i=i: m[i], metrics), one)
     assert_close(many, state)
     assert many.step == steps
-    # A single row makes no loop, with the same shapes.
+    # A single step is not a loop, but its results have the same shapes.
     _, last = scanned(state, teacher, *data, split[:1])
     chex.assert_tree_shape_prefix(last, (1,))
 
 
 def test_donation_and_replicate():
-    """The step reuses the state's memory; the caller's arrays live on."""
+    """The step reuses the memory of the state, but not that of the caller's arrays."""
     step = on_devices(make_step(), 2, donate=(0,))
     initial = jax.device_put(create_state(STUDENT, TX, weight=0.05), DEVICES[0])
     state, teacher = replicate(initial), replicate(TEACHER)
@@ -437,7 +437,7 @@ def test_donation_and_replicate():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((initial, teacher)))
     chex.assert_trees_all_equal(initial.params, STUDENT["params"])
     step(state, teacher)
-    # A second student from the same initial state
+    # Another student starts from the same initial state.
     again, _ = step(replicate(initial), teacher)
     assert again.step == 1
 
@@ -459,7 +459,7 @@ def test_a_non_finite_step_returns_the_old_state(broken, l2_step):
     before = jax.device_get(state)
     if broken == "loss":
         step, bad = l2_step, state.replace(weight=on_all(jnp.float32(jnp.inf), 2))
-    else:  # a finite value, sqrt(0), of infinite slope
+    else:  # the value sqrt(0) is finite, its slope is not
         kink = lambda x, y: jnp.sqrt(jnp.sum((x - jax.lax.stop_gradient(x)) ** 2))
         step, bad = on_devices(make_step(distance=kink), 2), state
     after, metrics = step(bad, teacher)
@@ -467,7 +467,7 @@ def test_a_non_finite_step_returns_the_old_state(broken, l2_step):
     assert bool(np.isfinite(metrics["loss"])) == (broken == "gradient")
     after_on_host = jax.device_get(after).replace(weight=before.weight)
     chex.assert_trees_all_equal(after_on_host, before)
-    # A later step with a sound weight goes on.
+    # The next step with a finite weight works.
     recovered, metrics = l2_step(after.replace(weight=state.weight), teacher)
     assert metrics["finite"]
     assert recovered.step == before.step + 1
@@ -475,7 +475,7 @@ def test_a_non_finite_step_returns_the_old_state(broken, l2_step):
 
 @pytest.mark.parametrize("layer", ["first", "head"])
 def test_metrics_tell_that_the_teacher_is_not_finite(layer, l2_step):
-    """On whatever device: features or logits; the student is not to blame."""
+    """Whether it is in features or logits, on any device; the student is not blamed."""
     state, teacher = start()
     _, metrics = l2_step(state, teacher)
     assert metrics["teacher_finite"]
@@ -484,7 +484,7 @@ def test_metrics_tell_that_the_teacher_is_not_finite(layer, l2_step):
     _, metrics = l2_step(state, on_all(broken, 2))
     assert_shards_equal(metrics)
     assert not metrics["teacher_finite"]
-    assert bool(metrics["finite"]) == (layer == "head")  # l2 compares no logits
+    assert bool(metrics["finite"]) == (layer == "head")  # l2 does not compare logits
     wrong = state.replace(weight=on_all(jnp.float32(jnp.inf), 2))
     _, metrics = l2_step(wrong, teacher)
     assert (bool(metrics["finite"]), bool(metrics["teacher_finite"])) == (False, True)
@@ -494,7 +494,7 @@ def test_metrics_tell_that_the_teacher_is_not_finite(layer, l2_step):
 
 
 def test_teacher_is_an_argument_in_evaluation_mode(l2_step):
-    """Its statistics, not the batch's, and they stay as they are."""
+    """It uses its own statistics, which do not change, instead of the batch's."""
     state, teacher = start()
     before = jax.device_get(teacher)
     _, metrics = l2_step(state, teacher)
@@ -525,7 +525,7 @@ def test_terms_are_weighed_by_the_state_s_lambda():
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_teacher_data_are_an_argument_of_the_program(scanned, compilations):
-    """Another price between classes: another loss, the same program."""
+    """Other costs between classes change the loss, but not the program."""
     step = make_step(distance="wkd_logits")
     axes, batch = (None, None, 0, 0, None), shard((IMAGES, LABELS), 2)
     if scanned:
@@ -549,7 +549,7 @@ def test_teacher_data_are_an_argument_of_the_program(scanned, compilations):
 
 
 def test_dropout_has_keys_of_its_own():
-    """Keys of dropout differ by step and device, and from those of the images."""
+    """Keys of dropout differ between steps and devices, and from those of images."""
     seen, fold = [], jax.vmap(jax.random.fold_in, (None, 0))
 
     def student(variables, images, *, train, rngs):
@@ -575,7 +575,7 @@ def test_dropout_has_keys_of_its_own():
 
 
 def test_rngs_are_passed_through_projectors():
-    """To a student that takes them: the signature stays that of its own function."""
+    """Only students that take them get them; the apply function keeps its signature."""
 
     def noisy(variables, images, *, train, rngs):
         outputs, stats = linen_apply(Net())(variables, images, train=train)
@@ -598,7 +598,7 @@ def test_rngs_are_passed_through_projectors():
 
 
 def test_padding_counts_in_no_metric():
-    """On two devices, one of which has hardly a label."""
+    """Uses two devices, one of which has almost no labels."""
     plain = lambda key, image: NORMALIZE(image)
     labels = np.where(np.arange(N) < 7, -1, LABELS).astype(np.int32)
     step = on_devices(make_step(augment=plain), 2)
@@ -611,7 +611,7 @@ def test_padding_counts_in_no_metric():
 
 
 def test_optimisers_that_want_it_are_given_the_loss():
-    """The others are not asked."""
+    """Other optimizers do not get the loss."""
 
     def init(params):
         del params
@@ -630,7 +630,7 @@ def test_optimisers_that_want_it_are_given_the_loss():
 
 
 def test_counters_of_a_state_are_not_averaged():
-    """Only floating arrays are; an average would make others floats."""
+    """Only floating arrays are averaged, because an average would convert others."""
 
     def student(variables, images, *, train):
         outputs, stats = STUDENT_APPLY(variables, images, train=train)
@@ -735,14 +735,14 @@ def test_create_state():
 
 
 def test_padded_images_of_a_mask_have_no_part():
-    """Loss, terms, accuracy and update are those of the batch without them."""
+    """Loss, terms, accuracy and update equal those of the batch without these."""
     plain = lambda key, image: NORMALIZE(image)
 
     def apply(variables, images, *, train):
         logits = images.reshape(len(images), -1) @ variables["params"]
         return Outputs(logits, logits**2, {}), {}
 
-    def taught(variables, images, *, train):  # not finite for a blank image
+    def taught(variables, images, *, train):  # a blank image gives NaN
         contrast = images / jnp.std(images, axis=(1, 2, 3), keepdims=True)
         return apply(variables, contrast, train=train)
 
@@ -763,7 +763,7 @@ def test_padded_images_of_a_mask_have_no_part():
         state, teacher, images, np.where(mask, LABELS, 77), {}, mask.astype(np.float32)
     )
     assert metrics["teacher_finite"]
-    moved = np.roll(np.arange(N), 1)[None]  # the mask moves along
+    moved = np.roll(np.arange(N), 1)[None]  # the mask moves on
     scanned, _ = jax.jit(scan_steps(step))(
         state, teacher, images, np.where(mask, LABELS, 77), moved, {}, mask
     )

@@ -1,11 +1,14 @@
-"""Checks names and ranges of settings, and options that exclude each other."""
+"""Checks the values of settings, and settings that depend on each other.
+
+The choices and the range of a single setting are at its definition in `settings`.
+"""
 
 import math
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import FEATURE_ONLY, MODELS, Settings, flat
-from kddm_jax.numerics.normalization import NORMALIZATIONS
+from kddm_jax.experiment.options import Choices, Range, notes
+from kddm_jax.experiment.settings import FEATURE_ONLY, OPTIONS, Settings, flat
 
 
 def _require(condition, message):
@@ -16,9 +19,10 @@ def _require(condition, message):
 def check(settings: Settings) -> None:
     """Raises a `UserError` if settings contradict each other or are out of range."""
     _check_distances(settings)
-    _check_choices(settings)
-    _check_ranges(settings)
+    _check_values(settings)
+    _check_teacher(settings)
     _check_processes(settings)
+    _check_seeds(settings)
 
 
 def _check_distances(settings):
@@ -47,37 +51,22 @@ def _check_distances(settings):
         )
 
 
-def _check_choices(settings):
-    values = flat(settings)
-    for name, known in {
-        "stem": ("cifar", "imagenet"),
-        "dtype": ("float32", "bfloat16"),
-        "optimizer": ("sgd", "adamw"),
-        "schedule": ("cosine-epoch", "cosine", "onecycle", "constant"),
-        "normalization": tuple(NORMALIZATIONS),
-        "weight_schedule": ("constant", "warmup", "decay"),
-        "projector": (None, "dense", "conv", "conv3"),
-        "positions": ("pool", "each"),
-        "embedding": ("pca", "tsne", "none"),
-        "on_nonfinite": ("stop", "skip"),
-    }.items():
-        value = values[name]
-        names = ", ".join(str(k) for k in known)
-        _require(value in known, f"unknown {name} {value!r}; known: {names}")
-    teacher, pretrained = values["teacher"], values["pretrained_teacher"]
+def _check_values(settings):
+    """Checks each setting by the choices or the range at its definition."""
+    for name, value in flat(settings).items():
+        for note in notes(OPTIONS[name]):
+            if isinstance(note, Choices | Range):
+                note.check(name, value)
+
+
+def _check_teacher(settings):
+    networks = settings.networks
+    teacher, pretrained = networks.teacher, networks.pretrained_teacher
     _require(
         teacher is None or pretrained is None,
         f"--teacher {teacher} is trained already; leave out either it or "
         f"--pretrained-teacher {pretrained}",
     )
-    for name in ("teacher_model", "student_model"):
-        value = values[name]
-        module, colon, function = value.partition(":")
-        _require(
-            value in MODELS or (module and function),
-            f"unknown {name} {value!r}; known: {', '.join(MODELS)}, or a function of "
-            "yours as module:function",
-        )
 
 
 def _check_processes(settings):
@@ -103,33 +92,7 @@ def _check_processes(settings):
     )
 
 
-def _check_ranges(settings):
-    values = flat(settings)
-    positive = (
-        "width teacher_width epochs teacher_epochs batch_size lr devices "
-        "distance_group eval_every train_images student_images "
-        "test_images quality_images views image_size processes"
-    )
-    for name in positive.split():
-        value = values[name]
-        _require(
-            value is None or value > 0,
-            f"--{name.replace('_', '-')} must be positive, got {value}",
-        )
-    not_negative = (
-        "held_out padding lr_end weight_decay momentum warmup stream_above "
-        "degrees shift zoom"
-    )
-    for name in not_negative.split():
-        value = values[name]
-        if value is None:
-            continue
-        below = value < 1 or name not in ("momentum", "warmup", "shift", "zoom")
-        _require(
-            value >= 0 and below,
-            f"--{name.replace('_', '-')} must be >= 0"
-            f"{'' if below else ' and < 1'}, got {value}",
-        )
+def _check_seeds(settings):
     seeds = settings.run.seeds
     _require(seeds, "--seeds needs at least one seed")
     outside = [seed for seed in seeds if not 0 <= seed < 2**32]

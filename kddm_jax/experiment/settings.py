@@ -1,18 +1,29 @@
 """Defines the settings of the commands, grouped by topic.
 
 The groups are frozen dataclasses inside `Settings`. On the command line and in JSON
-their fields are flat, because every name occurs once. `identity` returns the settings
-that decide the result of a run, which are all except those of the group `Run`. The
-recipes are in `recipes.py`.
+their fields are flat, because every name occurs once. An annotation next to a default
+says which values the setting accepts and how it is treated (`options.py`). `identity`
+returns the settings that decide the result of a run, which are all except those of the
+group `Run`. The recipes are in `recipes.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.options import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Choices,
+    Mark,
+    notes,
+)
+from kddm_jax.numerics.normalization import NORMALIZATIONS
+from kddm_jax.numerics.positions import POSITIONS
 
 FEATURE_ONLY = "feature_only"
 RELEASED = "released"  # the value of --layers for the layers of arXiv 2511.14981
@@ -21,6 +32,7 @@ MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
     *("TeacherMLP", "StudentMLP"),
 )
+NETWORK = Choices(*MODELS, own="a function of yours as module:function")
 
 
 class AtMost(int):
@@ -37,23 +49,23 @@ class Data:
     dataset: str = "digits"
     """Name of the data set: digits (embedded), cifar10, cifar100, svhn, mnist,
     fashion_mnist, folder (of images), or a set prepared by TFDS."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, POSITIVE] = None
     """Side in pixels to which the central square of every image is resized; None keeps
     images as they are."""
     skip_damaged: bool = False
     """Skip files of a folder or a TFDS data set that are damaged or in an unsupported
     format, and print a warning."""
-    train_images: int | None = None
+    train_images: Annotated[int | None, POSITIVE] = None
     """Number of training images of the teacher, a stratified sample; None uses all."""
-    student_images: int | None = None
+    student_images: Annotated[int | None, POSITIVE, Mark.OF_STUDENTS] = None
     """Number of training images of the students, a sample of the teacher's; None uses
     all of the teacher's."""
-    test_images: int | None = None
+    test_images: Annotated[int | None, POSITIVE] = None
     """Number of test images to evaluate on, a stratified sample; None uses all."""
-    held_out: int = 0
+    held_out: Annotated[int, NOT_NEGATIVE] = 0
     """Number of training images that are not trained on and replace the test set in
     evaluation; use it to choose lambda."""
-    views: int | None = None
+    views: Annotated[int | None, POSITIVE, Mark.OF_STUDENTS] = None
     """Number of fixed augmented copies of each training image; the teacher is run on
     them once for all students. None augments images anew at every step."""
 
@@ -62,15 +74,15 @@ class Data:
 class Augmentation:
     """Changes training images at random."""
 
-    padding: int = 4
+    padding: Annotated[int, NOT_NEGATIVE] = 4
     """Pixels of padding of the random crop."""
     flip: bool = True
     """Flip images horizontally at random."""
-    degrees: float = 0.0
+    degrees: Annotated[float, NOT_NEGATIVE] = 0.0
     """Largest angle of the random rotation."""
-    shift: float = 0.0
+    shift: Annotated[float, SHARE] = 0.0
     """Largest random displacement, as a fraction of the image's height and width."""
-    zoom: float = 0.0
+    zoom: Annotated[float, SHARE] = 0.0
     """Largest random change of scale; 0.1 scales by a factor between 0.9 and 1.1."""
 
 
@@ -78,31 +90,31 @@ class Augmentation:
 class Networks:
     """Chooses teacher and student."""
 
-    teacher: Path | None = None
+    teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE, Mark.NOT_SHOWN] = None
     """Checkpoint, or run folder, of a trained teacher; None trains one."""
-    teacher_model: str = "ResNet34"
+    teacher_model: Annotated[str, NETWORK, Mark.OF_TEACHER] = "ResNet34"
     """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
     module:function. The function is called with num_classes and, if it takes them,
     stem, width, dtype and axis_name, and gives a Linen module, or with rngs an NNX
     module."""
-    student_model: str = "ResNet18"
+    student_model: Annotated[str, NETWORK, Mark.OF_STUDENTS] = "ResNet18"
     """The same for the student."""
-    pretrained_teacher: Path | None = None
+    pretrained_teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Weights of a torchvision ResNet (.safetensors, .npz, .pth) from which the teacher
     starts. If the teacher is deeper, blocks are added; if the number of classes
     differs, the head is replaced."""
-    pretrained_student: Path | None = None
+    pretrained_student: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Weights from which every student starts, as for --pretrained-teacher."""
-    stem: str = "cifar"
+    stem: Annotated[str, Choices("cifar", "imagenet")] = "cifar"
     """First layers of ResNets: cifar (3x3) or imagenet (7x7/2 and max pooling)."""
-    width: int = 64
+    width: Annotated[int, POSITIVE] = 64
     """Width of the networks; 64 is the published width. ResNets: number of channels of
     the first stage; the features have 8 times this width. MobileNetV2: channels are
     multiplied by width / 64; the features have width 1280 or more. ViT: tokens and
     features have 3 times this width."""
-    teacher_width: int | None = None
+    teacher_width: Annotated[int | None, POSITIVE, Mark.NAMED_OTHERWISE] = None
     """Width of the teacher; None uses the student's."""
-    dtype: str = "float32"
+    dtype: Annotated[str, Choices("float32", "bfloat16")] = "float32"
     """Type of the computations, float32 or bfloat16; parameters are float32."""
 
 
@@ -110,19 +122,19 @@ class Networks:
 class Method:
     """Sets how students learn from the teacher."""
 
-    distances: tuple[str, ...] = KD2M
+    distances: Annotated[tuple[str, ...], Mark.NAMED_OTHERWISE] = KD2M
     """Distances to distil with; one student is trained for each. Keys of the catalogue,
     your own distances as module:NAME, or feature_only (labels train only the head)."""
-    weight: float | None = None
+    weight: Annotated[float | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of every distance that --weights does not name. None uses 1e-4, as in the
     released code, or with --normalization the catalogue's default, if it has one.
     feature_only uses 10 with --normalization unit, otherwise 1."""
-    weights: dict[str, float] | None = None
+    weights: Annotated[dict[str, float] | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3."""
-    weight_schedule: str = "constant"
+    weight_schedule: Annotated[str, Choices("constant", "warmup", "decay")] = "constant"
     """Schedule of every lambda: constant; warmup (rises from zero over the first half
     of the steps); decay (falls to zero along half a cosine over all steps)."""
-    normalization: str | None = None
+    normalization: Annotated[str | None, Choices(*NORMALIZATIONS)] = None
     """How features are transformed before they are compared. None: not at all, as in
     the paper. teacher: the features of both networks are divided by the teacher's root
     mean squared deviation, so that lambda has no unit. unit: each feature vector is
@@ -134,21 +146,21 @@ class Method:
     """Pairs of layers that every distance compares instead of the pooled features:
     STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT. The word released makes feature_only
     compare four layers, chosen by knowledge quality, by mean squared error."""
-    projector: str | None = None
+    projector: Annotated[str | None, Choices(None, "dense", "conv", "conv3")] = None
     """Learned projection of the student's layers to the teacher's width: dense, conv
     (1x1) or conv3 (three layers); None uses no projection. Without --layers,
     feature_only projects the pooled features if, and only if, their widths differ."""
-    positions: str = "pool"
+    positions: Annotated[str, Choices(*POSITIONS)] = "pool"
     """How distances of features treat feature maps: pool (averages over positions) or
     each (every position is a sample)."""
-    quality_images: int = 5000
+    quality_images: Annotated[int, POSITIVE, Mark.OF_FEATURE_ONLY] = 5000
     """Number of training images, the same number from each class, on which the
     knowledge quality of the teacher's layers is measured (--layers released)."""
-    head: tuple[str, ...] | None = None
+    head: Annotated[tuple[str, ...] | None, Mark.OF_FEATURE_ONLY] = None
     """Modules of the student that labels train in feature_only. They learn from labels
     only, and all other modules from features only. None uses the modules after the
     features."""
-    distance_group: int | None = None
+    distance_group: Annotated[int | None, POSITIVE, Mark.NAMED_OTHERWISE] = None
     """Number of devices that gather features from each other; None uses all. A smaller
     number changes the loss to the mean of the distances of all groups."""
 
@@ -157,32 +169,34 @@ class Method:
 class Optimizer:
     """Sets how the networks are trained."""
 
-    teacher_epochs: int = 15
+    teacher_epochs: Annotated[int, POSITIVE, Mark.OF_TEACHER] = 15
     """Number of epochs of the teacher."""
-    epochs: int = 15
+    epochs: Annotated[int, POSITIVE, Mark.OF_STUDENTS] = 15
     """Number of epochs of each student."""
-    eval_every: int = 1
+    eval_every: Annotated[int, POSITIVE] = 1
     """Number of epochs between evaluations; the last epoch is always evaluated."""
-    batch_size: int = 128
+    batch_size: Annotated[int, POSITIVE] = 128
     """Number of images in a batch, over all devices."""
-    optimizer: str = "sgd"
+    optimizer: Annotated[str, Choices("sgd", "adamw")] = "sgd"
     """Name of the optimizer: sgd or adamw."""
-    lr: float = 1e-2
+    lr: Annotated[float, POSITIVE] = 1e-2
     """Peak learning rate."""
-    lr_end: float = 1e-4
+    lr_end: Annotated[float, NOT_NEGATIVE] = 1e-4
     """Learning rate at the end of the cosine."""
-    schedule: str = "cosine-epoch"
+    schedule: Annotated[
+        str, Choices("cosine-epoch", "cosine", "onecycle", "constant")
+    ] = "cosine-epoch"
     """Schedule of the learning rate: cosine-epoch (a cosine that changes once per
     epoch, as in the released code), cosine (changes at every step, after --warmup),
     onecycle (rises along a cosine over the first 30 % of the steps, then falls almost
     to zero), constant (as in the released baseline)."""
-    warmup: float = 0.0
+    warmup: Annotated[float, SHARE] = 0.0
     """Share of the steps over which the rate rises from zero (cosine only)."""
-    momentum: float = 0.9
+    momentum: Annotated[float, SHARE] = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Use Nesterov momentum."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight decay of all parameters: an L2 penalty with sgd, as in torch.optim.SGD;
     decoupled with adamw."""
 
@@ -197,40 +211,42 @@ class Run:
     seeds: tuple[int, ...] = (0,)
     """Random seeds. For each seed, one student is trained without distillation and one
     for each distance."""
-    out: Path | None = None
+    out: Annotated[Path | None, Mark.NOT_SHOWN] = None
     """Folder of the results; None uses runs/<dataset>-<recipe>."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, Mark.NOT_SHOWN] = None
     """Folder of the data; None searches $KDDM_DATA_DIR, or ./data and
     ~/.cache/kddm_jax, and for TFDS sets $TFDS_DATA_DIR and ~/tensorflow_datasets."""
     teacher_saw_held_out: bool = False
     """Accept a --teacher that may have been trained on the held-out images. Students
     are never trained on them."""
-    devices: int | None = None
+    devices: Annotated[int | None, POSITIVE] = None
     """Number of devices of all processes together; None uses all."""
-    coordinator: str | None = None
+    coordinator: Annotated[str | None, Mark.OWN] = None
     """HOST:PORT of the first process, if there are several, one on each host. None
     detects Cloud TPU and Slurm, and otherwise runs a single process."""
-    processes: int | None = None
+    processes: Annotated[int | None, POSITIVE] = None
     """Number of processes; 1 runs a single process, even on Cloud TPU or Slurm."""
-    process: int | None = None
+    process: Annotated[int | None, Mark.OWN] = None
     """Index of this process, starting at 0."""
-    stream_above: float | None = None
+    stream_above: Annotated[float | None, NOT_NEGATIVE] = None
     """If the training images take more than this many megabytes, they stay in host
     memory and are sent to the devices batch by batch, ahead of time; None uses a
     quarter of the device's memory."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Annotated[float, NOT_NEGATIVE] = 30.0
     """Minimum number of seconds between checkpoints. A checkpoint is always written at
     the end of a run and on SIGTERM."""
-    on_nonfinite: str = "stop"
+    on_nonfinite: Annotated[str, Choices("stop", "skip")] = "stop"
     """What to do after a step whose loss or gradient is not finite: stop; or skip,
     which counts such steps in the history and warns. Either way, the step does not
     change the parameters."""
-    embedding: str = "pca"
+    embedding: Annotated[str, Choices("pca", "tsne", "none"), Mark.NOT_SHOWN] = "pca"
     """Method for the picture of the features in report.html: pca, tsne (slower) or
     none."""
-    compilation_cache: Path | None = Path("~/.cache/kddm_jax/xla")
+    compilation_cache: Annotated[Path | None, Mark.NOT_SHOWN] = Path(
+        "~/.cache/kddm_jax/xla"
+    )
     """Folder that keeps compiled programs for later commands."""
-    progress: bool = True
+    progress: Annotated[bool, Mark.OWN, Mark.NOT_SHOWN] = True
     """Show a progress bar on a terminal; otherwise print one line for each epoch."""
 
 
@@ -253,6 +269,13 @@ class Settings:
 
 GROUPS: Mapping[str, type] = {f.name: f.type for f in fields(Settings)}  # type: ignore
 GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}
+OPTIONS = {f.name: f for kind in GROUPS.values() for f in fields(kind)}
+PATHS = {
+    name
+    for kind in GROUPS.values()
+    for name, hint in get_type_hints(kind).items()
+    if Path in get_args(hint)
+}
 
 
 # ---------------------------------------------------------------------------
@@ -298,37 +321,29 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> Settings:
     """Reads settings that `as_json` wrote; missing ones get their defaults."""
-    found, values = {}, renamed(values)
-    for kind in GROUPS.values():
-        for of in fields(kind):
-            if of.name in values:
-                value = values[of.name]
-                if value is not None and Path in get_args(of.type):
-                    value = Path(value)
-                found[of.name] = tuple(value) if isinstance(value, list) else value
+    found = {}
+    for name, value in renamed(values).items():
+        if name in OPTIONS:
+            if value is not None and name in PATHS:
+                value = Path(value)
+            found[name] = tuple(value) if isinstance(value, list) else value
     return change(Settings(), **found)
 
 
 # ---------------------------------------------------------------------------
 # What decides a result.
 
-# The identity of a run has these in another form: files by their digests, and only the
-# run's own distance, weight and seed.
-NAMED_OTHERWISE = (
-    *("teacher", "pretrained_teacher", "pretrained_student", "teacher_width"),
-    *("distances", "weight", "weights", "distance_group"),
-)
-OF_STUDENTS = ("student_model", "student_images", "epochs", "views")
-OF_TEACHER = ("teacher_model", "teacher_epochs")
-OF_FEATURE_ONLY = ("head", "quality_images")
-# Settings that may differ between processes.
-OWN = (
-    *("coordinator", "process", "data_dir", "out", "compilation_cache", "progress"),
-    *("teacher", "pretrained_teacher", "pretrained_student"),
-)
-# Settings that are left out of a table's command, and files that it shows by name.
-PLACES = ("data_dir", "out", "teacher", "compilation_cache", "progress", "embedding")
-FILES = ("pretrained_teacher", "pretrained_student")
+
+def _marked(mark: Mark) -> set[str]:
+    """Returns the names of the settings that have the mark."""
+    return {name for name, option in OPTIONS.items() if mark in notes(option)}
+
+
+# Settings that may differ between processes; settings that are not in a table's
+# command; and files of which it shows the name without the folder.
+OWN = _marked(Mark.OWN) | PATHS
+PLACES = _marked(Mark.NOT_SHOWN)
+FILES = PATHS - PLACES
 
 
 def identity(settings: Settings, name: str) -> dict[str, Any]:
@@ -342,9 +357,10 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
       settings: the settings of the command.
       name: name of the run: "teacher", "student" (alone), or a distance.
     """
-    left_out = {*NAMED_OTHERWISE, *(OF_STUDENTS if name == "teacher" else OF_TEACHER)}
+    others = Mark.OF_STUDENTS if name == "teacher" else Mark.OF_TEACHER
+    left_out = _marked(Mark.NAMED_OTHERWISE) | _marked(others)
     if name != FEATURE_ONLY:
-        left_out |= {*OF_FEATURE_ONLY}
+        left_out |= _marked(Mark.OF_FEATURE_ONLY)
     groups = {*GROUPS} - {"run"}
     if name in ("teacher", "student"):
         groups -= {"method"}

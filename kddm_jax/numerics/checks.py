@@ -1,7 +1,7 @@
-"""Checks of the arguments of distances, made while tracing.
+"""Checks the arguments of distances while they are traced.
 
-Each raises a ``ValueError`` that names the argument, what came, what was wanted and how
-to fix it.
+Each check raises a ``ValueError`` that names the argument, says what was found and what
+was expected, and suggests a fix.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from jax.core import Tracer
 
 from kddm_jax.numerics.devices import unsharded
 
-# Names of the logits of student and teacher, in messages.
+# Names of the student's and the teacher's logits in messages.
 LOGITS = ("logits_x", "logits_y")
-# Directions of a divergence; the released code takes the first.
+# Directions of a divergence; the released code uses the first.
 DIRECTIONS = ("student||teacher", "teacher||student")
 
 
@@ -26,7 +26,7 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
     Args:
       name: name of the argument, for the message.
       value: value that the caller passed.
-      known: choices.
+      known: all choices.
 
     Raises:
       ValueError: the value is not one of the choices.
@@ -37,17 +37,17 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any]:
-    """Chooses between the given options and those that the released code fixes.
+    """Returns the given options, or those of the released code.
 
     Args:
-      compat: None or ``"released"``.
+      compat: None, or ``"released"`` for the options of the released code.
       **options: for each name, the given value, the default and the released value.
 
     Returns:
-      The given values in their order, or with ``"released"`` the released values.
+      The given values, or with ``"released"`` the released values, in the same order.
 
     Raises:
-      ValueError: an unknown ``compat``, or an option that contradicts it.
+      ValueError: ``compat`` is unknown, or an option contradicts it.
 
     Examples:
       >>> as_released("released", reduction=("mean", "mean", "sum"))
@@ -70,7 +70,7 @@ def as_released(compat: str | None, **options: tuple[Any, Any, Any]) -> list[Any
 def check_number(
     name: str, value: float | jax.Array, *, positive: bool, hint: str = ""
 ) -> None:
-    """Checks that a value is one number, and its sign if it is not traced.
+    """Checks that a value is a single number, and its sign unless it is traced.
 
     Args:
       name: name of the argument, for the message.
@@ -79,7 +79,8 @@ def check_number(
       hint: end of the message, with a fix.
 
     Raises:
-      ValueError: no number, or one that is negative, NaN, or zero if ``positive``.
+      ValueError: the value is not a number, or it is negative, NaN, or zero if
+        ``positive``.
     """
     if np.ndim(value) != 0:
         raise ValueError(
@@ -87,7 +88,7 @@ def check_number(
         )
     if isinstance(value, Tracer):
         return
-    number = np.asarray(value)  # a comparison by jnp would be staged inside a trace
+    number = np.asarray(value)  # inside a trace, jnp would stage the comparison
     wanted = "positive" if positive else "a number >= 0"
     if number.dtype.kind not in "biuf" and number.dtype != jnp.bfloat16:
         raise ValueError(f"{name} must be {wanted}, got {value!r}{hint}")
@@ -96,14 +97,14 @@ def check_number(
 
 
 def check_count(name: str, value: int) -> None:
-    """Checks that a value is a whole number of at least one.
+    """Checks that a value is a whole number and at least 1.
 
     Args:
       name: name of the argument, for the message.
       value: value that the caller passed.
 
     Raises:
-      ValueError: it is not.
+      ValueError: the value is not a whole number, or it is less than 1.
     """
     if not isinstance(value, int | np.integer):
         what = f"shape {list(np.shape(value))}" if np.ndim(value) else f"{value}"
@@ -113,17 +114,17 @@ def check_count(name: str, value: int) -> None:
 
 
 def as_float(name: str, x: jax.Array) -> jax.Array:
-    """Casts a floating array to float32 at least.
+    """Casts a floating-point array to float32, or leaves it in float64.
 
     Args:
       name: name of the argument, for the message.
-      x: array of any floating dtype.
+      x: array of any floating-point dtype.
 
     Returns:
-      ``x`` as float32, or as it is in float64.
+      ``x`` in float32, or in float64 if it has that dtype.
 
     Raises:
-      ValueError: ``x`` is not a floating array.
+      ValueError: ``x`` is not a floating-point array.
     """
     x = unsharded(jnp.asarray(x))
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -141,12 +142,12 @@ def check_pair(
     same_rows: bool = False,
     same_columns: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Checks features of student and teacher and casts them to one float dtype.
+    """Checks the features of student and teacher and casts them to one float dtype.
 
     Args:
       x: student features, shape ``[n, d]``.
       y: teacher features, shape ``[m, d]``.
-      names: names of both arguments, for the messages.
+      names: names of the two arguments, for the messages.
       same_rows: True if ``n`` must equal ``m``.
       same_columns: True if the widths must be equal.
 
@@ -154,7 +155,7 @@ def check_pair(
       Both arrays, as float32 or float64.
 
     Raises:
-      ValueError: a wrong rank, dtype or shape.
+      ValueError: an array has a wrong rank, dtype or shape.
     """
     x, y = as_float(names[0], x), as_float(names[1], y)
     for name, array in zip(names, (x, y), strict=True):
@@ -187,22 +188,23 @@ def check_pair(
 def check_labels(
     labels: jax.Array, n: int, *, num_classes: int | None = None
 ) -> jax.Array:
-    """Checks class labels, and their values if they are not traced.
+    """Checks class labels, and their values unless they are traced.
 
     Args:
       labels: int, shape ``[n]``; negative labels mean no label.
       n: number of samples.
-      num_classes: if given, labels must be less than this.
+      num_classes: number of classes, which all labels must be below; None checks no
+        values.
 
     Returns:
       The labels.
 
     Raises:
-      ValueError: a wrong shape, dtype or value.
+      ValueError: the labels have a wrong shape, dtype or value.
     """
     labels = unsharded(jnp.asarray(labels))
     if labels.shape != (n,):
-        # Of one column argmax would make every label 0.
+        # For a single column, argmax would make every label 0.
         column = labels.shape == (n, 1)
         fix = (
             "labels[:, 0]" if column else "argmax(one_hot, axis=-1) for one-hot labels"
@@ -216,7 +218,7 @@ def check_labels(
         )
     if num_classes is None or isinstance(labels, Tracer):
         return labels
-    largest = int(np.asarray(labels).max())  # jnp would stage it inside a trace
+    largest = int(np.asarray(labels).max())  # inside a trace, jnp would stage it
     if largest >= num_classes:
         raise ValueError(
             f"labels must lie below num_classes={num_classes}, got {largest}; "

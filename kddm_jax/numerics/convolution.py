@@ -1,29 +1,31 @@
-"""Computes convolutions that XLA is slow at on the CPU in faster forms.
+"""Computes convolutions faster than XLA in the cases where XLA is slow on a CPU.
 
-Small images: XLA exchanges the image and the kernel of a convolution if the kernel has
-more taps than the image has pixels. On the CPU the exchanged form has no fast
-implementation: 3x3 kernels on 2x2 pixels, where every ResNet ends, are 50 to 100 times
-slower than necessary. Backwards the cotangent is the image, so a convolution is slow
-if its kernel has more taps than the *output* (or the input) has pixels. In that case
-each output pixel is one matrix product of the image patch it sees with the kernel taps
-on that patch; if all pixels see the whole image, one product gives them all. Taps that
-would only meet zero padding are left out (five of nine on 2x2 pixels), and autodiff
-derives the backward pass.
+Small images: XLA swaps the image and the kernel of a convolution if the kernel has more
+taps than the image has pixels. On the CPU the swapped form has no fast implementation:
+3x3 kernels on 2x2 pixels, as at the end of a ResNet, take 50 to 100 times as long as
+necessary. In the backward pass the cotangent takes the place of the image, so a
+convolution is slow if its kernel has more taps than its *output* (or its input) has
+pixels. Here, each output pixel is then one matrix product: the patch of the image under
+the kernel, times the taps over that patch. If every output pixel sees the whole image,
+one product gives all of them. Taps that only meet zero padding are left out (five of
+nine on 2x2 pixels). Automatic differentiation gives the backward pass.
 
-Depthwise kernels, which convolve each channel on its own: the sum over taps of the
-shifted image times the tap, for images of any size. Forwards and backwards, 64 images
-and 3x3 kernels take, on two shared cores, 48 instead of 568 ms at 32x32 pixels and 96
-channels, 11 instead of 215 ms at 8x8 and 384, and 3 instead of 115 ms at 2x2 and 960. A
-training step of MobileNetV2 takes a quarter of the time.
+Depthwise kernels, which convolve each channel separately: the result is a sum over
+taps, of the shifted image times the tap. It is fast for images of any size. With 64
+images and 3x3 kernels on two shared cores, the forward and backward pass take 48
+instead of 568 ms at 32x32 pixels and 96 channels, 11 instead of 215 ms at 8x8 and 384,
+and 3 instead of 115 ms at 2x2 and 960. A training step of MobileNetV2 takes a quarter
+of the time.
 
-Kernels of 7x7 and more with stride 2, about three channels and few features, as in the
+Kernels of at least 7x7 taps with stride 2, few channels and few features, as in the
 first layer of a narrow network: blocks of 2x2 pixels of the image and of the kernel
-become channels, and the stride becomes 1. Vectors of three numbers leave the CPU's
-registers nearly empty, vectors of twelve less so: forwards, 128 images of 32x32 pixels
-and 16 features take 2.8 instead of 5.1 ms. Backwards XLA's own form is faster.
+become channels, and the stride becomes 1. A vector of three channels leaves a CPU's
+registers nearly empty; a vector of twelve fills more of them. The forward pass of 128
+images of 32x32 pixels with 16 features takes 2.8 instead of 5.1 ms. In the backward
+pass XLA's own form is faster and is used.
 
-All other convolutions: on x86-64, XLA:CPU gives them to YNNPACK, which takes up to
-three times as long as Eigen. `prefer_eigen` changes that for the whole process.
+All other convolutions: on x86-64, XLA:CPU leaves them to YNNPACK, which takes up to
+three times as long as Eigen. `prefer_eigen` selects Eigen for the whole process.
 """
 
 import math
@@ -38,12 +40,14 @@ import jax.numpy as jnp
 import jaxlib.version
 from jax import lax
 
-# One product per output pixel: above 16 (7x7 kernel, 6x6 pixels: measured) the many
-# small products cost as much as XLA's detour.
+# Each output pixel takes one product. With more pixels than this, the many small
+# products cost as much as XLA's slow form (measured: 7x7 kernel, 6x6 pixels).
 _MAX_PIXELS = 16
-# One shifted image per tap: 7x7 is fast too, but takes seconds to compile.
+# Each tap of a depthwise kernel takes one shifted image. Kernels of 7x7 taps would be
+# fast, too, but they take seconds to compile.
 _MAX_TAPS = 25
-# With 32 features, or 5x5 taps, it is the slower form in some versions of jaxlib.
+# Limits of the form with blocks. With 32 features, or with 5x5 taps, it is slower than
+# XLA's own form in some versions of jaxlib.
 _MIN_BLOCK_SIDE = 7
 _MAX_BLOCK_CHANNELS = 4
 _MAX_BLOCK_FEATURES = 16
@@ -86,7 +90,7 @@ def _window(start: int, taps: int, size: int) -> tuple[slice, slice]:
 
 
 def _products(lhs, rhs, strides, padding, *, precision):
-    """Convolves by a matrix product per output pixel, or one if all see everything."""
+    """Computes a product for each output pixel, or one if all see the whole image."""
     sizes = _sizes(lhs, rhs, strides, padding)
     rows, columns = (
         [
@@ -119,7 +123,7 @@ def _is_depthwise(lhs: jax.Array, rhs: jax.Array, groups: int) -> bool:
 
 
 def _shifted(lhs, rhs, strides, padding):
-    """Sums the image, shifted by each tap, times the tap."""
+    """Sums over taps: the image, shifted to the tap, times the tap."""
     rows, columns = _sizes(lhs, rhs, strides, padding)
     config = [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))]
     lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
@@ -136,11 +140,12 @@ def _shifted(lhs, rhs, strides, padding):
     return total
 
 
-# It is linear in either argument, so its derivative is itself. The transposed form of
-# the derivative by the kernel, though, sums over images and pixels, and XLA:CPU strides
-# through the whole memory for each tap and channel. Image by image it stays in the
-# cache, which is 4 to 10 times as fast and saves a quarter of the step. The image is
-# shifted again backwards; otherwise nine shifted copies would be kept.
+# The function is linear in each argument, so its derivative is the function itself. But
+# the gradient with respect to the kernel sums over images and pixels, and XLA:CPU then
+# strides through the whole memory for each tap and channel. A single image stays in the
+# cache, so one image at a time is 4 to 10 times as fast, which saves a quarter of the
+# step. `jax.checkpoint` shifts the image again in the backward pass; without it, nine
+# shifted copies would be kept.
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _depthwise(lhs, rhs, strides, padding):
     return _shifted(lhs, rhs, strides, padding)
@@ -188,7 +193,7 @@ def _plain(lhs, rhs, strides, padding, precision):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _blocks(lhs, rhs, strides, padding, precision):
-    """Convolves blocks of as many pixels as the stride moves by."""
+    """Convolves blocks of pixels; a block has the size of the stride."""
     sizes = _sizes(lhs, rhs, strides, padding)
     kernel = [-(-k // s) for k, s in zip(rhs.shape[:2], strides, strict=True)]  # blocks
     zero = jnp.zeros((), lhs.dtype)
@@ -208,7 +213,7 @@ def _blocks(lhs, rhs, strides, padding, precision):
     return _plain(_as_channels(lhs, strides), rhs, (1, 1), "VALID", precision)
 
 
-# The function is bilinear, and its plain form is faster backwards.
+# The function is bilinear, and its plain form has the faster backward pass.
 @_blocks.defjvp
 def _blocks_jvp(strides, padding, precision, primals, tangents):
     (lhs, rhs), (dlhs, drhs) = primals, tangents
@@ -230,41 +235,43 @@ def conv_general_dilated(
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """Convolves as `jax.lax.conv_general_dilated`, without its slow cases on the CPU.
+    """Computes `jax.lax.conv_general_dilated`, without its slow cases on a CPU.
 
-    It takes the same arguments and, for finite arrays, gives the same result up to
+    The arguments are the same. For finite arrays, the result is the same up to
     rounding. In Flax: `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
 
-    Three kinds of two-dimensional NHWC convolutions without dilation take other forms
-    when they are compiled for a CPU:
+    Three kinds of two-dimensional NHWC convolutions without dilation are computed in
+    another way when they are compiled for a CPU:
 
-    - without groups, more kernel taps than input or output pixels, and at most 16
-      output pixels: matrix products;
-    - one group and one feature per channel (depthwise), and at most 25 taps: sums over
-      taps;
-    - without groups, stride 2, at least 7x7 taps, at most 4 channels and 16 features:
-      blocks of 2x2 pixels become channels.
+    - no groups, more kernel taps than input or output pixels, and at most 16 output
+      pixels: by matrix products;
+    - one group and one feature per channel (depthwise), and at most 25 taps: by a sum
+      over taps;
+    - no groups, stride 2, at least 7x7 taps, at most 4 channels and at most 16
+      features: by blocks of 2x2 pixels that become channels.
 
-    Every other case, and every other platform, is `jax.lax.conv_general_dilated`
-    itself. The platform is the one that the computation is compiled for, not the
-    default of the process, so that a step pinned to the CPU of a GPU machine is fast.
+    In all other cases, and on all other platforms, this function calls
+    `jax.lax.conv_general_dilated`. What counts is the platform that the computation is
+    compiled for, not the default of the process. Hence a step that is pinned to the CPU
+    of a machine with a GPU is fast, too.
 
     Args:
-      lhs: images, shape `[b, h, w, c]` for the fast path.
-      rhs: kernel, shape `[kernel_h, kernel_w, c / groups, features]` for the fast path.
+      lhs: images, shape `[b, h, w, c]` for the fast forms.
+      rhs: kernel, shape `[kernel_h, kernel_w, c / groups, features]` for the fast
+        forms.
       window_strides: one stride per spatial axis.
       padding: "SAME", "VALID", or `(low, high)` per spatial axis.
       lhs_dilation: input dilation per spatial axis.
       rhs_dilation: kernel dilation per spatial axis.
-      dimension_numbers: the layout, as for `jax.lax.conv_general_dilated`.
-      feature_group_count: number of feature groups; c for a depthwise one.
+      dimension_numbers: layout, as in `jax.lax.conv_general_dilated`.
+      feature_group_count: number of feature groups; c for a depthwise kernel.
       batch_group_count: number of batch groups.
       precision: precision of the products.
-      preferred_element_type: dtype of the result, by default that of the images.
+      preferred_element_type: dtype of the result; None uses that of the images.
 
     Returns:
-      The convolved images, shape `[b, out_h, out_w, features]`. Half precision is
-      accumulated in float32 and rounded once, forwards and backwards.
+      The convolved images, shape `[b, out_h, out_w, features]`. The fast forms
+      accumulate half precision in float32 and round once, in both passes.
 
     Examples:
       >>> image = jnp.arange(4.0).reshape(1, 2, 2, 1)
@@ -299,7 +306,7 @@ def conv_general_dilated(
     ):
         return xla(lhs, rhs)
 
-    # Also the shape and dtype checks: the other forms may assume them.
+    # This also checks shapes and dtypes, so the fast forms need not.
     out = jax.eval_shape(xla, lhs, rhs)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(
@@ -316,34 +323,36 @@ def conv_general_dilated(
         return xla(lhs, rhs)
 
     def fast(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        # float32 from the start: the kernel's gradient is a sum over the output pixels.
+        # Cast first, because the kernel's gradient is a sum over the output pixels.
         dtype = lhs.dtype if jnp.finfo(lhs.dtype).bits >= 32 else jnp.float32
         y = form(lhs.astype(dtype), rhs.astype(dtype), strides, pads)
         return y.astype(out.dtype)
 
-    # Only the chosen branch is compiled, with or without derivatives, scan and vmap.
+    # Only one branch is compiled, also under derivatives, scan and vmap.
     return lax.platform_dependent(lhs, rhs, cpu=fast, default=xla)
 
 
 _CHOICE = "--xla_cpu_experimental_ynn_fusion_type"
-# XLA ends the process at an option that it does not know, and this one is experimental.
+# XLA ends the process if it does not know an option, and this one is experimental.
 _KNOWN_SINCE, _UNKNOWN_FROM = (0, 10, 2), (0, 13)
 
 
 def prefer_eigen() -> None:
-    """Makes XLA:CPU compute convolutions by Eigen, not YNNPACK, in this process.
+    """Makes XLA:CPU compute convolutions with Eigen instead of YNNPACK.
 
-    On two x86-64 cores, with 3x3 kernels at 8 to 32 pixels a side and JAX 0.10.2, Eigen
-    takes a third of YNNPACK's time in the gradient by the kernel, and half to all of it
-    otherwise. With JAX 0.12 only that gradient is faster. Results change by rounding.
+    On two x86-64 cores, with 3x3 kernels, images of 8 to 32 pixels a side and JAX
+    0.10.2, Eigen computes the gradient with respect to the kernel in a third of
+    YNNPACK's time, and everything else in half of it to all of it. With JAX 0.12 only
+    that gradient is faster. Results change by rounding errors.
 
-    The option belongs to XLA, holds for the whole process and is read once: call this
-    before JAX first looks for its devices. It is added to the environment's
-    `XLA_FLAGS`, which child processes inherit and which the keys of the compilation
-    cache contain, even if it comes too late for this process. Nothing is added if you
-    have set the option or a file of flags yourself, if jaxlib is not one of the
-    versions known to have the option, or if libtpu or a plug-in other than CUDA's is
-    installed, which may not know it.
+    This sets an option of XLA, which is read once and holds for the whole process: call
+    this function before JAX first looks for its devices. The option is added to the
+    environment variable `XLA_FLAGS`. Child processes inherit it, and the keys of the
+    compilation cache contain it, even if it comes too late for this process.
+
+    Nothing is added if you have set the option or a file of flags yourself, if this
+    version of jaxlib is not known to have the option, or if libtpu or a plug-in other
+    than CUDA's is installed, because these may not know the option.
 
     Examples:
       >>> prefer_eigen()

@@ -1,11 +1,12 @@
-"""Linear algebra of the distances: nuclear norms, roots, pairwise distances.
+"""Computes what distances need of linear algebra: nuclear norms, roots, distances.
 
-Most of the library needs the nuclear norm ``||M||_* = sum_i s_i(M)``: full Gaussian
-Wasserstein distances take that of ``Xc Yc^T``, Procrustes distances that of ``X^T Y``.
-Its derivative is the partial isometry ``U_r V_r^T`` (Watson, 1992), which exists at
-repeated and at zero singular values, where that of an eigen-decomposition does not.
+The most important function is the nuclear norm ``||M||_* = sum_i s_i(M)``, the sum of
+the singular values. Gaussian Wasserstein distances with full covariances use the
+nuclear norm of ``Xc Yc^T``, Procrustes distances that of ``X^T Y``. Its derivative is
+the partial isometry ``U_r V_r^T`` (Watson, 1992). It exists also at repeated and at
+zero singular values, where the derivative of an eigendecomposition does not.
 
-``x`` and ``y`` hold samples in rows, ``[n, d]`` and ``[m, d]``.
+The rows of ``x`` ``[n, d]`` and ``y`` ``[m, d]`` are samples.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,11 +25,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @jax.custom_jvp
 def constant(x: jax.Array) -> jax.Array:
-    """Returns ``x`` as a constant: its derivative is zero, forward and reverse.
+    """Returns ``x`` as a constant: its derivative is zero in forward and reverse mode.
 
-    It is for numbers that a distance computes from data and treats as fixed (epsilon,
-    bandwidths, ridges).  Unlike ``jax.lax.stop_gradient``, it works in the numerical
-    gradient checks of ``chex``, which replace that function by ones.
+    Distances use it for numbers that they compute from data and treat as fixed, such as
+    epsilon, bandwidths and ridges.  Unlike ``jax.lax.stop_gradient``, it works in the
+    numerical gradient checks of ``chex``, which replace ``stop_gradient`` by ones.
 
     Args:
       x: any array.
@@ -51,7 +52,7 @@ def _constant_jvp(primals, tangents):
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiplies two matrices in full precision.
 
-    Accelerators take TF32 or bfloat16 by default.
+    By default, accelerators would multiply in TF32 or bfloat16.
 
     Args:
       a: matrix, shape ``[n, d]``.
@@ -67,7 +68,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """Computes the square root, with a zero derivative for ``x <= 0``.
 
     Args:
-      x: array of any shape; negative entries count as zero, NaN stays.
+      x: array of any shape; negative entries count as zero, NaN stays NaN.
 
     Returns:
       ``sqrt(max(x, 0))``, same shape.
@@ -76,7 +77,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
       >>> jax.vmap(jax.grad(safe_sqrt))(jnp.array([0.0, 4.0]))
       Array([0.  , 0.25], dtype=float32)
     """
-    # `where` twice: the inner one keeps 0/0 out of the derivative.
+    # The inner `where` keeps 0/0 out of the derivative.
     positive = ~(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
@@ -84,14 +85,14 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
 def unit(
     x: jax.Array, *, axis: int | tuple[int, ...], floor: jax.Array | float = 0.0
 ) -> jax.Array:
-    """Divides by the norm along axes.
+    """Divides an array by its norm along some axes.
 
-    Where the norm is zero, so are the result and its derivative.
+    Where the norm is zero, the result and its derivative are zero, too.
 
     Args:
       x: array of any shape.
-      axis: axes of the norm.
-      floor: squared norm up to which ``x`` is round-off and counts as zero.
+      axis: axes along which the norm is computed.
+      floor: squared norm up to which ``x`` counts as zero, because it is round-off.
 
     Returns:
       ``x / norm``, same shape.
@@ -102,8 +103,8 @@ def unit(
              [0. , 0. ]], dtype=float32)
     """
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
-    # Below the root of the smallest number, 1 / norm^3 of the derivative overflows.
-    known = ~(squares <= floor + jnp.finfo(x.dtype).tiny ** 0.5)  # NaN stays
+    # For smaller norms, the factor 1 / norm^3 of the derivative would overflow.
+    known = ~(squares <= floor + jnp.finfo(x.dtype).tiny ** 0.5)  # true for NaN
     return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
 
 
@@ -111,7 +112,7 @@ def squared_rounding(x: jax.Array) -> jax.Array:
     """Estimates the round-off in the squared norm of centred features.
 
     Args:
-      x: features before they are centred, any shape.
+      x: features before centring, any shape.
 
     Returns:
       Scalar, a constant.
@@ -124,10 +125,11 @@ def normalized(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
     Args:
       x: features, shape ``[n, d]``.
-      mask: from `masks.check_mask`, or None.
+      mask: a mask from `masks.check_mask`, or None.
 
     Returns:
-      Shape ``[n, d]``, of norm 1; zeros if the features are constant up to round-off.
+      The features, shape ``[n, d]``, with norm 1; zeros if the features are constant up
+      to round-off.
 
     Examples:
       >>> normalized(jnp.array([[1.0], [3.0]]))
@@ -144,7 +146,7 @@ def normalized(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
 
 
 class _Polar(NamedTuple):
-    """Nuclear norm of M and its partial isometry ``U_r V_r^T``, of the shape of M."""
+    """Holds the nuclear norm of M, and the partial isometry ``U_r V_r^T``."""
 
     norm: jax.Array
     isometry: jax.Array
@@ -152,20 +154,21 @@ class _Polar(NamedTuple):
 
 def _polar_svd(matrix):
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    # Directions of (numerically) zero singular values are arbitrary; keeping them
-    # makes half the gradient noise once a few features are dead.  The minimal-norm
-    # subgradient drops them.
+    # The singular vectors of (numerically) zero singular values are arbitrary.  If they
+    # were kept, half of the gradient would be noise once a few features are dead.  The
+    # minimal-norm subgradient leaves them out.
     cutoff = 10 * jnp.finfo(matrix.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
     u = jnp.where((s > cutoff)[..., None, :], u, 0)
     return _Polar(jnp.sum(s, axis=-1), matmul(u, vt))
 
 
 def _polar_newton_schulz(matrix, iterations=36):
-    # x <- 1.5 x - 0.5 x^3 on the singular values, which fixes 0 and drives ]0, 1]
-    # to 1.  A singular value of relative size r needs log(1/r) / log(1.5) steps: 36
-    # reach 1e-6, below which float32 has only noise.  Noise has grown to 0.15 by then
-    # (a student of rank 3, n = 128), in every direction that the rank is short of: two
-    # cubes take it to 1e-6, two steps after each what was near 1 back to it.
+    # Each step maps the singular values by x <- 1.5 x - 0.5 x^3, which keeps 0 and
+    # moves values in ]0, 1] towards 1.  A singular value of relative size r needs about
+    # log(1/r) / log(1.5) steps: 36 steps suffice for r = 1e-6, below which float32 has
+    # only noise.  By then, noise in the directions beyond the rank has grown, too (to
+    # 0.15 for a student of rank 3 and n = 128).  Cubing all singular values twice
+    # reduces it to 1e-6; two steps after each cube return values near 1 to 1.
     bound = jnp.sqrt(jnp.max(jnp.sum(jnp.abs(matrix), axis=0))) * jnp.sqrt(
         jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
     )  # ||M||_2^2 <= ||M||_1 ||M||_inf
@@ -185,7 +188,7 @@ def _polar_newton_schulz(matrix, iterations=36):
 
 
 def _norm_svd(matrix):
-    # Values alone are cheaper than values and vectors.
+    # The values alone are cheaper than values and vectors.
     return jnp.sum(jnp.linalg.svd(matrix, compute_uv=False), axis=-1)
 
 
@@ -194,12 +197,12 @@ def _norm_newton_schulz(matrix):
 
 
 class _Method(NamedTuple):
-    """Algorithm for a nuclear norm and its derivative.
+    """Holds an algorithm for the nuclear norm and its derivative.
 
     Attributes:
       norm: function that computes the norm alone.
-      polar: function that computes norm and isometry.
-      rows: a factor with more rows than this times its columns is reduced by QR first.
+      polar: function that computes the norm and the isometry.
+      rows: ratio of rows to columns above which a factor is first reduced by QR.
     """
 
     norm: Callable[[jax.Array], jax.Array]
@@ -207,8 +210,8 @@ class _Method(NamedTuple):
     rows: int
 
 
-# Up to n = 2 d products of side n are taken to be cheaper than two QRs of [n, d], whose
-# columns follow one another; not measured.
+# Up to n = 2 d, products of [n, n] matrices are assumed to be cheaper than two QR
+# decompositions of [n, d], which process one column after the other; not measured.
 _METHODS: Mapping[str, _Method] = MappingProxyType(
     {
         "svd": _Method(_norm_svd, _polar_svd, 1),
@@ -218,13 +221,13 @@ _METHODS: Mapping[str, _Method] = MappingProxyType(
 METHODS = ("auto", *_METHODS)
 
 
-# On a GPU an SVD is a call of cuSOLVER: 12 ms for a float64 matrix of side 256 on an
-# A100, 82 on an RTX 3060 (github.com/tensor4all/tenferro-rs/issues/1720), many times
-# its products' time; on a TPU it is a loop of QR decompositions.
+# On a GPU an SVD calls cuSOLVER. For a float64 matrix of side 256 it takes 12 ms on an
+# A100 and 82 ms on an RTX 3060 (github.com/tensor4all/tenferro-rs/issues/1720), many
+# times as long as matrix products. On a TPU it is a loop of QR decompositions.
 def _by_method(method, fn, *arrays):
     """Calls ``fn(_Method, *arrays)``; "auto" chooses by the platform of the program.
 
-    Outside of jit that is the default backend, wherever the arrays are.
+    Outside jit, this is the default backend, even if the arrays are on another one.
     """
     if method != "auto":
         return fn(_METHODS[method], *arrays)
@@ -252,16 +255,17 @@ def nuclear_norm(matrix: jax.Array, *, method: str = "auto") -> jax.Array:
     .. math:: \|M\|_* = \sum_i \sigma_i(M),  \quad
               d\|M\|_* = \langle U_r V_r^\top, dM \rangle
 
-    Singular values up to ``10 eps`` times the largest (by products: up to about 1e-6
-    times a bound of it) are left out of the derivative: the minimal-norm subgradient.
+    The derivative is the minimal-norm subgradient: singular values up to ``10 eps``
+    times the largest are left out.  With ``"newton_schulz"``, these are values up to
+    about 1e-6 times an upper bound of the largest.
 
     Args:
-      matrix: shape ``[n, m]``.
-      method: ``"svd"``, or ``"newton_schulz"``: 42 iterations of matrix products.  The
-        relative error of its gradient is 4e-4 for well-conditioned inputs, also if
-        rank-deficient, and 5e-3 for badly scaled ones.  ``"auto"`` takes
-        ``"newton_schulz"`` in float32 on accelerators, where an SVD is expected to take
-        many times as long (not measured here), and ``"svd"`` elsewhere.
+      matrix: matrix, shape ``[n, m]``.
+      method: ``"svd"``, or ``"newton_schulz"``, which takes 42 iterations of matrix
+        products.  The relative error of its gradient is 4e-4 for well-conditioned
+        inputs, including rank-deficient ones, and 5e-3 for badly scaled ones.
+        ``"auto"`` uses ``"newton_schulz"`` in float32 on accelerators, where an SVD is
+        expected to take many times as long (not measured), and ``"svd"`` otherwise.
 
     Returns:
       Scalar.
@@ -286,11 +290,11 @@ def nuclear_norm(matrix: jax.Array, *, method: str = "auto") -> jax.Array:
     return _nuclear_norm(matrix, method)
 
 
-# ||X Y^T||_* differentiates to <P, dX Y^T + X dY^T> with P = U_r V_r^T, so
-# dX = P Y and dY = P^T X.  With more rows than columns, X = Q_x R_x and
+# The derivative of ||X Y^T||_* is <P, dX Y^T + X dY^T> with P = U_r V_r^T, so the
+# gradients are P Y for X and P^T X for Y.  With more rows than columns, X = Q_x R_x and
 # Y = Q_y R_y reduce the problem to R_x R_y^T = U S V^T of side d, and
-# P Y = Q_x (U_r V_r^T) R_y.  The rule sits on the whole product: a QR of features
-# with a dead column has no derivative, and none is asked for.
+# P Y = Q_x (U_r V_r^T) R_y.  The derivative rule is defined for the whole product,
+# because a QR decomposition of features with a dead column has no derivative.
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _cross_nuclear_norm(x, y, method):
     return _by_method(method, _cross_norm, x, y)
@@ -316,7 +320,7 @@ def _cross_gradients(how, x, y):
 
 
 def _reduce_rows(x, ratio):
-    """Returns (Q, R) with Q R = x if x is tall, else (None, x)."""
+    """Returns (Q, R) with Q R = x if x has many rows, else (None, x)."""
     n, d = x.shape
     return jnp.linalg.qr(x) if n > ratio * d else (None, x)
 
@@ -334,13 +338,13 @@ def cross_nuclear_norm(
               \big((S_x^{1/2} S_y S_x^{1/2})^{1/2}\big), \quad
               S_x = X^\top X,\ S_y = Y^\top Y
 
-    It takes one decomposition of side ``min(n, d)`` by ``min(m, d)`` (by products: of
-    ``n`` by ``m`` up to ``2 d``).  Its derivative is finite for rank-deficient and dead
-    features.
+    The decomposed matrix has ``min(n, d)`` rows and ``min(m, d)`` columns; with
+    ``"newton_schulz"``, sides up to ``2 d`` are not reduced to ``d``.  The derivative
+    is finite for rank-deficient and dead features.
 
     Args:
-      x: shape ``[n, d]``.
-      y: shape ``[m, d]``.
+      x: first matrix, shape ``[n, d]``.
+      y: second matrix, shape ``[m, d]``.
       method: as in `nuclear_norm`.
 
     Returns:
@@ -373,25 +377,25 @@ def _eigh_sqrt(cov):
     return jnp.sqrt(jnp.clip(values, 0)), vectors
 
 
-# R^2 = A gives R dR + dR R = dA.  In the eigenbasis of A, where R = diag(r),
-# dR_ij = dA_ij / (r_i + r_j).  A naive derivative through eigh divides by
-# a_i - a_j instead, NaN at repeated eigenvalues.  Where r_i + r_j is round-off
-# (both eigenvalues zero) the root has no derivative; zero is the limit taken.
+# R^2 = A gives R dR + dR R = dA.  In the eigenbasis of A, where R = diag(r), this is
+# dR_ij = dA_ij / (r_i + r_j).  The derivative through eigh would divide by a_i - a_j
+# instead, which gives NaN at repeated eigenvalues.  Where r_i + r_j is round-off (both
+# eigenvalues are zero), the root has no derivative, and zero is used.
 @jax.custom_jvp
 def sqrtm_psd(cov: jax.Array) -> jax.Array:
     r"""Computes the square root of a positive semi-definite matrix by ``eigh``.
 
     .. math:: R R = A, \quad R\, dR + dR\, R = dA
 
-    The derivative is finite at repeated and at zero eigenvalues; on the common null
-    space it is zero, the minimal-norm limit.
+    The derivative is finite at repeated and at zero eigenvalues.  Between eigenvectors
+    of eigenvalue zero it is zero, the minimal-norm limit.
 
     Args:
-      cov: symmetric positive semi-definite matrix, shape ``[d, d]``; it is symmetrised
+      cov: symmetric positive semi-definite matrix, shape ``[d, d]``.  It is symmetrised
         first, and negative eigenvalues (round-off) count as zero.
 
     Returns:
-      Symmetric root, shape ``[d, d]``.
+      The symmetric root, shape ``[d, d]``.
 
     References:
       Higham, Functions of Matrices, 2008, section 6.1.
@@ -411,7 +415,7 @@ def _sqrtm_psd_jvp(primals, tangents):
     roots, vectors = _eigh_sqrt(cov)
     root = matmul(vectors * roots[None, :], vectors.T)
     sums = roots[:, None] + roots[None, :]
-    # eigenvalues are good to eps * max, so roots to sqrt(eps) * max
+    # Eigenvalues have an error of eps * max, so roots have one of sqrt(eps) * max.
     tiny = jnp.sqrt(10 * jnp.finfo(cov.dtype).eps) * jnp.max(roots)
     keep = sums > tiny
     rotated = matmul(vectors.T, matmul((dcov + dcov.T) / 2, vectors))
@@ -428,15 +432,16 @@ def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
 
     .. math:: C_{ij} = \|x_i - y_j\|^2
 
-    Both sides are shifted by the mean of ``y`` first, which changes no distance and
-    keeps the digits that the expansion loses far from the origin.
+    The squares are expanded, which loses digits far from the origin.  Both arguments
+    are therefore first shifted by the mean of ``y``, which changes no distance.
 
     Args:
-      x: shape ``[n, d]``.
-      y: shape ``[m, d]``.
+      x: samples, shape ``[n, d]``.
+      y: samples, shape ``[m, d]``.
 
     Returns:
-      Shape ``[n, m]``; elements are not clamped and may be negative by round-off.
+      The squared distances, shape ``[n, m]``.  They are not clamped at zero and may be
+      negative by round-off.
 
     Examples:
       >>> squared_distances(jnp.array([[0.0], [3.0]]), jnp.array([[1.0]]))
@@ -451,12 +456,12 @@ def squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def cost_floor(x: jax.Array, y: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Estimates the round-off of squared distances, the least meaningful epsilon.
+    """Estimates the round-off of squared distances, the smallest meaningful epsilon.
 
     Args:
-      x: shape ``[n, d]``.
-      y: shape ``[m, d]``.
-      mask: from `masks.check_mask`, or None.
+      x: samples, shape ``[n, d]``.
+      y: samples, shape ``[m, d]``.
+      mask: a mask from `masks.check_mask`, or None.
 
     Returns:
       Scalar, in units of the squared distance.

@@ -1,9 +1,9 @@
-"""Computes maxima, of windows and with zero, in forms that XLA:CPU is fast at.
+"""Computes max pooling and ReLU in forms that are fast on XLA:CPU.
 
-Max pooling is a maximum of shifted images, along one axis after the other. XLA derives
-it by four arrays of indices of the image's size; the 3x3/2 pooling of 128 images of
-16x16 pixels and 64 channels takes 7 instead of 48 ms with its gradient, and without
-one, of 8 images of 112x112 pixels, 2 instead of 6 ms.
+Max pooling is computed as a maximum of shifted images, along one axis after the other.
+XLA's own gradient uses four arrays of indices, each of the image's size. A 3x3/2
+pooling of 128 images of 16x16 pixels and 64 channels takes 7 instead of 48 ms with its
+gradient. Without the gradient, 8 images of 112x112 pixels take 2 instead of 6 ms.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-# The largest number of windows over the ends of an axis that are computed one by one.
+# Up to this number, windows that reach over an end of an axis are computed one by one.
 _MAX_ENDS = 4
 
 
 @jax.custom_jvp
 def _first_maximum(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Computes the larger one; if both are equal, `a` gets the whole derivative."""
+    """Computes the maximum; if both are equal, `a` gets the whole derivative."""
     return jnp.maximum(a, b)
 
 
@@ -41,16 +41,17 @@ def _padded_maxima(x, axis, size, stride, padding):
     return reduce(_first_maximum, shifted)
 
 
-# To pad the array, XLA:CPU tests each pixel for padding, which takes two to ten times
-# as long. Without derivatives, windows that reach over an end are therefore computed
-# one by one. Backwards, what is joined here would be cut apart, and padding is faster.
+# With a padded array, XLA:CPU tests for each pixel if it is padding, which takes two to
+# ten times as long. Without derivatives, the few windows that reach over an end are
+# therefore computed one by one. With derivatives, padding is faster: the backward pass
+# would have to cut the concatenated parts again.
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _maxima(x, axis, size, stride, padding):
     """Computes the maxima of windows along one axis."""
     low, high = padding
     pixels = x.shape[axis]
     length = (pixels + low + high - size) // stride + 1
-    # The windows from first to end lie inside.
+    # The windows from `first` to `end` are inside the array.
     first = min(max(-(-low // stride), 0), length)
     end = max(min((pixels + low - size) // stride + 1, length), first)
     if pixels == 0 or length - (end - first) > _MAX_ENDS:
@@ -88,23 +89,25 @@ def max_pool(
     strides: tuple[int, int],
     padding: str | Sequence[tuple[int, int]],
 ) -> jax.Array:
-    """Pools as `flax.linen.max_pool`, without its slow gradient on the CPU.
+    """Computes `flax.linen.max_pool`, without its slow gradient on a CPU.
 
     The result is the same. For finite images the gradient is the same up to the order
-    of a sum: of equal pixels, the first in the window, row by row, gets it.
+    of a sum: if several pixels of a window are the maximum, the first of them, row by
+    row, gets the gradient.
 
     Args:
       inputs: images, shape `[b, h, w, c]`, floating point.
       window_shape: rows and columns of a window.
       strides: one per spatial axis.
-      padding: "SAME", "VALID", or `(low, high)` per spatial axis; never the maximum.
+      padding: "SAME", "VALID", or `(low, high)` per spatial axis. Padded pixels are
+        minus infinity.
 
     Returns:
       The maxima, shape `[b, out_h, out_w, c]`.
 
     Raises:
-      ValueError: inputs of another rank or dtype, a number of axes other than two,
-        windows larger than the padded images.
+      ValueError: the inputs have another rank or dtype, an argument does not have two
+        spatial axes, or the windows are larger than the padded images.
 
     Examples:
       >>> image = jnp.arange(4.0).reshape(1, 2, 2, 1)
@@ -134,7 +137,7 @@ def max_pool(
         )
 
     def fast(x: jax.Array) -> jax.Array:
-        for axis in (2, 1):  # within a row first: the first maximum is then the first
+        for axis in (2, 1):  # within rows first, so that ties go to the first
             k = axis - 1
             x = _maxima(x, axis, window_shape[k], strides[k], pads[k])
         return x
@@ -146,20 +149,20 @@ def max_pool(
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """Computes the positive part in a form that XLA:CPU computes only once.
+    """Computes the positive part in a form that XLA:CPU evaluates only once.
 
-    A maximum with zero has one operand, and XLA repeats such operations, with all
-    operations before them, wherever their result is read. A convolution's gradient by
-    its kernel transposes its input, and would read the normalisation's input in
-    strides. A selection has two operands and is computed once, which saves a tenth to a
-    fifth of the step.
+    XLA repeats an operation with one operand, such as a maximum with zero, and the
+    operations before it, wherever the result is read. The gradient of a convolution
+    with respect to its kernel transposes the convolution's input, so it would read the
+    input of the normalisation in strides. A selection has two operands and is evaluated
+    once, which saves a tenth to a fifth of the step.
 
     Args:
-      x: any floating point array.
+      x: floating point array of any shape.
 
     Returns:
-      `max(x, 0)`; NaN stays NaN, with derivative one. At zero the derivative is zero,
-      as of `jax.nn.relu`.
+      `max(x, 0)`, same shape; NaN stays NaN, with derivative one. At zero the
+      derivative is zero, as in `jax.nn.relu`.
 
     Examples:
       >>> relu(jnp.array([-1.0, 2.0])).tolist()

@@ -1,7 +1,8 @@
-"""Averages of feature maps over a grid of adaptive cells.
+"""Averages feature maps over a grid of adaptive cells.
 
-Cell k of a side runs from ``floor(k size / count)`` to ``ceil((k + 1) size / count)``,
-as in PyTorch's adaptive pooling, so that maps of every size give a grid of one size.
+Along a side, cell k covers the positions from ``floor(k size / count)`` up to
+``ceil((k + 1) size / count)``, as in PyTorch's adaptive pooling. Maps of any size are
+thus reduced to a grid of a given size.
 """
 
 import jax
@@ -14,15 +15,15 @@ from kddm_jax.numerics.linalg import HIGHEST
 def adaptive_cells(size: int, count: int) -> np.ndarray:
     """Computes which of ``size`` positions each of ``count`` adaptive cells covers.
 
-    Cell k covers floor(k size / count) to ceil((k + 1) size / count), as in adaptive
-    pooling.  Cells overlap if ``count`` does not divide ``size``.
+    Cell k covers the positions from floor(k size / count) up to, but not including,
+    ceil((k + 1) size / count).  Cells overlap if ``count`` does not divide ``size``.
 
     Args:
       size: number of positions along a side.
-      count: number of cells along it.
+      count: number of cells along the side.
 
     Returns:
-      Ones and zeros, float64, shape ``[count, size]``.
+      One where a cell covers a position, else zero; float64, shape ``[count, size]``.
 
     Examples:
       >>> adaptive_cells(3, 2)
@@ -42,7 +43,8 @@ def average_pool(maps: jax.Array, grid: tuple[int, int]) -> jax.Array:
       grid: numbers of cells along height and width.
 
     Returns:
-      Shape ``[b, *grid, c]``; the maps themselves if they have that size.
+      The averages, shape ``[b, *grid, c]``; the maps themselves if they have the
+      grid's size.
 
     Examples:
       >>> maps = jnp.arange(4.0).reshape(1, 1, 4, 1)

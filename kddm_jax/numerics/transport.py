@@ -1,10 +1,11 @@
-"""Optimal transport on a cost matrix of static shape; the only file that imports ott.
+"""Solves optimal transport problems; this is the only file that imports ott.
 
-Each solver takes a cost ``[n, m]`` and weights ``a [n]``, ``b [m]`` and returns a value
-with the derivative ``<P, dC>``, ``P`` the optimal plan (the envelope theorem); epsilon
-and weights are constants.  A class-conditional problem is the same problem with a mask:
-pairs of different classes get one finite cost that is too high for any plan.  The plan
-is then block-diagonal, one block for each class, and is found at the same cost.
+Each solver takes costs ``C [n, m]`` and weights ``a [n]`` and ``b [m]``.  It returns a
+value with the derivative ``<P, dC>``, where ``P`` is the optimal plan (envelope
+theorem); epsilon and the weights are constants.  A class-conditional problem is one
+problem with a mask: all pairs of different classes get the same finite cost, which is
+so high that no plan uses it.  The plan then has one block for each class, and takes no
+longer to compute.
 """
 
 import warnings
@@ -24,16 +25,18 @@ from kddm_jax.numerics.solver import Stats
 
 
 class Costs(NamedTuple):
-    """Transport problem between x and y, with the costs that debiasing needs.
+    """Describes a transport problem between x and y, with the costs for debiasing.
 
     Attributes:
       xy: costs between x and y, shape ``[n, m]``.
-      xx: costs within x, ``[n, n]``; may be None unless the solver is "sinkhorn".
-      yy: costs within y, ``[m, m]``, or None likewise.
-      a: weights of x, shape ``[n]``, of sum 1.
-      b: weights of y, shape ``[m]``, of sum 1.
-      same: 1 where transport is allowed, ``[n, n]``, or None for everywhere.
-      pairing: cost added to pairs of different samples, i != j, a scalar, or None.
+      xx: costs within x, shape ``[n, n]``; only the solver "sinkhorn" needs it, for
+        others it may be None.
+      yy: costs within y, shape ``[m, m]``, or None like ``xx``.
+      a: weights of x, shape ``[n]``; they sum to 1.
+      b: weights of y, shape ``[m]``; they sum to 1.
+      same: 1 where transport is allowed and 0 elsewhere, shape ``[n, n]``; None allows
+        it everywhere.
+      pairing: scalar cost that is added to pairs of different samples, i != j, or None.
         The default epsilon does not depend on it.
     """
 
@@ -47,13 +50,14 @@ class Costs(NamedTuple):
 
 
 def mean_cost(costs: Costs) -> jax.Array:
-    """Computes the mean x-y cost, over pairs of one class if there is a mask.
+    """Computes the mean cost between x and y, within classes if there is a mask.
 
     Args:
       costs: transport problem; only ``xy``, the weights and the mask are used.
 
     Returns:
-      Scalar: ``sum_ij a_i b_j C_ij``, or ``sum_c w_c mean_c`` under a mask.
+      Scalar: ``sum_ij a_i b_j C_ij``; with a mask ``sum_c w_c mean_c``, where ``w_c``
+      is the weight of class c and ``mean_c`` the mean cost of its pairs.
     """
     if costs.same is None:
         return jnp.sum(costs.a[:, None] * costs.xy * costs.b[None, :])
@@ -62,10 +66,9 @@ def mean_cost(costs: Costs) -> jax.Array:
 
 
 def _paired(costs):
-    """Adds the cost of pairs i != j to all three costs.
+    """Adds the cost of pairs i != j to all three cost matrices.
 
-    It is a distance between the indices of samples.  Since xx and yy get it too, the
-    divergence between a sample and itself remains zero.
+    Since xx and yy get it, too, the divergence between a sample and itself stays zero.
     """
     if costs.pairing is None:
         return costs
@@ -79,10 +82,10 @@ def _paired(costs):
 def _rounding(costs):
     """Computes the round-off of the largest cost.
 
-    With a smaller epsilon, exp((f + g - C) / epsilon) is noise.
+    If epsilon is smaller, exp((f + g - C) / epsilon) is noise.
     """
     sides = [cost for cost in (costs.xy, costs.xx, costs.yy) if cost is not None]
-    if costs.same is not None:  # samples without a label may be NaN
+    if costs.same is not None:  # costs of unlabelled samples may be NaN
         sides = [jnp.where(costs.same > 0, cost, 0) for cost in sides]
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(cost)) for cost in sides]))
     return jnp.finfo(largest.dtype).eps * largest
@@ -93,10 +96,11 @@ def _rounding(costs):
 
 
 def _block(cost, same, epsilon):
-    """Forbids pairs of different classes by one finite cost.
+    """Forbids pairs of different classes by a high but finite cost.
 
-    Dual potentials lie within a few times the largest cost, so this number keeps
-    exp((f + g - C) / epsilon) at zero, and float32 still resolves f and g.
+    Dual potentials f and g are at most a few times as large as the largest cost.  This
+    cost is high enough to make exp((f + g - C) / epsilon) zero, and low enough for
+    float32 to resolve f and g.
     """
     if same is None:
         return cost
@@ -105,9 +109,9 @@ def _block(cost, same, epsilon):
 
 @cache
 def _ott():
-    """Imports the parts of ott that are used, at the first solve.
+    """Imports the parts of ott that are used, when the first problem is solved.
 
-    ott takes 1.5 s to import.  It loads Matplotlib, which closed forms do not need, and
+    The import takes 1.5 s.  It loads Matplotlib, which closed forms do not need, and
     jaxopt, which warns that it is no longer maintained.
     """
     with warnings.catch_warnings():
@@ -131,40 +135,40 @@ def solve_entropic(
     max_iterations: int,
     symmetric: bool = False,
 ) -> tuple[jax.Array, Stats, jax.Array]:
-    """Solves an entropic transport problem by ott's Sinkhorn iteration.
+    """Solves an entropic transport problem with ott's Sinkhorn iteration.
 
     Args:
-      cost: shape ``[n, m]``.
-      a: weights of the rows, shape ``[n]``, of sum 1.
-      b: weights of the columns, shape ``[m]``, of sum 1.
-      same: 1 where a pair is allowed, ``[n, m]``, or None if all pairs are.
-      epsilon: entropic weight in units of the cost.
-      threshold: L1 error of a marginal at which the iteration stops.
+      cost: costs, shape ``[n, m]``.
+      a: weights of the rows, shape ``[n]``; they sum to 1.
+      b: weights of the columns, shape ``[m]``; they sum to 1.
+      same: 1 where a pair is allowed, shape ``[n, m]``; None allows all pairs.
+      epsilon: weight of the entropy, in units of the cost.
+      threshold: L1 error of the marginals below which the iteration stops.
       max_iterations: largest number of iterations.
-      symmetric: whether the problem is between a sample and itself.
+      symmetric: True if the problem is between a sample and itself.
 
     Returns:
       ``(value, stats, plan)``; none of them has a derivative rule.
     """
     Geometry, LinearProblem, Momentum, Sinkhorn = _ott()
-    # A divergence's own terms (x to x, y to y) converge in a few averaged,
-    # simultaneous updates, as in ott.tools.sinkhorn_divergence.
+    # The symmetric terms of a divergence (x to x, y to y) converge after a few
+    # simultaneous, averaged updates, as in ott.tools.sinkhorn_divergence.
     options = (
         {"momentum": Momentum(start=0, value=0.5), "parallel_dual_updates": True}
         if symmetric
         else {}
     )
-    # use_danskin=False keeps ott's stop_gradient out (nothing differentiates this).
+    # use_danskin=False avoids ott's stop_gradient; nothing differentiates the solver.
     solver = Sinkhorn(
         threshold=threshold,
         max_iterations=max_iterations,
-        # ott checks the error once in this many updates.
+        # Number of updates between two checks of the error.
         inner_iterations=min(10, max_iterations),
         use_danskin=False,
         **options,
     )
     blocked = _block(cost, same, epsilon)
-    # ott declares a float; it takes an array, too.
+    # ott declares epsilon as a float, but also accepts an array.
     with implicit_promotion():
         geometry = Geometry(cost_matrix=blocked, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
         out = solver(LinearProblem(geometry, a=a, b=b))
@@ -217,7 +221,10 @@ def _sinkhorn_divergence(costs, epsilon, threshold, max_iterations):
 
 
 def _entropic_cost(costs, epsilon, threshold, max_iterations):
-    """Computes OT_eps(x, y) = <P, C> + eps KL(P | a x b), per class with a mask."""
+    """Computes OT_eps(x, y) = <P, C> + eps KL(P | a x b).
+
+    With a mask, this is the average over classes, weighted by their mass.
+    """
     value, stats = _entropic(
         costs.xy,
         costs.a,
@@ -230,8 +237,8 @@ def _entropic_cost(costs, epsilon, threshold, max_iterations):
     )
     if costs.same is None:
         return value, stats
-    # KL(P | a x b) of a block plan is the classes' sum plus H(w), for
-    # KL(P_c w_c | a b) counts log(w_c / w_c^2) with mass w_c.
+    # For a plan of blocks, KL(P | a x b) is the sum over classes plus the entropy H(w)
+    # of their weights, because the block of class c adds w_c log(w_c / w_c^2).
     mass = jnp.sum(costs.same * costs.a[None, :], axis=1)
     positive = costs.a > 0
     entropy = -jnp.sum(costs.a * jnp.log(jnp.where(positive, mass, 1)))
@@ -239,12 +246,13 @@ def _entropic_cost(costs, epsilon, threshold, max_iterations):
 
 
 def _shifted_by_duals(cost, same):
-    """Subtracts dual potentials: the assignment is the same, found 5 times sooner.
+    """Subtracts dual potentials, so that the assignment is found 5 times as fast.
 
-    The Hungarian search starts from zero duals and an empty matching.  After ten cheap
-    Sinkhorn updates (n = 128: 0.2 ms) most rows have a zero of their own, so the search
-    takes 1.1 ms instead of 5.4 for two unrelated samples.  Shifts of rows and columns
-    do not change the optimum, so the result is exact however rough these duals are.
+    The Hungarian algorithm starts from dual potentials of zero and an empty matching.
+    After ten cheap Sinkhorn updates (0.2 ms for n = 128), most rows have a zero in a
+    column of their own, and the search takes 1.1 instead of 5.4 ms for two unrelated
+    samples.  Shifting rows and columns does not change the optimal assignment, so the
+    result is exact even if the potentials are not.
     """
     cost = cost - jnp.min(cost, axis=1, keepdims=True)
     cost = cost - jnp.min(cost, axis=0, keepdims=True)
@@ -269,19 +277,19 @@ def best_assignment(cost: jax.Array, same: jax.Array | None = None) -> jax.Array
     """Finds the permutation of least total cost.
 
     Args:
-      cost: shape ``[n, n]``; costs that are not finite count as 0, since the search
-        compares costs and cannot compare NaN.
-      same: 1 where a pair is allowed, ``[n, n]``, or None if all pairs are.
+      cost: costs, shape ``[n, n]``.  Costs that are not finite count as 0, because the
+        search compares costs, and NaN cannot be compared.
+      same: 1 where a pair is allowed, shape ``[n, n]``; None allows all pairs.
 
     Returns:
-      The column of each row, int, shape ``[n]``.
+      The column that is assigned to each row, int, shape ``[n]``.
 
     Examples:
       >>> best_assignment(jnp.array([[1.0, 0.0], [0.0, 3.0]])).tolist()
       [1, 0]
     """
     cost = jnp.where(jnp.isfinite(cost), cost, 0)
-    if same is not None:  # among costs of zero any positive number forbids a pair
+    if same is not None:  # if all costs are zero, any positive cost forbids a pair
         cost = _block(cost, same, jnp.all(cost == 0).astype(cost.dtype))
     cost = _shifted_by_duals(cost, same)
     with implicit_promotion():
@@ -298,7 +306,7 @@ def _solve_assignment(cost, a, same):
     n = cost.shape[0]
     target = best_assignment(cost, same)
     value = jnp.sum(a * cost[jnp.arange(n), target])
-    # The search leaves out costs that are not finite; the value shows them all.
+    # The search ignores costs that are not finite; the value must not.
     finite = jnp.isfinite(cost)
     whole = jnp.all(finite) if same is None else jnp.all(finite | (same == 0))
     return jnp.where(whole, value, jnp.nan), target
@@ -315,9 +323,9 @@ def _assignment_jvp(primals, tangents):
 def _assignment_cost(costs, epsilon, threshold, max_iterations):
     """Computes the minimum over permutations of sum_i a_i C[i, p(i)].
 
-    It is exact for equal weights.  With a mask, the block of each class is optimal by
-    itself, whatever the weights of the classes; samples without a label are matched
-    with each other at weight zero.
+    It is the exact transport cost for equal weights.  With a mask, the block of each
+    class is optimal by itself, whatever the weights of the classes.  Samples without a
+    label are matched with each other and have weight zero.
     """
     del epsilon, threshold, max_iterations
     value = _assignment(costs.xy, costs.a, costs.same)
@@ -335,7 +343,7 @@ SOLVERS: Mapping[str, Callable] = MappingProxyType(
 
 
 def _prepared(costs, solver, epsilon, threshold, max_iterations, floor):
-    """Checks the options and returns all costs, and the epsilon in their units."""
+    """Checks the options; returns the costs with pairing, and epsilon as a constant."""
     check_choice("solver", solver, SOLVERS)
     n, m = costs.xy.shape
     if solver == "exact" and n != m:
@@ -371,30 +379,31 @@ def transport_cost(
     max_iterations: int = 2000,
     floor: jax.Array | float = 0.0,
 ) -> tuple[jax.Array, Stats]:
-    r"""Computes the cost of a transport problem by one of `SOLVERS`.
+    r"""Computes the cost of a transport problem with one of `SOLVERS`.
 
     .. math:: OT_\epsilon = \min_P \langle P, C\rangle
               + \epsilon\, KL(P \,|\, a \otimes b), \quad
               d\,OT_\epsilon = \langle P, dC\rangle
 
     Args:
-      costs: transport problem of mass 1.
-      solver: ``"sinkhorn"``, the debiased divergence ``OT_eps(x, y) - OT_eps(x, x)/2
-        - OT_eps(y, y)/2``; ``"entropic"``, ``OT_eps`` itself; ``"exact"``, by
-        assignment.
-      epsilon: entropic weight in units of the cost; None is 0.02 times `mean_cost`,
-        a constant.  One number serves all terms of the divergence; it is never less
-        than the round-off of the largest cost.
-      threshold: largest L1 error of a marginal at which Sinkhorn stops.
-      max_iterations: largest number of iterations; above ten, they run in whole tens.
-      floor: smallest epsilon that None may give: the round-off of the costs.
+      costs: transport problem; the weights of each side sum to 1.
+      solver: ``"sinkhorn"`` computes the debiased divergence ``OT_eps(x, y)
+        - OT_eps(x, x)/2 - OT_eps(y, y)/2``, ``"entropic"`` computes ``OT_eps`` itself,
+        and ``"exact"`` solves an assignment problem.
+      epsilon: weight of the entropy, in units of the cost.  None uses 0.02 times
+        `mean_cost`, as a constant.  All terms of the divergence use the same epsilon.
+        It is raised to the round-off of the largest cost if it is smaller.
+      threshold: L1 error of the marginals below which Sinkhorn's iteration stops.
+      max_iterations: largest number of iterations; above ten, it is rounded up to a
+        multiple of ten.
+      floor: smallest epsilon that None may choose, the round-off of the costs.
 
     Returns:
-      ``(value, stats)``, scalars.
+      ``(value, stats)``: a scalar, and statistics of the solver that are scalars.
 
     Raises:
-      ValueError: an unknown solver, an epsilon that is not positive, or ``n != m`` with
-        ``"exact"``.
+      ValueError: the solver is unknown, an option is out of range, or ``n != m`` with
+        ``"exact"`` or with ``pairing``.
 
     References:
       Cuturi, Sinkhorn distances, 2013 (arXiv 1306.0895).  Feydy et al.,
@@ -419,11 +428,12 @@ def transport_plan(
     .. math:: P \in \arg\min_P \langle P, C\rangle
               + \epsilon\, KL(P \,|\, a \otimes b)
 
-    The plan is for inspection and has no derivative rule.  A debiased divergence has
-    three plans; this is the one between x and y.
+    The plan is meant for inspection and has no derivative rule.  A debiased divergence
+    has three plans; this is the one between x and y.
 
     Args:
-      costs: transport problem of mass 1; ``xx`` and ``yy`` may be None.
+      costs: transport problem; the weights of each side sum to 1, and ``xx`` and ``yy``
+        may be None.
       solver: as in `transport_cost`.
       epsilon: as in `transport_cost`.
       threshold: as in `transport_cost`.
@@ -431,7 +441,7 @@ def transport_plan(
       floor: as in `transport_cost`.
 
     Returns:
-      The plan, shape ``[n, m]``, of sum 1; its rows sum to ``a``, its columns to ``b``.
+      The plan, shape ``[n, m]``.  Its rows sum to ``a`` and its columns to ``b``.
 
     Raises:
       ValueError: as in `transport_cost`.

@@ -1,4 +1,4 @@
-"""Keeps the data of this machine out of reach, and starts programs without JAX."""
+"""Hides the data sets of this machine, and starts programs without JAX."""
 
 import os
 
@@ -9,7 +9,7 @@ from kddm_jax import data
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    """Leaves no data and no cache of this machine within reach."""
+    """Hides data sets and caches of this machine, and returns the new home folder."""
     monkeypatch.delenv("KDDM_DATA_DIR", raising=False)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -19,8 +19,10 @@ def home(monkeypatch, tmp_path):
 
 @pytest.fixture
 def bare():
-    """Begins a program with an empty package in place of kddm_jax, whose imports
-    are another matter: without JAX it starts at once."""
+    """Returns the first lines of a program that imports parts of kddm_jax without JAX.
+
+    They replace the package by an empty one, so that the program starts at once.
+    """
     package = os.path.dirname(os.path.dirname(data.__file__))
     return (
         "import sys, types\n"

@@ -1,4 +1,4 @@
-"""Augmentations against plain loops, and the distribution of what they draw."""
+"""Compares augmentations with plain loops, and tests the distribution of draws."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ BLACK = [(0 - m) / s for m, s in zip(MEAN, STD, strict=True)]
 
 @pytest.fixture
 def image():
-    """No pixel is zero, all places differ in at least one channel."""
+    """Makes an image without zeros, in which all pixels differ."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.integers(1, 256, (6, 9, 3), dtype=np.uint8))
 
@@ -56,8 +56,8 @@ def keys(n, seed=0):
 
 
 def draw(fn, n, image):
-    """``n`` independent results for one image."""
-    # Compiled: operation by operation the same takes some seconds.
+    """Returns ``n`` independent results for one image."""
+    # Compiled, because one operation at a time takes some seconds.
     return jax.jit(jax.vmap(fn, (0, None)))(keys(n), image)
 
 
@@ -82,14 +82,14 @@ def test_all_crop_offsets_occur_equally_often(image):
     for out in np.asarray(crops):
         counts[known[out.tobytes()]] += 1
     expected = n / counts.size
-    # Chi-squared with 8 degrees of freedom exceeds 26 once in a thousand keys.
+    # Chi-squared with 8 degrees of freedom exceeds 26 for one key in a thousand.
     assert ((counts - expected) ** 2 / expected).sum() < 26
 
 
 def test_crop_by_the_default_padding_reaches_all_offsets(image):
     known = all_crops(image, 4)
     crops = np.asarray(draw(random_crop, 1500, image))
-    # A given one of the 81 is missed by 1500 draws with probability 1e-8.
+    # The probability that 1500 draws miss a given one of the 81 is 1e-8.
     assert {known[crop.tobytes()] for crop in crops} == {
         (top, left) for top in range(9) for left in range(9)
     }
@@ -126,7 +126,7 @@ def test_flip_mirrors_half_of_the_images(image):
     assert abs(is_mirror.mean() - 0.5) < 4 * 0.5 / n**0.5
 
 
-# ---------------------------------------------------------------------- normalise
+# ---------------------------------------------------------------------- normalize
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32, jnp.bfloat16, jnp.float16])
@@ -134,7 +134,7 @@ def test_normalize_against_float64(image, dtype):
     out = normalize(image.astype(dtype), MEAN, STD)
     assert out.dtype == jnp.float32
     expected = (np.asarray(image.astype(jnp.float32), np.float64) / 255 - MEAN) / STD
-    # Whole numbers to 255 are exact in every dtype here; float32 arithmetic.
+    # Whole numbers up to 255 are exact in every dtype here; the arithmetic is float32.
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
@@ -154,7 +154,7 @@ def test_normalize_takes_any_sequence(image, as_type):
 
 
 def parts(image, padding):
-    """Every result that the recipe may have, by loop, and its offsets and flip."""
+    """Returns all results that the recipe may give, with their offsets and flips."""
     known = {}
     for crop, at in all_crops(image, padding).items():
         pixels = np.frombuffer(crop, np.uint8).reshape(image.shape)
@@ -173,7 +173,7 @@ def test_recipe_is_crop_flip_normalise(image):
     out = draw(augment, 1000, image)
     assert out.dtype == jnp.float32
     seen = {known[pixels.tobytes()] for pixels in to_pixels(out)}
-    # All 50 occur: the flip does not depend on the offsets.
+    # All 50 occur, so the flip does not depend on the offsets.
     assert len(seen) == 50
 
 
@@ -234,14 +234,14 @@ def test_same_alone_under_vmap_and_jit(image, fn):
     alone = jnp.stack([fn(k, i) for k, i in zip(keys(16), images, strict=True)])
     batch = jax.jit(jax.vmap(fn))
     together = batch(keys(16), images)
-    # Compilation may fuse the division and the difference: one rounding.
+    # Compilation may fuse the division and the difference, which rounds only once.
     chex.assert_trees_all_close(together, alone, atol=1e-6)
     chex.assert_trees_all_equal(batch(keys(16), images), together)
     assert not np.array_equal(batch(keys(16, seed=1), images), together)
 
 
 def test_draws_do_not_depend_on_the_batch(image):
-    # Keys folded with the global position: the second half alone sees the same.
+    # Keys are folded with the global position, so the second half alone gives the same.
     augment = make_augment(mean=MEAN, std=STD)
     images = jnp.stack([image] * 8)
     folded = jax.vmap(partial(jax.random.fold_in, jax.random.key(3)))(jnp.arange(8))
@@ -326,7 +326,7 @@ def test_recipe_errors(case):
 @pytest.mark.parametrize("value", [0, 255])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_constant_channel_becomes_zero(key, value, dtype):
-    """In training, where a crop pads with black, in evaluation, and for new values."""
+    """Tests training, where a crop pads with black, evaluation, and new values."""
     std = (0.25, 0.5, 0.0)
     mean = (0.5, 0.5, value / 255)
     whole = make_augment(mean=mean, std=(0.25, 0.5, 1.0), dtype=dtype)
@@ -419,7 +419,7 @@ def test_affine_out_of_range_is_refused(options, name):
 
 
 def test_flip_and_angle_are_independent():
-    """Four quadrants: a bright pixel right of the centre, turned and mirrored."""
+    """Rotates and flips a bright pixel right of the centre into all four quadrants."""
     image = np.zeros((21, 21, 1), np.float32)
     image[9:12, 15:18] = 1000
     keys = jax.random.split(jax.random.key(3), 200)

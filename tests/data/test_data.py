@@ -1,4 +1,4 @@
-"""Readers on small files of the official formats, and every way they can be damaged."""
+"""Tests readers with small files of the official formats, and with damaged ones."""
 
 import gzip
 import hashlib
@@ -20,7 +20,7 @@ from scipy.io import savemat
 from kddm_jax import data
 from kddm_jax.data import archives, cache
 
-# Images per training file and per test file of the small data sets made here.
+# Number of images per training file and per test file of the small data sets.
 TRAIN, TEST = 12, 3
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}
 ARCHIVES = {
@@ -44,13 +44,13 @@ IDX_FOLDERS = {
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Makes the official counts small."""
+    """Replaces the official numbers of images by small ones."""
     for name in archives.RECORDS:
         monkeypatch.setitem(archives.RECORDS, name, (TRAIN, TEST))
 
 
 def cifar_files(name, seed=0):
-    """The official files as bytes, one record after the other."""
+    """Returns the official files as bytes, one record after the other."""
     rng = np.random.default_rng(seed)
     files = {}
     for file in [*TRAIN_FILES[name], TEST_FILES[name]]:
@@ -62,7 +62,7 @@ def cifar_files(name, seed=0):
             content += rng.integers(256, size=3072, dtype=np.uint8).tobytes()
         files[file] = content
     names = [f"class_{i}" for i in range(CLASSES[name])]
-    # The official list of CIFAR-10 ends in an empty line.
+    # The official list of CIFAR-10 ends with an empty line.
     files[NAMES_FILES[name]] = "\n".join([*names, "", ""]).encode()
     return files
 
@@ -86,7 +86,7 @@ def write_archive(root, name, files, mode="w:gz"):
 
 
 def loop_over_records(name, contents):
-    """Images and fine labels, pixel by pixel as the format is described."""
+    """Returns images and fine labels, pixel by pixel as the format describes."""
     skip = 2 if name == "cifar100" else 1
     images, labels = [], []
     for content in contents:
@@ -102,7 +102,7 @@ def loop_over_records(name, contents):
 
 
 def idx_files(name, seed=0, first=None):
-    """The four official files, uncompressed, as bytes."""
+    """Returns the four official files as bytes, uncompressed."""
     rng = np.random.default_rng(seed)
     files = {}
     for prefix, count in (("train", TRAIN), ("t10k", TEST)):
@@ -141,7 +141,7 @@ def assert_well_formed(dataset):
         assert labels.shape == images.shape[:1]
     assert all(type(name) is str for name in dataset.class_names)
     pixels = dataset.train_images.reshape(-1, dataset.train_images.shape[-1]) / 255
-    # Float64 throughout: only the order of summation differs.
+    # All in float64, so only the order of summation differs.
     np.testing.assert_allclose(dataset.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(dataset.std, pixels.std(0), rtol=1e-12)
     assert all(type(number) is float for number in dataset.mean + dataset.std)
@@ -153,7 +153,7 @@ def assert_same(left, right):
 
 
 def assert_damaged(name, root, *parts):
-    """Loading fails in one line, which has each of ``parts``."""
+    """Asserts that loading fails with a one-line error that has each of ``parts``."""
     with pytest.raises(data.DataError) as caught:
         data.load(name, data_dir=root)
     message = str(caught.value)
@@ -176,7 +176,7 @@ def test_digits_split_never_changes():
     digits = data.load("digits")
     assert_well_formed(digits)
     assert digits.class_names == tuple("0123456789")
-    # Computed by this reader with scikit-learn 1.9: images and labels of both parts.
+    # Hashes of images and labels of both parts, as read with scikit-learn 1.9.
     assert digest(digits) == (
         "448e779b691a569e5afc9ebad393ae7b936530ccb669bd853a2c55230314782e"
     )
@@ -230,7 +230,7 @@ def test_cifar_against_a_loop_over_records(tmp_path, name, write):
 
 
 def test_cifar_in_many_pieces(tmp_path, monkeypatch):
-    # More images than are rearranged or counted at a time.
+    # More images than are rearranged or counted at once.
     monkeypatch.setitem(archives.RECORDS, "cifar100", (1203, TEST))
     files = cifar_files("cifar100")
     rng = np.random.default_rng(1)
@@ -327,7 +327,7 @@ PYTHON = {
 
 
 def python_version(root, name, where):
-    """Files of the Python version at a place; returns the data folder and the path."""
+    """Writes files of the Python version; returns the data folder and their path."""
     folder, archive, file = PYTHON[name]
     files = {"batches.meta" if name == "cifar10" else "meta": b"\x80", file: b"\x80"}
     if where in ("archive", "renamed archive"):
@@ -368,7 +368,8 @@ def test_archive_cut_short(tmp_path, keep):
 
 @pytest.mark.parametrize("at", [3000, 100_000, -6])
 def test_archive_with_a_wrong_byte(tmp_path, at):
-    # Random pixels are stored, not compressed: only the checksum can tell.
+    # Random pixels are stored without compression, so only the checksum shows the
+    # damage.
     path = write_archive(tmp_path, "cifar10", cifar_files("cifar10"))
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -377,7 +378,7 @@ def test_archive_with_a_wrong_byte(tmp_path, at):
 
 
 def test_archive_with_a_broken_stream(tmp_path):
-    # The first block after the ten bytes of header gets a type that does not exist.
+    # The first block after the ten bytes of the header gets a type that does not exist.
     path = write_archive(tmp_path, "cifar10", cifar_files("cifar10"))
     content = bytearray(path.read_bytes())
     content[10 + len(ARCHIVES["cifar10"]) - len(".gz") + 1] = 0xFF
@@ -392,7 +393,7 @@ def test_archive_that_is_a_web_page(tmp_path):
 
 
 def test_archive_with_a_link_for_a_file(tmp_path):
-    # A member that is no plain file is never followed.
+    # A member that is not a plain file is never followed.
     secret = tmp_path / "secret"
     files = cifar_files("cifar10")
     secret.write_bytes(files.pop("test_batch.bin"))
@@ -432,7 +433,7 @@ def test_archive_that_points_elsewhere_writes_nothing(tmp_path, monkeypatch):
 
 
 def endless(first, size=2**27):
-    """A gzip of ``first`` and an eighth of a gigabyte of zeros, far smaller itself."""
+    """Returns a small gzip file of ``first`` and an eighth of a gigabyte of zeros."""
     compressor = zlib.compressobj(wbits=31)
     content, zeros = compressor.compress(first), bytes(2**20)
     content += b"".join(compressor.compress(zeros) for _ in range(size // 2**20))
@@ -440,7 +441,7 @@ def endless(first, size=2**27):
 
 
 def peak(read):
-    """Bytes that ``read`` had at once, of those that Python knows of."""
+    """Returns the largest memory in bytes that Python allocates in ``read``."""
     tracemalloc.start()
     try:
         read()
@@ -458,7 +459,7 @@ def large_member(name, kind=tarfile.REGTYPE):
 BOMBS = {
     "end": lambda whole: whole,
     "member": lambda whole: whole[:-10240] + large_member("large"),
-    # tarfile itself reads the whole of these
+    # tarfile itself would read these completely
     "header": lambda whole: large_member("large", tarfile.XHDTYPE),
     "name": lambda whole: large_member("large", tarfile.GNUTYPE_LONGNAME),
 }
@@ -573,7 +574,7 @@ def test_mnist_gz_cut_short(tmp_path, change):
     assert_damaged("mnist", tmp_path, path, size, "expected a whole .gz")
 
 
-# In a pixel, where only the checksum can tell, and in the type of the first block.
+# Damages a pixel, where only the checksum shows it, and the type of the first block.
 @pytest.mark.parametrize(("at", "byte"), [(5000, 0x01), (10, 0xFF)])
 def test_mnist_gz_with_a_wrong_byte(tmp_path, at, byte):
     write_idx(tmp_path, idx_files("mnist"), compress=True)
@@ -607,7 +608,7 @@ MAT_FILES = {"train_32x32.mat": TRAIN, "test_32x32.mat": TEST}
 
 
 def mat_contents(seed=0):
-    """Images ``[n, 32, 32, 3]`` and labels 1 to 10 of both files."""
+    """Returns images ``[n, 32, 32, 3]`` and labels 1 to 10 of both files."""
     rng = np.random.default_rng(seed)
     return {
         file: (
@@ -619,7 +620,7 @@ def mat_contents(seed=0):
 
 
 def write_mat(folder, contents, compress=True, **changes):
-    """The official layout: X [32, 32, 3, n] and y [n, 1]."""
+    """Writes a file in the official layout: X [32, 32, 3, n] and y [n, 1]."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, (images, labels) in contents.items():
         variables = {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]}
@@ -693,11 +694,11 @@ def test_svhn_of_other_contents(tmp_path, damage):
 
 def test_svhn_of_another_size_is_not_inflated(tmp_path, monkeypatch):
     path = write_mat(tmp_path, mat_contents(), X=np.zeros((32, 32, 3, 999), np.uint8))
-    monkeypatch.setattr("scipy.io.loadmat", None)  # calling it would not do
+    monkeypatch.setattr("scipy.io.loadmat", None)  # calling it would fail
     assert_damaged("svhn", tmp_path, path, "X uint8 [32, 32, 3, 999]")
 
 
-# The last bytes of an uncompressed file pad it; the official ones are compressed.
+# The last bytes of an uncompressed file are padding; the official ones are compressed.
 @pytest.mark.parametrize(
     ("keep", "compress"),
     [*((k, c) for k in (0, 0.001, 0.01, 0.5, 0.99) for c in (False, True)), (1, True)],
@@ -730,12 +731,12 @@ def test_svhn_file_missing(tmp_path):
     assert_damaged("svhn", tmp_path, path, "missing")
 
 
-# ------------------------------------------------------------- archives kept inflated
+# --------------------------------------------------- archives stored uncompressed
 
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Small archives are kept like the large official ones; counts inflations."""
+    """Treats small archives like the large official ones; counts decompressions."""
     monkeypatch.setattr(cache, "KEPT_FROM", 0)
     count = [0]
 
@@ -764,7 +765,7 @@ def test_archive_is_inflated_once(tmp_path, kept, name, files):
     again = data.load(name, data_dir=tmp_path)
     assert kept == [files]
     assert_same(again, first)
-    # In memory and the user's own, as without a cache.
+    # In memory and writable, as without a cache.
     assert_well_formed(again)
     assert not isinstance(again.train_images, np.memmap)
 
@@ -774,11 +775,11 @@ def test_changed_archive_is_inflated_again(tmp_path, kept, name):
     path = write_large(tmp_path, name, seed=0)
     size = path.stat().st_size
     first = data.load(name, data_dir=tmp_path)
-    path = write_large(tmp_path, name, seed=1)  # random pixels: the size is the same
+    path = write_large(tmp_path, name, seed=1)  # random pixels do not compress
     assert abs(path.stat().st_size - size) < 100
     assert (data.load(name, data_dir=tmp_path).train_images != first.train_images).any()
     assert len(list((tmp_path / ".kddm_jax").iterdir())) == 1
-    # A damaged archive is one, whatever was read before.
+    # A damaged archive is refused even if it was read before.
     path.write_bytes(path.read_bytes()[:-10_000])
     assert_damaged(name, tmp_path, path)
 
@@ -826,7 +827,7 @@ def test_image_size_of_nothing():
 
 
 def test_folders_are_tried_in_the_documented_order(tmp_path, monkeypatch):
-    # Four copies that differ: whichever is read shows in its pixels.
+    # Four copies with different pixels, which show the copy that was read.
     places = [
         tmp_path / "given",
         tmp_path / "variable",
@@ -854,7 +855,7 @@ def test_folders_are_tried_in_the_documented_order(tmp_path, monkeypatch):
     for file in places[2].iterdir():
         file.unlink()
     assert seed_of(data.load("mnist")) == 3
-    # A folder that was named is the only one looked in.
+    # If the user names a folder, no other folder is searched.
     with pytest.raises(data.DataError, match="was not found"):
         data.load("mnist", data_dir=tmp_path / "nowhere")
     monkeypatch.setenv("KDDM_DATA_DIR", str(tmp_path / "nowhere"))
@@ -905,7 +906,7 @@ print(len(ours))
 
 @pytest.fixture
 def labels():
-    """Five unbalanced classes, shuffled: 40, 30, 20, 10 and 3 samples."""
+    """Makes shuffled labels of five classes with 40, 30, 20, 10 and 3 samples."""
     classes = np.repeat([4, 0, 1, 2, 7], [40, 30, 20, 10, 3])
     return np.random.default_rng(0).permutation(classes).astype(np.int32)
 
@@ -933,8 +934,8 @@ def test_balanced_subsets_are_nested(labels):
 def test_balanced_subset_is_a_random_draw(labels):
     draws = [tuple(data.balanced_subset(labels, 10, seed=s)) for s in range(50)]
     assert len(set(draws)) == 50
-    # Every sample of the class of 40 has two chances in 40 a draw: 100 among 50
-    # draws miss a sample with probability 0.95^50 = 8 %, 3 of 40 on average.
+    # Each of the 50 draws takes two samples of the class of 40, so all of them miss a
+    # given sample with probability 0.95^50 = 8 %, which is 3 of 40 on average.
     seen = {i for draw in draws for i in draw if labels[i] == 4}
     assert len(seen) >= 30
 
@@ -1011,7 +1012,7 @@ def test_real_cifar10(monkeypatch):
     dataset = data.load("cifar10", data_dir=REAL)
     assert dataset.train_images.shape == (50_000, 32, 32, 3)
     assert dataset.test_images.shape == (10_000, 32, 32, 3)
-    # The numbers that everybody normalises CIFAR-10 by.
+    # The widely used mean and standard deviation of CIFAR-10.
     np.testing.assert_allclose(dataset.mean, (0.4914, 0.4822, 0.4465), atol=1e-4)
     np.testing.assert_allclose(dataset.std, (0.2470, 0.2435, 0.2616), atol=1e-4)
     np.testing.assert_array_equal(np.bincount(dataset.train_labels), [5000] * 10)

@@ -1,4 +1,4 @@
-"""Folders of images: every kind of image, every mistake, and the cache of both."""
+"""Tests folders of images: all kinds of images, all mistakes, and the cache."""
 
 import errno
 import json
@@ -32,13 +32,13 @@ def save(path, array, **options):
     return path
 
 
-# Two classes, images by number: what is expected of the folder made by ``write``.
+# Two classes with the numbers of their images: the content of ``write``'s folder.
 TRAIN = {"ant": [0, 1, 2], "bee": [3, 4]}
 TEST = {"ant": [5], "bee": [6, 7]}
 
 
 def write(root, test="test", **options):
-    """A small folder, whose files are written in another order than they are read."""
+    """Writes a small folder, with its files in another order than they are read in."""
     for split, classes in (("train", TRAIN), (test, TEST)):
         for name, seeds in reversed(classes.items()):
             for seed in reversed(seeds):
@@ -51,7 +51,7 @@ def load(root, **options):
 
 
 def assert_refused(root, *parts, **options):
-    """Loading fails in one line, which has each of ``parts``; no cache is left."""
+    """Asserts a one-line error with each of ``parts``, and that there is no cache."""
     with pytest.raises(data.DataError) as caught:
         load(root, **options)
     message = str(caught.value)
@@ -80,7 +80,7 @@ def test_folder_against_its_pixels(tmp_path, test, channels):
         np.testing.assert_array_equal(
             labels, np.repeat([0, 1], [len(s) for s in classes.values()])
         )
-        # A map of the file: as many images as there is disk for.
+        # A memory-mapped file, so that images may take as much space as the disk has.
         assert isinstance(found, np.memmap)
     values = np.asarray(folder.train_images).reshape(-1, channels) / 255
     np.testing.assert_allclose(folder.mean, values.mean(0), rtol=1e-12)
@@ -103,7 +103,7 @@ def test_other_files_are_skipped(tmp_path):
 
 
 def test_folders_within_a_class(tmp_path):
-    """The files of a folder come first, then its folders, as in torchvision."""
+    """The files of a folder come before the files of its folders, as in torchvision."""
     write(tmp_path)
     save(tmp_path / "train" / "ant" / "b" / "c" / "0.png", pixels(11))
     save(tmp_path / "train" / "ant" / "b" / "1.png", pixels(10))
@@ -169,7 +169,8 @@ def test_more_images_than_are_decoded_at_a_time(tmp_path, monkeypatch):
     np.testing.assert_array_equal(folder.train_images, expected)
 
 
-# Each gives what is saved, how, and the RGB that must come out (None: as saved).
+# Each function returns the image to save, its options, and the expected RGB values
+# (None if these are the saved ones).
 def palette(array):
     return Image.fromarray(array).quantize(256)
 
@@ -186,7 +187,7 @@ def with_transparency(array):
     return image
 
 
-# Pillow writes these, not all of them in every version.
+# Pillow can write these, but not all of them in every version.
 ENDINGS = {
     **dict.fromkeys(("apng", "bmp", "dib", "pcx", "ppm", "pnm", "sgi", "rgb")),
     **dict.fromkeys(("tga", "icb", "tif", "tiff", "TGA", "BMP", "Tiff", "qoi")),
@@ -247,7 +248,7 @@ KINDS = {
 def test_kinds_of_images(tmp_path, kind):
     make, options = KINDS[kind]
     write(tmp_path)
-    smooth = np.indices((6, 6, 3)).sum(0).astype(np.uint8) * 15  # JPEG bears it
+    smooth = np.indices((6, 6, 3)).sum(0).astype(np.uint8) * 15  # suits JPEG
     image = make(smooth)
     save(tmp_path / "train" / "ant" / f"0 {kind}", image, **options)
     with warnings.catch_warnings():
@@ -281,7 +282,7 @@ def test_kinds_of_grey(tmp_path, kind):
 
 
 def test_one_colour_image_makes_all_rgb(tmp_path):
-    # Found last, when all others have been written as grey.
+    # The colour image is found last, when all others have been written as grey.
     write(tmp_path, channels=1)
     save(tmp_path / "test" / "bee" / "9.png", pixels(9))
     folder = load(tmp_path)
@@ -314,7 +315,7 @@ def test_exif_orientation(tmp_path, orientation):
 
 
 def test_images_with_broken_exif_are_read(tmp_path):
-    # A table of nine entries that ends in the first: Pillow warns and goes on.
+    # A table of nine entries that ends in the first: Pillow warns and continues.
     exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x09\x01\x12\0\x03"
     write(tmp_path)
     save(tmp_path / "train" / "ant" / "0.jpg", np.zeros((6, 6, 3), np.uint8), exif=exif)
@@ -331,13 +332,13 @@ def test_resizing_against_resize_and_crop(tmp_path, height, width, size):
     save(tmp_path / "train" / "ant" / "0.png", array)
     folder = load(tmp_path, image_size=size)
     assert folder.train_images.shape == (5, size, size, 3)
-    # Short side first, then the middle: the sizes above come out whole.
+    # First the short side, then the crop. With the sizes above, the long side is whole.
     short = min(height, width)
     whole = (width * size // short, height * size // short)
     resized = Image.fromarray(array).resize(whole, Image.Resampling.BILINEAR)
     left, top = (whole[0] - size) // 2, (whole[1] - size) // 2
     expected = np.asarray(resized.crop((left, top, left + size, top + size)))
-    # The same filter at the same places, but for the last bit of its weights.
+    # The same filter at the same places, except for the last bit of its weights.
     assert np.abs(folder.train_images[0] - expected.astype(int)).max() <= 1
 
 
@@ -349,7 +350,7 @@ def test_resizing_keeps_images_of_that_size(tmp_path):
 
 
 def test_long_image_is_not_blown_up(tmp_path):
-    # Resized as a whole, its long side would have 320,000 pixels.
+    # If the whole image were resized, its long side would have 320,000 pixels.
     write(tmp_path)
     save(tmp_path / "train" / "ant" / "0.png", np.full((1, 10_000, 3), 7, np.uint8))
     assert (load(tmp_path, image_size=32).train_images[0] == 7).all()
@@ -360,7 +361,7 @@ def test_progress(tmp_path, monkeypatch, capfd):
     seen = []
     load(write(tmp_path), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
-    # Of itself it shows nothing where there is no terminal.
+    # By default it shows nothing if there is no terminal.
     load(tmp_path, image_size=3)
     assert capfd.readouterr() == ("", "")
 
@@ -374,7 +375,7 @@ print(len(folder.train_images), folder.train_images.sum())
 
 @pytest.fixture
 def start(bare):
-    """Starts a process that loads a folder."""
+    """Returns a function that starts a process, which loads a folder."""
     command = [sys.executable, "-c", bare + PROGRAM]
     return lambda root, **options: subprocess.Popen(
         [*command, root], stdout=subprocess.PIPE, text=True, **options
@@ -396,7 +397,7 @@ def test_progress_on_a_terminal(start, tmp_path, monkeypatch):
 
 
 def write_all(root, make):
-    """The folder of ``write``, every image made by a function of its pixels."""
+    """Writes the folder of ``write``, with ``make`` applied to all pixels."""
     for path in write(root).glob("t*/*/*.png"):
         save(path, make(pixels(int(path.stem))))
     return root
@@ -499,7 +500,7 @@ def test_file_that_is_not_read(tmp_path, name, deep):
     path.write_bytes(b"content")
     ending = path.suffix.lower() or "no ending"
     assert_refused(tmp_path, f"{path}: ", f"({ending})", "convert", "--skip-damaged")
-    for _ in range(2):  # decoded, and from the cache
+    for _ in range(2):  # first decoded, then from the cache
         with pytest.warns(UserWarning, match="left out 1 ") as caught:
             folder = load(tmp_path, skip_damaged=True)
         assert str(path) in str(caught[0].message)
@@ -515,13 +516,13 @@ def test_files_that_are_not_read_are_counted(tmp_path):
     assert_refused(tmp_path, f"{paths[0]} and 3 more files:", "(.heic, .svg)")
     with pytest.warns(UserWarning, match="left out 4 "):
         load(tmp_path, skip_damaged=True)
-    paths[0].unlink()  # seen, although it was never decoded
+    paths[0].unlink()  # counted, although it was never decoded
     with pytest.warns(UserWarning, match="left out 3 "):
         load(tmp_path, skip_damaged=True)
 
 
 def test_ending_that_a_new_pillow_reads(tmp_path, monkeypatch):
-    """A cache that leaves files out holds only as long as they are not read."""
+    """A cache that leaves files out is rebuilt when Pillow can read these files."""
     write(tmp_path)
     path = tmp_path / "train" / "ant" / "9.heic"
     save(path, pixels(9), format="png")
@@ -606,7 +607,7 @@ def test_damaged_image(tmp_path, monkeypatch, damage):
     assert_refused(tmp_path, f"{path}: damaged image (", "skip_damaged", "--skip-dam")
     if damage in ("empty", "text"):
         assert_refused(tmp_path, f"{path.stat().st_size} bytes that are no image")
-    for _ in range(2):  # decoded, and from the cache
+    for _ in range(2):  # first decoded, then from the cache
         with pytest.warns(UserWarning, match=r"left out 1 damaged.*9\.") as caught:
             folder = load(tmp_path, skip_damaged=True)
         assert str(path) in str(caught[0].message)
@@ -614,7 +615,7 @@ def test_damaged_image(tmp_path, monkeypatch, damage):
         np.testing.assert_array_equal(folder.train_labels, [0, 0, 0, 1, 1])
         expected = [pixels(seed) for seeds in TRAIN.values() for seed in seeds]
         np.testing.assert_array_equal(folder.train_images, expected)
-    # Left out once does not mean left out always.
+    # Leaving the image out once does not leave it out without the option.
     with pytest.raises(data.DataError, match="damaged image"):
         load(tmp_path)
 
@@ -633,7 +634,7 @@ def test_only_damaged_images(tmp_path):
     assert_refused(tmp_path, "test: all 3 images are damaged", skip_damaged=True)
 
 
-@pytest.mark.parametrize("limit", [99, 20])  # Pillow warns, and from double refuses
+@pytest.mark.parametrize("limit", [99, 20])  # Pillow warns, or raises
 def test_decompression_bomb(tmp_path, monkeypatch, limit):
     path = save(write(tmp_path) / "train" / "bee" / "9.png", pixels(0, 10, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -725,7 +726,7 @@ CHANGES = [rewrite, touch, add, remove, rename, rename_class]
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_folder_is_read_again(tmp_path, decoded, change):
-    # Of one age and size, so that only what is changed can tell.
+    # All files have the same age and size, so only the change itself can be noticed.
     paths = list(write(tmp_path).glob("t*/*/*"))
     for path in paths:
         path.write_bytes(path.read_bytes().ljust(300, b"\0"))
@@ -737,7 +738,7 @@ def test_changed_folder_is_read_again(tmp_path, decoded, change):
     decoded[0] = 0
     found = load(tmp_path)
     assert decoded[0] >= 7
-    # Equal to what one reads who never had a cache; the old one is gone.
+    # The result equals that without any cache, and the old cache is gone.
     (new,) = caches(tmp_path)
     assert new != old
     new.rename(tmp_path / "aside")
@@ -810,7 +811,7 @@ def test_killed_build_leaves_no_cache(tmp_path, decoded):
 
     with pytest.raises(Killed):
         load(write(tmp_path), progress=kill)
-    # Killed for good, it could not have tidied up.
+    # A killed process leaves its unfinished files behind.
     fresh = tmp_path / ".kddm_jax" / ".partial-fresh"
     stale = tmp_path / ".kddm_jax" / ".partial-stale"
     for folder, age in ((fresh, 3600), (stale, 100_000)):
@@ -821,7 +822,7 @@ def test_killed_build_leaves_no_cache(tmp_path, decoded):
     decoded[0] = 0
     assert len(load(tmp_path).train_images) == 5
     assert decoded == [8]
-    assert fresh.exists()  # perhaps another process is at work
+    assert fresh.exists()  # another process may still be writing
     assert not stale.exists()
 
 
@@ -844,7 +845,7 @@ def test_another_process_removes_its_files_meanwhile(tmp_path, decoded, monkeypa
 
 
 def blocked(folder):
-    """A file in the place of a folder: not writable, not even for root."""
+    """Puts a file where the folder would be; not even root can write into it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.write_text("")
 
@@ -855,7 +856,7 @@ def test_cache_of_a_read_only_folder(tmp_path, home, decoded):
     assert list((home / ".cache" / "kddm_jax" / "images").glob("folder-*"))
     assert_same(load(tmp_path / "data"), first)
     assert decoded == [8]
-    # Two folders share that place and keep out of each other's way.
+    # Two data folders share the other place, but not their caches.
     blocked(write(tmp_path / "other", channels=1) / ".kddm_jax")
     load(tmp_path / "other")
     assert_same(load(tmp_path / "data"), first)
@@ -894,7 +895,7 @@ def test_processes_that_build_at_once(start, tmp_path):
 
 
 def test_cache_that_another_process_removes(tmp_path, monkeypatch):
-    """Between building and opening, as seen by a process that read other files."""
+    """Another process removes the cache after it is built and before it is opened."""
     build, built = cache._build, []
 
     def build_and_lose(*arguments):

@@ -1,4 +1,4 @@
-"""Streaming: the images asked for, in the order asked for, each device its share."""
+"""Tests streaming: the given images in the given order, and each device's share."""
 
 import numpy as np
 import pytest

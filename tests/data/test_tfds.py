@@ -1,7 +1,7 @@
-"""Sets prepared by TFDS: found, read without TensorFlow, and prepared with it.
+"""Tests sets of TFDS: finding them, reading them without TensorFlow, preparing them.
 
-The prepared sets come from ``tests/prepare_tfds.py``, run where TensorFlow is, and
-``KDDM_TEST_TFDS`` says where they lie.
+The prepared sets come from ``tests/prepare_tfds.py``, which runs where TensorFlow is
+installed. ``KDDM_TEST_TFDS`` is their folder.
 """
 
 import importlib.util
@@ -30,19 +30,19 @@ needs_tensorflow = pytest.mark.skipif(
     reason='need TensorFlow (pip install -e ".[prepare,test]")',
 )
 TRAIN, TEST = tiny.COUNTS["train"], tiny.COUNTS["test"]
-# What TFDS reads without TensorFlow.
+# File formats that TFDS reads without TensorFlow.
 FREE = ("array_record", "parquet")
 
 
 def copy(root, name, file_format="array_record", to=None):
-    """A set of its own, without a cache."""
+    """Copies a prepared set, without a cache."""
     source = Path(PREPARED) / file_format / name
     shutil.copytree(source, root / (to or name))
     return root / (to or name)
 
 
 def expected(name, split):
-    """The images of a split, by their labels, in an order of their own."""
+    """Returns the labels and images of a split, sorted."""
     pairs = [
         (tiny.label(split, i), tiny.image(name, split, i).tobytes())
         for i in range(tiny.COUNTS[split])
@@ -60,7 +60,7 @@ def assert_same(left, right):
 
 
 def assert_refused(*parts, **arguments):
-    """Loading fails in one line, which has each of ``parts``."""
+    """Asserts that loading fails with a one-line error that has each of ``parts``."""
     with pytest.raises(data.DataError) as caught:
         data.load(**arguments)
     message = str(caught.value)
@@ -80,11 +80,11 @@ def make_version(folder):
 
 @pytest.fixture
 def shelf(tmp_path):
-    """Two data folders of empty sets."""
+    """Makes two data folders of empty sets."""
     first, second = tmp_path / "first", tmp_path / "second"
     for version in ("1.2.0", "1.10.0", "1.9.3"):
         make_version(first / "plain" / version)
-    (first / "plain" / "2.0.0").mkdir()  # begun, never prepared
+    (first / "plain" / "2.0.0").mkdir()  # begun, but not prepared
     (first / "plain" / "2.0.0" / "features.json").write_text("{}")
     make_version(first / "plain" / "incomplete.XYZ_3.0.0")
     make_version(second / "plain" / "7.0.0")
@@ -144,7 +144,7 @@ def test_unknown_name_tells_every_place(tmp_path, home, monkeypatch):
 
 
 def test_a_name_needs_no_tfds(run, monkeypatch):
-    """Neither finding nor missing a set imports TFDS."""
+    """TFDS is not imported to find a set, nor to report that it is missing."""
     program = "from kddm_jax import data\ntry: data.load('no_such_set')\n"
     program += "except data.DataError: import sys; print('tensorflow_datasets' in "
     done = run(f"{program}sys.modules)")
@@ -156,7 +156,7 @@ def test_a_name_needs_no_tfds(run, monkeypatch):
 
 @pytest.fixture
 def run(bare):
-    """Runs a program in which JAX is not imported."""
+    """Returns a function that runs a program without importing JAX."""
     return lambda program, *arguments: subprocess.run(
         [sys.executable, "-W", "error", "-c", bare + program, *arguments],
         capture_output=True,
@@ -186,13 +186,13 @@ def test_images_and_labels(tmp_path, file_format):
     dataset = data.load("tiny_fixed", data_dir=tmp_path)
     for split, pictures, labels in (
         ("train", dataset.train_images, dataset.train_labels),
-        ("test", dataset.test_images, dataset.test_labels),  # and not validation
+        ("test", dataset.test_images, dataset.test_labels),  # not those of validation
     ):
         assert found(pictures, labels) == expected("tiny_fixed", split)
         assert pictures.shape == (tiny.COUNTS[split], 8, 8, 3)
         assert (pictures.dtype, labels.dtype) == (np.uint8, np.int32)
         assert isinstance(pictures, np.memmap)
-    # "label" and not "coarse": the supervised keys say so.
+    # The supervised keys name "label", not "coarse".
     assert dataset.class_names == tiny.CLASSES
     values = np.asarray(dataset.train_images).reshape(-1, 3) / 255
     np.testing.assert_allclose(dataset.mean, values.mean(0), rtol=1e-12)
@@ -206,7 +206,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "_import_tfds", lambda: pytest.fail("read again"))
     assert_same(data.load("tiny_fixed", data_dir=tmp_path), first)
     monkeypatch.undo()
-    # Prepared again, it is read again.
+    # A set that was prepared again is read again.
     os.utime(tmp_path / "tiny_fixed/1.0.0/features.json", ns=(0, 0))
     decoded, decode = [], images._decode
     monkeypatch.setattr(images, "_decode", lambda *a: decoded.append(a) or decode(*a))
@@ -230,7 +230,7 @@ def test_images_that_differ_in_size(tmp_path):
     assert_refused("differ in size", "train[", "--image-size", **sizes)
     dataset = data.load(**sizes, image_size=8)
     assert dataset.train_images.shape == (TRAIN, 8, 8, 3)
-    # A set without a test split has its validation split for one.
+    # Without a test split, the validation split is used.
     assert dataset.test_images.shape == (4, 8, 8, 3)
     labels = [tiny.label("validation", i) for i in range(tiny.COUNTS["validation"])]
     assert sorted(dataset.test_labels) == sorted(labels)
@@ -336,7 +336,7 @@ def test_damaged_description(tmp_path, damage, file):
 
 @needs_sets
 def test_where_prepared_sets_are_looked_for(tmp_path, home, monkeypatch):
-    # Of sets that differ in their number of images, the first one found is read.
+    # The sets differ in their numbers of images, which shows the set that was read.
     places = ["data", "mine", "home/tensorflow_datasets"]
     kinds = ["tiny_fixed", "tiny_train", "tiny_grey"]
     for place, kind in zip(places, kinds, strict=True):
@@ -346,7 +346,7 @@ def test_where_prepared_sets_are_looked_for(tmp_path, home, monkeypatch):
     for place, shape in zip(places, shapes, strict=True):
         assert data.load("mnist").test_images.shape == shape
         shutil.rmtree(tmp_path / place)
-    # A folder that was named is the only one looked in.
+    # If the user names a folder, no other folder is searched.
     copy(home / "tensorflow_datasets", "tiny_fixed", to="mnist")
     with pytest.raises(data.DataError, match="for mnist as prepared by TFDS"):
         data.load("mnist", data_dir=tmp_path)
@@ -396,7 +396,7 @@ def test_tfrecord_cut_short(tmp_path):
     folder = copy(tmp_path, "tiny_fixed", "tfrecord") / "1.0.0"
     path = next(folder.glob("*train*"))
     content = path.read_bytes()
-    # Length, its checksum, the record, its checksum: cut after the first.
+    # A record is its length, a checksum, the data, and a checksum. Cut after the first.
     first = int.from_bytes(content[:8], "little") + 16
     for cut, found in ((first, "only 21 element"), (len(content) // 2, "")):
         path.write_bytes(content[:cut])
@@ -415,7 +415,7 @@ def test_tfrecord_is_decoded_once(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def registered():
-    """Sets that TFDS knows by name: one that can be prepared, one that cannot."""
+    """Registers a set that can be prepared with TFDS, and one that cannot."""
     import tensorflow_datasets as tfds
 
     (fixed, *_) = tiny.make_builders()
@@ -436,11 +436,11 @@ def test_prepare(tmp_path, registered, capfd):
     printed = capfd.readouterr()
     folder = tmp_path / "made" / "tiny_known" / "1.0.0"
     assert printed.out.endswith(f"tiny_known is prepared in {folder}\n")
-    assert "Generating train examples" in printed.err  # progress
+    assert "Generating train examples" in printed.err  # the progress
     assert list(folder.glob("*.array_record-*"))
     dataset = data.load("tiny_known", data_dir=tmp_path / "made")
     assert len(dataset.train_images) == TRAIN
-    # Once more there is nothing to do.
+    # Run again, the command does nothing.
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert loading.main(["tiny_known", "--data-dir", str(tmp_path / "made")]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

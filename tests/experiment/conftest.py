@@ -1,4 +1,4 @@
-"""Runs that the tests share; each is made once per session, by one worker."""
+"""Makes the runs that tests share, once per session, by one of the workers."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ from kddm_jax.experiment.training import models, problems, runs
 
 @pytest.fixture(autouse=True)
 def settings_of_jax():
-    """Those of the subprocesses; other tests of this worker keep theirs."""
+    """Uses the settings of the subprocesses, and restores them after the test."""
     names = ("jax_compilation_cache_dir", "jax_disable_most_optimizations")
     before = {name: jax.config.values[name] for name in names}
     jax.config.update("jax_disable_most_optimizations", True)
@@ -28,7 +28,7 @@ def settings_of_jax():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A folder that all workers of the session see."""
+    """Returns a folder that all workers of the session share."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder = root / "experiments"
@@ -38,7 +38,7 @@ def shared(tmp_path_factory):
 
 @contextlib.contextmanager
 def once(shared, name):
-    """Gives a folder to the first who comes, as ``(folder, True)``; the rest wait."""
+    """Gives ``(folder, True)`` to the first caller and makes all others wait for it."""
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder, done = shared / name, shared / f"{name}.done"
@@ -53,7 +53,7 @@ def once(shared, name):
 
 @pytest.fixture(scope="session")
 def finished(shared):
-    """Folder of a finished run, with ``out/`` and ``stdout.txt``."""
+    """Returns the folder of a finished run, with ``out/`` and ``stdout.txt``."""
     with once(shared, "finished") as (folder, first):
         if first:
             done = command(*tiny("out"), cwd=folder)
@@ -65,7 +65,7 @@ def finished(shared):
 
 @pytest.fixture(scope="session")
 def resumed(shared, finished):
-    """Folder of a run that was killed and continued; ``stdout.txt``, ``killed/``."""
+    """Returns the folder of a resumed run: ``out/``, ``stdout.txt``, ``killed/``."""
     with once(shared, "resumed") as (folder, first):
         if first:
             line = (*tiny("out"), "--checkpoint-seconds", "0")
@@ -80,7 +80,7 @@ def resumed(shared, finished):
 
 @pytest.fixture(scope="session")
 def trained(shared):
-    """Folder of a teacher's run, as a run leaves it, with untrained variables."""
+    """Returns folders of teachers' runs with untrained variables."""
     with once(shared, "trained") as (folder, first):
         if first:
             settings = parse([*TINY, "--compilation-cache", "None", "--devices", "1"])

@@ -1,4 +1,4 @@
-"""choose_weights.py: runs of a grid that diverge, and folders that it refuses."""
+"""Tests choose_weights.py: runs that diverge, and folders that it refuses."""
 
 import pytest
 from commands import SMALL, unwanted_training
@@ -11,7 +11,7 @@ from kddm_jax.experiment.training import problems, train
 
 @pytest.fixture
 def line(trained, tmp_path, monkeypatch):
-    """Settings of a command whose teacher is trained already."""
+    """Returns settings of a command with a trained teacher."""
     monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
     line = (*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path)
     line = (*line, "--held-out", 100, "--teacher-saw-held-out", "--distances", "w2")
@@ -19,7 +19,7 @@ def line(trained, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_stops_no_other(line, tmp_path, monkeypatch, capsys):
-    """It counts as 0 and is not tried again, unless by skipping such steps."""
+    """The run counts as 0. It is tried again only with ``--on-nonfinite skip``."""
     ran = []
 
     def fake_train(problem, run, *_):
@@ -41,7 +41,8 @@ def test_a_run_that_diverges_stops_no_other(line, tmp_path, monkeypatch, capsys)
         row = {"1": 10, "2": 0, "3": 30, "4": 0}
         assert chosen["held_out_accuracy"]["w2"] == row
         assert chosen["weights"] == {"w2": 3.0}
-    # A result is a result, and skipping such steps is another way.
+    # A result takes precedence over diverged.json. With ``skip``, diverged runs are
+    # repeated.
     (tmp_path / "weight-2" / "w2" / "seed1" / "result.json").write_text("{}")
     ran.clear()
     choose_weights.main(command)
@@ -59,7 +60,7 @@ def test_lambdas_that_share_a_folder_are_refused(line, capsys):
 
 
 def test_a_grid_is_refused_before_it_begins(line, tmp_path, monkeypatch, capsys):
-    """Its last folder is of another command; the first ones are not there yet."""
+    """The last folder has other settings, and the first ones are not created."""
     monkeypatch.setattr(train, "train", unwanted_training)
     command = ["--grid", "1", "5", "--", *line]
     folder = tmp_path / "weight-5" / "w2" / "seed1"

@@ -1,4 +1,4 @@
-"""The command ``kddm``: its subcommands, its help, what it says without the extra."""
+"""Tests the command ``kddm``: subcommands, help, and the error without the extra."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from kddm_jax.experiment.machine import records
 
 
 def python(code):
-    """Output of a program, in an environment that names no number of threads."""
+    """Returns the output of a program that runs without ``OPENBLAS_NUM_THREADS``."""
     env = environ()
     env.pop("OPENBLAS_NUM_THREADS", None)
     done = subprocess.run(
@@ -94,7 +94,7 @@ def test_the_command_is_recorded(argv, command, monkeypatch):
 
 
 def test_an_installed_package_records_its_version(monkeypatch, tmp_path):
-    """Also where the environment lies inside a checkout of something else."""
+    """Even if the environment is inside a checkout of another project."""
     place = tmp_path / "kddm_jax" / "experiment" / "machine" / "records.py"
     monkeypatch.setattr(records, "__file__", str(place))
     assert records._commit() == f"version {version('kddm-jax')}"

@@ -1,7 +1,7 @@
-"""The experiment command: what it writes, how it resumes, how it refuses mistakes.
+"""Tests the experiment command: its files, resuming, and errors for mistakes.
 
-The expensive runs are made once per session, whichever worker comes first, and share
-one cache of compiled programs.
+The expensive runs are made once per session, by the first worker that needs them, and
+share one cache of compiled programs.
 """
 
 import functools
@@ -59,7 +59,7 @@ once_for_all = functools.cache(models.shapes)
 
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch):
-    """Every command traces its networks; those of the tests are few."""
+    """Makes all commands share the tracing of networks, of which the tests have few."""
     monkeypatch.setattr(models, "shapes", once_for_all)
 
 
@@ -86,7 +86,8 @@ def test_results_are_written(finished):
         assert run["best_accuracy"] == history[run["best_epoch"] - 1]["test_accuracy"]
         assert run["timing"]["seconds"] >= run["timing"]["seconds_to_first_step"] > 0
         for record in history:
-            # Whole images, and the mean of four batches of 32.
+            # Accuracies are of whole images; the training accuracy is the mean of four
+            # batches.
             assert record["test_accuracy"] == round(record["test_accuracy"])
             assert record["accuracy"] * 128 == pytest.approx(
                 round(record["accuracy"] * 128), abs=1e-4
@@ -95,7 +96,7 @@ def test_results_are_written(finished):
             assert record["loss"] == pytest.approx(
                 record["task"] + weight * distance, rel=1e-5
             )
-            assert 0.5 < record["task"] < 5  # about log(10), never nan
+            assert 0.5 < record["task"] < 5  # about log(10), and not NaN
     distilled = {run["name"]: run for run in results["runs"][1:]}
     for name, run in distilled.items():
         assert run["weight"] == DISTANCES[name].weights["teacher"]
@@ -137,7 +138,7 @@ def test_table_is_printed(finished):
 
 
 def test_lines_are_not_broken(finished):
-    """A log is searched by line, whatever the width of no terminal."""
+    """Logs are searched by line, so lines are never broken."""
     stdout = (finished / "stdout.txt").read_text()
     for line in stdout.splitlines():
         if re.search(r"epoch \d", line):
@@ -162,7 +163,7 @@ def test_same_command_trains_nothing(shared, finished):
 
 @pytest.mark.slow
 def test_killed_run_was_in_the_middle(resumed):
-    """The test below means something only if the kill came within an epoch."""
+    """The next test is meaningful only if the run was killed within an epoch."""
     killed = resumed / "killed"
     assert (killed / "student" / "seed1" / "result.json").exists()
     assert not (killed / "w2" / "seed1" / "result.json").exists()
@@ -191,7 +192,7 @@ def test_killed_run_continues_bit_for_bit(finished, resumed):
 
 @pytest.mark.slow
 def test_same_command_in_another_folder_gives_the_same(finished, resumed):
-    """Of these runs none was interrupted."""
+    """Compares the runs that were not interrupted."""
     for name, seed in (("teacher", 0), ("student", 1), ("w2_gaussian", 1)):
         assert_same_arrays(
             final_arrays(resumed / "out", name, seed),
@@ -202,7 +203,7 @@ def test_same_command_in_another_folder_gives_the_same(finished, resumed):
 
 
 def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
-    """Everything a result says is in the last checkpoint."""
+    """The last checkpoint contains everything that a result needs."""
     run_folder = finished / "out" / "w2" / "seed1"
     shutil.copytree(run_folder, tmp_path / "w2" / "seed1")
     (tmp_path / "w2" / "seed1" / "result.json").unlink()
@@ -221,7 +222,7 @@ def test_killed_between_last_checkpoint_and_result(shared, finished, tmp_path):
 
 @pytest.mark.slow
 def test_two_devices_are_one(shared, finished, tmp_path, capsys):
-    """The global batch decides, not how many devices share it."""
+    """Results depend on the global batch, not on how many devices share it."""
     assert len(jax.local_devices()) >= 2
     shutil.copytree(finished / "out" / "student", tmp_path / "out" / "student")
     teacher = finished / "out" / "teacher" / "seed0"
@@ -230,7 +231,7 @@ def test_two_devices_are_one(shared, finished, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (status, err) == (0, "")
     assert "2 cpu device(s)" in out
-    assert "student seed 1: epoch" not in out  # finished on one device: the same run
+    assert "student seed 1: epoch" not in out  # reused from one device
     one, two = results_of(finished / "out"), results_of(tmp_path / "out")
     assert two["environment"]["device_count"] == 2
     assert two["teacher"]["accuracy"] == one["teacher"]["accuracy"]
@@ -240,7 +241,7 @@ def test_two_devices_are_one(shared, finished, tmp_path, capsys):
         for results in (one, two)
     )
     for a, b in zip(left["history"], right["history"], strict=True):
-        # An image between two classes may fall to the other.
+        # An image between two classes may change its class.
         assert a.pop("accuracy") == pytest.approx(b.pop("accuracy"), abs=1.5 / 128)
         assert a.pop("test_accuracy") == pytest.approx(b.pop("test_accuracy"), abs=1.5)
         assert a == pytest.approx(b, rel=1e-3)
@@ -260,14 +261,14 @@ def test_groups_of_devices_are_another_run(shared, finished, tmp_path, capsys):
     assert groups["settings"]["group_images"] == 16
     assert whole["settings"]["group_images"] is None
     of_batch, of_group = (run["history"][0]["w2_gaussian"] for run in (whole, groups))
-    assert of_group > 1.1 * of_batch  # small samples lie further apart
+    assert of_group > 1.1 * of_batch  # smaller samples are further apart
     assert call(*line) == 2
     assert "was made with group_images=16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_streamed_run_is_the_resident_one(shared, finished, tmp_path):
-    """Images above the limit are read ahead: the same numbers, to the last bit."""
+    """Images above the limit are streamed, with bitwise equal results."""
     folder = tmp_path / "out"
     line = (*tiny(folder), "--distances", "w2_gaussian")
     for run in ("student", "teacher"):
@@ -295,7 +296,7 @@ def test_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_live_bar():
-    """On a terminal: one bar per run, its newest numbers, no line per epoch."""
+    """On a terminal, each run has a bar with its newest numbers, and no other lines."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=200, color_system=None)
     reporter = terminal.Reporter(console, live=True)
@@ -336,7 +337,7 @@ def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatc
 
 
 def weights_file(folder, seed=0, **architecture):
-    """A file of torchvision's names; like TINY's networks, but of colours and 7."""
+    """Writes a file of torchvision's names, by default with colours and 7 classes."""
     fitting = {"blocks": (1, 1, 1, 1), "stem": "cifar", "width": 4, "num_classes": 7}
     given = torchvision.Architecture(**{**fitting, **architecture})
     rng = np.random.default_rng(seed)
@@ -349,7 +350,7 @@ def weights_file(folder, seed=0, **architecture):
 
 
 def with_weights(who, **architecture):
-    """The option that starts a network from such a file."""
+    """Returns options that start a network from such a file."""
     return lambda tmp_path, trained: [
         f"--pretrained-{who}",
         weights_file(tmp_path, **architecture),
@@ -363,12 +364,12 @@ def damaged_weights(tmp_path, trained):
 
 
 def started_from_others(tmp_path, trained):
-    """A student's folder that other weights began."""
+    """Makes the folder of a student that started from other weights."""
     return [*made_with(pretrained="f" * 64)(tmp_path, trained)]
 
 
 def started_afresh(tmp_path, trained):
-    """Folders of no file, as they were before there was the option."""
+    """Makes folders without pretrained weights, as of versions without the option."""
     made_with()(tmp_path, trained)
     for path in (tmp_path / "out").rglob("run.json"):
         found = json.loads(path.read_text())
@@ -378,7 +379,7 @@ def started_afresh(tmp_path, trained):
 
 
 def converted_teacher(tmp_path, trained):
-    """A checkpoint made from such a file: of other classes than the digits."""
+    """Makes a checkpoint from such a file; its classes are not those of the digits."""
     weights.convert(weights_file(tmp_path, channels=1), tmp_path / "converted")
     return ["--teacher", tmp_path / "converted"]
 
@@ -390,7 +391,7 @@ def write_idx(path, array):
 
 
 def cifar_folder(root, label):
-    """An unpacked CIFAR-10 of two images per file."""
+    """Makes an unpacked CIFAR-10 with two images per file."""
     folder = root / "cifar-10-batches-bin"
     folder.mkdir()
     record = bytes([3, *(3072 * [0])])
@@ -422,12 +423,12 @@ def wrong_label(tmp_path, trained):
 
 
 def other_teacher(tmp_path, trained):
-    """Data by the same name in every message, yet another teacher's."""
+    """A teacher of other data; the rest of its settings is the same."""
     return ["--teacher", trained / "mnist"]
 
 
 def cut_teacher(tmp_path, trained):
-    """A checkpoint given by itself, cut short."""
+    """Makes a copy of a single checkpoint, and truncates it."""
     path = tmp_path / "step-00000002"
     shutil.copytree(trained / "digits" / "checkpoints" / path.name, path)
     file = max(
@@ -438,7 +439,7 @@ def cut_teacher(tmp_path, trained):
 
 
 def made_with(**changes):
-    """A folder of other settings, with a run of every kind."""
+    """Makes a folder of runs of all kinds, with other settings."""
 
     def make(tmp_path, trained):
         out = tmp_path / "out"
@@ -451,7 +452,7 @@ def made_with(**changes):
             known = {k: v for k, v in changes.items() if k in run.identity}
             records.write_json(folder / "run.json", {**run.identity, **known})
             (folder / "mine").write_text("mine")
-        if "teacher" in changes:  # not trained here: given, and of this digest
+        if "teacher" in changes:  # the teacher was given, not trained
             shutil.rmtree(out / "teacher")
             return ["--teacher", trained / "digits"]
         return []
@@ -471,10 +472,10 @@ def unreadable_record(tmp_path, trained):
     return []
 
 
-# A name, the options (or what prepares the case and gives them), and what the message
-# must say: the thing, what was found, what to do.
+# Name: options, or a function that prepares the case and returns options; and parts of
+# the message, which names the thing, what was found, and what to do.
 def a_model(*lines):
-    """A function of the user's own, in the working folder."""
+    """Writes a user's function into the working folder."""
 
     def make(tmp_path, trained):
         (tmp_path / "mine.py").write_text("\n".join(lines) + "\n")
@@ -657,7 +658,7 @@ MISTAKES = {
 def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     make, expected = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the working folder is added
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds a folder
     monkeypatch.setitem(archives.RECORDS, "cifar10", (2, 2))
     more = make.split() if isinstance(make, str) else make(tmp_path, trained)
     before = tree(tmp_path)
@@ -669,14 +670,14 @@ def test_mistake_is_one_line(name, tmp_path, trained, capsys, monkeypatch):
     assert error.count("\n") == 1
     for part in expected:
         assert re.search(part, error), (part, error)
-    # Nothing written, nothing changed.
-    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # a model's, Python's
+    # Nothing was written or changed.
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # written by Python
     assert tree(tmp_path) == before
 
 
 @pytest.mark.slow
 def test_a_teacher_that_is_not_finite_is_named(tmp_path, trained, capsys):
-    """The weights of the student are not to blame, nor is its rate."""
+    """The message blames neither the student's weights nor its learning rate."""
     arrays, meta = checkpoint.restore_arrays(
         checkpoint.latest(trained / "small" / "checkpoints")
     )
@@ -691,7 +692,7 @@ def test_a_teacher_that_is_not_finite_is_named(tmp_path, trained, capsys):
 
 
 def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
-    """The second is refused while the first is at work, and welcome afterwards."""
+    """The second command is refused while the first runs, and accepted afterwards."""
     out = tmp_path / "out"
     line = (*TINY, "--compilation-cache", "None", "--devices", 1, "--out", out)
 
@@ -708,7 +709,7 @@ def test_two_commands_in_one_folder(tmp_path, capsys, monkeypatch):
     assert call(*line) == 130
 
 
-# Ends as by Ctrl-C, or meets a disk that takes no more, once a checkpoint stands.
+# A program that is interrupted, or finds the disk full, after the first checkpoint.
 TROUBLE = """
 import os, shutil, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
@@ -740,7 +741,7 @@ sys.exit(distill.main(sys.argv[1:]))
 def test_an_error_keeps_the_last_checkpoint(
     what, status, message, shared, finished, tmp_path
 ):
-    """The error is one line, and the same command then finishes as usual."""
+    """The error is one line, and the same command finishes when it is repeated."""
     line = (*tiny("out"), "--checkpoint-seconds", "0", "--distances")
     trouble = (what, *line)
     done = command(*trouble, script=("-c", TROUBLE), cwd=tmp_path)
@@ -826,14 +827,14 @@ def test_settings_of_data_reach_the_reader(tmp_path):
             made.append(problems.prepare(settings, tmp_path / "out"))
     assert made[0].dataset.train_images.shape == (20, 6, 6, 1)
     assert made[0].resident[0].shape == (20, 6, 6, 1)
-    # Folders of other images are other runs, although their settings agree.
+    # Folders with other images give other runs, even if all settings are equal.
     identities = [runs.teacher_run(problem).identity for problem in made]
     differ = {k for k in identities[0] if identities[0][k] != identities[1][k]}
     assert differ == {"data"}
 
 
 def test_mistakes_start_from_a_good_command(tmp_path, monkeypatch, trained):
-    """Without the mistake the command of the test above gets to training."""
+    """Without a mistake, the command of the previous test starts to train."""
     monkeypatch.chdir(tmp_path)
     made_with()(tmp_path, trained)
     shutil.rmtree(tmp_path / "out" / "teacher")
@@ -881,7 +882,7 @@ def test_missing_data_names_every_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_batch_that_the_devices_do_not_divide(tmp_path, monkeypatch, capsys):
-    """Without --devices all of the machine's count: here two."""
+    """Without --devices all devices are used, here two."""
     monkeypatch.chdir(tmp_path)
     line = (*TINY, "--compilation-cache", "None", "--batch-size", "33", "--out", "out")
     assert call(*line) == 2
@@ -893,7 +894,7 @@ def test_batch_that_the_devices_do_not_divide(tmp_path, monkeypatch, capsys):
 
 
 def test_damaged_teacher_without_an_older_one(tmp_path, trained, monkeypatch, capsys):
-    """Warnings are lines too, not excerpts of source code."""
+    """Warnings are single lines, too, without excerpts of source code."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained / "digits", tmp_path / "teacher")
     (tmp_path / "teacher/checkpoints/step-00000002/manifest.json").unlink()
@@ -917,7 +918,7 @@ def test_teacher_by_run_or_checkpoint_folder(given, trained):
 
 
 def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
-    """Reading 85 MB of arrays means hashing them, too."""
+    """Reading 85 MB of arrays also means hashing them."""
     read, restore = [], checkpoint.restore_arrays
     monkeypatch.setattr(
         checkpoint, "restore_arrays", lambda path: read.append(path) or restore(path)
@@ -936,7 +937,7 @@ def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
 
 
 def fitted(path, seed, blocks=(1, 1, 1, 1)):
-    """What a network of the digits starts from, step by step."""
+    """Returns the variables that a network of the digits starts from, step by step."""
     grown, head = jax.random.split(jax.random.key(seed))
     variables = surgery.grow(grown, weights.load(path), blocks)
     return surgery.replace_head(head, surgery.sum_channels(variables), 10)
@@ -950,7 +951,7 @@ def assert_same_tree(left, right):
 
 @pytest.fixture
 def states(monkeypatch):
-    """Variables that runs start from: each run ends there, as by a mistake."""
+    """Collects the variables that runs start from, and ends the runs there."""
     found = []
 
     def stop(variables, *arguments, **options):
@@ -993,7 +994,7 @@ def test_another_file_is_another_run(tmp_path, capsys, states):
     first, other = (hashlib.sha256(p.read_bytes()).hexdigest() for p in paths)
     line = (*TINY, "--compilation-cache", "None", "--out", tmp_path / "out")
     assert call(*line, "--pretrained-teacher", paths[0]) == 1
-    shutil.move(paths[0], tmp_path / "renamed.npz")  # the same, by another name
+    shutil.move(paths[0], tmp_path / "renamed.npz")  # the same file with another name
     assert call(*line, "--pretrained-teacher", tmp_path / "renamed.npz") == 1
     capsys.readouterr()
     assert call(*line, "--pretrained-teacher", paths[1]) == 2
@@ -1036,7 +1037,7 @@ def test_students_of_one_seed_share_their_head(tmp_path):
 
 @pytest.mark.slow
 def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
-    """By way of a file and back: the same arrays."""
+    """Converting to a file and back gives the same arrays."""
     weights.convert(trained / "digits", tmp_path / "a.safetensors")
     weights.convert(tmp_path / "a.safetensors", tmp_path / "converted")
     monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
@@ -1055,7 +1056,7 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
 
 
 def test_teacher_of_other_classes(trained, tmp_path, monkeypatch):
-    """The message counts classes; it does not name a parameter."""
+    """The message gives numbers of classes instead of the name of a parameter."""
     line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
     problem = problems.prepare(parse([*map(str, line)]), tmp_path)
     read = checkpoint.read_meta

@@ -1,4 +1,4 @@
-"""The paper's kinds of figures: toys, finished runs read back, pictures."""
+"""Tests the paper's figures: toys, finished runs that are read again, and plots."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from kddm_jax.experiment.report import curves
 from kddm_jax.experiment.settings import Settings, as_json, change, from_json
 from kddm_jax.experiment.training.outputs import outputs_of
 
-LARGEST = 120_000  # bytes of a picture
+LARGEST = 120_000  # bytes of a plot
 
 
 # ---------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def shapes():
 
 
 def best_pairs(x, y):
-    """Partner of each sample, by SciPy."""
+    """Returns the partner of each sample, computed by SciPy."""
     return linear_sum_assignment(cdist(x, y, "sqeuclidean"))[1]
 
 
@@ -88,7 +88,7 @@ def test_flow_down_the_gaussian_distance_keeps_the_shape(shapes):
     assert toys.DISTANCES["W2 (G)"](start, shapes.y) > 20
     assert abs(toys.DISTANCES["W2 (G)"](end, shapes.y)) < 1e-4
     assert toys.DISTANCES["W2 (E)"](end, shapes.y) > 0.3
-    # The same shape: an affine map takes the start to the end.
+    # The shape does not change: an affine map takes the start to the end.
     design = np.column_stack([start, np.ones(len(start))])
     solution, *_ = np.linalg.lstsq(design, end, rcond=None)
     np.testing.assert_allclose(design @ solution, end, atol=1e-3)
@@ -101,7 +101,7 @@ def test_flow_down_the_empirical_distance_reaches_the_target(shapes):
     assert between.min(1).max() < 5e-3
     design = np.column_stack([start, np.ones(len(start))])
     solution, *_ = np.linalg.lstsq(design, end, rcond=None)
-    assert np.abs(design @ solution - end).max() > 0.3  # no affine image of the start
+    assert np.abs(design @ solution - end).max() > 0.3  # is not affine
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_embedding_is_umap_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(figures.importlib.util, "find_spec", there("found"))
     assert figures.embedding_of("auto") == "umap"
     assert figures.embedding_of("tsne") == "tsne"
-    # The name of its class and of what it is asked for.
+    # A class with UMAP's name, which records its options and requests.
     asked = {}
 
     class Umap:
@@ -223,7 +223,7 @@ def test_settings_are_read_as_they_were_written():
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Figures by the name of their file, written and still open."""
+    """Collects the figures that are saved, by file name, and leaves them open."""
     found, close = {}, curves.plt.close
     monkeypatch.setattr(curves.plt, "close", lambda figure: None)
     save = curves.save
@@ -264,7 +264,7 @@ def test_curves_are_the_histories(finished, tmp_path, kept, capsys):
         np.testing.assert_allclose(lines[run["title"]], expected)
         drawn = task.lines[i].get_ydata()
         np.testing.assert_allclose(drawn, [record["task"] for record in history])
-    assert len(distance.lines) == 2  # the student alone has none
+    assert len(distance.lines) == 2  # the student alone has no distance
     w2 = np.array([record["w2"] for record in results["runs"][1]["history"]])
     np.testing.assert_allclose(distance.lines[0].get_ydata(), w2 / w2[0])
 
@@ -302,7 +302,7 @@ def test_features_of_teacher_and_student_in_one_plane(
     before, after = (axes.get_title() for axes in kept["embedding-w2.png"].axes)
     assert before.startswith("before: student, ")
     assert after.startswith("after: W2 (E), ")
-    # W2 crosses: some lines are coloured.
+    # W2 matches some samples across classes, and their lines are coloured.
     lines = {
         axes.get_title().split(":")[0]: {line.get_color() for line in axes.lines}
         for axes in kept["toy-classes.png"].axes
@@ -311,7 +311,7 @@ def test_features_of_teacher_and_student_in_one_plane(
 
 
 def test_plans_are_those_of_the_runs_that_report_them(tmp_path, kept):
-    masses = [[0.1, 0.4], [0.3, 0.8]]  # two seeds, two epochs
+    masses = [[0.1, 0.4], [0.3, 0.8]]  # of two seeds and two epochs
 
     def run(name, seed):
         record = lambda i: {
@@ -338,7 +338,7 @@ def test_plans_are_those_of_the_runs_that_report_them(tmp_path, kept):
 
 @pytest.fixture(scope="module")
 def grid(finished, tmp_path_factory):
-    """As choose_weights.py leaves it: two lambdas, one of which did not stay finite."""
+    """Makes a folder of choose_weights.py with two lambdas, one of which diverged."""
     folder = tmp_path_factory.mktemp("grid")
     result = finished / "out" / "w2" / "seed1" / "result.json"
     (folder / "weight-0.5" / "w2" / "seed1").mkdir(parents=True)
@@ -385,7 +385,7 @@ def test_ablation_of_a_real_grid(tmp_path, capsys):
 
 
 def alone(source, folder):
-    """Its student alone."""
+    """Keeps the student alone and removes all other runs."""
     results = results_of(source)
     results["runs"] = results["runs"][:1]
     (folder / "results.json").write_text(json.dumps(results))
@@ -412,7 +412,7 @@ def written(name, text):
 
 nothing = lambda source, folder: None
 
-# By name: what the folder is made of, the line after it, what the error says.
+# Name: a function that makes the folder, the command line, and parts of the error.
 MISTAKES = {
     "no folder": (nothing, "/none", ["/none is not a folder", "--out"]),
     "nothing given": (nothing, None, ["RUN_DIR is missing", "--figures toys --to"]),

@@ -1,4 +1,4 @@
-"""The page of a command: whole, alone, safe, the same each time, and true."""
+"""Tests the HTML page of a command: completeness, safety, and reproducibility."""
 
 import html
 import json
@@ -29,7 +29,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):
-    """Reads a page: every element must be closed, in order."""
+    """Reads a page, and checks that all elements are closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 
 def full_results():
-    """`small_results` with every setting, as the command writes them."""
+    """Returns `small_results` with all settings, as the command writes them."""
     results = small_results()
     settings = as_json(defaults("digits", "laptop"))
     results["settings"] = {**settings, "seeds": [0, 1], "distances": ["w2"]}
@@ -88,14 +88,14 @@ def page_of(folder):
 
 
 def test_page_stands_alone(finished):
-    """Nothing is fetched, nothing runs; a phone and the dark are answered."""
+    """The page loads nothing and runs nothing, and adapts to phones and dark mode."""
     text = page_of(finished / "out")
     page = Page(text)
     assert not re.search(r"@import|url\((?!#)|javascript:", text)
     assert not {"script", "link", "iframe", "img"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
         assert not {"src", "srcset", "data"} & set(attributes)
-        own = attributes.get("xlink:href", "#")  # of a figure's parts
+        own = attributes.get("xlink:href", "#")  # for parts of figures
         assert own.startswith(("#", "data:image/png;base64,"))
         assert not [name for name in attributes if name.startswith("on")]
     links = [a["href"] for tag, a in page.elements if tag == "a"]
@@ -128,18 +128,18 @@ def test_page_holds_every_run(finished):
             f"{timing['seconds_to_first_step']:.1f}",
             *(f"{timing['images_per_second']:.0f}", "0"),
         ]
-    assert [row[0] for row in solver] == ["", "W2 (E)"]  # alone has iterations
+    assert [row[0] for row in solver] == ["", "W2 (E)"]  # the only one with iterations
     assert ["jax", results["environment"]["jax"]] in environment
     assert {name for name, _ in settings} == set(results["settings"])
     assert ["distances", "w2, w2_gaussian"] in settings
 
 
 def test_page_shows_features(finished):
-    """Of the teacher, the student alone, and the first seed of each distance."""
+    """It shows the teacher, the student alone, and the first seed of each distance."""
     kept = json.loads((finished / "out" / "embedding.json").read_text())
     names = ["teacher", "student", "w2", "w2_gaussian"]
     assert [panel["name"] for panel in kept["panels"]] == names
-    # both distances compare coordinates, so these lie on the teacher's axes
+    # Both distances compare coordinates, so these panels use the teacher's axes.
     tied = [panel["behind"] is not None for panel in kept["panels"]]
     assert tied == [False, False, True, True]
     assert len(kept["labels"]) == 100
@@ -158,19 +158,19 @@ def test_page_shows_features(finished):
 
 @pytest.mark.slow
 def test_same_command_leaves_the_page(finished, tmp_path, monkeypatch, capsys):
-    """Features are computed once; lost checkpoints cost their picture, no more."""
+    """Features are computed once. Lost checkpoints only remove their picture."""
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)
     path = folder / "out" / "embedding.json"
     before = page_of(folder / "out"), path.stat().st_mtime_ns
-    again = command(*tiny("out"), cwd=folder)  # as before, in a process of its own
+    again = command(*tiny("out"), cwd=folder)  # as before, in another process
     assert (again.returncode, again.stderr) == (0, "")
     assert (page_of(folder / "out"), path.stat().st_mtime_ns) == before
 
     monkeypatch.chdir(folder)
     line = tiny("out")
     warned = lambda: capsys.readouterr().err
-    path.write_text("{")  # damaged: made again
+    path.write_text("{")  # damaged, so it is computed again
     assert (call(*line), warned()) == (0, "")
     assert page_of(folder / "out") == before[0]
 
@@ -194,7 +194,7 @@ def test_same_command_leaves_the_page(finished, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_no_command_waits_for_the_report():
-    """What draws the page is imported when there is a page to draw."""
+    """The modules that draw the page are imported only if there is a page to draw."""
     late = ("sklearn.manifold", "matplotlib", "jinja2")
     code = (
         "import sys; from kddm_jax.experiment import distill; "
@@ -211,7 +211,7 @@ HOSTILE = """</title><script src="//x">alert('1')</script><b onload="x">&amp;`{{
 
 
 def test_strings_are_escaped():
-    """Users may give a folder, a class or a module any name."""
+    """Users may choose any name for a folder, a class or a module."""
     results = full_results()
     results["settings"].update(dataset=HOSTILE, out=HOSTILE, student_model=HOSTILE)
     results["teacher"]["model"] = HOSTILE
@@ -282,7 +282,7 @@ RESULTS = [path for path in RESULTS if '"eval_images"' in path.read_text()]
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_of_earlier_versions_have_a_page(path, monkeypatch):
-    # Rendering takes most of a second, and is the same for all.
+    # Rendering takes most of a second, and is the same for all files.
     monkeypatch.setattr(curves, "svg", lambda figure: curves.plt.close(figure) or "")
     results = json.loads(path.read_text())
     _, runs, *_ = Page(page_module.render(results)).tables
@@ -308,7 +308,7 @@ def _brightness(colour):
 
 
 def test_colours_are_seen_on_either_paper():
-    """WCAG 2.2: contrast of text 4.5."""
+    """WCAG 2.2 asks for a contrast of text of at least 4.5."""
     text = page_module.render(full_results())
     light, dark = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
     for scheme in (light, dark):
@@ -327,7 +327,7 @@ def test_colours_are_seen_on_either_paper():
 
 
 def test_a_figure_is_one_element_of_the_page():
-    """The same each time, its text in it, and nothing of the figure left open."""
+    """The figure is the same each time, contains its text, and is closed afterwards."""
 
     def figure():
         made, axes = curves.plt.subplots()
@@ -336,19 +336,19 @@ def test_a_figure_is_one_element_of_the_page():
         axes.set_yscale("log")
         return made
 
-    others = curves.plt.get_fignums()  # of earlier tests in this process
+    others = curves.plt.get_fignums()  # from earlier tests in this process
     text = curves.svg(figure())
     assert text == curves.svg(figure())
     page = Page(text)
     assert page.elements[0][0] == "svg"
     assert "a $b$ &lt;c&gt;" in text
-    assert ">$\\mathdefault" not in text  # of the logarithmic axis: formulas are drawn
+    assert ">$\\mathdefault" not in text  # an undrawn formula
     assert "dc:date" not in text
     assert curves.plt.get_fignums() == others
 
 
 def embedding_of(count, classes=3, images=6):
-    """An ``embedding.json`` of random points; every second panel has the teacher's."""
+    """Makes an ``embedding.json`` of random points, some with the teacher's."""
     points = lambda i: np.random.default_rng(i).normal(size=(images, 2)).tolist()
     return {
         "made_of": {"method": "pca"},
@@ -426,7 +426,7 @@ def test_statistics_of_solvers():
 
 
 def test_pca_on_the_teacher_s_axes():
-    """The axes are those of its variance."""
+    """The axes are the teacher's principal axes."""
     rng = np.random.default_rng(0)
     teacher = rng.normal(size=(50, 4)) * [1.0, 9.0, 0.1, 4.0] + 3.0
     student = rng.normal(size=(20, 4))
@@ -436,7 +436,7 @@ def test_pca_on_the_teacher_s_axes():
     spread = np.linalg.svd(teacher - teacher.mean(0))[1][:2]
     np.testing.assert_allclose(np.linalg.norm(behind, axis=0), spread)
     moved, _ = embedding.project("pca", student + [0, 1, 0, 0], teacher)
-    assert np.abs(moved - points)[:, 0].min() > 0.9  # nearly the first axis
+    assert np.abs(moved - points)[:, 0].min() > 0.9  # almost along the first axis
 
 
 def test_pca_on_its_own_axes():
@@ -469,9 +469,9 @@ def test_tsne_tells_clusters_apart():
         ("l2", {}, True),
         ("jw2", {}, True),
         ("student", {}, False),
-        ("cka", {}, False),  # blind to a rotation
-        ("kd", {}, False),  # of predictions
-        ("nst", {}, False),  # of maps
+        ("cka", {}, False),  # invariant to rotations
+        ("kd", {}, False),  # compares predictions
+        ("nst", {}, False),  # compares maps
         ("feature_only", {}, False),
         ("w2", {"layers": ("a:b",)}, False),
         ("w2", {"projector": "dense"}, False),

@@ -1,5 +1,6 @@
-"""Runs that are cut: by a kill at any moment, SIGTERM, a full disk, numbers that go
-wrong.  What is continued ends like what was never cut, to the last bit.
+"""Tests interrupted runs: kills, SIGTERM, full disks, and numbers that are not finite.
+
+A resumed run must end with the same bits as a run without interruption.
 """
 
 import contextlib
@@ -42,11 +43,11 @@ from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.training import problems, runs, train
 from kddm_jax.experiment.training.progress import Progress, Tally
 
-STEPS = 4  # in an epoch of TINY, which has two
+STEPS = 4  # steps in each of TINY's two epochs
 
 
 def assert_same_runs(left, right, names):
-    """Parameters, optimiser, statistics, history: everything, to the last bit."""
+    """Asserts that parameters, optimizer, statistics and history are bitwise equal."""
     for name, seed in names:
         assert_same_arrays(
             final_arrays(left, name, seed), final_arrays(right, name, seed)
@@ -96,7 +97,7 @@ def test_tally_of_skipped_steps_stays_finite():
 
 
 def test_tally_names_the_teacher():
-    """The teacher is named if it is the cause, not if the step was finite anyway."""
+    """The message names the teacher if it is the cause of a step that is not finite."""
     tally, no = Tally(), np.array([False, False, True])
     taught = np.array([False, True, False])
     tally.add({"loss": np.ones(3), "finite": no, "teacher_finite": taught})
@@ -155,7 +156,7 @@ def test_progress_goes_on_within_an_epoch(tmp_path):
 
 
 def test_checkpoint_of_an_earlier_version_is_an_epoch_s_end(tmp_path):
-    """It was named by the epoch, and said nothing of an epoch's steps."""
+    """Its name was the epoch, and it had no sums over the epoch's steps."""
     meta = {"run": {}, "history": [{"epoch": 1}], "seconds": 2.0}
     checkpoint.save(tmp_path, 1, {"a": np.zeros(3)}, meta)
     one = a_progress(tmp_path)
@@ -217,13 +218,13 @@ def test_sigterm_is_an_exception():
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_sigterm_waits_while_held(checked):
-    """For the next check, or for the end."""
+    """The signal waits for the next check, or for the end of the block."""
     reached = []
 
     def work():
         with signals.held():
             terminate()
-            terminate()  # a second one is no more urgent
+            terminate()  # a second signal changes nothing
             reached.append(signals.asked())
             if checked:
                 signals.check()
@@ -232,7 +233,7 @@ def test_sigterm_waits_while_held(checked):
     with signals.listening(), pytest.raises(signals.Terminated):
         work()
     assert reached == ([True] if checked else [True, "the end"])
-    signals.check()  # heard and forgotten
+    signals.check()  # the signal was handled
 
 
 def test_sigterm_is_left_as_it_was():
@@ -242,7 +243,7 @@ def test_sigterm_is_left_as_it_was():
     assert signal.getsignal(signal.SIGTERM) == before
     heard = []
 
-    def elsewhere():  # only the main thread may ask for signals
+    def elsewhere():  # only the main thread may listen for signals
         with signals.listening():
             heard.append(signal.getsignal(signal.SIGTERM) == before)
 
@@ -254,7 +255,7 @@ def test_sigterm_is_left_as_it_was():
 
 @pytest.fixture
 def terminated_at(monkeypatch):
-    """Sends SIGTERM as the n-th step of a run is shown, or as it is evaluated."""
+    """Sends SIGTERM when the n-th step of a run is shown, or in its evaluation."""
     moments = []
     show, evaluate = Reporter.__call__, problems.evaluate
 
@@ -289,12 +290,12 @@ def test_sigterm_saves_and_the_same_command_continues(
     capsys,
     terminated_at,
 ):
-    """Within an epoch, while it is evaluated, in the teacher's run, in a student's."""
+    """Stops within an epoch and in evaluation, in a teacher's and a student's run."""
     out = tmp_path / "out"
     line = (*tiny(out), "--devices", 1, "--distances")
     line = (*line, "--checkpoint-seconds", 1e6)  # only SIGTERM saves
     for moment, run, step, whole in (
-        (("teacher", 2), "teacher/seed0", 3, 0),  # one step is already under way
+        (("teacher", 2), "teacher/seed0", 3, 0),  # one more step has started
         ("evaluation", "teacher/seed0", STEPS, 0),
         (("student", 2 * STEPS - 1), "student/seed1", 2 * STEPS, 1),
     ):
@@ -314,7 +315,7 @@ def test_sigterm_saves_and_the_same_command_continues(
     assert "student seed 1: epoch 1" not in said
     assert_same_runs(out, finished / "out", (("teacher", 0), ("student", 1)))
 
-    # --- a teacher's end that is damaged is made again ---------------------------
+    # --- the last checkpoint of a teacher is damaged ------------------------------
     last = out / "teacher" / "seed0" / "checkpoints" / f"step-{2 * STEPS:08d}"
     (last / "meta.json").write_text("{}")
     with warnings.catch_warnings():
@@ -322,17 +323,17 @@ def test_sigterm_saves_and_the_same_command_continues(
         assert call(*line) == 0
     said = capsys.readouterr()
     assert f"step-{2 * STEPS:08d} is damaged: meta.json" in said.err
-    assert "teacher: epoch 1 " in said.out  # from its end, before it was evaluated
+    assert "teacher: epoch 1 " in said.out  # evaluated again
     assert_same_runs(out, finished / "out", (("teacher", 0), ("student", 1)))
 
 
 @pytest.mark.slow
 def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminated_at):
-    """As on accelerators: the same run, also where it continues at an odd step."""
+    """As on accelerators; the run is the same, also if it is resumed at an odd step."""
     out = tmp_path / "out"
     line = (*tiny(out), "--devices", 1, "--distances", "w2")
     line = (*line, "--checkpoint-seconds", 1e6)
-    terminated_at.append(("teacher", 2))  # a third step is already under way
+    terminated_at.append(("teacher", 2))  # a third step has started
     assert call(*line) == signals.STATUS
     assert newest(out, "teacher/seed0")[0] == "step-00000003"
 
@@ -342,7 +343,7 @@ def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminat
         scanned = scan(step, **options)
 
         def counted(*arguments):
-            lengths.add(arguments[4].shape[0])  # the indices
+            lengths.add(arguments[4].shape[0])  # the indices' shape
             return scanned(*arguments)
 
         return counted
@@ -350,11 +351,11 @@ def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminat
     monkeypatch.setattr(train.train_step, "scan_steps", spy)
     monkeypatch.setattr(train, "most_steps_per_dispatch", lambda: 2)
     assert call(*line) == 0
-    assert lengths == {1, 2}  # the teacher's, then the students'
+    assert lengths == {1, 2}  # of the teacher, then of the students
     for name, seed in (("teacher", 0), ("student", 1), ("w2", 1)):
         left, right = (final_arrays(o, name, seed) for o in (out, finished / "out"))
         for (key, a), (_, b) in zip(left[1], right[1], strict=True):
-            # Rounding: a step within a loop is another program.
+            # Steps in a loop are another program, with other rounding errors.
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4, err_msg=str(key))
         histories = (
             json.loads((o / name / f"seed{seed}" / "result.json").read_text())[
@@ -367,7 +368,7 @@ def test_several_steps_in_one_dispatch(finished, tmp_path, monkeypatch, terminat
 
 
 def test_sigterm_outside_training_stops_at_once(tmp_path, capsys, monkeypatch):
-    """Nothing waits for data that take minutes to read."""
+    """A command that reads data for minutes stops immediately."""
 
     def load(*arguments, **options):
         terminate()
@@ -399,7 +400,7 @@ def test_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
 # ---------------------------------------------------------------------------
 # Numbers that go wrong.
 
-# Not finite in some batches; a solver that stops at once.
+# A distance that is not finite in some batches, and a solver that stops too early.
 WRONG = """
 from dataclasses import replace
 import jax.numpy as jnp
@@ -417,14 +418,14 @@ ROUGH = replace(
 
 
 def first_labels(problem, run):
-    """Of the first image of each batch."""
+    """Returns the label of the first image of each batch."""
     orders = [runs.epoch_order(run, epoch, 32)[:, 0] for epoch in range(run.epochs)]
     return problem.dataset.train_labels[np.concatenate(orders)]
 
 
 @pytest.fixture
 def beside(finished, tmp_path, monkeypatch):
-    """A working folder of one's own, whose teacher and student are trained already."""
+    """Makes a working folder with the finished runs of the teacher and the student."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "wrong", raising=False)
@@ -435,17 +436,17 @@ def beside(finished, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("beside")
 def test_steps_that_are_not_finite(shared, tmp_path, capsys):
-    """Stops with what is known; skips on request, and both give the same history."""
+    """The command stops with a message, or skips; both give the same history."""
     line = (*tiny("out"), "--distances", "wrong:BROKEN", "--devices", 1)
     problem = problems.prepare(parse([*map(str, line[:-4])]), tmp_path)
     run = runs.Run("any", 1, 0.0, 2, problem.parts.student, problem.settings, {})
     labels = first_labels(problem, run)
-    bad = labels[5]  # the second step of the second epoch, at the earliest
+    bad = labels[5]  # fails in the second step of the second epoch or before
     expected = labels == bad
     assert 0 < expected[STEPS:].sum() < STEPS
     (tmp_path / "wrong.py").write_text(WRONG.replace("BAD", str(bad)))
 
-    # --- stop, the default; again at the same step -----------------------------
+    # --- stop, the default; stops again at the same step -------------------------
     at = int(np.argmax(expected)) + 1
     for _ in range(2):
         assert call(*line, "--checkpoint-seconds", 0) == 1
@@ -480,7 +481,7 @@ def test_steps_that_are_not_finite(shared, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("beside")
 def test_solver_that_does_not_converge(shared, tmp_path, capsys):
-    """Told once in an epoch, and written down."""
+    """A warning is printed once per epoch, and the statistics are recorded."""
     (tmp_path / "wrong.py").write_text(WRONG.replace("BAD", "0"))
     line = (*tiny("out"), "--distances", "wrong:ROUGH", "--devices", 1)
     with warnings.catch_warnings():
@@ -507,14 +508,14 @@ def test_two_processes_give_the_same_bits(
     finished,
     tmp_path,
 ):
-    """One is this one; the other never saw it."""
+    """Compares a run of this process with one of another process."""
     assert call(*tiny(tmp_path), "--distances", "--devices", 1) == 0
     assert_same_runs(tmp_path, finished / "out", (("teacher", 0), ("student", 1)))
 
 
 @pytest.mark.slow
 def test_two_processes_compile_and_give_the_same_bits(tmp_path):
-    """As users run it: optimised programs, each process its own."""
+    """As users run it: with optimized programs, which each process compiles itself."""
     names = ("w2", "cw2_gaussian")
     env = environ(JAX_NUM_CPU_DEVICES="2")
     for variable in (*CACHE, "JAX_DISABLE_MOST_OPTIMIZATIONS"):
@@ -537,7 +538,7 @@ def test_two_processes_compile_and_give_the_same_bits(tmp_path):
 
 
 def at_work(out):
-    """The run that has no result yet."""
+    """Returns the name of a run without a result."""
     for folder in out.glob("*/seed*"):
         if not (folder / "result.json").exists():
             return folder.parent.name
@@ -545,25 +546,25 @@ def at_work(out):
 
 
 def last_save(out):
-    """When something was last written among the checkpoints."""
+    """Returns the time of the last write to a checkpoint."""
     times = [0]
     for path in out.glob("*/seed*/checkpoints/*"):
-        with contextlib.suppress(OSError):  # it has just gone
+        with contextlib.suppress(OSError):  # just removed
             times.append(path.stat().st_mtime_ns)
     return max(times)
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment(shared, tmp_path):
-    """At least ten times, in the teacher's run and in the students', in saves too.
+    """Kills a command at least ten times, during all runs and also while it saves.
 
-    Every other kill comes at a moment of the whole life of a process, its start and
-    its restoring included; the rest come while it trains and saves.
+    Every other kill comes at any time in the life of a process, including its start and
+    the restoring of checkpoints. The others come while it trains and saves.
     """
     epochs = ("--teacher-epochs", "6", "--epochs", "6", "--checkpoint-seconds", "0")
-    # A kill may leave half a program behind: not where other tests would find it.
+    # A kill may leave an incomplete program in the cache, which others must not read.
     own = ("--compilation-cache", shared / "cache")
-    # Quick to trace: most of a life is its start.
+    # Quick to trace, because a process spends most of its life on starting.
     line = (*tiny("out"), *own, *epochs, "--distances", "l2", "--embedding", "none")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
@@ -573,7 +574,7 @@ def test_killed_at_any_moment(shared, tmp_path):
     results = results_of(whole / "out")
     timings = [run["timing"] for run in (results["teacher"], *results["runs"])]
     steps = sum(t["seconds"] - t["seconds_to_first_step"] for t in timings)
-    ahead = steps / 4  # no life gets farther than this
+    ahead = steps / 4  # no process gets further than this
 
     draw, kills, within, start = random.Random(0), [], 0, 0.0
     script = [sys.executable, str(EXPERIMENTS / "cifar.py"), *map(str, line)]

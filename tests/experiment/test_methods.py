@@ -1,4 +1,4 @@
-"""How students learn: layer pairs, projectors, one's own distance, features alone."""
+"""Tests how students learn: layer pairs, projectors, own distances, features only."""
 
 import io
 import json
@@ -264,7 +264,7 @@ def test_head_is_a_module_of_the_student():
     for student, head in {"ViT": "heads_head", "MobileNetV2": "classifier_1"}.items():
         with pytest.raises(
             UserError, match=f"no module {head}; "
-        ):  # not in these shapes
+        ):  # without these modules
             make("--student-model", student, *line, name="feature_only")
 
 
@@ -492,7 +492,7 @@ def test_a_teacher_that_does_not_fit_is_told_in_one_line(accuracy, warns):
 
 @pytest.mark.slow
 def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """Quality chooses the layers; the table has all; the same command is content."""
+    """Chooses layers by quality, shows them all in the table, and resumes."""
     line = (
         *TINY,
         *(*KEEP, "--devices", 1),
@@ -520,7 +520,7 @@ def test_features_alone_from_end_to_end(tmp_path, monkeypatch, capsys):
     followers = {pair.split(":")[0] for pair in record["pairs"]}
     assert {f"feature_only@{layer}" for layer in followers} <= set(last)
 
-    # What is deployed has no projectors, what is resumed has them.
+    # The evaluated network has no projectors, but its checkpoint has.
     folder = tmp_path / "out" / "feature_only" / "seed1"
     path = checkpoint.latest(folder / "checkpoints")
     arrays, _ = checkpoint.restore_arrays(path)

@@ -1,4 +1,4 @@
-"""Networks of the user's own in the command: Linen and NNX, with random layers."""
+"""Tests users' networks in the command: Linen and NNX, with random layers."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ OPTIONS = {"num_classes": 3, "width": 2, "axis_name": None, "stem": "cifar"}
 
 def test_an_nnx_network_is_made_anew_from_each_key():
     model = models.build(NNX, **OPTIONS)
-    assert model == models.build(NNX, **OPTIONS)  # both find the same programs
+    assert model == models.build(NNX, **OPTIONS)  # share compiled programs
     assert hash(model) == hash(models.build(NNX, **OPTIONS))
     assert model != models.build(NNX, **{**OPTIONS, "width": 3})
     found = models.shapes(NNX, model, (8, 8, 1), 2)

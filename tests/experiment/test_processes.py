@@ -1,4 +1,4 @@
-"""Several processes: two of two devices are one of four, and stop together."""
+"""Tests several processes: two with two devices give the result of one with four."""
 
 import fcntl
 import json
@@ -37,7 +37,7 @@ CIFAR = (str(EXPERIMENTS / "cifar.py"),)
 
 
 def launch(cwd, *arguments, devices, script=CIFAR):
-    """The command, begun in a folder of its own."""
+    """Starts the command in its own folder."""
     cwd.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [sys.executable, *script, *map(str, arguments)],
@@ -50,16 +50,16 @@ def launch(cwd, *arguments, devices, script=CIFAR):
 
 
 def ended(*begun):
-    """Status, output and errors of each, without what Gloo says of its peers."""
+    """Returns each process's status, output and errors, without Gloo's messages."""
     done = []
-    of_gloo = ("[Gloo]", "peer ranks")  # from two threads, one within the other
+    of_gloo = ("[Gloo]", "peer ranks")  # written by two threads, which may interleave
     try:
         for process in begun:
             out, err = process.communicate(timeout=240)
             told = lambda line: not any(part in line for part in of_gloo)
             lines = [line for line in out.splitlines() if told(line)]
             done.append((process.returncode, lines, err))
-    finally:  # one that waits for another, which has gone
+    finally:  # a process may wait for another that has ended
         for process in begun:
             process.kill()
     return done
@@ -72,7 +72,7 @@ def free_port():
 
 
 def both(root, *arguments, more=((), ())):
-    """The command in two processes, each of which sees another folder."""
+    """Runs the command in two processes, each in its own folder."""
     meet = ("--coordinator", f"localhost:{free_port()}", "--processes", 2)
     return ended(
         *(
@@ -86,7 +86,7 @@ def both(root, *arguments, more=((), ())):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A finished run of one process that has four devices."""
+    """Makes a finished run of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
     line = (*LINE, *KEEP, "--out", "out")
     ((status, _, err),) = ended(launch(folder, *line, devices=4))
@@ -98,9 +98,10 @@ RUNS = (("teacher", 0), ("student", 1), ("l2", 1))
 
 
 def assert_same_run(left, right, name, seed):
-    """Parameters, statistics and momentum of the last checkpoint; the history."""
-    # One step leaves 1e-5, as on the devices of one process (test_devices.py): Gloo
-    # adds in another order. Each of the four steps may add as much.
+    """Compares the last checkpoints with all their arrays, and the histories."""
+    # One step leaves a difference of 1e-5, as on the devices of one process
+    # (test_devices.py), because Gloo adds in another order. Each of the four steps may
+    # add as much.
     one, two = (final_arrays(out, name, seed) for out in (left, right))
     assert one[0] == two[0]
     for (path, a), (_, b) in zip(one[1], two[1], strict=True):
@@ -120,7 +121,7 @@ def assert_same_run(left, right, name, seed):
 def test_two_processes_are_one(how, alone, tmp_path):
     (first, second) = both(tmp_path, *LINE, *KEEP, *how.split(), "--out", "out")
     assert first[::2] == second[::2] == (0, "")
-    # Told and written once.
+    # Only the first process prints and writes.
     assert any("4 cpu device(s)" in line for line in first[1])
     assert any("l2 seed 1: epoch 1" in line for line in first[1])
     assert second[1] == []
@@ -135,7 +136,7 @@ def test_two_processes_are_one(how, alone, tmp_path):
 
 @pytest.mark.slow
 def test_killed_run_continues_in_two_processes(alone, tmp_path):
-    """From the step that the first process knows, whatever the other's folder has."""
+    """It resumes from the step of the first process, whatever the second has."""
     line = (*LINE, "--epochs", 2, "--checkpoint-seconds", 0, *KEEP, "--out", "out")
     # Within the second epoch of four steps.
     late = """"l2" in path.parts and path.name[-1] > '4'"""
@@ -152,7 +153,7 @@ def test_killed_run_continues_in_two_processes(alone, tmp_path):
     assert not any("l2 seed 1: epoch 1" in line for line in first[1])
     assert any("l2 seed 1: epoch 2" in line for line in first[1])
     assert_same_run(tmp_path / "whole" / "out", tmp_path / "host0" / "out", "l2", 1)
-    # Once more: all is done.
+    # Run again, the command trains nothing.
     (again, _) = both(tmp_path, *line)
     assert not any("seed 1: epoch" in line for line in again[1])
 
@@ -244,7 +245,7 @@ SLURM = {
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """What `jax.distributed.initialize` is called with, where nothing is detected."""
+    """Records the arguments of `jax.distributed.initialize`; hides all clusters."""
     calls = []
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *args, **_: calls.append(args)
@@ -275,7 +276,7 @@ def test_slurm_is_found(initialized, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     start([])
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.delenv("SLURM_STEP_NODELIST")  # a batch script, not srun
+    monkeypatch.delenv("SLURM_STEP_NODELIST")  # in a batch script, without srun
     start([])
     assert len(initialized) == 1
 
@@ -298,7 +299,7 @@ def test_cloud_tpu_is_found(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", processes.ERRORS.values())
 def test_errors_are_the_same_in_all(kind):
-    """SIGTERM too: each ends as the first does, with its status."""
+    """SIGTERM, too: all processes end as the first one, with its status."""
     value, error = processes._read(processes._written(None, kind("said")))
     assert value is None
     assert (type(error), str(error)) == (kind, "said")
@@ -338,7 +339,7 @@ def device(process, number):
 
 @pytest.fixture
 def slice_of(monkeypatch):
-    """Two processes, of which this is the second, with interleaved devices."""
+    """Pretends to be the second of two processes with interleaved devices."""
 
     def make(counts):
         every = [device(p, i) for i in range(4) for p in (0, 1) if i < counts[p]]
@@ -377,7 +378,7 @@ def test_missing_devices_are_an_error(slice_of, counts, wanted, message):
 
 @pytest.mark.parametrize("size", [0, 10, 1000])
 def test_values_of_the_first_process_reach_all(size, monkeypatch):
-    """Values and errors, in pieces; both processes played one after the other."""
+    """Sends values and errors in pieces; the two processes are played in turn."""
     monkeypatch.setattr(processes, "CHUNK", 300)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     sent = []
@@ -414,7 +415,7 @@ def test_values_of_the_first_process_reach_all(size, monkeypatch):
         (partial(fail, UserError("one line")), UserError, UserError),
         (partial(fail, FileNotFoundError("gone")), OSError, OSError),
         (partial(fail, ZeroDivisionError("0")), ZeroDivisionError, RuntimeError),
-        (lambda: {1, 2}, TypeError, RuntimeError),  # a value that cannot be told
+        (lambda: {1, 2}, TypeError, RuntimeError),  # a value that cannot be sent
     ):
         with pytest.raises(own) as own:
             play(0, fn)
@@ -433,9 +434,9 @@ def test_alone_one_looks_up_at_will():
 
 
 def test_several_look_up_after_the_same_dispatches(monkeypatch):
-    """As often as the first says; one is asked, the second, and all hear of it."""
+    """The first process sets the interval. A signal to the second reaches both."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    others = iter([[0, 0, 9], [1, 0, 9], [0, 1, 9]])  # of the second process
+    others = iter([[0, 0, 9], [1, 0, 9], [0, 1, 9]])  # those of the second process
 
     def gather(own):
         return np.stack([own, np.array(next(others), own.dtype)])
@@ -446,11 +447,11 @@ def test_several_look_up_after_the_same_dispatches(monkeypatch):
     for dispatch in range(1, 8):
         looks = watch.looks(False)
         heard.append((dispatch, looks, watch.agree(False, dispatch == 1)))
-    # After 1, then 2 and 4 more: at most twice as many as before.
+    # After 1, then 2, then 4 more steps: the interval at most doubles.
     assert [at for at, looks, _ in heard if looks] == [1, 3, 7]
     assert [said for _, looks, said in heard if looks] == [
-        (False, True),  # a checkpoint is due to the first
+        (False, True),  # a checkpoint is due in the first process
         (True, False),
-        (False, False),  # to the second it does not matter
+        (False, False),  # what is due in the second does not matter
     ]
     assert all(said == (False, False) for _, looks, said in heard if not looks)

@@ -1,4 +1,4 @@
-"""What a reader sees of runs: tables, shares of the gap, curves, grids of weights."""
+"""Tests what readers see of runs: tables, gaps closed, curves, and grids of weights."""
 
 import io
 import json
@@ -18,20 +18,22 @@ from kddm_jax.experiment.report import accuracies, curves, table
 @pytest.mark.parametrize(
     ("accuracy", "student", "teacher", "images", "expected"),
     [
-        # Two seeds: error sqrt(2) / sqrt(2) = 1; teacher sqrt(90 * 10 / 100) = 3;
-        # together 3.16, and the gap of 9 is more than twice that.
+        # Two seeds have an error of sqrt(2) / sqrt(2) = 1, the teacher sqrt(90 * 10 /
+        # 100) = 3, both together 3.16. The gap of 9 is more than twice that.
         (84.6, [80.0, 82.0], 90.0, 100, 40.0),
         (81.0, [80.0, 82.0], 90.0, 100, 0.0),
         (76.5, [80.0, 82.0], 90.0, 100, -50.0),
         (94.5, [80.0, 82.0], 90.0, 100, 150.0),
-        # A quarter of the images: sqrt(1 + 36) = 6.1, twice that exceeds 9.
+        # With a quarter of the images the error is sqrt(1 + 36) = 6.1, and 9 is less
+        # than twice that.
         (84.6, [80.0, 82.0], 90.0, 25, None),
-        # Seeds 16 apart: 8 sqrt(2) / sqrt(2) = 8, and 15 is less than 16.
+        # Seeds that differ by 16 have an error of 8 sqrt(2) / sqrt(2) = 8; 15 is less
+        # than 16.
         (90.0, [72.0, 88.0], 95.0, 10_000, None),
-        # One seed: sqrt(25 + 22.44) = 6.9; 16 is more than 13.8, 13 is not.
+        # One seed: sqrt(25 + 22.44) = 6.9; 16 is more than 13.8, 13 is less.
         (58.0, [50.0], 66.0, 100, 50.0),
         (58.0, [50.0], 63.0, 100, None),
-        # A teacher that is worse, equal, or perfect like its student.
+        # The teacher is worse than the student, equal, or both are perfect.
         (60.0, [80.0], 70.0, 10_000, None),
         (80.0, [80.0], 80.0, 10_000, None),
         (100.0, [100.0], 100.0, 100, None),
@@ -111,7 +113,7 @@ def test_markdown():
 
 
 def chosen(accuracy, **settings):
-    """What choose_weights.py writes."""
+    """Makes results as choose_weights.py writes them."""
     environment = {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"}
     settings = {"dataset": "digits", "held_out": 300, "seeds": [0], **settings}
     made = {"teacher": 90.0, "environment": environment}
@@ -179,7 +181,7 @@ def test_one_seed_has_no_spread():
     results = small_results()
     results["runs"] = results["runs"][::2]
     results["settings"]["seeds"] = [0]
-    results["eval_images"] = 400  # errors of 2 and 1.5: the gap of 10 counts
+    results["eval_images"] = 400  # with errors of 2 and 1.5, a gap of 10 counts
     text = table.markdown(results)
     assert "| W2 (E) | 84.00 | +4.0 | 40 % | 0.0001 | 1 | 20 |" in text
     assert "; 1 seed; " in text
@@ -287,7 +289,7 @@ def test_report_is_rendered_again_from_json(tmp_path):
 
 
 def test_curves_of_runs_with_few_evaluations(tmp_path):
-    """The last epoch always is evaluated, others may not be."""
+    """The last epoch is always evaluated; other epochs may not be."""
     results = small_results()
     for run in results["runs"]:
         del run["history"][0]["test_accuracy"]
@@ -296,7 +298,7 @@ def test_curves_of_runs_with_few_evaluations(tmp_path):
 
 
 def test_curves_of_two_distances_of_one_title(tmp_path):
-    """One's own distance may be a row of the catalogue with other options."""
+    """A user's distance may be a catalogue entry with other options."""
     results = small_results()
     again = [dict(run, name="own:W2") for run in results["runs"] if run["name"] == "w2"]
     results["runs"] += again[:1]

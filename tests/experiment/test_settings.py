@@ -1,11 +1,13 @@
-"""Settings: recipes, the command line, schedules and optimisers, parts of the data."""
+"""Tests settings: recipes, the command line, schedules, optimizers, parts of data."""
 
 import ast
 import inspect
 import json
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -13,11 +15,15 @@ import pytest
 from commands import EXPERIMENTS
 
 from kddm_jax import DISTANCES, data
+from kddm_jax.adapters import STEMS
+from kddm_jax.experiment import checks, options
 from kddm_jax.experiment import settings as settings_module
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.recipes import RECIPES, parse
 from kddm_jax.experiment.settings import Settings, change, flat, weight_of
 from kddm_jax.experiment.training import models, optimizers, problems, runs
+from kddm_jax.networks import projectors
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -35,7 +41,7 @@ def test_names_of_settings_are_unique():
 
 
 def test_paper_recipe_is_the_papers():
-    """KD2M, arXiv 2504.01757, section 4 and its released code."""
+    """Compares with KD2M, arXiv 2504.01757, section 4, and its released code."""
     found = parse(["--dataset", "cifar10", "--recipe", "paper"])
     networks, optimizer = found.networks, found.optimizer
     assert (networks.teacher_model, networks.student_model) == ("ResNet34", "ResNet18")
@@ -61,7 +67,7 @@ def test_digits_on_a_laptop_is_the_default():
     assert found.run.data_dir is None
     assert (found.optimizer.teacher_epochs, found.optimizer.epochs) == (15, 30)
     assert (found.data.student_images, found.data.train_images) == (128, None)
-    assert not found.augmentation.flip  # numerals are never mirrored
+    assert not found.augmentation.flip  # digits are never mirrored
     assert found.augmentation.padding == 1
     assert found.method.distances == settings_module.KD2M
 
@@ -87,7 +93,8 @@ def test_weights_come_before_weight_before_the_catalogue():
     assert weight_of(found, "cw2") == DISTANCES["cw2"].weights["teacher"]
     found = parse([*line, "--weight", "0"])
     assert weight_of(found, "w2") == 0.0
-    # The catalogue's are for scaled distances; raw ones have the released code's.
+    # The catalogue's weights are for normalized features; others use the released
+    # weight.
     found = parse([*line, "--normalization", "None"])
     assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
 
@@ -101,7 +108,7 @@ def test_a_normalization_without_default_weights_asks_for_one(normalization):
         UserError, match=message + "--weight NUMBER, or --weights l2 NU"
     ):
         weight_of(found, "l2")
-    for name in ("kd", "nst"):  # no features, no normalization
+    for name in ("kd", "nst"):  # these compare no features
         assert weight_of(found, name) == DISTANCES[name].weights[None]
     assert weight_of(parse([*line, "--weight", "3"]), "l2") == 3.0
     assert weight_of(parse([*line, "--weights", "l2", "2"]), "l2") == 2.0
@@ -117,7 +124,7 @@ def test_settings_as_json():
 
 
 def described():
-    """Each setting and the text below it in the source."""
+    """Returns the docstring of each setting."""
     body = ast.parse(Path(settings_module.__file__).read_text()).body
     groups = {kind.__name__ for kind in settings_module.GROUPS.values()}
     return {
@@ -152,7 +159,7 @@ def test_help_explains_every_option(recipe, capsys, monkeypatch):
 
 
 def test_schedules():
-    """Values at the ends, in the middle, and within an epoch; ten steps per epoch."""
+    """Checks the ends, the middle, and a step within an epoch of ten steps."""
 
     def rates(*line, steps):
         settings = parse(["--lr", "0.5", "--lr-end", "0.1", *line])
@@ -188,7 +195,7 @@ def test_epoch_order_is_of_seed_and_epoch():
         *("student", seed, 0.0, 2, np.arange(100, 170), Settings(), {})
     )
     first = runs.epoch_order(run(0), 0, 32)
-    assert first.shape == (2, 32)  # the last 6 wait for another epoch
+    assert first.shape == (2, 32)  # the last 6 images are in another epoch's batches
     assert first.dtype == np.int32
     assert len(np.unique(first)) == 64
     assert set(first.ravel()) <= set(range(100, 170))
@@ -205,7 +212,7 @@ def test_parts_are_nested_and_disjoint():
     assert (len(parts.teacher), len(parts.student)) == (800, 200)
     assert set(parts.student) <= set(parts.teacher)
     assert len(parts.eval_labels) == 300
-    # What is evaluated on is in nobody's training set.
+    # No image is used both for training and for evaluation.
     training = {digits.train_images[i].tobytes() for i in parts.teacher}
     held_out = {image.tobytes() for image in parts.eval_images}
     assert not training & held_out
@@ -213,7 +220,7 @@ def test_parts_are_nested_and_disjoint():
 
 
 def few(train, test=10, classes=3):
-    """A data set of few images."""
+    """Makes a data set of few images."""
     images = lambda n: np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2, 1)
     labels = lambda n: np.arange(n, dtype=np.int32) % classes
     names = tuple("abcdefgh"[:classes])
@@ -224,8 +231,8 @@ def few(train, test=10, classes=3):
 
 
 LAPTOP = ("--dataset", "folder")
-# Command line, images for training, devices; what teacher, student, evaluation and
-# batches then have, and the options that are lowered.
+# Name: command line, number of training images, number of devices; the sizes of the
+# teacher's, the student's and the evaluation set and of the batch; the lowered options.
 LOWERED = {
     "images": ("", 36, 1, (36, 36, 10, 36), "train student test batch"),
     "devices": ("", 36, 8, (36, 36, 10, 32), "train student test batch"),
@@ -270,7 +277,7 @@ def test_defaults_of_a_recipe_are_lowered(case):
         assert f"recipe's {flat(before)[name]}: " in line
     names = {option[2:].replace("-", "_") for option in lowered}
     assert names == {k for k, v in flat(after).items() if v != flat(before)[k]}
-    # Lowered again, nothing changes: a command and its repetition are one run.
+    # Lowering again changes nothing, so a repeated command is the same run.
     assert problems.lower(after, dataset, devices) == (after, ())
     json.dumps(settings_module.as_json(after))
 
@@ -285,14 +292,14 @@ TYPED = {
 
 @pytest.mark.parametrize("line", TYPED)
 def test_typed_numbers_are_not_lowered(line):
-    """Not even if they are those of the recipe."""
+    """Not even if they are equal to the recipe's numbers."""
     settings, _ = problems.lower(parse([*LAPTOP, *line.split()]), few(36), 1)
     with pytest.raises(UserError, match=TYPED[line]):
         problems.split(few(36), settings)
 
 
 def test_few_images_and_a_constant_channel(tmp_path, monkeypatch):
-    """The command of somebody who types no number of images gets to training."""
+    """A command that gives no number of images starts to train."""
     images = np.zeros((36, 4, 4, 2), np.uint8)
     images[..., 0] = np.arange(36)[:, None, None]
     labels = np.arange(36, dtype=np.int32) % 3
@@ -334,6 +341,75 @@ def test_settings_errors_are_user_errors():
         parse(["--stem", "other"])
 
 
+def noted(kind):
+    """Returns each setting that has an annotation of this kind, with the annotation."""
+    return [
+        (name, note)
+        for name, option in settings_module.OPTIONS.items()
+        for note in options.notes(option)
+        if isinstance(note, kind)
+    ]
+
+
+# Other settings without which a setting is an error.
+NEEDED = {"processes": {"coordinator": "host:1", "process": 0}}
+
+
+@pytest.mark.parametrize(("name", "choices"), noted(options.Choices))
+def test_choices_are_checked(name, choices):
+    settings = change(Settings(), **NEEDED.get(name, {}))
+    for value in choices.known:
+        checks.check(change(settings, **{name: value}))
+    known = ", ".join(str(value) for value in choices.known)
+    own = [] if choices.own else ["a:b"]
+    for value in ("other", "other:", ":other", *own):
+        message = f"unknown {name} {value!r}; known: {known}"
+        with pytest.raises(UserError, match=re.escape(message)):
+            checks.check(change(settings, **{name: value}))
+    if choices.own:
+        checks.check(change(settings, **{name: "a:b"}))
+
+
+LIMITS = {
+    options.POSITIVE: ((1e-3, 7), (0, -1, math.nan)),
+    options.NOT_NEGATIVE: ((0, 7), (-1e-3, math.nan)),
+    options.SHARE: ((0, 0.99), (-1e-3, 1, math.nan)),
+}
+
+
+@pytest.mark.parametrize(("name", "numbers"), noted(options.Range))
+def test_ranges_are_checked(name, numbers):
+    settings = change(Settings(), **NEEDED.get(name, {}))
+    inside, outside = LIMITS[numbers]
+    for value in inside:
+        checks.check(change(settings, **{name: value}))
+    for value in outside:
+        option = f"--{name.replace('_', '-')}"
+        message = f"{option} must be {numbers.wanted}, got {value}"
+        with pytest.raises(UserError, match=re.escape(message) + "$"):
+            checks.check(change(settings, **{name: value}))
+
+
+def test_every_number_has_a_range():
+    """Two numbers are checked elsewhere: with other settings, or to be finite."""
+    numbers = {
+        name
+        for kind in settings_module.GROUPS.values()
+        for name, hint in get_type_hints(kind).items()
+        if {int, float} & {hint, *get_args(hint)} and get_origin(hint) is not tuple
+    }
+    assert "lr" in numbers
+    assert "views" in numbers
+    ranged = {name for name, _ in noted(options.Range)}
+    assert ranged == numbers - {"process", "weight"}
+
+
+def test_choices_are_those_of_the_library():
+    choices = dict(noted(options.Choices))
+    assert choices["stem"].known == tuple(STEMS)
+    assert choices["projector"].known == (None, *projectors.PROJECTORS)
+
+
 def test_schedules_of_lambda_start_and_end_where_they_say():
     make = lambda name, steps=100: optimizers.make_weight_schedule(
         parse(["--weight-schedule", name]).method, steps
@@ -341,7 +417,7 @@ def test_schedules_of_lambda_start_and_end_where_they_say():
     assert make("constant") is None
     factors = [[float(make(name)(i)) for i in (0, 25, 50, 100)] for name in RISES]
     np.testing.assert_allclose(factors, list(RISES.values()), atol=1e-6)
-    assert make("warmup", 1)(1) == 1  # one step only: never nothing throughout
+    assert make("warmup", 1)(1) == 1  # with one step, the factor is not zero
 
 
 RISES = {"warmup": [0, 0.5, 1, 1], "decay": [1, (1 + 0.5**0.5) / 2, 0.5, 0]}
@@ -356,7 +432,7 @@ RESULTS = {
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_of_earlier_versions_are_read(name):
-    """Their settings are flat, two had other names, and missing ones have defaults."""
+    """Settings are flat, two had other names, and missing ones have defaults."""
     recorded = settings_module.renamed(RESULTS[name])
     assert not {"scale", "view"} & {*recorded}
     found = settings_module.as_json(settings_module.from_json(RESULTS[name]))
@@ -366,17 +442,24 @@ def test_results_of_earlier_versions_are_read(name):
 
 
 def test_identity_is_everything_but_the_run():
-    """Checks a distilled student; renamed settings are listed in one place."""
+    """Settings with a mark are part of the identity of some runs only."""
     settings = parse(["--distances", "feature_only"])
     named = {
         group: {f.name for f in fields(kind)}
         for group, kind in settings_module.GROUPS.items()
     }
     found = {*settings_module.identity(settings, "feature_only")}
-    others = {*settings_module.NAMED_OTHERWISE, *settings_module.OF_TEACHER}
+    marked = {
+        mark: {name for name, found in noted(Mark) if found is mark} for mark in Mark
+    }
+    others = marked[Mark.NAMED_OTHERWISE] | marked[Mark.OF_TEACHER]
     every = set().union(*named.values())
     assert found == every - named["run"] - others
     alone = {*settings_module.identity(settings, "student")}
     assert alone == found - named["method"]
     teacher = {*settings_module.identity(settings, "teacher")}
-    assert not teacher & ({*settings_module.OF_STUDENTS} | named["method"])
+    assert not teacher & (marked[Mark.OF_STUDENTS] | named["method"])
+    assert marked[Mark.OF_TEACHER] < teacher
+    assert "head" in found
+    others = {*settings_module.identity(settings, "w2")}
+    assert others == found - marked[Mark.OF_FEATURE_ONLY]

@@ -1,4 +1,4 @@
-"""Every command opens its study in the same way: what is computed from the teacher."""
+"""Tests that every command opens its study in the same way."""
 
 import choose_weights
 import numpy as np
@@ -19,7 +19,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_knows_the_class_cost(name, trained, tmp_path, monkeypatch):
-    """A distance that the teacher parametrizes is never trained without its array."""
+    """A distance that needs an array of the teacher is never trained without it."""
     seen = []
 
     def train_none(problem, run, *_):

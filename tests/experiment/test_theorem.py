@@ -1,4 +1,4 @@
-"""The theorem's chain on trained pairs, the constants in it, and batches' bias."""
+"""Tests the theorem's chain on trained pairs, its constants, and batches' bias."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from kddm_jax.experiment.training import problems, runs, train
 
 
 def seen(rng, n=30, d=5, k=4, features=None):
-    """A network of random features and head."""
+    """Makes a network with random features and a random head."""
     if features is None:
         features = np.maximum(rng.normal(size=(n, d)), 0)
     kernel, bias = rng.normal(size=(features.shape[1], k)), rng.normal(size=k)
@@ -35,7 +35,7 @@ def seen(rng, n=30, d=5, k=4, features=None):
 
 @cache
 def pair(seed):
-    """Student and teacher, the teacher's features mostly the student's."""
+    """Makes a student, and a teacher with similar features."""
     rng = np.random.default_rng(seed)
     student = seen(rng)
     near = student.features + 0.3 * rng.normal(size=student.features.shape)
@@ -75,9 +75,9 @@ def test_chain_holds_on_random_pairs(seed):
     found = record(student, teacher, labels)
     assert risks.violations([found]) == []
     assert len(list(risks.links(found))) == 6
-    # None of its members is trivially zero.
+    # No member is trivially zero.
     assert min(low for _, low, _, _ in risks.links(found)) > 1e-4
-    # The same network twice: all are zero, up to the root of rounding.
+    # With the same network on both sides all are zero, up to roots of rounding errors.
     same = record(student, student, labels)
     assert risks.violations([same]) == []
     assert max(high for *_, high in risks.links(same)) < 1e-7
@@ -98,7 +98,7 @@ def test_a_broken_link_is_found(link):
 
     slack = risks.TOLERANCE * found["size"]
     assert risks.violations([with_value(small, high + slack / 2)]) == [] or (
-        small in names  # then it is too large for what it bounds no more, not less
+        small in names  # a distance may also break another link
     )
     said = risks.violations([with_value(small, high + 2 * slack)])
     assert any(line.startswith(f"w2, epoch 3: {small} ") for line in said)
@@ -107,11 +107,11 @@ def test_a_broken_link_is_found(link):
 
 
 def test_constant_of_the_heads_is_attained():
-    """Slope of ||softmax h - (1, 0)|| where both classes are as likely."""
+    """Tests the slope of ||softmax h - (1, 0)|| where both classes are as likely."""
     a, step = 3.0, 1e-4
     zero = np.zeros((1, 2))
     of = lambda z, kernel, bias: risks.Seen(np.array([[z]]), zero, kernel, bias)
-    kernel = np.array([[a, -a]]) + 7.0  # softmax does not see the 7
+    kernel = np.array([[a, -a]]) + 7.0  # softmax is invariant to the 7
     student = of(step, kernel, np.zeros(2))
     teacher = of(0.0, np.zeros((1, 2)), np.array([50.0, 0.0]))
     found = risks.heads_risk(student, teacher)
@@ -121,7 +121,7 @@ def test_constant_of_the_heads_is_attained():
 
 
 def test_constant_of_the_labels_is_attained():
-    """Far on the wrong side the cross-entropy rises at the full rate."""
+    """Far on the wrong side, the cross-entropy increases at its maximal rate."""
     kernel, bias = np.array([[1.0, -1.0, 0.5], [2.0, 0.0, 0.0]]), np.zeros(3)
     direction = np.array([2.0, 2.0]) / 8**0.5  # w_0 - w_1
     of = lambda t: risks.Seen(-t * direction[None], np.zeros((1, 3)), kernel, bias)
@@ -175,14 +175,15 @@ def test_bias_of_the_means_is_the_textbooks(size):
     apart = student.features - teacher.features
     whole = (apart.mean(0) ** 2).sum()
     assert found["whole"] == pytest.approx(whole, rel=1e-5)
-    # Of a mean of `size` from n: with replacement the last factor would be 1.
+    # The variance of a mean of `size` draws from n without replacement; with
+    # replacement the last factor would be 1.
     added = apart.var(0).sum() / size * (n - size) / (n - 1)
     batch = found["batches"][str(size)]
     assert batch["spread"] > 0
     error = batch["spread"] / draws**0.5
     assert abs(batch["mean"] - whole - added) < 4 * error
     largest = apart.var(0).sum() / size
-    assert largest > 10 * error  # or the line above would say nothing
+    assert largest > 10 * error  # otherwise the line above could not fail
     mean, spread = estimates.relative(found, str(size))
     assert mean == pytest.approx(batch["mean"] / whole, rel=1e-5)
     assert spread == pytest.approx(batch["spread"] / whole, rel=1e-5)
@@ -212,7 +213,7 @@ def test_every_estimate_is_of_its_row():
         assert batch["spread"] > 0, name
         assert np.isfinite([one["whole"], *batch.values()]).all(), name
         assert both[estimates.OTHER][name]["whole"] == one["whole"], name
-    # The debiased divergence has the bias of the sample, as the exact value does.
+    # The debiased divergence is as biased by the sample as the exact value.
     exact, debiased = (
         found[name]["batches"]["8"]["mean"] for name in ("w2 exact", "w2")
     )
@@ -255,7 +256,7 @@ def test_other_images_are_of_the_same_classes():
 
 
 class Net(nn.Module):
-    """A network whose head may bend."""
+    """Has a linear head, or one that is not."""
 
     bent: bool = False
 
@@ -331,7 +332,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):
     line += [*KEEP, "--checkpoint-seconds", "0"]
     line += ["--distances", "w2"]
 
-    # Stopped within the second epoch of the distilled student, then continued.
+    # Stop within the second epoch of the distilled student, and resume.
     write = theorem.Epochs.write
 
     def stop(self, epoch, what):
@@ -369,7 +370,8 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):
     with Image.open(picture) as image:
         assert len(image.getcolors(256)) > 10
 
-    # Again: nothing is trained, the same is measured; a broken chain is status 1.
+    # Run again, the command trains nothing and measures the same. A broken chain gives
+    # status 1.
     before = path.read_text()
     monkeypatch.setattr(train.train_step, "make_train_step", None)
     distances = risks.distances
@@ -389,7 +391,7 @@ def test_the_command(shared, tmp_path, capsys, monkeypatch):
     assert "> w2 " in error
     assert error.count("\n") == 1
 
-    # Students that nobody observed cannot be measured.
+    # Students that were not observed in training cannot be measured.
     assert call("--images", 50, *line[line.index("--") :]) == 2
     error = capsys.readouterr().err
     assert "seen-50/epoch-0000.npz is missing" in error

@@ -1,4 +1,4 @@
-"""Fixed views: the same images for teacher and student, the teacher computed once."""
+"""Tests fixed views: teacher and student see the same images; the teacher runs once."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from kddm_jax.train_step import known_outputs, scan_steps
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_known_outputs_are_the_teacher_s(rows):
-    """A step that looks them up equals one that runs the teacher."""
+    """A step that reads the teacher's outputs equals a step that runs the teacher."""
     plain = lambda key, image: steps.AUGMENT(None, image, train=False)
     teacher, _ = jax.jit(lambda v, x: steps.TEACHER_APPLY(v, x, train=False))(
         steps.TEACHER, jax.vmap(lambda image: plain(None, image))(steps.IMAGES)
@@ -61,7 +61,7 @@ def test_views_lie_side_by_side_and_differ():
     assert labels.tolist() == np.repeat(SEEN, 3).tolist()
     by_image = images.reshape(4, 3, -1)
     assert any(len(np.unique(own, axis=0)) > 1 for own in by_image)
-    np.testing.assert_array_equal(images, make().pair[0])  # drawn once and for all
+    np.testing.assert_array_equal(images, make().pair[0])  # drawn only once
 
 
 def test_views_are_the_recipe_s_augmentation():
@@ -89,7 +89,7 @@ def test_order_keeps_the_images_and_draws_their_views():
 
 
 class Teacher:
-    """Its features are the sum of the pixels; it counts how often it is asked."""
+    """Returns the sums of the pixels as features, and counts its calls."""
 
     def __init__(self, digest):
         self.digest, self.variables, self.calls = digest, {"factor": 2.0}, 0

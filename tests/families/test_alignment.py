@@ -1,4 +1,4 @@
-"""Distances of geometry: text-book forms, invariances, and what they cannot see."""
+"""Tests distances of geometry: textbook forms, invariances, and their blind spots."""
 
 from functools import cache, partial
 
@@ -54,7 +54,7 @@ FEATURES = [
     ("cka", {"debiased": True}),
     ("similarity_preserving", {}),
 ]
-SHAPES = [(9, 5, 12), (9, 12, 5), (20, 6, 6)]  # n, student's width, teacher's
+SHAPES = [(9, 5, 12), (9, 12, 5), (20, 6, 6)]  # n, width of student, of teacher
 
 
 @pytest.mark.parametrize(("name", "options"), FEATURES)
@@ -70,7 +70,7 @@ def test_linear_projection(shape):
     x, y = clouds(*shape)
     expected = reference.linear_projection(x, y)
     np.testing.assert_allclose(call("linear_projection", x, y), expected, rtol=RTOL)
-    # A dead and a repeated feature add nothing.
+    # A dead feature and a repeated one add nothing.
     wide = np.concatenate([x, 0 * x[:, :1], x[:, :1]], axis=1)
     np.testing.assert_allclose(call("linear_projection", wide, y), expected, rtol=RTOL)
 
@@ -80,8 +80,8 @@ def test_linear_projection(shape):
     "shape",
     [
         {"c_y": 4},  # more positions than channels
-        {"size_x": (2, 2), "size_y": (5, 3), "c_x": 6},  # the larger is pooled
-        {"size_x": (3, 5), "size_y": (4, 2)},  # each along one axis
+        {"size_x": (2, 2), "size_y": (5, 3), "c_x": 6},  # the larger map is pooled
+        {"size_x": (3, 5), "size_y": (4, 2)},  # each map is pooled along one axis
     ],
     ids=str,
 )
@@ -92,7 +92,8 @@ def test_nst(shape, kernel):
 
 
 def test_poly_nst_by_moments_is_the_one_by_products():
-    # Second moments at 4 positions; products at 25, here mostly repeated ones.
+    # With 4 positions the distance uses second moments, with 25 products of positions,
+    # most of which are repeated here.
     f, g = maps(size_x=(2, 2), size_y=(2, 2), c_x=5, c_y=6)
     repeat = lambda z: z.repeat(4, axis=1).repeat(4, axis=2)
     expected = call("nst", f, g)
@@ -103,9 +104,9 @@ def test_poly_nst_by_moments_is_the_one_by_products():
     ("grid", "shape"),
     [
         (1, {}),
-        (2, {}),  # does not divide 5: overlapping cells
+        (2, {}),  # does not divide 5, so cells overlap
         (3, {"size_y": (4, 7)}),
-        (5, {}),  # single pixels, and cells of no whole pixel
+        (5, {}),  # single pixels, and cells smaller than a pixel
     ],
 )
 def test_wkd_features(grid, shape):
@@ -144,10 +145,10 @@ def test_each_side_may_move_turn_and_grow(name, options):
     turned = 0.1 * y @ rotation(y.shape[1]) - 2
     np.testing.assert_allclose(call(name, x, turned, **options), expected, rtol=1e-8)
     np.testing.assert_allclose(call(name, y, x, **options), expected, rtol=1e-8)
-    # Width is nothing but zeros.
+    # Additional features that are zero change nothing.
     padded = np.pad(x, [(0, 0), (0, 7)])
     np.testing.assert_allclose(call(name, padded, y, **options), expected, rtol=1e-8)
-    # No other linear map is forgiven.
+    # Any other linear map changes the distance.
     stretched = x * np.linspace(0.2, 3, x.shape[1])
     assert abs(call(name, stretched, y, **options) - expected) > 1e-3
 
@@ -163,7 +164,7 @@ def test_range(name, options):
 
 
 def test_largest_distance():
-    # Orthogonal over samples: nothing in common.
+    # Orthogonal over samples, with nothing in common.
     x, y = np.eye(8)[:, :2] - np.eye(8)[:, 2:4], np.eye(8)[:, 4:6] - np.eye(8)[:, 6:]
     np.testing.assert_allclose(call("procrustes", x, y), 2, rtol=1e-12)
     np.testing.assert_allclose(call("cka", x, y), 1, rtol=1e-12)
@@ -178,10 +179,10 @@ def test_triangle_inequality_of_procrustes():
 
 
 def test_procrustes_is_the_bures_distance_of_gram_matrices():
-    x, y = clouds(9, 11, 13)  # Gram matrices of full rank but for the centring
+    x, y = clouds(9, 11, 13)  # Gram matrices of full rank, except for the centring
     grams = [reference.normalized(z) @ reference.normalized(z).T for z in (x, y)]
     expected = float(jax.jit(kddm_jax.bures)(*map(jnp.asarray, grams)))
-    # Roots of the one eigenvalue that is zero but for rounding.
+    # The reference takes roots of an eigenvalue that is zero up to rounding.
     np.testing.assert_allclose(call("procrustes", x, y), expected, rtol=1e-6)
 
 
@@ -205,7 +206,7 @@ def test_debiased_cka_of_independent_features_is_one():
         for d in (False, True)
     )
     assert abs(debiased - 1) < 0.02
-    assert biased < 0.5  # ten samples of thirty features look alike
+    assert biased < 0.5  # biased by ten samples of thirty features
 
 
 def test_linear_projection_forgives_every_invertible_map():
@@ -222,11 +223,11 @@ def test_channels_may_grow_and_change_places():
     np.testing.assert_allclose(call("nst", changed, g), expected, rtol=1e-9)
 
 
-# ------------------------------------------- what alignment of kernels does not see
+# ------------------------------------------- what alignment of kernels ignores
 
 
 def antiparallel_groups(delta, n=64, moved=16, width=17):
-    """Two antiparallel groups; a few samples leave along a direction of their own."""
+    """Makes two antiparallel groups; a few samples move along another direction."""
     signs = np.repeat([1.0, -1.0], n // 2)
     student = np.zeros((n, 2))
     student[:, 0] = signs
@@ -236,7 +237,7 @@ def antiparallel_groups(delta, n=64, moved=16, width=17):
     return student, teacher
 
 
-# By NumPy in float64: delta, 1 - CKA, D_P^2, D_FG.
+# Computed by NumPy in float64: delta, 1 - CKA, D_P^2, D_FG.
 THEOREM_1 = [
     (0.0, 0.0, 0.0, 0.0),
     (0.5, 0.00011800409439166604, 0.057875100299940696, 0.05884888902196671),
@@ -280,7 +281,7 @@ SMOOTH = [
 @pytest.mark.parametrize(("name", "options"), SMOOTH)
 def test_gradient_for_unequal_widths(name, options):
     x, y = clouds(7, 3, 4)
-    x = x + 0.5  # rows of small norm bend too much for differences
+    x = x + 0.5  # rows near zero have too large second derivatives
     assert_distance_gradients(
         getattr(kddm_jax, name), x, y, argnums=(0, 1), rtol=1e-4, atol=1e-6, **options
     )
@@ -319,20 +320,20 @@ def test_dead_and_constant_maps_have_finite_gradients():
 
 
 def test_constant_features_have_no_direction():
-    # Their mean is off by a rounding: what is left must not be blown up to norm one.
+    # Their mean has a rounding error, and the rest must not be scaled to norm one.
     x, y = np.full((9, 5), 0.1, np.float32), np.float32(clouds()[1])
     np.testing.assert_allclose(call("procrustes", x, y), 1, rtol=1e-6)
     np.testing.assert_allclose(call("cka", x, y), 0.5, rtol=1e-6)
 
 
 def test_flat_cells_of_an_uneven_map_have_no_deviation():
-    # Variances that are zero but for rounding, of either sign.
+    # Variances are zero up to rounding errors of either sign.
     rng = np.random.default_rng(0)
     values = 1e4 * rng.normal(size=(3, 2, 2, 50))
     f = jnp.float32(values).repeat(3, axis=1).repeat(3, axis=2)
     fn = partial(kddm_jax.wkd_features, grid=2, ratio=0.0)
     value, gradient = jax.jit(jax.value_and_grad(fn))(f, 0 * f)
-    # A deviation of 1e-3 of the map's own is round-off in single precision.
+    # In single precision, a deviation of 1e-3 of the map's is a rounding error.
     assert 0 <= value < 50 * 10**2
     assert np.isfinite(gradient).all()
 

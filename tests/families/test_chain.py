@@ -1,6 +1,6 @@
-"""Inequalities and identities between the distances, on whatever hypothesis finds.
+"""Tests inequalities and identities between distances, on samples by hypothesis.
 
-For paired samples with class frequencies p_c, as KD²M's theory has it:
+For paired samples with class frequencies p_c, KD²M's theory states:
 
   |mean x - mean y|^2 <= W2(G, diag) <= W2(G) <= W2(E) <= sum_c p_c CW2_c <= L2
 """
@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 import kddm_jax
 
-# Reproducible; no deadline, since the first example compiles.
+# Reproducible, and without a deadline, because the first example compiles.
 chain = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 EXACT = {"solver": "exact"}
@@ -33,14 +33,14 @@ def compiled(name, **options):
 
 
 def call(name, *arrays, **options):
-    """A distance in float64, compiled once for each shape."""
+    """Computes a distance in float64, compiled once for each shape."""
     with jax.enable_x64(True):
         return float(compiled(name, **options)(*map(jnp.asarray, arrays)))
 
 
 @st.composite
 def clouds(draw, d, count=2):
-    """Features with ties, zeros and constants among them: integers help."""
+    """Draws features; integers make ties, zeros and constants more likely."""
     smooth = st.floats(-10, 10, allow_subnormal=False, width=32)
     elements = draw(st.sampled_from([smooth, st.integers(-2, 2).map(float)]))
     return [draw(arrays(np.float64, (N, d), elements=elements)) for _ in range(count)]
@@ -50,7 +50,7 @@ labellings = arrays(np.int32, N, elements=st.integers(0, 3))
 
 
 def size(*clouds):
-    """Mean squared norms: what roundings are relative to."""
+    """Returns the mean squared norms, to which rounding errors are relative."""
     return sum((z**2).sum(1).mean() for z in clouds) + 1e-30
 
 
@@ -99,7 +99,7 @@ def test_class_functions_equal_the_loop(d):
         ]:
             value = call(name, x, y, labels, **options, **extra)
             expected = getattr(reference, name)(x, y, labels, **options, **extra)
-            # The loop takes square roots of eigenvalues that are 1e-16 off zero.
+            # The loop takes square roots of eigenvalues with errors of 1e-16.
             tolerance = 1e-6 if name == "class_gaussian_wasserstein" else 1e-9
             assert_close(value, expected, size(x, y), tolerance * N)
 
@@ -144,7 +144,7 @@ def test_joint_with_one_hot_predictions_and_large_beta_is_class_conditional(d):
     @given(clouds(d), labellings)
     def check(pair, labels):
         x, y = pair
-        logits = np.where(np.eye(4)[labels] > 0, 0.0, -1e3)  # probabilities 0 and 1
+        logits = np.where(np.eye(4)[labels] > 0, 0.0, -1e3)  # probabilities of 0 and 1
         joint = call("joint_wasserstein", x, y, logits, logits, beta=1e4, **EXACT)
         expected = call(
             "class_wasserstein", x, y, labels, reduction="weighted", **EXACT
@@ -225,8 +225,8 @@ def test_triangle_inequality(d):
 @pytest.mark.slow
 @SHAPES
 def test_fast_methods_follow_the_exact_ones_on_generic_clouds(d):
-    # No hypothesis: Sinkhorn at its default threshold meets its error bound on
-    # features, not on any adversarial cost.
+    # Hypothesis is not used here: with its default threshold, Sinkhorn keeps its error
+    # bound for features, but not for adversarial costs.
     batch = make_batch(N, d)
     x, y = batch.x, batch.y
     exact = call("wasserstein", x, y, **EXACT)

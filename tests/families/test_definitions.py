@@ -1,4 +1,4 @@
-"""Every distance and option against its text-book form, float64 and float32."""
+"""Compares all distances and options with their textbook forms, in two precisions."""
 
 from functools import cache, partial
 
@@ -13,13 +13,13 @@ import kddm_jax
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# Closed forms and assignments differ by roundings only.
+# Closed forms and assignments differ by rounding errors only.
 RTOL = 1e-9
 REDUCTIONS = ["mean", "weighted", "sum"]
 
-# n < d as in a network, n > d, n = d.
+# n < d as in a network, n > d, and n = d.
 SHAPES = [(10, 16), (16, 5), (6, 6)]
-# Sorted or not, of one sample, of none, with padding.
+# Sorted and unsorted labels, classes of one sample and of none, and padding.
 LABELLINGS = {
     "unbalanced": [0, 1, 0, 0, 2, 1, 0, 0, 2, 1],
     "absent": [5, 1, 5, 5, 5, 1, 1, 1, 5, 5],
@@ -53,7 +53,7 @@ def compiled(name, **options):
 
 
 def call(name, *arrays, **options):
-    """The library's value; numbers are traced, words make another function."""
+    """Calls the library; numbers are traced, strings select the compiled function."""
     words = {k: v for k, v in options.items() if isinstance(v, str) or k in STATIC}
     numbers = {k: v for k, v in options.items() if k not in words}
     return compiled(name, **words)(*map(jnp.asarray, arrays), **numbers)
@@ -88,10 +88,10 @@ def test_default_is_the_divergence_at_a_fiftieth_of_the_mean_cost():
     epsilon = 0.02 * reference.squared_distances(x, y).mean()
     expected = reference.wasserstein(x, y, solver="sinkhorn", epsilon=epsilon)
     close(call("wasserstein", x, y, threshold=1e-6), expected, rtol=1e-5)
-    # What the default threshold costs.
+    # The error of the default threshold.
     default = call("wasserstein", x, y)
     close(default, expected, rtol=1e-3)
-    # And what it all stands for, the linear programme.
+    # The linear programme that all of these approximate.
     programme = reference.linear_programme(reference.squared_distances(x, y))
     close(default, programme, rtol=0.05)
 
@@ -111,7 +111,7 @@ def test_exact_class_wasserstein(reduction):
 )
 def test_entropic_class_wasserstein(solver, reduction):
     for labels, x, y in labelled_clouds():
-        # Large enough for Sinkhorn to converge, small enough to see the classes.
+        # Large enough for Sinkhorn to converge, small enough to distinguish classes.
         epsilon = 0.1 * reference.squared_distances(x, y).mean()
         options = {"solver": solver, "reduction": reduction, "epsilon": epsilon}
         expected = reference.class_wasserstein(x, y, labels, **options)
@@ -154,10 +154,10 @@ def test_hundred_classes():
         ("class_mmd", {"bandwidth": 3.0}, {"bandwidth": 3.0}),
     ]:
         expected = getattr(reference, name)(*arrays, **named)
-        # The reference takes roots of eigenvalues that are zero but for rounding.
+        # The reference takes roots of eigenvalues that are zero up to rounding.
         rtol = 1e-6 if name == "class_gaussian_wasserstein" else RTOL
         close(call(name, *arrays, **options), expected, rtol=rtol)
-    # A class of few has its plan nearly a permutation: the threshold is felt.
+    # The plan of a small class is nearly a permutation, so the threshold matters.
     expected = reference.class_wasserstein(*arrays)
     close(call("class_wasserstein", *arrays), expected, rtol=0.05)
 
@@ -257,7 +257,7 @@ def test_paired_l2():
 
 # ---------------------------------------------------------------- Gaussians
 
-# Means, different counts and ranks; SciPy's `sqrtm` where both have full rank.
+# Different counts and ranks; the reference uses SciPy's `sqrtm` if both ranks are full.
 GAUSSIAN_SHAPES = [(10, 16, 10), (10, 16, 7), (5, 16, 20), (16, 5, 16), (12, 5, 30)]
 
 
@@ -266,10 +266,10 @@ def test_full_gaussian_wasserstein(shape):
     n, d, m = shape
     x, y = clouds(n, d, m)
     expected = reference.gaussian_wasserstein(x, y)
-    # The reference takes roots of eigenvalues that are zero but for rounding.
+    # The reference takes roots of eigenvalues that are zero up to rounding.
     rtol = RTOL if min(n, m) > d else 1e-6
     close(call("gaussian_wasserstein", x, y), expected, rtol=rtol)
-    # The coarse method states its error: it is for accelerators.
+    # The error of this method is documented; it is meant for accelerators.
     close(call("gaussian_wasserstein", x, y, method="newton_schulz"), expected, 1e-3)
 
 
@@ -360,9 +360,9 @@ def test_default_ridge_is_a_thousandth_of_the_teachers_variance(direction, covar
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", [(10, 16), (16, 5)])
 def test_full_kl_of_a_student_far_larger_than_the_teacher(shape, direction):
-    """The ridge is the teacher's: below the round-off of the student's covariance."""
+    """The teacher's ridge is smaller than the round-off of the student's covariance."""
     x, y = clouds(*shape)
-    x = x[:, :1] * x[:1]  # of rank one
+    x = x[:, :1] * x[:1]  # has rank one
     x, y = jnp.float32(1e4 * x), jnp.float32(1e-4 * y)
     labels = jnp.arange(len(x)) % 2
     options = {"covariance": "full", "direction": direction}
@@ -451,7 +451,7 @@ IN_SINGLE = [
     ids=lambda value: "-".join(map(str, value.values())) if value == {} else None,
 )
 def test_single_precision(name, inputs, options):
-    # A batch as in training, made smaller: n < d, ReLU, many classes.
+    # Like a batch in training, but smaller: n < d, ReLU, many classes.
     batch = make_batch(32, 64, k=10, seed=7)
     batch = batch._replace(labels=make_labels(np.random.default_rng(8), 32, 5))
     arrays = [getattr(batch, field) for field in inputs.split()]
@@ -462,15 +462,16 @@ def test_single_precision(name, inputs, options):
     single = [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
     value = call(name, *single, **options)
     assert value.dtype == jnp.float32
-    # float32 rounds to 6e-8; sums of 64 squares, and differences of traces of the
-    # size of the distance, lose one digit or two.  The default bandwidth averages
-    # roots of distances that are zero but for rounding, in small classes the most.
+    # float32 rounds to 6e-8. Sums of 64 squares, and differences of traces that are as
+    # large as the distance, lose one or two digits. The default bandwidth averages
+    # roots of distances that are zero up to rounding, above all in small classes.
     close(value, expected, rtol=1e-4 if name == "class_mmd" else 1e-5)
 
 
 @pytest.mark.parametrize("gap", [1e-1, 1e-2, 1e-3])
 def test_small_distances_in_single_precision(gap):
-    # A student close to its teacher: the distance is a difference of large numbers.
+    # The student is close to the teacher, so the distance is a difference of large
+    # numbers.
     x, _ = clouds(32, 64)
     rng = np.random.default_rng(9)
     y = x + gap * rng.normal(size=x.shape)

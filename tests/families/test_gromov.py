@@ -1,4 +1,4 @@
-"""Gromov-Wasserstein distances."""
+"""Tests Gromov-Wasserstein distances."""
 
 from functools import cache, partial
 from itertools import permutations
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def clouds(n=6, d_x=3, d_y=3, m=None, seed=0):
     x, _ = make_batch(n, d_x, seed=seed)[:2]
     _, y = make_batch(n, d_y, m=m, seed=seed)[:2]
-    return x + 0.5, y  # no zero row: cosines bend too much for differences there
+    return x + 0.5, y  # cosines of rows near zero have too large derivatives
 
 
 @cache
@@ -46,7 +46,8 @@ def test_local_minimum(metric, counts):
     for seed in range(3):
         x, y = clouds(n, 3, 4, m=m, seed=seed)
         value = gromov(x, y, metric=metric)
-        # Of samples repeated the plan may split where the programme's does not.
+        # With repeated samples, the plan may split differently from the linear
+        # programme's.
         expected = reference.gromov_wasserstein(x, y, metric=metric)
         if n == m:
             np.testing.assert_allclose(value, expected, rtol=1e-9)
@@ -64,14 +65,14 @@ def test_value_is_the_energy_of_a_plan(metric):
     ]
     value = gromov(x, y, metric=metric)
     assert np.min(np.abs(np.array(energies) - value)) < 1e-12
-    assert value < np.median(energies)  # not any plan
+    assert value < np.median(energies)  # better than most plans
 
 
 def test_isometric_clouds_are_at_distance_zero():
     square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     turn = np.array([[0.6, 0.8], [-0.8, 0.6]])
     moved = np.pad(square @ turn + 3.0, [(0, 0), (0, 2)])
-    # All corners are equally central: their ranks tell nothing.
+    # All corners are equally central, so their ranks are useless.
     assert abs(gromov(square, moved)) < 1e-24
     x, _ = clouds(6)
     order = np.random.default_rng(0).permutation(6)

@@ -1,4 +1,4 @@
-"""Divergences of predictions."""
+"""Tests divergences of predictions."""
 
 from functools import cache, partial
 
@@ -100,13 +100,13 @@ def test_kd_of_masked_classes_is_that_of_the_others(standardize, direction):
 
 
 def test_a_class_that_the_teacher_alone_leaves_out():
-    """KL(t || s) of what is left: log 3 - log 2 for a uniform student."""
+    """KL(t || s) of the other classes is log 3 - log 2 for a uniform student."""
     s, t = np.zeros((1, 3)), np.array([[0.0, 0.0, -INF]])
     fn = jax.value_and_grad(partial(kddm_jax.kd, temperature=1.0))
     value, grad = fn(s, t)
     np.testing.assert_allclose(value, np.log(1.5), rtol=RTOL)
     np.testing.assert_allclose(grad[0], [-1 / 6, -1 / 6, 1 / 3], rtol=RTOL)
-    assert kddm_jax.kd(t, s) == INF  # and what the student alone leaves out
+    assert kddm_jax.kd(t, s) == INF  # the student alone leaves out a class
 
 
 def test_nan_is_no_class_without_mass():
@@ -119,7 +119,7 @@ def test_nan_is_no_class_without_mass():
 
 
 def test_transport_with_masked_classes_is_that_of_the_others():
-    """Label costs by probabilities and by KL, and the transport between classes."""
+    """Tests label costs by probabilities and by KL, and transport between classes."""
     batch = make_batch(6, 3, k=3)
     gone = lambda z: np.concatenate([z, np.full((6, 1), -INF)], axis=1)
     wide = batch.map(gone, "logits_x", "logits_y")
@@ -147,7 +147,7 @@ def test_transport_with_masked_classes_is_that_of_the_others():
 
 
 def test_a_temperature_for_each_image():
-    """The mean of T_i^2 KL_i."""
+    """The distance is the mean of T_i^2 KL_i."""
     s, t = predictions()
     temperatures = np.linspace(1.0, 6.0, len(s))
     rows = zip(s, t, temperatures, strict=True)

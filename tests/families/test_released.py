@@ -1,8 +1,9 @@
-"""``compat="released"`` gives the released PyTorch code's numbers, gradients too.
+"""Tests ``compat="released"`` against the released PyTorch code's numbers.
 
-Computed once by PyTorch 2.13 (CPU, float64) and POT 0.9.7 from the functions of
-eddardd/kddm, ``src/utils.py``, with ``torch.Tensor(0.0, device=...)``, which raises,
-replaced by zero.  A slope is the sum of the student's gradient times DIRECTION.
+The numbers and gradients were computed once by PyTorch 2.13 (CPU, float64) and POT
+0.9.7, from the functions of eddardd/kddm, ``src/utils.py``, in which
+``torch.Tensor(0.0, device=...)``, which raises, was replaced by zero. A slope is the
+sum of the student's gradient times DIRECTION.
 """
 
 from functools import partial
@@ -22,7 +23,7 @@ DIRECTION = np.cos(i + j)
 BAL, UNBAL = (X, Y, BALANCED), (X, Y, UNBALANCED)
 LINEAR, KL = {"kernel": "linear"}, {"label_cost": "kl"}
 
-# function, arrays, options, value, slope, argument that it is the slope of
+# function, arrays, options, value, slope, index of the argument of the slope
 RELEASED = [
     ("wasserstein", (X, Y), {}, 1.9262218449395891, 0.3052035672729832, 0),
     ("class_wasserstein", BAL, {}, 5.005921642437987, 2.117451814293429, 0),
@@ -47,7 +48,7 @@ RELEASED = [
     ("class_mmd", UNBAL, {}, 1.0123819570144414, 0.005432561458203117, 0),
     ("kd", (S, T), {}, 0.5711709728200536, 0.3088510887813308, 0),
 ]
-# No option changes these: they are the released ones as they stand.
+# These have no option: they always equal the released code.
 AS_RELEASED = [
     ("mmd", (X, Y), {}, 0.24222794596483954, -0.03311774804495314, 0),
 ]
@@ -102,7 +103,7 @@ def test_joint_does_not_see_the_teachers_features():
     fn = released("joint_wasserstein", (0, 1))
     value, gradients = fn(X, 100 * Y + 7, S, T)
     np.testing.assert_allclose(value, 2.5058852319698177, rtol=1e-9)
-    for gradient in gradients:  # nor has it a gradient by any
+    for gradient in gradients:  # and all its gradients are zero
         np.testing.assert_array_equal(gradient, 0)
 
 

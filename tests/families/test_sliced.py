@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distances."""
+"""Tests sliced Wasserstein distances."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def clouds(n=6, d_x=3, d_y=3, m=None, seed=0):
     x, _ = make_batch(n, d_x, seed=seed)[:2]
     _, y = make_batch(n, d_y, m=m, seed=seed)[:2]
-    return x + 0.5, y  # no zero row: cosines bend too much for differences there
+    return x + 0.5, y  # no row is near zero
 
 
 @pytest.mark.parametrize("counts", [(6, 6), (6, 4), (5, 7), (3, 12)])
@@ -41,7 +41,8 @@ def test_directions_are_of_norm_one_and_of_the_key():
     x, y = clouds(4, 2, 2)
     sliced = jax.jit(kddm_jax.sliced_wasserstein)
     shift = np.array([3.0, 0.0])
-    # Along a direction at angle a to it a shift by 3 costs 9 cos^2 a: 9/2 on average.
+    # Along a direction at angle a to the shift, the cost is 9 cos^2 a, and 9/2 on
+    # average.
     values = [sliced(x, x + shift, jax.random.key(seed)) for seed in range(50)]
     assert len(set(map(float, values))) == 50
     np.testing.assert_allclose(np.mean(values), 4.5, rtol=0.02)

@@ -1,4 +1,4 @@
-"""Transport between the classes of predictions, and its cost."""
+"""Tests the transport between classes of predictions, and its cost."""
 
 from functools import cache, partial
 
@@ -32,14 +32,14 @@ LABELS = np.array([0, 3, 1, 4, 0, 2])
 
 
 def class_cost(k=K):
-    """Symmetric, no triangle degenerate, within [0, 1]."""
+    """Makes symmetric costs in [0, 1] that satisfy the triangle inequality strictly."""
     points = np.random.default_rng(4).uniform(size=(k, 2))
     return np.sqrt(reference.squared_distances(points, points)) / 1.5
 
 
 def wkd(s, t, labels=LABELS, **options):
     options = {"class_cost": class_cost(), "temperature": 2.0, **options}
-    # arrays and numbers are traced; how many iterations is part of the program
+    # arrays and numbers are traced; the number of iterations is part of the program
     static = {k: options.pop(k) for k in ("iterations", "compat") if k in options}
     fn = compiled("wkd_logits", **static)
     return fn(*map(jnp.asarray, (s, t, labels)), **options)
@@ -87,7 +87,7 @@ def test_gamma_weighs_the_transport():
 
 
 def test_labels_column_takes_no_part_in_the_transport():
-    # In place of the label's class anything may stand in the cost.
+    # The costs of the label's class do not matter.
     s, t = predictions()
     cost = class_cost()
     cost[2, :] = cost[:, 2] = 0.9
@@ -97,7 +97,7 @@ def test_labels_column_takes_no_part_in_the_transport():
 
 
 def test_gradient_follows_the_teacher():
-    # In the released code it was the same for all teachers.
+    # In the released code the gradient was the same for all teachers.
     s, t = predictions()
     gradient = jax.jit(jax.grad(lambda s, t: wkd(s, t, gamma=100.0)))
     one, other = gradient(s, t), gradient(s, t[:, ::-1])
@@ -118,7 +118,7 @@ def test_gradient_is_that_of_the_value(iterations):
 
 
 def test_confident_predictions_have_finite_gradients():
-    # Probabilities that are zero in single precision, on either side.
+    # Probabilities are zero in single precision, on one side or on both.
     s, t = predictions()
     fn = jax.jit(jax.value_and_grad(wkd, argnums=(0, 1)))
     for a, b in [(300, 1), (1, 300), (300, 300), (0, 300), (0, 0)]:
@@ -137,14 +137,14 @@ def test_unrelated_predictions_of_a_hundred_classes_converge():
     )
     _, stats = fn(s, t, labels)
     assert stats["converged"] == 1
-    assert stats["iterations"] < 80  # without over-relaxation, twice as many
+    assert stats["iterations"] < 80  # twice as many without over-relaxation
     single = fn(jnp.float32(s), jnp.float32(t), labels)
     assert single[1]["converged"] == 1
     np.testing.assert_allclose(single[0], fn(s, t, labels)[0], rtol=1e-4)
 
 
 def test_an_image_is_solved_alike_in_every_batch():
-    # Devices hold shares of a batch, of which some need more iterations than others.
+    # Devices have parts of a batch, some of which need more iterations than others.
     s, t = (np.float32(z) for z in predictions())
     s[0], t[0] = 5 * s[0], 5 * t[0]
     options = {"class_cost": class_cost(), "temperature": 2.0, "gamma": 100.0}

@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons against their formula."""
+"""Compares multi-layer perceptrons with their formula."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""MobileNetV2 against its paper's table, torchvision's names, and NumPy."""
+"""Compares MobileNetV2 with the paper's table, torchvision's names, and NumPy."""
 
 import math
 from functools import cache, partial
@@ -15,13 +15,13 @@ from kddm_jax.networks.mobilenet import InvertedResidual, MobileNetV2, Stage
 
 slow = pytest.mark.slow
 BLOCKS = [f"block{i}" for i in range(1, 18)]
-# The paper's table 2, block by block.
+# Table 2 of the paper, block by block.
 CHANNELS = [16, *[24] * 2, *[32] * 3, *[64] * 4, *[96] * 3, *[160] * 3, 320]
 
 
 @cache
 def traced(model, shape):
-    """Shapes of outputs and variables; tracing 17 blocks takes most of a second."""
+    """Returns the shapes of outputs and variables; tracing takes most of a second."""
     fn = partial(model.init_with_output, jax.random.key(0))
     return jax.eval_shape(fn, jax.ShapeDtypeStruct(shape, jnp.float32))
 
@@ -35,7 +35,7 @@ def outputs_of(model, images):
 
 
 def random_like(tree, seed=1):
-    """Variables of the scale of initial ones, but nothing neutral: no zeros or ones."""
+    """Makes variables of the size of initial ones, but without zeros and ones."""
     rng = np.random.default_rng(seed)
 
     def leaf(shape):
@@ -50,11 +50,12 @@ def random_like(tree, seed=1):
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        # torchvision's mobilenet_v2(), and with width_mult 0.5 and 0.75.
+        # torchvision's mobilenet_v2(), also with width_mult 0.5 and 0.75.
         ({"num_classes": 1000, "stem": "imagenet"}, 3_504_872),
         ({"num_classes": 1000, "stem": "imagenet", "width": 32}, 1_968_680),
         ({"num_classes": 1000, "stem": "imagenet", "width": 48}, 2_636_424),
-        # Stems differ in strides alone; 990 classes of 1281 parameters fewer.
+        # The stems differ only in strides; there are 990 classes of 1281 parameters
+        # fewer.
         ({"num_classes": 10, "stem": "cifar"}, 3_504_872 - 990 * 1281),
     ],
 )
@@ -69,7 +70,7 @@ def test_parameter_names_are_those_of_torchvision():
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree.leaves_with_path(params)
     ]
-    # Modules of torchvision's mobilenet_v2(), as named_modules() lists them.
+    # Modules of torchvision's mobilenet_v2(), as listed by named_modules().
     modules = {"features.0.0", "features.0.1", "features.18.0", "features.18.1"}
     modules |= {f"features.1.conv.{name}" for name in ("0.0", "0.1", "1", "2")}
     parts = ("0.0", "0.1", "1.0", "1.1", "2", "3")
@@ -82,7 +83,7 @@ def test_parameter_names_are_those_of_torchvision():
 @pytest.mark.parametrize(
     ("stem", "size", "sides"),
     [
-        # Of the stem, and after the stages of 1, 2, 3, 4, 3, 3 and 1 blocks.
+        # Side of the stem's map, and after the stages of 1, 2, 3, 4, 3, 3 and 1 blocks.
         ("imagenet", 224, [112, 112, 56, 28, 14, 14, 7, 7]),
         pytest.param("imagenet", 32, [16, 16, 8, 4, 2, 2, 1, 1], marks=slow),
         pytest.param("cifar", 32, [32, 32, 32, 16, 8, 8, 4, 4], marks=slow),
@@ -107,7 +108,7 @@ def test_shapes_of_maps(stem, size, sides):
 def test_width_scales_all_channels_but_the_last():
     outputs = outputs_of(MobileNetV2(width=32), jnp.zeros((1, 8, 8, 1)))
     found = [outputs.maps[name].shape[-1] for name in ("stem", *BLOCKS, "last")]
-    # Halves; 12 is rounded up to a multiple of 8.
+    # Half as many; 12 is rounded up to a multiple of 8.
     wanted = [8, 16, 16, *[16] * 3, *[32] * 4, *[48] * 3, *[80] * 3, 160]
     assert found == [16, *wanted, 1280]
     wide = outputs_of(MobileNetV2(width=128), jnp.zeros((1, 8, 8, 1)))
@@ -134,7 +135,7 @@ def test_block_equals_numpy(strict, train, expansion, features, stride):
     wanted = reference.inverted_residual(
         np.float64(x), params, stats, stride=stride, train=train
     )
-    # float32 through three normalised layers, to some 50 in size.
+    # float32 through three normalized layers, with values up to about 50.
     np.testing.assert_allclose(run(variables, x), wanted, rtol=1e-4, atol=5e-4)
 
 
@@ -143,8 +144,8 @@ def cross_entropy(logits, labels):
     return -jnp.mean(of_label)
 
 
-def train(model, images, labels, steps, rate=2e-3):  # for 1280 features
-    """Variables before and after, losses, and the outputs and gradients at the end."""
+def train(model, images, labels, steps, rate=2e-3):  # suits 1280 features
+    """Returns first and last variables, losses, and the last outputs and gradients."""
 
     @jax.jit
     def step(variables):
@@ -175,7 +176,7 @@ def random_batch(size=6):
         np.random.default_rng(0).normal(size=(8, size, size, 1)),
         [0, 1] * 4,
     )
-    images[1::2] += 1  # what there is to learn
+    images[1::2] += 1  # distinguishes the classes
     return images.astype(np.float32), jnp.array(labels)
 
 
@@ -207,7 +208,7 @@ def test_which_maps_are_rectified():
     images, _ = random_batch()
     outputs = jax.jit(model.apply)(random_like(shapes(model, images)), 30 * images)
     for name, values in outputs.maps.items():
-        if name in ("stem", "last"):  # images of deviation 30 reach both ends
+        if name in ("stem", "last"):  # images with a deviation of 30 reach both ends
             assert (values.min(), values.max()) == (0, 6)
         else:  # bottlenecks are linear
             assert values.min() < 0
@@ -219,7 +220,8 @@ def test_depthwise_convolutions_are_not_convolved_on_the_cpu():
     images = jnp.zeros((2, 16, 16, 3))
     model = MobileNetV2(width=4)
     text = jax.jit(model.apply).lower(shapes(model, images), images).as_text()
-    # The stem and the 1x1 ones, two in each block (one in the first) and the last.
+    # The stem, the 1x1 convolutions (two in each block, one in the first), and the
+    # last.
     assert text.count("stablehlo.convolution") == 1 + 1 + 2 * 16 + 1
     assert text.count("stablehlo.convolution") == text.count("feature_group_count = 1 ")
 
@@ -257,12 +259,12 @@ def test_initial_values():
     model = MobileNetV2(num_classes=100)
 
     @jax.jit
-    def init(key):  # XLA leaves out what is not returned
+    def init(key):  # XLA does not compute unused values
         params = model.init(key, jnp.zeros((1, 8, 8, 1)))["params"]
         return params["features_18_0"]["kernel"], params["classifier_1"]
 
     kernel, dense = init(jax.random.key(0))
-    # Some 100,000 normal values each: their deviation is known to 0.3 %.
+    # About 100,000 normal values each, whose deviation is known to 0.3 %.
     assert np.std(kernel) == pytest.approx(math.sqrt(2 / 1280), rel=0.01)
     assert np.std(dense["kernel"]) == pytest.approx(0.01, rel=0.01)
     np.testing.assert_array_equal(dense["bias"], 0)

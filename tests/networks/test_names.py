@@ -1,4 +1,4 @@
-"""Weights that others save under names of their own, in wrappers, or without a head."""
+"""Tests weights with other names, in wrappers, or without a head."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ DRAW = np.random.default_rng(0).standard_normal
 VARIABLES = jax.tree.map(lambda leaf: DRAW(leaf.shape).astype("f4"), SMALL.shapes())
 TENSORS = torchvision.to_torchvision(VARIABLES)
 HEADLESS = {k: v for k, v in TENSORS.items() if not k.startswith("fc.")}
-# By hand: a stage of one block, ResNet9's, in transformers' modules.
+# Written by hand: a stage of one block, as in ResNet9, in transformers' modules.
 BLOCK = {"conv1": "layer.0.convolution", "bn1": "layer.0.normalization"}
 BLOCK |= {"conv2": "layer.1.convolution", "bn2": "layer.1.normalization"}
 BLOCK |= {"downsample.0": "shortcut.convolution"}
@@ -138,7 +138,7 @@ def test_several_networks_are_named():
         torchvision.from_torchvision(both)
 
 
-# Files of others that hold no network known here, and the tensor that tells it.
+# Files of networks that are not known here, and the tensor that shows it.
 OTHERS = {
     "timm's deep stem": (
         {**HEADLESS, "conv1.0.weight": np.ones((4, 3, 3, 3))},

@@ -1,4 +1,4 @@
-"""Projectors: what they compute; that they train with the student and stay apart."""
+"""Tests what projectors compute, how they train, and that they stay apart."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def test_linear_projectors_are_one_matrix(kind, x):
 def test_three_layers_equal_numpy():
     variables, out = run(ThreeLayerProjector(features=2), MAPS)
     params = jax.tree.map(np.asarray, variables["params"])
-    # Fresh statistics, mean 0 and variance 1, in evaluation.
+    # In evaluation, initial statistics are used: mean 0 and variance 1.
     norm = lambda x: np.maximum(x / np.sqrt(1 + 1e-5), 0)
     x = norm(MAPS @ params["conv1"]["kernel"][0, 0])
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -60,7 +60,7 @@ def test_three_layers_equal_numpy():
 
 @pytest.mark.parametrize("kind", ["conv", "conv3"])
 def test_maps_are_averaged_down_to_the_grid_first(kind):
-    """Along the sides where the grid is smaller: 4 x 3 on 2 x 5 is 2 x 3."""
+    """They are averaged along the sides that are larger: 4 x 3 on 2 x 5 gives 2 x 3."""
     make = PROJECTORS[kind]
     variables, out = run(make(features=2, grid=(2, 5)), MAPS)
     halved = (MAPS[:, ::2] + MAPS[:, 1::2]) / 2
@@ -144,7 +144,7 @@ def step_of(**options):
 
 
 def changed(new, old):
-    """Names of the modules whose parameters moved."""
+    """Returns the names of the modules whose parameters changed."""
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), new, old)
     return {name for name, tree in moved.items() if any(jax.tree.leaves(tree))}
 
@@ -190,7 +190,7 @@ def test_projector_of_no_layer_is_refused(student):
 
 
 def update(student, **options):
-    """What one step of plain gradient descent adds to each module, and the metrics."""
+    """Returns each module's update by one step of gradient descent, and the metrics."""
     step = jax.jit(step_of(one=True, **options))
     state = create_state(student, optax.sgd(0.1))
     new, metrics = step(state, variables_of(TEACHER, 3), IMAGES, LABELS)
@@ -199,7 +199,7 @@ def update(student, **options):
 
 @pytest.mark.slow
 def test_backbone_learns_from_features_alone(student):
-    """Its step is that of task_weight 0; the head's that of the ordinary loss."""
+    """Its update is that of task_weight 0; the head's is that of the ordinary loss."""
     alone, metrics = update(student, head=("head",))
     features, _ = update(student, task_weight=0.0)
     both, expected = update(student)

@@ -1,4 +1,4 @@
-"""The vision transformer against NumPy and the published counts."""
+"""Compares the vision transformer with NumPy and with published counts."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ import reference
 from kddm_jax.adapters import Outputs, linen_apply
 from kddm_jax.networks.vit import EncoderBlock, ViT
 
-TINY = ViT(num_classes=2, width=4, layers=2, heads=3, patch=2)  # tokens of 12
+TINY = ViT(num_classes=2, width=4, layers=2, heads=3, patch=2)  # width 12
 
 
 def shapes(model, images):
@@ -21,7 +21,7 @@ def shapes(model, images):
 
 
 def random_like(tree, seed=1):
-    """Variables of the scale of initial ones, but nothing neutral: no zeros or ones."""
+    """Makes variables of the size of initial ones, but without zeros and ones."""
     rng = np.random.default_rng(seed)
     scale = lambda shape: 1 / math.sqrt(shape[0]) if len(shape) > 1 else 0.5
     return jax.tree.map(
@@ -39,14 +39,14 @@ def random_images(batch=3, height=4, width=6, channels=2, seed=0):
 @pytest.mark.parametrize(
     ("model", "size", "count"),
     [
-        # Of the student, by hand: patches, positions, eight blocks, the last
+        # The student, counted by hand: patches, positions, eight blocks, the last
         # LayerNorm, the classifier.
         (
             ViT(),
             32,
             49 * 192 + 64 * 192 + 8 * (768 + 148_224 + 221_952) + 384 + 1930,
         ),
-        # torchvision's vit_b_16() but for its class token and the position of it.
+        # torchvision's vit_b_16(), without the class token and its position.
         (
             ViT(1000, width=256, layers=12, heads=12, mlp_ratio=4, patch=16),
             224,
@@ -89,7 +89,7 @@ def test_network_equals_numpy(strict):
     images = random_images()
     variables = random_like(shapes(TINY, images))
     params = jax.tree.map(np.float64, variables["params"])
-    # Patches of two by two pixels, in rows, as the stride of a convolution would.
+    # Patches of two by two pixels, row by row, as in a convolution with stride 2.
     kernel = params["conv_proj"]["kernel"].reshape(2, 2, 2, 12)
     x = np.zeros((3, 2, 3, 12))
     for i, j in np.ndindex(2, 3):
@@ -135,7 +135,8 @@ def test_training_step():
         variables, value, grads = step(variables)
         losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0]
-    # Every parameter learns, but for the keys' bias, which a softmax does not see.
+    # All parameters learn, except the bias of the keys, to which a softmax is
+    # invariant.
     for path, grad in jax.tree.leaves_with_path(grads):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         largest = float(jnp.abs(grad).max())
@@ -174,7 +175,7 @@ def test_float64(x64):
     x = np.float64(outputs.maps["block1"]).reshape(3, 6, 12)
     wanted = reference.encoder_block(x, params["encoder_layer_1"])
     found = outputs.maps["block2"].reshape(3, 6, 12)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)  # a softmax in float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)  # softmax in float32
 
 
 def test_initial_values():

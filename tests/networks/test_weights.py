@@ -1,4 +1,4 @@
-"""Weights of torchvision's names become ours and come back, whatever holds them."""
+"""Tests that weights with torchvision's names become variables, and back."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ needs_torch = pytest.mark.skipif(
 
 
 def random_variables(architecture, seed=0):
-    """Variables with nothing neutral in them: no zeros, no ones."""
+    """Makes variables without zeros and ones."""
     rng = np.random.default_rng(seed)
 
     def leaf(of):
@@ -50,7 +50,7 @@ def small():
 
 
 def assert_same(left, right):
-    """Same structure, dtypes and bytes."""
+    """Asserts that structures, dtypes and bytes are equal."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert (a.dtype, a.tobytes()) == (b.dtype, b.tobytes())
@@ -71,7 +71,7 @@ def images(size, channels=3, batch=2):
 
 
 def torchvision_names(blocks):
-    """The keys of torchvision's `resnet18().state_dict()` and its kin."""
+    """Returns the keys of `state_dict()` of torchvision's networks."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{n}" for n in norm)}
     for stage, count in enumerate(blocks, start=1):
@@ -88,7 +88,7 @@ def torchvision_names(blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "count", "parameters"),
-    # Of torchvision's own: tensors of the state_dict, and parameters.
+    # Numbers of torchvision's networks: tensors of the state_dict, and parameters.
     [(ResNet18, 122, 11_689_512), (ResNet34, 218, 21_797_672)],
 )
 def test_names_are_those_of_torchvision(network, count, parameters):
@@ -141,7 +141,7 @@ def test_there_and_back(given):
     assert_same(found, variables)
     assert torchvision.architecture(found) == given
     assert_same(torchvision.to_torchvision(found), tensors)
-    for tensor in tensors.values():  # what safetensors and PyTorch need
+    for tensor in tensors.values():  # required by safetensors and PyTorch
         assert tensor.flags.c_contiguous
         assert tensor.flags.writeable
 
@@ -272,7 +272,7 @@ def test_other_variables_are_named(small):
 
 @pytest.mark.slow
 def test_grown_network_computes_the_same():
-    """Exactly: the added blocks add zero to a map of non-negative numbers."""
+    """The outputs are equal, because the added blocks add zero to non-negative maps."""
     shallow = Architecture(width=4, num_classes=10)
     variables = random_variables(shallow)
     grown = surgery.grow(jax.random.key(0), variables, ResNet34.blocks)
@@ -303,7 +303,7 @@ def test_grown_blocks():
     np.testing.assert_array_equal(block["bn1"]["scale"], np.ones(64))
     for conv in ("conv1", "conv2"):
         kernel = block[conv]["kernel"]
-        # 36,864 draws: the standard deviation is known to 0.4 %.
+        # With 36,864 draws, the standard deviation is known to 0.4 %.
         assert kernel.std() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
         assert abs(kernel.mean()) < 3 * kernel.std() / 192
     kernels = [grown["params"][n]["conv1"]["kernel"] for n in ("layer2_2", "layer2_3")]
@@ -324,7 +324,7 @@ def test_grown_blocks_are_of_key_and_place():
 
 @pytest.mark.slow
 def test_grown_blocks_learn():
-    """The zero scale has a gradient; nothing else of an added block has, yet."""
+    """In an added block only the zero scale has a gradient at first."""
     grown = surgery.grow(jax.random.key(0), random_variables(SMALL), (2, 1, 1, 1))
     model = torchvision.architecture(grown).model()
 
@@ -441,7 +441,7 @@ def test_files_of_half_precision(small, suffix, dtype, tmp_path):
 
 
 def damaged(name, content):
-    """A file cut short, or of something else."""
+    """Makes a file that is truncated, or has other content."""
 
     def make(folder, small):
         path = folder / name
@@ -514,7 +514,7 @@ def test_folder_that_does_not_exist(small, tmp_path):
 
 
 def test_without_torch(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
     path = tmp_path / "weights.pth"
     with pytest.raises(WeightsError, match=r"\.pth files need PyTorch.*pip install"):
         weights.save(path, small)
@@ -533,9 +533,9 @@ def torch():
 
 
 def torch_network(torch, name, stem, x):
-    """A network with random weights and statistics, each as it could be trained.
+    """Makes a network with random weights and statistics, like those of a trained one.
 
-    Small kernels make BatchNorm's epsilon count: variances are about 1e-3.
+    Small kernels make BatchNorm's epsilon matter, because variances are about 1e-3.
     """
     import torch_resnet
 
@@ -558,7 +558,7 @@ def torch_network(torch, name, stem, x):
 
 @pytest.mark.slow
 @needs_torch
-# Even sizes: on odd ones "SAME" padding is torch's.
+# Sides are even: with odd sides, "SAME" padding would be the same as torch's.
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 64), ("cifar", 16)])
 @pytest.mark.parametrize("name", ["resnet18", "resnet34"])
 def test_logits_equal_pytorch(torch, name, stem, size):
@@ -580,7 +580,7 @@ def test_logits_equal_pytorch(torch, name, stem, size):
 
 @needs_torch
 def test_pytorch_loads_ours(torch, tmp_path):
-    """Strictly, from each kind of file, and computes what we do."""
+    """PyTorch loads each kind of file with strict names and computes the same."""
     import torch_resnet
     from safetensors.torch import load_file
 
@@ -629,7 +629,7 @@ class Planted:
 def test_npz_files_run_nothing(lone, tmp_path):
     planted, path = tmp_path / "planted", tmp_path / "weights.npz"
     content = np.array([Planted(planted)], object)
-    if lone:  # a pickle that is called so
+    if lone:  # a pickle with the name of an array file
         path.write_bytes(pickle.dumps(content))
     else:
         np.savez(path, **{"conv1.weight": content})
@@ -639,11 +639,11 @@ def test_npz_files_run_nothing(lone, tmp_path):
     loaded = np.load(path, allow_pickle=True)
     if not lone:
         loaded["conv1.weight"]
-    assert planted.exists()  # the file was dangerous indeed
+    assert planted.exists()  # so the file really was dangerous
 
 
 def test_npz_files_that_inflate_without_bounds(tmp_path, monkeypatch):
-    """A megabyte of zeros in a kilobyte, where half a megabyte is the most."""
+    """A kilobyte contains a megabyte of zeros, twice as much as is allowed."""
     path = tmp_path / "weights.npz"
     np.savez_compressed(path, **{"conv1.weight": np.zeros(250_000, np.float32)})
     assert path.stat().st_size < 10_000
@@ -687,7 +687,7 @@ def test_pth_files_of_something_else(torch, small, content, tmp_path):
 
 @pytest.fixture(scope="module")
 def run_folder(small, tmp_path_factory):
-    """Of a distilled student, as a run leaves it: optimiser, projectors, history."""
+    """Makes a distilled student's run folder: optimizer state, projectors, history."""
     folder = tmp_path_factory.mktemp("runs") / "seed0"
     params = {**small["params"], "projectors": {"dense": {"kernel": np.ones((32, 8))}}}
     state = train_step.create_state(
@@ -748,7 +748,7 @@ def test_command_keeps_what_is_known_of_the_training(run_folder, small, tmp_path
 
 
 def test_command_takes_checkpoints_of_others(small, tmp_path):
-    """Saved by somebody's own program, with a record of its own."""
+    """A checkpoint of another program, with other metadata."""
     checkpoint.save(tmp_path / "mine", 7, small, {"epoch": 7})
     assert call(tmp_path / "mine", tmp_path / "converted") == 0
     meta = checkpoint.read_meta(checkpoint.find(tmp_path / "converted"))
@@ -757,7 +757,7 @@ def test_command_takes_checkpoints_of_others(small, tmp_path):
 
 
 def refused(tmp_path, capsys, *arguments):
-    """The one line of a refusal; nothing is written."""
+    """Returns the one-line error of a command that writes nothing."""
     tree = lambda: {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
     before = tree()
     assert call(*arguments) == 2
@@ -780,7 +780,7 @@ def test_command_refuses_what_exists(small, tmp_path, capsys):
         assert "--force" in error
     assert call(source, tmp_path / "b.npz", "--force") == 0
     assert_same(weights.load(tmp_path / "b.npz"), small)
-    for _ in range(2):  # an empty folder, then a converted checkpoint
+    for _ in range(2):  # into an empty folder, then over a converted checkpoint
         assert call(source, tmp_path / "folder", "--force") == 0
     assert_same(weights.load(tmp_path / "folder"), small)
 

@@ -1,4 +1,4 @@
-"""What every distance asks of its arguments: the messages, and what passes."""
+"""Tests the checks of distances' arguments: their messages, and what they accept."""
 
 import chex
 import jax
@@ -37,7 +37,7 @@ def test_as_float_casts_up(dtype):
 
 
 def test_check_pair_takes_the_wider_dtype(x64):
-    with jax.numpy_dtype_promotion("standard"):  # the one promotion that is meant
+    with jax.numpy_dtype_promotion("standard"):  # the only intended promotion
         x, y = checks.check_pair(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((4, 3)))
     assert x.dtype == y.dtype == jnp.float64
 

@@ -1,4 +1,4 @@
-"""Class masks, weights and means against loops over the classes."""
+"""Compares class masks, weights and means with loops over the classes."""
 
 import chex
 import jax

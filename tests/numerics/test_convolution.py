@@ -20,7 +20,7 @@ from kddm_jax.numerics.maxima import max_pool, relu
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
-# Spatial input, kernel, strides, padding: what becomes products on the CPU ...
+# Spatial input, kernel, strides, padding: convolutions that become products on the CPU.
 SMALL = [
     ((1, 1), (3, 3), (1, 1), "SAME"),
     ((1, 1), (3, 3), (2, 2), ((1, 1), (1, 1))),
@@ -32,10 +32,10 @@ SMALL = [
     ((4, 3), (3, 2), (1, 1), "VALID"),
     ((8, 8), (7, 7), (2, 2), ((3, 3), (3, 3))),
     ((1, 5), (1, 7), (1, 1), "SAME"),
-    ((1, 1), (2, 2), (1, 1), ((3, 0), (0, 3))),  # windows of nothing but padding
+    ((1, 1), (2, 2), (1, 1), ((3, 0), (0, 3))),  # windows of padding only
     ((5, 5), (3, 3), (1, 1), ((-1, 0), (0, -2))),  # padding that crops
 ]
-# ... and what stays a convolution: as many taps as pixels, or too many products.
+# These stay convolutions: they have as many taps as pixels, or too many products.
 LARGE = [
     ((3, 3), (3, 3), (1, 1), "SAME"),
     ((4, 4), (3, 3), (1, 1), "SAME"),
@@ -45,7 +45,8 @@ LARGE = [
     ((4, 4), (1, 1), (2, 2), ((0, 0), (0, 0))),
     ((16, 16), (5, 5), (2, 2), ((2, 2), (2, 2))),
 ]
-# Blocks of pixels become channels: many taps, stride 2, few channels and features.
+# In these, blocks of pixels become channels: many taps, stride 2, few channels and
+# features.
 NARROW = [
     ((12, 12), (7, 7), (2, 2), ((3, 3), (3, 3))),
     ((13, 10), (7, 7), (2, 2), "SAME"),
@@ -53,7 +54,7 @@ NARROW = [
     ((14, 14), (7, 7), (2, 2), ((-1, 3), (4, -2))),  # padding that crops
 ]
 
-# Of any size, where each channel has its own kernel.
+# Depthwise kernels, with images of any size.
 DEPTHWISE = [
     ((8, 8), (3, 3), (1, 1), ((1, 1), (1, 1))),
     ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1))),
@@ -62,13 +63,13 @@ DEPTHWISE = [
     ((1, 1), (3, 3), (2, 2), ((1, 1), (1, 1))),
     ((7, 6), (5, 5), (1, 2), ((2, 2), (2, 2))),
     ((6, 5), (2, 3), (3, 1), "VALID"),
-    ((1, 1), (2, 2), (1, 1), ((3, 0), (0, 3))),  # windows of nothing but padding
+    ((1, 1), (2, 2), (1, 1), ((3, 0), (0, 3))),  # windows of padding only
     ((5, 5), (3, 3), (1, 1), ((-1, 0), (0, -2))),  # padding that crops
 ]
 
 
 def normal(*shapes, dtype=jnp.float32):
-    """Standard normal arrays from NumPy: XLA takes a second to compile each shape."""
+    """Makes standard normal arrays by NumPy, because XLA compiles for each shape."""
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
@@ -79,14 +80,14 @@ def arrays(size, kernel, dtype=jnp.float32, *, batch=3, channels=4, features=5):
 
 
 def value_and_gradients(conv, lhs, rhs, strides, padding):
-    """The convolution and its pullback of a fixed, uneven cotangent."""
+    """Returns the convolution and its pullback of a fixed cotangent."""
     options = {"dimension_numbers": NHWC}
     if lhs.shape[-1] != rhs.shape[-2]:
         options["feature_group_count"] = lhs.shape[-1] // rhs.shape[-2]
     y, pullback = jax.vjp(
         lambda lhs, rhs: conv(lhs, rhs, strides, padding, **options), lhs, rhs
     )
-    # bfloat16 represents it exactly, so that every dtype sees the same one.
+    # bfloat16 represents these numbers exactly, so all dtypes have the same cotangent.
     cotangent = (jnp.arange(y.size).reshape(y.shape) * 37 % 101 - 50) / 32
     return y, *pullback(cotangent.astype(y.dtype))
 
@@ -104,7 +105,7 @@ def lowered(fn, *args, platform="cpu"):
 
 
 def assert_close(actual, wanted, rtol):
-    """Relative to the largest entry: entries near zero are sums that cancel."""
+    """Compares relative to the largest entry; those near zero are cancelled sums."""
     for a, b in zip(actual, wanted, strict=True):
         assert a.dtype == b.dtype
         a, b = np.float64(a), np.float64(b)
@@ -118,7 +119,7 @@ def test_equals_lax(size, kernel, strides, padding):
     lhs, rhs = arrays(size, kernel)
     ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
     wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
-    # At most 196 products of unit normals summed in another order.
+    # Sums of at most 196 products of normal numbers, in another order.
     assert_close(ours, wanted, 2e-6)
 
 
@@ -177,7 +178,7 @@ def depthwise_same(lhs, rhs):
 def test_depthwise_derivatives_are_those_of_finite_differences(x64):
     lhs, rhs = depthwise((3, 3), (3, 3), jnp.float64, batch=2, channels=2)
     check = partial(check_grads, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
-    check(jax.jit(depthwise_same), (lhs, rhs))  # bilinear: exact up to rounding
+    check(jax.jit(depthwise_same), (lhs, rhs))  # bilinear, so exact up to rounding
 
 
 @pytest.mark.slow
@@ -187,7 +188,7 @@ def test_depthwise_works_under_vmap_scan_and_pmap():
     loss = lambda rhs, lhs: jnp.sum(jnp.sin(depthwise_same(lhs, rhs)))
     grad = jax.jit(jax.grad(loss))
     wanted = grad(rhs, lhs)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, products in another order
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, other order of products
 
     pairs = [grad(k, x) for k, x in zip(kernels, images, strict=True)]
     batched = jax.jit(jax.vmap(jax.grad(loss)))(kernels, images)
@@ -216,7 +217,7 @@ def test_bfloat16_accumulates_in_float32(
     ours = jitted(conv_general_dilated, lhs, rhs, strides, padding)
     lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
     wanted = jitted(lax.conv_general_dilated, lhs, rhs, strides, padding)
-    # One rounding to 8 bits at the end, which may fall to either neighbour.
+    # The result is rounded once to 8 bits, and may be rounded to either neighbour.
     for a, b in zip(ours, wanted, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(a), b, rtol=2**-8, atol=1e-4)
@@ -271,7 +272,7 @@ def test_narrow_first_layers_are_one_convolution(size, kernel, strides, padding)
     )
     text = lowered(fn, *arrays(size, kernel))
     assert text.count("stablehlo.convolution") == 1
-    assert "tensor<4x4x16x5xf32>" in text  # the kernel of blocks
+    assert "tensor<4x4x16x5xf32>" in text  # the kernel as blocks
     assert "stablehlo.dot_general" not in text
 
 
@@ -280,7 +281,7 @@ def test_backwards_a_narrow_layer_is_the_plain_form():
     lhs, rhs = arrays((16, 16), (7, 7))
     gradient = jax.grad(lambda rhs: jnp.sum(jnp.sin(strided(lhs, rhs))))
     text = jax.jit(gradient).lower(rhs).compile().as_text()
-    assert text.count("window={size=4x4}") == 1  # of blocks
+    assert text.count("window={size=4x4}") == 1  # with blocks
     assert text.count("rhs_dilate=2x2") == 1
     assert len(re.findall(r" convolution\(|custom-call\(", text)) == 2
 
@@ -326,8 +327,9 @@ def test_padding_is_never_multiplied():
     flops = lambda size: (
         jax.jit(fn).lower(*arrays(size, (3, 3))).compile().cost_analysis()["flops"]
     )
-    products = 2 * 3 * 4 * 5  # multiply and add, batch, channels, features
-    # One tap touches a single pixel; four taps touch each of 2x2. Nothing else counts.
+    products = 2 * 3 * 4 * 5  # multiplication and addition, batch, channels, features
+    # On 1x1 pixels one tap is used, on 2x2 pixels four taps for each. No other is
+    # computed.
     assert flops((1, 1)) == pytest.approx(products, rel=0.1)
     assert flops((2, 2)) == pytest.approx(4 * 4 * products, rel=0.1)
 
@@ -405,7 +407,7 @@ def test_other_convolutions_pass_through(name):
     *shapes, options = OTHERS[name]
     lhs, rhs = normal(*shapes)
     options = {"window_strides": (1, 1), "padding": "SAME"} | options
-    # The same operation, and so the same bits.
+    # It is the same operation, so the bits are the same.
     ours, wanted = (
         jax.jit(partial(conv, **options))(lhs, rhs)
         for conv in (conv_general_dilated, lax.conv_general_dilated)
@@ -429,7 +431,7 @@ def test_result_has_the_preferred_dtype(dtype, preferred):
     options = {"dimension_numbers": NHWC, "preferred_element_type": preferred}
     actual = conv_general_dilated(*args, **options)
     wanted = lax.conv_general_dilated(*args, **options)
-    # XLA may round the images first; the coarsest dtype here has 8 bits.
+    # XLA may round the images first; the coarsest dtype has 8 bits.
     assert_close([actual], [wanted], 2**-7)
 
 
@@ -453,7 +455,7 @@ def same(lhs, rhs):
 
 def test_derivatives_are_those_of_finite_differences(x64):
     lhs, rhs = arrays((2, 2), (3, 3), jnp.float64, batch=2, channels=2, features=2)
-    # Bilinear: central differences are exact up to rounding.
+    # The function is bilinear, so central differences are exact up to rounding.
     check = partial(check_grads, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
     check(jax.jit(same), (lhs, rhs))
 
@@ -463,7 +465,7 @@ def test_works_under_vmap_scan_pmap_and_remat():
     images = jnp.stack([lhs, 2 * lhs])
     kernels = jnp.stack([rhs, 3 * rhs])
     y = same(lhs, rhs)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, products in another order
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32, other order of products
 
     batched = jax.jit(jax.vmap(same))(images, kernels)
     np.testing.assert_allclose(batched, jnp.stack([y, 6 * y]), **tolerance)
@@ -496,32 +498,32 @@ def test_flax_convolution(strict):
     np.testing.assert_allclose(
         ours.apply(variables, images),
         plain.apply(variables, images),
-        rtol=1e-5,  # sums of 36 products in another order
+        rtol=1e-5,  # sums of 36 products, in another order
         atol=1e-6,
     )
 
 
 # Spatial input, window, strides, padding.
 POOLS = [
-    ((16, 16), (3, 3), (2, 2), ((1, 1), (1, 1))),  # the ImageNet stem's
+    ((16, 16), (3, 3), (2, 2), ((1, 1), (1, 1))),  # of the ImageNet stem
     ((7, 6), (3, 2), (2, 1), ((0, 1), (1, 0))),
     ((5, 5), (2, 2), (2, 2), ((0, 0), (0, 0))),
     ((4, 5), (1, 3), (3, 1), ((0, 0), (2, 2))),
     ((2, 2), (3, 3), (2, 2), ((1, 1), (1, 1))),
-    ((1, 1), (3, 3), (1, 1), ((2, 2), (1, 1))),  # windows of nothing but padding
-    ((3, 8), (5, 4), (3, 2), ((4, 4), (2, 3))),  # one that reaches over both ends
+    ((1, 1), (3, 3), (1, 1), ((2, 2), (1, 1))),  # windows of padding only
+    ((3, 8), (5, 4), (3, 2), ((4, 4), (2, 3))),  # one window reaches over both ends
 ]
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def pooled(pool, x, *window):
-    """The maxima, and the pullback of small integers, which add up exactly."""
+    """Returns the maxima, and the pullback of small integers, whose sums are exact."""
     y, pullback = jax.vjp(lambda x: pool(x, *window), x)
     cotangent = (jnp.arange(y.size) * 37 % 101).reshape(y.shape)
     return y, *pullback(cotangent.astype(y.dtype))
 
 
-# Compiled as a whole: one program, where each operation would be one of its own.
+# Compiled as a whole; otherwise each operation would be a program.
 ours_of, flax_of = (
     jax.jit(pool, static_argnums=(1, 2, 3)) for pool in (max_pool, nn.max_pool)
 )
@@ -531,12 +533,12 @@ ours_of, flax_of = (
 @pytest.mark.parametrize("values", ["distinct", "ties"])
 def test_max_pool_equals_flax(strict, values, size, w, s, p):
     (x,) = normal((3, *size, 5))
-    if values == "ties":  # zeros, mostly, as after a ReLU
+    if values == "ties":  # many zeros, as after a ReLU
         x = jnp.maximum(jnp.round(x), 0)
     ours, wanted = (pooled(pool, x, w, s, p) for pool in (max_pool, nn.max_pool))
     for a, b in zip(ours, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
-    # Without a derivative it is computed in another form.
+    # Without a derivative, the computation is a different one.
     np.testing.assert_array_equal(ours_of(x, w, s, p), wanted[0])
 
 
@@ -561,7 +563,7 @@ def test_max_pool_keeps_the_dtype(x64, dtype):
 @pytest.mark.parametrize("padding", [((0, -2), (-1, 3)), ((-2, -1), (2, -4))])
 def test_max_pool_of_padding_that_crops(padding):
     (x,) = normal((3, 8, 8, 5))
-    wanted = flax_of(x, (3, 3), (2, 2), padding)  # which has no gradient
+    wanted = flax_of(x, (3, 3), (2, 2), padding)  # without a gradient
     ours = ours_of(x, (3, 3), (2, 2), padding)
     np.testing.assert_array_equal(ours, wanted)
     derived = pooled(max_pool, x, (3, 3), (2, 2), padding)
@@ -676,7 +678,7 @@ def test_prefer_eigen_reaches_the_compiler():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Stands in for the jaxlib and the plug-ins that are installed."""
+    """Replaces the installed jaxlib and plug-ins."""
 
     def pretend(version=(0, 12, 0, 1), libtpu=None, plug_ins=()):
         monkeypatch.setattr(convolution.jaxlib.version, "__version_info__", version)
@@ -696,7 +698,7 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
         (None, f"{FLAG}=-individual_convolution"),
         ("--a=1 --b", f"--a=1 --b {FLAG}=-individual_convolution"),
         (f"{FLAG}= --b", f"{FLAG}= --b"),
-        ("/etc/flags", "/etc/flags"),  # a file, from which XLA reads them
+        ("/etc/flags", "/etc/flags"),  # a file of flags
     ],
 )
 def test_prefer_eigen_adds_to_the_flags(monkeypatch, installed, before, after):

@@ -1,4 +1,4 @@
-"""Which module of the student learns from what, in parameters of any type of tree."""
+"""Tests which modules of the student learn from labels, with any type of tree."""
 
 import flax.struct
 import jax
@@ -14,7 +14,7 @@ LEAVES = {"body": {"scale": jnp.float32(3)}, "head": {"bias": jnp.float32(5)}}
 
 @flax.struct.dataclass
 class Params:
-    """A tree whose modules are attributes, as Equinox's are."""
+    """A tree whose modules are attributes, as in Equinox."""
 
     body: dict
     head: dict

@@ -1,4 +1,4 @@
-"""Nuclear norms, matrix square roots and distances against NumPy in float64."""
+"""Compares nuclear norms, matrix square roots and distances with NumPy in float64."""
 
 import re
 from functools import partial
@@ -23,7 +23,7 @@ def normal(*shape, seed=0):
 
 
 def with_singular_values(values, n, m, seed=0):
-    """A random n x m matrix of the singular values given, and its singular vectors."""
+    """Returns a random n x m matrix with these singular values, and its vectors."""
     u, _ = np.linalg.qr(normal(n, len(values), seed=seed))
     v, _ = np.linalg.qr(normal(m, len(values), seed=seed + 1))
     return (u * np.asarray(values)) @ v.T, u, v
@@ -35,14 +35,14 @@ def with_eigenvalues(values, seed=0):
 
 
 def isometry(matrix, cutoff):
-    """U_r V_r^T, of the singular values above ``cutoff`` times the largest."""
+    """Returns U_r V_r^T for the singular values above ``cutoff`` times the largest."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     keep = s > cutoff * s[0]
     return u[:, keep] @ vt[keep]
 
 
 def check_derivatives(fn, *arrays, eps=1e-4, rtol=1e-5):
-    """Forward and reverse mode against central differences; jitted: compiles once."""
+    """Compares forward and reverse mode with central differences; compiles once."""
     arrays = tuple(jnp.asarray(a) for a in arrays)
     check_grads(jax.jit(fn), arrays, 1, ("fwd", "rev"), eps=eps, rtol=rtol)
 
@@ -65,7 +65,7 @@ def test_nuclear_norm_value_and_derivative(shape, method, x64):
     matrix = normal(*shape)
     norm = lambda m: linalg.nuclear_norm(m, method=method)
     value, (gradient,) = value_and_gradients(norm, matrix)
-    # Newton-Schulz stops at its 36 steps: 1e-6 for these condition numbers
+    # Newton-Schulz has an error of 1e-6 after 36 steps with these condition numbers.
     rtol = 1e-12 if method == "svd" else 1e-6
     np.testing.assert_allclose(value, np.linalg.norm(matrix, "nuc"), rtol=rtol)
     np.testing.assert_allclose(gradient, isometry(matrix, 1e-9), atol=100 * rtol)
@@ -82,17 +82,17 @@ def test_nuclear_norm_derivative_at_repeated_singular_values(values, x64):
     matrix, u, v = with_singular_values(values, 4, 4)
     _, (gradient,) = value_and_gradients(linalg.nuclear_norm, matrix)
     np.testing.assert_allclose(gradient, u @ v.T, atol=1e-9)
-    # The curvature is 1 / (s_i + s_j): the step stays well below the smallest value.
+    # The curvature is 1 / (s_i + s_j), so the step is far below the smallest value.
     check_derivatives(linalg.nuclear_norm, matrix, eps=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 7), (7, 4)])
 def test_nuclear_norm_drops_null_directions(shape, x64):
-    """At rank two, the subgradient of least norm: U_r V_r^T and nothing else."""
+    """At rank two, the gradient is the subgradient of least norm, U_r V_r^T."""
     matrix, u, v = with_singular_values((3.0, 1.0), *shape)
     _, (gradient,) = value_and_gradients(linalg.nuclear_norm, matrix)
     np.testing.assert_allclose(gradient, u @ v.T, atol=1e-12)
-    # Within its row and column space the norm is smooth.
+    # The norm is smooth within the row and column spaces.
     inside = lambda core: linalg.nuclear_norm(
         jnp.asarray(matrix) + linalg.matmul(linalg.matmul(u, core), v.T)
     )
@@ -108,7 +108,7 @@ def test_nuclear_norm_cutoff_in_float32(smallest, kept):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nuclear_norm_of_dead_features_in_float32(method):
-    """Dead rows and columns get no gradient; the rest is that of the live block."""
+    """Dead rows and columns have no gradient; the rest has that of the live block."""
     live = normal(12, 12)
     matrix = np.zeros((20, 16))
     matrix[:12, :12] = live
@@ -134,8 +134,8 @@ def test_nuclear_norm_is_homogeneous(method):
     np.testing.assert_array_equal(none, np.zeros((3, 4)))
 
 
-# Relative errors stated in the docstring.  "Aligned" is a student near its teacher,
-# "classes" has blocks whose scales differ thirty times.
+# The docstring states these relative errors. In "aligned" the student is close to the
+# teacher, in "classes" the scales of blocks differ by a factor of thirty.
 @pytest.mark.parametrize(("inputs", "bound"), [("aligned", 4e-4), ("classes", 5e-3)])
 def test_newton_schulz_keeps_its_stated_error(inputs, bound):
     n, d = 64, 256
@@ -167,13 +167,13 @@ def test_nuclear_norm_vmaps_and_jits(method):
 
 
 def lowered(fn, platform, *arrays):
-    """The program that a platform's compiler is given."""
+    """Returns the program that the compiler of a platform gets."""
     fn = jax.jit(jax.value_and_grad(fn))
     return fn.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
 
 
 def decompositions(text):
-    """What it decomposes, as calls of LAPACK and cuSOLVER or as functions."""
+    """Returns a program's decompositions: LAPACK, cuSOLVER or functions."""
     known = {"svd": r"gesdd|gesvd|@svd|svd", "qr": r"geqrf|@Qr|@qr"}
     return {name for name, pattern in known.items() if re.search(pattern, text)}
 
@@ -227,7 +227,7 @@ def test_auto_on_accelerators_is_exact_in_float64(x64):
 @pytest.mark.parametrize("shape", [(128, 512), (64, 256), (256, 256), (300, 128)])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_of_a_student_of_low_rank(shape, method):
-    """But for three directions the products in float32 are rounding errors."""
+    """Except for three directions, the products in float32 are rounding errors."""
     n, d = shape
     x, y = normal(n, 3) @ normal(3, d, seed=1), np.maximum(normal(n, d, seed=2), 0)
     x, y = np.float32(x - x.mean(0)), np.float32(y - y.mean(0))
@@ -260,7 +260,7 @@ def test_cross_nuclear_norm_derivative_is_that_of_its_value(n, m, d, x64):
 @pytest.mark.parametrize(("n", "d"), [(4, 6), (6, 4)])
 def test_cross_nuclear_norm_derivative_at_repeated_singular_values(n, d, x64):
     q, _ = np.linalg.qr(normal(6, 4))
-    x = q if n > d else q.T  # all singular values of x x^T that are not 0 are 1
+    x = q if n > d else q.T  # all nonzero singular values of x x^T are 1
     _, gradients = value_and_gradients(linalg.cross_nuclear_norm, x, x)
     np.testing.assert_allclose(gradients, (x, x), atol=1e-12)
     check_derivatives(linalg.cross_nuclear_norm, x, x)
@@ -268,7 +268,7 @@ def test_cross_nuclear_norm_derivative_at_repeated_singular_values(n, d, x64):
 
 @pytest.mark.parametrize("side", ["student", "both"])
 def test_cross_nuclear_norm_with_dead_features(side, x64):
-    """Fewer samples than live features: smooth, and the derivative is the true one."""
+    """With fewer samples than live features, the norm is smooth, with a derivative."""
     x, y = normal(3, 8), normal(3, 8, seed=1)
     x[:, 5:] = 0
     if side == "both":
@@ -278,7 +278,7 @@ def test_cross_nuclear_norm_with_dead_features(side, x64):
 
 @pytest.mark.parametrize("side", ["student", "both", "everywhere"])
 def test_cross_nuclear_norm_with_dead_features_of_many_samples(side, x64):
-    """More samples than features: a kink, where the least subgradient is taken."""
+    """With more samples than features, the norm has a kink and a least subgradient."""
     x, y = normal(9, 6), normal(9, 6, seed=1)
     x[:, 4:] = 0
     if side == "both":
@@ -294,7 +294,7 @@ def test_cross_nuclear_norm_with_dead_features_of_many_samples(side, x64):
 
 @pytest.mark.parametrize(("n", "d"), [(16, 48), (48, 16)])
 def test_cross_nuclear_norm_of_a_collapsed_student_in_float32(n, d):
-    """A student of rank one: its gradient is not filled with arbitrary directions."""
+    """The gradient of a student of rank one contains no arbitrary directions."""
     x = np.outer(normal(n), normal(d, seed=1))
     y = normal(n, d, seed=2)
     _, (gradient, _) = value_and_gradients(
@@ -303,7 +303,7 @@ def test_cross_nuclear_norm_of_a_collapsed_student_in_float32(n, d):
     assert relative(gradient, isometry(x @ y.T, 1e-9) @ y) < 1e-4
 
 
-# Not tall, tall enough for products of side n, and reduced by QR.
+# Not tall; tall, but with products of side n; and reduced by QR.
 @pytest.mark.parametrize(("n", "m"), [(10, 8), (30, 36), (50, 64)])
 def test_cross_nuclear_norm_by_newton_schulz(n, m):
     x, y = normal(n, 20), normal(m, 20, seed=1)
@@ -336,7 +336,7 @@ EIGENVALUES = {
 
 @pytest.mark.parametrize("name", EIGENVALUES)
 def test_sqrtm_psd_value_and_derivative(name, x64):
-    """R dR + dR R = dA, solved by SciPy."""
+    """The derivative solves R dR + dR R = dA, as computed by SciPy."""
     cov, _ = with_eigenvalues(EIGENVALUES[name])
     root = scipy.linalg.sqrtm(cov).real
     direction = normal(4, 4, seed=3)
@@ -345,9 +345,9 @@ def test_sqrtm_psd_value_and_derivative(name, x64):
     value, tangent = push(jnp.asarray(cov), jnp.asarray(direction))
     np.testing.assert_allclose(value, root, atol=1e-9)
     expected = scipy.linalg.solve_sylvester(root, root, direction)
-    # The tiny root, 1e-5, is itself good to 1e-11: 1e-6 of its derivative.
+    # The smallest root, 1e-5, has an error of 1e-11, which is 1e-6 of its derivative.
     assert relative(tangent, expected) < (1e-5 if name == "tiny" else 1e-9)
-    if name != "tiny":  # a finite difference would step over it
+    if name != "tiny":  # finite differences are too coarse for it
         check_derivatives(linalg.sqrtm_psd, cov)
 
 
@@ -372,13 +372,13 @@ def test_sqrtm_psd_at_zero_eigenvalues(values, x64):
 
 def test_sqrtm_psd_in_float32():
     x = normal(5, 12)
-    cov = x.T @ x  # rank 5 of 12
+    cov = x.T @ x  # rank 5 with 12 features
     root = np.asarray(jax.jit(linalg.sqrtm_psd)(jnp.float32(cov)))
     np.testing.assert_allclose(root @ root, cov, atol=1e-4)
     np.testing.assert_allclose(root, root.T, atol=1e-5)
     trace = lambda c: jnp.trace(linalg.sqrtm_psd(c))
     _, (gradient,) = value_and_gradients(trace, np.float32(cov))
-    # d Tr R = Tr(R^+ dA) / 2 on the range
+    # On the range, d Tr R = Tr(R^+ dA) / 2.
     expected = scipy.linalg.pinvh(scipy.linalg.sqrtm(cov).real, rtol=1e-3) / 2
     assert relative(gradient, expected) < 1e-3
 
@@ -413,7 +413,7 @@ def test_squared_distances(x64):
 
 
 def test_squared_distances_far_from_the_origin():
-    """The shift saves the digits that ||x||^2 + ||y||^2 - 2 x.y would lose."""
+    """The shift keeps digits that ||x||^2 + ||y||^2 - 2 x.y would lose."""
     x, y = normal(6, 3), normal(4, 3, seed=1)
     offset = 1e4
     far = linalg.squared_distances(jnp.float32(x + offset), jnp.float32(y + offset))

@@ -1,4 +1,4 @@
-"""Normalizations: their formulas, what they forgive, masks and hostile features."""
+"""Tests normalizations: formulas, invariances, masks, and hostile features."""
 
 from functools import cache
 
@@ -23,7 +23,7 @@ def rms(z):
 
 
 def expected(x, y, name):
-    """The formulas, in float64."""
+    """Computes the formulas in float64."""
     x, y = (np.asarray(z, np.float64) for z in (x, y))
     of_side = {
         "teacher": lambda z: z / rms(y),
@@ -36,7 +36,7 @@ def expected(x, y, name):
 
 @cache
 def compiled(name):
-    """Both sides, and the gradient of weighted sums of the student's."""
+    """Returns both sides, and the gradient of a weighted sum of the student's."""
 
     @jax.jit
     def fn(x, y, mask):
@@ -90,7 +90,7 @@ def test_a_feature_that_hardly_varies_is_divided_by_the_floor():
 def test_the_student_s_statistics_are_differentiated(name):
     slopes = np.cos(np.arange(N * D)).reshape(N, D)
     pull = lambda x, y: jnp.sum(slopes * normalize([x, y], [x, y], name)[0])
-    assert_distance_gradients(pull, BATCH.x + 0.1, BATCH.y)  # no row of zeros
+    assert_distance_gradients(pull, BATCH.x + 0.1, BATCH.y)  # so that no row is zero
 
 
 @EVERY
@@ -99,7 +99,7 @@ def test_the_teacher_s_statistics_are_constants(name):
     weights = jnp.cos(jnp.arange(N * D)).reshape(N, D)
     pull = lambda y: jnp.sum(weights * normalize([x, y], [x, y], name)[1])
     slope = jax.grad(pull)(y)
-    if name == "unit":  # has none
+    if name == "unit":  # has no statistics
         return
     of_feature = y.std(0) if name == "standardized" else rms(y)
     np.testing.assert_allclose(slope, weights / of_feature, rtol=1e-4)
@@ -120,7 +120,7 @@ def test_the_teacher_s_statistics_are_constants(name):
     ids=["teacher", "centered", "centered, each", "unit", "standardized"],
 )
 def test_invariance(name, change):
-    # float32's digits that a shift leaves
+    # The float32 digits that are left after a shift.
     moved = [np.float32(z) for z in change(BATCH.x, BATCH.y)]
     for found, wanted in zip(
         compiled(name)(*moved)[:2], compiled(name)(BATCH.x, BATCH.y)[:2], strict=True
@@ -143,7 +143,7 @@ def test_masked_rows_have_no_part(name):
         np.testing.assert_array_equal(side[mask == 0], 0)
     np.testing.assert_array_equal(found[2][mask == 0], 0)
     assert np.all(np.isfinite(found[2]))
-    # True and 1 are the same, and a mask of ones is none.
+    # A mask of True equals a mask of ones, which equals no mask.
     whole = compiled(name)(BATCH.x, BATCH.y)
     for a, b in zip(
         compiled(name)(BATCH.x, BATCH.y, np.ones(N, bool)), whole, strict=True
@@ -160,7 +160,7 @@ def test_a_batch_without_samples_is_zero(name):
 
 @pytest.mark.parametrize("name", [None, *NAMES])
 def test_statistics_of_the_whole_batch(name):
-    """A part of a batch becomes what it is in the whole one, with masks or without."""
+    """A part of a batch is normalized as in the whole batch, with masks or without."""
     pair = [jnp.asarray(BATCH.x), jnp.asarray(BATCH.y)]
     mask = jnp.arange(N) != 1
     for one in (None, mask):
@@ -194,7 +194,7 @@ def test_sides_of_very_different_size(name):
 
 @EVERY
 def test_features_without_deviation(name):
-    """Constant or zero features, or one sample: zeros with zero gradient."""
+    """Constant or zero features and single samples give zeros with zero gradients."""
     ones, zeros = np.full((N, D), 0.3, np.float32), np.zeros((N, D), np.float32)
     for x, y in [(ones, ones), (zeros, zeros), (BATCH.x, ones), (ones, BATCH.y)]:
         *sides, slope = compiled(name)(x, y)
@@ -225,7 +225,7 @@ def test_rows_of_zeros_have_no_direction():
 
 @EVERY
 def test_a_teacher_that_is_not_finite_is_nan(name):
-    """Its row under "unit", all of it where the statistics are the batch's."""
+    """NaN is in the teacher's row with "unit", and everywhere with batch statistics."""
     for wrong in (np.nan, np.inf, -np.inf):
         y = BATCH.y.copy()
         y[1, 2] = wrong

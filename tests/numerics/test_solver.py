@@ -1,4 +1,4 @@
-"""Distances with a solver: one signature for the value and for its statistics."""
+"""Tests distances with a solver: their value and statistics have one signature."""
 
 import inspect
 import pickle
@@ -15,7 +15,7 @@ SOLVED = {row.fn.__name__: row.fn for row in DISTANCES.values() if row.diagnose}
 
 @solver_distance
 def halved(x: jax.Array, *, by: float = 2.0) -> tuple[jax.Array, Stats]:
-    """Divides."""
+    """Divides by a number."""
     one = jnp.ones(())
     return x / by, Stats(one, 3 * one, 0 * one)
 

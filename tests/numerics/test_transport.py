@@ -1,6 +1,6 @@
-"""Transport solvers against SciPy and a Sinkhorn in float64, with and without masks.
+"""Compares transport solvers with SciPy and Sinkhorn in float64, also with masks.
 
-ott does not run under strict promotion, so these tests do not ask for it.
+ott does not run under strict promotion, so these tests do not use it.
 """
 
 import threading
@@ -40,7 +40,7 @@ def solve(costs, epsilon, *, threshold=1e-9, max_iterations=5000, **options):
 
 @partial(jax.jit, static_argnames=("solver", "threshold", "max_iterations"))
 def solve_with_plan(problem, epsilon, **options):
-    """((value, stats), plan): one program for all problems of a shape."""
+    """Returns ((value, stats), plan), with one program for all problems of a shape."""
     fn = lambda cost: solve(problem._replace(xy=cost), epsilon, **options)
     return jax.value_and_grad(fn, has_aux=True)(problem.xy)
 
@@ -49,7 +49,7 @@ def solve_with_plan(problem, epsilon, **options):
 
 
 def log_sinkhorn(cost, a, b, epsilon):
-    """OT_eps = <P, C> + eps KL(P | a x b) and P, marginals good to 1e-12."""
+    """Computes OT_eps = <P, C> + eps KL(P | a x b) and P, up to 1e-12 in marginals."""
     log_a, log_b = np.log(a), np.log(b)
     f, g = np.zeros_like(a), np.zeros_like(b)
     for _ in range(5000):
@@ -72,7 +72,7 @@ def assignment(cost, a, b, epsilon):
 
 
 def expected(problem, epsilon, solver):
-    """Value and plan of the x-y cost, one class at a time."""
+    """Returns value and plan of the x-y cost, computed class by class."""
     witness = assignment if solver == "exact" else log_sinkhorn
     value, plan = 0.0, np.zeros(problem.xy.shape)
     for rows, columns, weight in blocks(problem):
@@ -90,7 +90,7 @@ def expected(problem, epsilon, solver):
 
 
 def blocks(problem):
-    """Rows, columns and weight of each class; everything without a mask."""
+    """Yields rows, columns and weight of each class, or everything without a mask."""
     if problem.same is None:
         n, m = problem.xy.shape
         yield np.arange(n), np.arange(m), 1.0
@@ -132,7 +132,7 @@ CASES = [
     (solver, name)
     for solver in SOLVERS
     for name in PROBLEMS
-    if solver != "exact" or name != "weighted"  # assignment: equal weights only
+    if solver != "exact" or name != "weighted"  # an assignment needs equal weights
 ]
 
 
@@ -141,11 +141,11 @@ CASES = [
 
 @pytest.mark.parametrize(("solver", "name"), CASES)
 def test_value_and_plan(solver, name, x64):
-    """Entropic under a mask: the classes' own problems at the same epsilon."""
+    """With a mask, each class is a problem of its own with the same epsilon."""
     problem = make_problem(name)
     value, plan = expected(problem, EPSILON, solver)
     (actual, stats), gradient = solve_with_plan(problem, EPSILON, solver=solver)
-    # Values are good to threshold * cost, plans to the threshold: 1e-9
+    # The error of values is threshold * cost, that of plans the threshold, 1e-9.
     np.testing.assert_allclose(actual, value, atol=1e-8)
     np.testing.assert_allclose(gradient, plan, atol=1e-8)
     assert stats.converged == 1
@@ -187,7 +187,7 @@ def test_epsilon_and_stats_have_no_derivative(solver, x64):
 
 @pytest.mark.slow
 def test_no_mass_between_classes_in_float32():
-    """The finite cost of forbidden pairs keeps plan and digits at any scale."""
+    """The finite cost of forbidden pairs keeps the plan and its digits at any scale."""
     with jax.enable_x64(True):
         problem = make_problem("unbalanced")
     for scale in (1e-4, 1.0, 1e4):
@@ -210,7 +210,7 @@ _COSTS = ("xy", "xx", "yy")
 
 
 def random_costs(n, count, seed):
-    """Real costs, integer costs full of ties, constant ones, rank-one ones."""
+    """Makes costs that are real, integer with many ties, constant, or of rank one."""
     rng = np.random.default_rng(seed)
     makers = [
         lambda: rng.exponential(size=(n, n)),
@@ -238,7 +238,7 @@ def test_assignment_is_exact(n, x64):
 
 @pytest.mark.slow
 def test_assignment_is_exact_at_every_size_in_one_program(x64):
-    """n = 1 ... 40 as the valid part of a padded batch of 40."""
+    """Batches of n = 1 ... 40 samples, padded to 40."""
     sizes = np.tile(np.arange(1, 41), 3)
     rng = np.random.default_rng(0)
     valid = np.zeros((len(sizes), 40), bool)
@@ -257,7 +257,7 @@ def test_assignment_is_exact_at_every_size_in_one_program(x64):
 
 @pytest.mark.slow
 def test_assignment_of_classes_in_float32():
-    """Any weights of classes, any sizes, one program."""
+    """Classes have any weights and sizes, in one program."""
     rng = np.random.default_rng(1)
     labels = rng.choice(6, size=(10, 24), p=[0.5, 0.2, 0.1, 0.1, 0.05, 0.05]) - 1
     costs = rng.exponential(size=(10, 24, 24))
@@ -293,7 +293,7 @@ def outer(problem, rows, columns):
 def test_epsilon_none_is_two_percent_of_the_mean_cost(name, x64):
     problem = make_problem(name)
     chosen = 0.02 * float(mean_cost(problem))
-    # At this epsilon tight thresholds take long; both stop at the same iteration.
+    # With this epsilon, small thresholds take long. Both stop at the same iteration.
     options = {"solver": "entropic", "threshold": 1e-3}
     (by_none, _), plan = solve_with_plan(problem, None, **options)
     (by_number, _), same_plan = solve_with_plan(problem, chosen, **options)
@@ -305,7 +305,7 @@ def test_epsilon_none_is_two_percent_of_the_mean_cost(name, x64):
 
 @pytest.mark.slow
 def test_epsilon_none_has_floors():
-    """Of the round-off given, and above zero for constant features."""
+    """It is at least the given round-off, and positive for constant features."""
     zeros, weights = jnp.zeros((8, 8)), jnp.full(8, 1 / 8)
     problem = Costs(zeros, zeros, zeros, weights, weights)
     for solver in SOLVERS:
@@ -326,7 +326,7 @@ def test_epsilon_none_has_floors():
 @pytest.mark.parametrize("solver", ["sinkhorn", "entropic"])
 @pytest.mark.parametrize("same", [False, True])
 def test_epsilon_below_the_round_off_counts_as_that(solver, same):
-    """Costs of 1e9: float32 knows no millionth of them."""
+    """With costs of 1e9, float32 cannot represent a millionth."""
     rng, weights = np.random.default_rng(5), jnp.full(6, 1 / 6)
     y = jnp.float32(1e-4 * rng.random((6, 9)))
     x = jnp.float32(1e4 * np.outer(rng.normal(size=6), rng.normal(size=9)))
@@ -352,14 +352,14 @@ def test_stats_tell_of_a_solver_that_stopped_early(solver):
     assert stats.converged == 0
     assert stats.iterations == 10
     assert stats.marginal_error > 1e-3
-    # Given an easier problem, the same program converges.
+    # With an easier problem, the same program converges.
     (_, stats), _ = solve_with_plan(problem, 10.0, **options)
     assert stats.converged == 1
     assert stats.marginal_error <= 1e-3
 
 
 def within(seconds, fn):
-    """The result of ``fn()``; a search that never ends fails instead of hanging."""
+    """Returns the result of ``fn()``, or fails if it takes longer than ``seconds``."""
     results = []
     thread = threading.Thread(target=lambda: results.append(fn()), daemon=True)
     thread.start()
