@@ -334,15 +334,15 @@ def from_json(values: Mapping[str, Any]) -> Settings:
 # What decides a result.
 
 
-def _marked(mark: Mark) -> set[str]:
+def marked(mark: Mark) -> set[str]:
     """Returns the names of the settings that have the mark."""
     return {name for name, option in OPTIONS.items() if mark in notes(option)}
 
 
 # Settings that may differ between processes; settings that are not in a table's
 # command; and files of which it shows the name without the folder.
-OWN = _marked(Mark.OWN) | PATHS
-PLACES = _marked(Mark.NOT_SHOWN)
+OWN = marked(Mark.OWN) | PATHS
+PLACES = marked(Mark.NOT_SHOWN)
 FILES = PATHS - PLACES
 
 
@@ -358,9 +358,9 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
       name: name of the run: "teacher", "student" (alone), or a distance.
     """
     others = Mark.OF_STUDENTS if name == "teacher" else Mark.OF_TEACHER
-    left_out = _marked(Mark.NAMED_OTHERWISE) | _marked(others)
+    left_out = marked(Mark.NAMED_OTHERWISE) | marked(others)
     if name != FEATURE_ONLY:
-        left_out |= _marked(Mark.OF_FEATURE_ONLY)
+        left_out |= marked(Mark.OF_FEATURE_ONLY)
     groups = {*GROUPS} - {"run"}
     if name in ("teacher", "student"):
         groups -= {"method"}

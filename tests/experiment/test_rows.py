@@ -205,7 +205,7 @@ def test_the_trained_teacher_has_its_seconds():
         ("epochs", (15, 30), "epochs (15 and 30)"),
         ("batch_size", (128, 256), "batch_size (128 and 256)"),
         ("optimizer", ("sgd", "adamw"), "optimizer (sgd and adamw)"),
-        ("layers", ([], ["a:b"]), "layers ([] and ['a:b'])"),
+        ("momentum", (0.9, 0.5), "momentum (0.9 and 0.5)"),
         ("held_out", (0, 300), "held_out (0 and 300)"),
         ("distance_group", (None, 2), "distance_group (None and 2)"),
     ],
@@ -271,3 +271,22 @@ def test_runs_of_a_row_differ_in_their_seed_only():
     other = study(made("w2", {1: 85.5}, distance_source="new"))
     with pytest.raises(UserError, match=r"distance_source of W2 \(E\) \(old and new\)"):
         rows.merge({"a.json": one, "b.json": other})
+
+
+def test_learning_rates_and_layers_distinguish_rows():
+    """A student alone and a method may each have their own rate."""
+    results = small_results()
+    for run in results["runs"]:
+        run["settings"] = {**run.get("settings", {}), "lr": 0.1, "layers": []}
+    other = [dict(run) for run in results["runs"]]
+    for run in other:
+        run["settings"] = {**run["settings"], "lr": 0.3, "layers": ["released"]}
+    results["runs"] += other
+    found = [(row.title, row.key.rate) for row in rows.rows(results)]
+    assert found == [
+        ("student, learning rate 0.1", "0.1"),
+        ("student, learning rate 0.3", "0.3"),
+        ("W2 (E), learning rate 0.1", "0.1"),
+        ("W2 (E), learning rate 0.3, layers released", "0.3"),
+    ]
+    assert "learning rate" in table.columns(results)

@@ -1,8 +1,9 @@
 """Groups runs into the rows of a table, for one study or for several.
 
-A row is a method with its normalization, its lambda and, if it is a control, its
-placebo. The runs of a row differ in their seed only. `rows` groups the runs of a study.
-`merge` joins studies that differ only in their seeds and in what the rows show.
+A row is a method with its normalization, lambda, learning rate, layers and, if it is a
+control, placebo. The runs of a row differ in their seed only. `rows` groups the runs of
+a study. `merge` joins studies that differ only in their seeds and in what the rows
+show.
 """
 
 import json
@@ -14,13 +15,12 @@ import numpy as np
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.settings import (
-    FEATURE_ONLY,
     GROUP_OF,
-    NAMED_OTHERWISE,
-    OF_TEACHER,
     Settings,
     as_json,
+    marked,
     renamed,
 )
 
@@ -40,8 +40,9 @@ PLACEBOS = {
 }
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
 # by its digest, and a file of pretrained weights by its digest in the runs.
-SHOWN = ("normalization", "placebo")
-MAY_DIFFER = {*NAMED_OTHERWISE, *OF_TEACHER, *SHOWN, "eval_every"} - {"distance_group"}
+SHOWN = ("normalization", "placebo", "lr", "layers")
+MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
+MAY_DIFFER = (MAY_DIFFER | {*SHOWN, "eval_every"}) - {"distance_group"}
 OF_A_SEED = {*SHOWN, "eval_every", "seed"}
 
 
@@ -57,12 +58,16 @@ class Key(NamedTuple):
       placebo: what the control destroys; "" if the row is none.
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
+      rate: peak learning rate; "" if it was not recorded.
+      layers: the value of ``--layers``.
     """
 
     name: str
     placebo: str = ""
     normalization: str = ""
     weight: str = ""
+    rate: str = ""
+    layers: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Row:
     """Contains the runs of a row, one for each seed.
 
     Attributes:
-      key: name, placebo, normalization and lambda.
+      key: what distinguishes the row.
       title: title of the row, different from those of the other rows of the method.
       runs: results of the runs.
     """
@@ -97,8 +102,6 @@ class Row:
 
 def _compares_features(name):
     """Returns whether a normalization changes a method; users' modules are not read."""
-    if name == FEATURE_ONLY:
-        return False
     return name not in DISTANCES or "features" in DISTANCES[name].inputs
 
 
@@ -110,13 +113,15 @@ def _method(run, settings) -> dict[str, Any]:
 
 def _key(run, settings):
     name = run["name"]
-    if name in ALONE:
-        return Key(name)
     method, words = _method(run, settings), ""
+    rate = "" if method["lr"] is None else f"{method['lr']:g}"
+    if name in ALONE:
+        return Key(name, rate=rate)
     if _compares_features(name):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
-    placebo = method["placebo"] or ""
-    return Key(name, PLACEBOS.get(placebo, placebo), words, f"{run['weight']:g}")
+    placebo, layers = method["placebo"] or "", " ".join(method["layers"] or ())
+    placebo = PLACEBOS.get(placebo, placebo)
+    return Key(name, placebo, words, f"{run['weight']:g}", rate, layers)
 
 
 def _title(title, key, keys):
@@ -125,8 +130,12 @@ def _title(title, key, keys):
     words = [title]
     if len({other.normalization for other in same}) > 1:
         words.append(key.normalization)
-    if len([other for other in same if other.normalization == key.normalization]) > 1:
+    if len({o.weight for o in same if o.normalization == key.normalization}) > 1:
         words.append(f"λ = {key.weight}")
+    if len({other.rate for other in same if other[:4] == key[:4]}) > 1:
+        words.append(f"learning rate {key.rate}")
+    if len({other.layers for other in same}) > 1 and key.layers:
+        words.append(f"layers {key.layers}")
     return ", ".join([*words, *([key.placebo] if key.placebo else [])])
 
 
@@ -227,8 +236,8 @@ def merge(studies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
       taken once.
 
     Raises:
-      UserError: the studies differ in more than seeds, distances, lambda, normalization
-        and placebo, or have different accuracies of one seed.
+      UserError: the studies differ in more than their seeds and what rows show, or have
+        different accuracies of one seed.
     """
     (place, first), *others = studies.items()
     for other, study in others:

@@ -30,15 +30,19 @@ from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
 
 COLUMNS = (
     *("", "accuracy %", "difference to alone", "gap closed"),
-    *("λ", "normalization", "seeds", "seconds"),
+    *("λ", "normalization", "learning rate", "seeds", "seconds"),
 )
 TITLES = 20  # narrowest column of titles on a terminal, in characters
 
 
 def columns(results: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the names of the table's columns, those of `COLUMNS` that it needs."""
-    found = {row.key.normalization for row in rows(results)} - {""}
-    return tuple(c for c in COLUMNS if c != "normalization" or len(found) > 1)
+    keys = [row.key for row in rows(results)]
+    optional = {
+        "normalization": {key.normalization for key in keys} - {""},
+        "learning rate": {key.rate for key in keys} - {""},
+    }
+    return tuple(c for c in COLUMNS if c not in optional or len(optional[c]) > 1)
 
 
 def _compared(row, alone, results):
@@ -66,6 +70,7 @@ def _cells(row: Row, alone: Row, results) -> dict[str, str]:
         **_compared(row, alone, results),
         "λ": row.key.weight,
         "normalization": row.key.normalization,
+        "learning rate": row.key.rate,
         "seeds": str(len(row.runs)),
         "seconds": f"{np.mean([run['timing']['seconds'] for run in row.runs]):.0f}",
     }
