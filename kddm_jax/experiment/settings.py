@@ -111,12 +111,15 @@ class Method:
 
     distances: tuple[str, ...] = KD2M
     """Distances to distil with; one student is trained for each. Keys of the catalogue,
-    your own distances as module:NAME, or feature_only (labels train only the head)."""
+    your own distances as module:NAME, or feature_only (labels train only the head).
+    Names joined by + train one student with the sum of these distances, such as l2+kd;
+    each has its own lambda."""
     weight: float | None = None
     """Lambda of every distance that --weights does not name. None uses 1e-4, as in the
     released code, or with --normalization the catalogue's default, if it has one."""
     weights: dict[str, float] | None = None
-    """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3."""
+    """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3. The distances of
+    a sum are named one by one: for l2+kd, --weights l2 10 kd 1."""
     weight_schedule: str = "constant"
     """Schedule of every lambda: constant; warmup (rises from zero over the first half
     of the steps); decay (falls to zero along half a cosine over all steps)."""
@@ -353,8 +356,18 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
 RELEASED_WEIGHT = 1e-4
 
 
+def parts_of(name: str) -> tuple[str, ...]:
+    """Returns the distances that a method sums: l2 and kd of "l2+kd"."""
+    return tuple(name.split("+"))
+
+
 def weight_of(settings: Settings, distance: str) -> float:
-    """Returns lambda of one distance from --weights, --weight, or its default."""
+    """Returns lambda of a distance from --weights, --weight, or its default.
+
+    It is 1 for a sum of distances, in which each has its own lambda.
+    """
+    if len(parts_of(distance)) > 1:
+        return 1.0
     weights = settings.method.weights or {}
     if distance in weights:
         return weights[distance]

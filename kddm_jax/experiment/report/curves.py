@@ -129,7 +129,9 @@ def panels(
         style = {"linewidth": 1.2, **styles[key]}
         draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
         draw(axes[1], runs, lambda r: r.get("task"), **style)
-        distance = lambda r, name=runs[0]["name"]: distance_of(r, name)
+        weights = runs[0].get("settings", {}).get("weights")  # of a sum of distances
+        name = runs[0]["name"]
+        distance = lambda r, name=name, of=weights: distance_of(r, name, of)
         if relative and (first := series(runs, distance)[1][:1]).any():
             distance = lambda r, of=distance, by=float(first[0]): of(r) / by
         draw(axes[2], runs, distance, **style)

@@ -187,7 +187,7 @@ def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             (
                 run["title"],
                 str(run["seed"]),
-                "" if alone else f"{run['weight']:g}",
+                "" if alone else table.weight_text(run),
                 f"{run['accuracy']:.2f}",
                 f"{run['best_accuracy']:.2f}",
                 _number(run.get("best_epoch"), "{}"),

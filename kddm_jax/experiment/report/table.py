@@ -64,6 +64,12 @@ def _spread(values):
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
+def weight_text(run: Mapping[str, Any]) -> str:
+    """Returns the lambda of a run, or those of the distances that it sums."""
+    weights = run.get("settings", {}).get("weights")
+    return ", ".join(f"{w:g}" for w in (weights or {"": run["weight"]}).values())
+
+
 def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes the table's rows.
 
@@ -91,7 +97,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 _spread(last),
                 _spread([run["best_accuracy"] for run in group]),
                 f"{closed:.0f} %" if distilled and closed is not None else "–",
-                f"{group[0]['weight']:g}" if distilled else "",
+                weight_text(group[0]) if distilled else "",
                 f"{np.mean([run['timing']['seconds'] for run in group]):.0f}",
             )
         )

@@ -2,13 +2,14 @@
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
 its result), ``checkpoints/`` and, once finished, ``result.json``. ``kddm
-choose-weights`` has a folder for each candidate in ``<out>``. A command that would give another result in an
-existing folder stops with an error before anything starts. `train.py` trains the runs.
+choose-weights`` has a folder for each candidate in ``<out>``. A command that would give
+another result in an existing folder stops with an error before anything starts.
+`train.py` trains the runs.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kddm_jax.experiment.settings import (
     as_json,
     change,
     identity,
+    parts_of,
     renamed,
     weight_of,
 )
@@ -93,6 +95,8 @@ class Run:
       start: weights of a file that the network starts from; None uses random weights.
       place: folder within the folder of results, named after what a candidate of
         ``kddm choose-weights`` tries.
+      weights: lambda of each distance, if the method is a sum of several; the run's
+        lambda is then 1.
     """
 
     name: str
@@ -104,6 +108,7 @@ class Run:
     identity: dict[str, Any]
     start: pretrained.Pretrained | None = None
     place: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def folder(self, out: Path) -> Path:
         """Returns the run's folder."""
@@ -174,6 +179,8 @@ def student_run(
     start, more = problem.starts.get("student"), {}
     if name not in ALONE:
         more = {"distance": name, "weight": weight_of(settings, name)}
+        if len(parts := parts_of(name)) > 1:
+            more["weights"] = {part: weight_of(settings, part) for part in parts}
         more["distance_source"] = methods.digest(name)
         whole = problem.compared_images == settings.optimizer.batch_size
         more["group_images"] = None if whole else problem.compared_images
@@ -189,6 +196,7 @@ def student_run(
         identity=_identity(problem, settings, name, start, seed=seed, **more),
         start=start,
         place=place,
+        weights=more.get("weights", {}),
     )
 
 

@@ -93,9 +93,12 @@ def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
 
 
 def _train_program(problem, run, method, model, teacher, tx, length):
-    """Compiles the steps; runs that differ only in seed or lambda share the program."""
+    """Compiles the steps; runs that differ only in seed or lambda share the program.
+
+    The lambdas of a sum of distances are constants of the program.
+    """
     settings = run.settings
-    key = (run.name, run.epochs, length, repr(settings.optimizer))
+    key = (run.name, run.epochs, length, repr(settings.optimizer), repr(run.weights))
     key += (repr(replace(settings.method, distances=(), weight=None, weights=None)),)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
