@@ -86,12 +86,18 @@ def _check_choices(settings):
         "weight_schedule": ("constant", "warmup", "decay"),
         "projector": (None, "dense", "conv", "conv3"),
         "positions": ("pool", "each"),
+        "placebo": (None, "pairs", "labels", "gaussian"),
         "embedding": ("pca", "tsne", "none"),
         "on_nonfinite": ("stop", "skip"),
     }.items():
         value = values[name]
         names = ", ".join(str(k) for k in known)
         _require(value in known, f"unknown {name} {value!r}; known: {names}")
+    _require(
+        values["placebo"] is None or values["views"] is not None,
+        f"--placebo {values['placebo']} replaces the teacher's outputs on fixed views, "
+        "but there are none; add --views, such as --views 4",
+    )
     teacher, pretrained = values["teacher"], values["pretrained_teacher"]
     _require(
         teacher is None or pretrained is None,

@@ -140,6 +140,11 @@ class Method:
     positions: str = "pool"
     """How distances of features treat feature maps: pool (averages over positions) or
     each (every position is a sample)."""
+    placebo: str | None = None
+    """Replace the teacher's outputs, as a control (with --views only). pairs: each
+    image has the outputs of another image of its class. labels: of another image of
+    any class. gaussian: features are drawn from a Gaussian with the mean and covariance
+    of the class."""
     quality_images: int = 5000
     """Number of training images, the same number from each class, on which the
     knowledge quality of the teacher's layers is measured."""

@@ -26,7 +26,7 @@ from kddm_jax.experiment.settings import (
     renamed,
     weight_of,
 )
-from kddm_jax.experiment.training import methods, models, pretrained
+from kddm_jax.experiment.training import methods, models, placebos, pretrained
 from kddm_jax.experiment.training.problems import Problem
 
 ALONE = ("teacher", "student")  # runs without a teacher
@@ -45,9 +45,11 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
     for name in settings.method.distances:
         if name == FEATURE_ONLY and not settings.method.layers:
             methods.check_choice_of_layers(settings, *problem.shapes)
+            placebos.check(settings, name, None)
             continue  # its layers are chosen when the teacher is trained
         method = method_of(problem, name)
         methods.check(name, method, *problem.shapes, problem.compared_images)
+        placebos.check(settings, name, method)
 
 
 def method_of(
@@ -125,7 +127,11 @@ class Run:
     @property
     def title(self) -> str:
         """Returns the run's name in tables."""
-        return self.name if self.name in ALONE else methods.title(self.name)
+        if self.name in ALONE:
+            return self.name
+        placebo = self.settings.method.placebo
+        added = f", placebo: {placebo}" if placebo else ""
+        return methods.title(self.name) + added
 
 
 def _identity(problem, settings, name, start, **more):

@@ -14,7 +14,7 @@ import numpy as np
 
 from kddm_jax import train_step
 from kddm_jax.experiment.machine import processes, records, signals
-from kddm_jax.experiment.training import methods, models, optimizers, problems
+from kddm_jax.experiment.training import methods, models, optimizers, placebos, problems
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.progress import Progress
 from kddm_jax.experiment.training.runs import (
@@ -72,10 +72,13 @@ def _what_teaches(problem, run, method, teacher):
         return None
     if not _on_views(problem, run):
         return teacher.variables
-    named = methods.teacher_layers(method)
-    key = ("outputs", named)
+    named, placebo = methods.teacher_layers(method), run.settings.method.placebo
+    key = ("outputs", named, placebo)
     if key not in problem.programs:
         outputs = problem.views.outputs(problem, teacher, named)
+        if placebo is not None:
+            labels = problem.dataset.train_labels[problem.parts.student]
+            outputs = placebos.replace(placebo, outputs, labels, problem.views.count)
         problem.programs[key] = train_step.replicate(outputs, problem.devices)
     return problem.programs[key]
 
