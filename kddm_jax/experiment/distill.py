@@ -11,7 +11,7 @@ from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
-from kddm_jax.experiment.settings import Settings, as_json
+from kddm_jax.experiment.settings import ALONE, Settings, as_json
 from kddm_jax.experiment.training import models
 
 
@@ -84,7 +84,7 @@ def _write_page(opened, summary):
 
 def _warn_of_weak_teacher(summary, console):
     teacher = summary["teacher"]["accuracy"]
-    alone = [run["accuracy"] for run in summary["runs"] if run["name"] == "student"]
+    alone = [run["accuracy"] for run in summary["runs"] if run["name"] in ALONE]
     if teacher <= max(alone):
         console.print(
             f"The teacher ({teacher:.2f} %) is no better than the student "

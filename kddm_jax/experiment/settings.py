@@ -15,6 +15,8 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 
 FEATURE_ONLY = "feature_only"
+LONGER = "student_longer"  # the student alone with the compute of a distilled run
+ALONE = ("teacher", "student", LONGER)  # runs without a teacher
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
@@ -198,8 +200,11 @@ class Run:
     """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
     or feature_only."""
     seeds: tuple[int, ...] = (0,)
-    """Random seeds. For each seed, one student is trained without distillation and one
-    for each distance."""
+    """Random seeds. For each seed, one student is trained without distillation, one
+    with --equal-compute, and one for each distance."""
+    equal_compute: bool = True
+    """Also train a student without distillation for so many more epochs that it has the
+    compute of a distilled run, which runs the teacher, too."""
     out: Path | None = None
     """Folder of the results; None uses runs/<dataset>-<recipe>."""
     data_dir: Path | None = None
@@ -343,13 +348,14 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
 
     Args:
       settings: the settings of the command.
-      name: name of the run: "teacher", "student" (alone), or a distance.
+      name: name of the run: "teacher", "student" or "student_longer" (both alone), or a
+        method.
     """
     left_out = {*NAMED_OTHERWISE, *(OF_STUDENTS if name == "teacher" else OF_TEACHER)}
     if name != FEATURE_ONLY:
         left_out |= {*OF_FEATURE_ONLY}
     groups = {*GROUPS} - {"run"}
-    if name in ("teacher", "student"):
+    if name in ALONE:
         groups -= {"method"}
     return {
         key: value

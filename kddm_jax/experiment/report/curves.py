@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from kddm_jax.experiment.machine.records import distance_of
+from kddm_jax.experiment.settings import LONGER
 
 mpl.use("Agg")
 from cycler import cycler  # noqa: E402
@@ -20,6 +21,7 @@ COLOURS = 128  # size of a picture's palette, which saves two thirds of the byte
 # Each of ten colours is used for a solid line, and then for dots and dashes.
 CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
 PLAIN = {"color": "black", "linestyle": "--"}  # the student alone
+STYLES = {"student": PLAIN, LONGER: {**PLAIN, "linestyle": ":"}}
 
 
 def plain(text: object) -> str:
@@ -162,7 +164,7 @@ def of_runs(results: Mapping):
         groups.setdefault(run["name"], []).append(run)
     part = "held-out" if results["settings"]["held_out"] else "test"
     styles = {
-        name: {"label": plain(runs[0]["title"]), **(PLAIN if name == "student" else {})}
+        name: {"label": plain(runs[0]["title"]), **STYLES.get(name, {})}
         for name, runs in groups.items()
     }
     figure, axes = panels(groups, styles, part, relative=True)

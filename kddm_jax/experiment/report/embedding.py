@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 
 from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import records
-from kddm_jax.experiment.settings import FEATURE_ONLY, Settings, parts_of
+from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, Settings, parts_of
 from kddm_jax.experiment.training import methods, models, runs
 from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
@@ -44,7 +44,7 @@ def ties_axes(name: str, settings: Settings) -> bool:
       compared. True for a sum with a distance that does.
     """
     if (
-        name in (*runs.ALONE, FEATURE_ONLY)
+        name in (*ALONE, FEATURE_ONLY)
         or settings.method.layers
         or settings.method.projector
     ):

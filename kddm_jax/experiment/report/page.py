@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from kddm_jax.experiment.recipes import defaults
 from kddm_jax.experiment.report import curves, table
 from kddm_jax.experiment.report.curves import plt
-from kddm_jax.experiment.settings import as_json
+from kddm_jax.experiment.settings import ALONE, as_json
 
 HERE = Path(__file__).resolve().parent
 STATS = {  # statistics of a solver, and the names of their axes
@@ -182,7 +182,7 @@ def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for run in [*(made if teacher["timing"] else []), *results["runs"]]:
         timing, history = run["timing"], run.get("history") or []
-        alone = run["name"] in ("teacher", "student")
+        alone = run["name"] in ALONE
         rows.append(
             (
                 run["title"],
@@ -227,7 +227,9 @@ def environment_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _summary(results, rows):
     """Returns title and accuracy of student, teacher and the best distilled student."""
-    student, teacher, *distilled = [(row[0], row[1]) for row in rows]
+    student, teacher, *others = [(row[0], row[1]) for row in rows]
+    alone = {run["title"] for run in results["runs"] if run["name"] in ALONE}
+    distilled = [row for row in others if row[0] not in alone]
     cards = [("student alone", student[1]), teacher]
     if distilled:
         best = max(distilled, key=lambda row: float(row[1].split()[0]))

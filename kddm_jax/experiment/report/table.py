@@ -18,7 +18,7 @@ from rich.table import Table
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import defaults
-from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
+from kddm_jax.experiment.settings import ALONE, FILES, PLACES, as_json, renamed
 
 COLUMNS = ("", "last epoch %", "best epoch %", "gap closed", "λ", "seconds")
 
@@ -90,7 +90,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name, group in runs.items():
         last = [run["accuracy"] for run in group]
         closed = gap_closed(float(np.mean(last)), alone, teacher["accuracy"], images)
-        distilled = name != "student"
+        distilled = name not in ALONE
         rows.append(
             (
                 group[0]["title"],

@@ -17,7 +17,9 @@ import numpy as np
 
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
+    ALONE,
     FEATURE_ONLY,
+    LONGER,
     Settings,
     as_json,
     change,
@@ -26,15 +28,15 @@ from kddm_jax.experiment.settings import (
     renamed,
     weight_of,
 )
-from kddm_jax.experiment.training import methods, models, placebos, pretrained
+from kddm_jax.experiment.training import compute, methods, models, placebos, pretrained
 from kddm_jax.experiment.training.problems import Problem
 
-ALONE = ("teacher", "student")  # runs without a teacher
+TITLES = {LONGER: "student alone, compute of a distilled run"}
 
 
 def check_distances(problem: Problem, teacher: models.Network) -> None:
     """Traces every method on the real shapes, to find errors before any training."""
-    settings = problem.settings
+    settings, problem.teacher = problem.settings, teacher
     image = problem.dataset.train_images.shape[1:]
     student = problem.student
     name, count = settings.networks.student_model, problem.compared_images
@@ -59,7 +61,7 @@ def method_of(
 
     Args:
       problem: the data, the devices and the settings.
-      name: name of the run: "teacher", "student" or a method.
+      name: name of the run: one of `ALONE`, or a method.
       settings: settings of the run; None uses those of the study.
 
     Returns:
@@ -87,7 +89,7 @@ class Run:
     """Describes one training of one network.
 
     Attributes:
-      name: name of the run: "teacher", "student" or a method.
+      name: name of the run: one of `ALONE`, or a method.
       seed: seed of initialization, order and augmentation.
       weight: lambda.
       epochs: number of epochs.
@@ -128,7 +130,7 @@ class Run:
     def title(self) -> str:
         """Returns the run's name in tables."""
         if self.name in ALONE:
-            return self.name
+            return TITLES.get(self.name, self.name)
         placebo = self.settings.method.placebo
         added = f", placebo: {placebo}" if placebo else ""
         return methods.title(self.name) + added
@@ -175,13 +177,16 @@ def student_run(
     Args:
       problem: the data, the devices and the settings.
       teacher_digest: digest of the teacher; None if it is not trained yet.
-      name: "student" for the student alone, or a method.
+      name: "student" for the student alone, "student_longer" for one with the compute
+        of a distilled run, or a method.
       seed: the run's seed.
       settings: settings of the run; None uses those of the study. They may differ from
         the study's in method and optimizer only.
       place: folder within the folder of results.
     """
     settings = settings or problem.settings
+    if name == LONGER:
+        settings = change(settings, epochs=compute.longer_epochs(problem))
     start, more = problem.starts.get("student"), {}
     if name not in ALONE:
         more = {"distance": name, "weight": weight_of(settings, name)}
@@ -209,6 +214,9 @@ def student_run(
 def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Yields the students alone, then the distilled ones, distance by distance.
 
+    With ``--equal-compute``, students alone are trained twice: as long as the distilled
+    ones, and with the compute of a distilled run, if these differ.
+
     Args:
       problem: the data, the devices and the settings.
       teacher_digest: digest of the teacher; None if it is not trained yet.
@@ -216,8 +224,12 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     Yields:
       The runs.
     """
-    for name in ("student", *problem.settings.method.distances):
-        for seed in problem.settings.run.seeds:
+    settings, alone = problem.settings, ["student"]
+    wanted = settings.run.equal_compute and settings.method.distances
+    if wanted and compute.longer_epochs(problem) > settings.optimizer.epochs:
+        alone.append(LONGER)
+    for name in (*alone, *settings.method.distances):
+        for seed in settings.run.seeds:
             yield student_run(problem, teacher_digest, name, seed)
 
 

@@ -14,16 +14,11 @@ import numpy as np
 
 from kddm_jax import train_step
 from kddm_jax.experiment.machine import processes, records, signals
+from kddm_jax.experiment.settings import ALONE
 from kddm_jax.experiment.training import methods, models, optimizers, placebos, problems
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.progress import Progress
-from kddm_jax.experiment.training.runs import (
-    ALONE,
-    Run,
-    check_folder,
-    epoch_order,
-    method_of,
-)
+from kddm_jax.experiment.training.runs import Run, check_folder, epoch_order, method_of
 from kddm_jax.networks.projectors import without_projectors
 
 LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 10 %
