@@ -34,6 +34,7 @@ from kddm_jax.experiment.machine.terminal import answer_errors
 from kddm_jax.experiment.report import curves
 from kddm_jax.experiment.report.curves import PLAIN, plt
 from kddm_jax.experiment.report.embedding import SEED, tsne
+from kddm_jax.experiment.settings import ALONE
 from kddm_jax.experiment.training.outputs import outputs_of
 
 EMBEDDED = 300  # images
@@ -189,7 +190,7 @@ def distilled(results: Mapping, name: str | None, seed: int | None) -> tuple[str
     Raises:
       UserError: if there is no such student.
     """
-    found = [(r["name"], r["seed"]) for r in results["runs"] if r["name"] != "student"]
+    found = [(r["name"], r["seed"]) for r in results["runs"] if r["name"] not in ALONE]
     names = list(dict.fromkeys(n for n, _ in found))
     if not names:
         raise UserError(

@@ -51,7 +51,7 @@ from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.report.curves import PLAIN, plt, save
-from kddm_jax.experiment.settings import FEATURE_ONLY, as_json
+from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, as_json
 from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.outputs import outputs_of
 from kddm_jax.experiment.training.problems import Problem
@@ -299,7 +299,7 @@ def _captions(settings, problem, labels, teacher, shown, draws, devices):
 
 def title_of_run(name: str) -> str:
     """Returns the title of a student."""
-    return name if name in runs.ALONE else methods.title(name)
+    return runs.TITLES.get(name, name) if name in ALONE else methods.title(name)
 
 
 def record_of(settings, options, console) -> dict[str, object]:
@@ -402,7 +402,8 @@ def main(arguments: list[str]) -> int:
 
     def work():
         _check_options(options)
-        settings = parse(["--distances", "cw2", *options.settings])
+        plain = ["--distances", "cw2", "--no-equal-compute"]
+        settings = parse([*plain, *options.settings])
         _check(settings)
         console = terminal.console()
         record = record_of(settings, options, console)

@@ -8,7 +8,13 @@ import math
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Choices, Range, notes
-from kddm_jax.experiment.settings import FEATURE_ONLY, OPTIONS, Settings, flat
+from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
+    OPTIONS,
+    Settings,
+    flat,
+    parts_of,
+)
 
 
 def _require(condition, message):
@@ -20,6 +26,7 @@ def check(settings: Settings) -> None:
     """Raises a `UserError` if settings contradict each other or are out of range."""
     _check_distances(settings)
     _check_values(settings)
+    _check_placebo(settings)
     _check_teacher(settings)
     _check_processes(settings)
     _check_seeds(settings)
@@ -28,14 +35,9 @@ def check(settings: Settings) -> None:
 def _check_distances(settings):
     names = settings.method.distances
     for name in names:
-        module, _, attribute = name.partition(":")
-        own = bool(module and attribute)
-        known = ", ".join((*DISTANCES, FEATURE_ONLY, "one of yours as module:NAME"))
-        _require(
-            name in DISTANCES or name == FEATURE_ONLY or own,
-            f"unknown distance {name!r}; known: {known}",
-        )
-    _require(len(set(names)) == len(names), f"--distances names one twice: {names}")
+        _check_distance(name)
+    distinct = {frozenset(parts_of(name)) for name in names}
+    _require(len(distinct) == len(names), f"--distances names one twice: {names}")
     given = {
         **(settings.method.weights or {}),
         "--weight": settings.method.weight or 0.0,
@@ -43,12 +45,39 @@ def _check_distances(settings):
     for name, value in given.items():
         finite = math.isfinite(value) and value >= 0
         _require(finite, f"weight of {name} must be a number >= 0, got {value}")
+    single = dict.fromkeys(part for name in names for part in parts_of(name))
     for name in settings.method.weights or {}:
+        parts = " ".join(f"{part} NUMBER" for part in parts_of(name))
         _require(
-            name in names,
-            f"--weights names {name!r}, which is not among --distances "
-            f"({', '.join(names)})",
+            name not in names or name in single,
+            f"--weights names {name!r}, but each distance of a sum has its own weight; "
+            f"write --weights {parts}",
         )
+        _require(
+            name in single,
+            f"--weights names {name!r}, which is not among --distances "
+            f"({', '.join(single)})",
+        )
+
+
+def _check_distance(name):
+    """Checks a distance's name, or the names of the distances of a sum."""
+    parts = parts_of(name)
+    sums = f" in {name!r}" if len(parts) > 1 else ""
+    known = ", ".join((*DISTANCES, FEATURE_ONLY, "one of yours as module:NAME"))
+    for part in parts:
+        module, _, attribute = part.partition(":")
+        own = bool(module and attribute)
+        _require(
+            part in DISTANCES or part == FEATURE_ONLY or own,
+            f"unknown distance {part!r}{sums}; known: {known}",
+        )
+    _require(len(set(parts)) == len(parts), f"{name!r} names one distance twice")
+    _require(
+        not sums or FEATURE_ONLY not in parts,
+        f"{name!r}: {FEATURE_ONLY} is a way to train, not a distance, and cannot be "
+        "part of a sum; name it alone",
+    )
 
 
 def _check_values(settings):
@@ -57,6 +86,15 @@ def _check_values(settings):
         for note in notes(OPTIONS[name]):
             if isinstance(note, Choices | Range):
                 note.check(name, value)
+
+
+def _check_placebo(settings):
+    placebo = settings.method.placebo
+    _require(
+        placebo is None or settings.data.views is not None,
+        f"--placebo {placebo} replaces the teacher's outputs on fixed views, "
+        "but there are none; add --views, such as --views 4",
+    )
 
 
 def _check_teacher(settings):

@@ -35,7 +35,7 @@ from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.settings import Settings, as_json, change
+from kddm_jax.experiment.settings import Settings, as_json, change, parts_of
 from kddm_jax.experiment.training import methods, runs
 
 GRID = (0.1, 1.0, 10.0)
@@ -340,6 +340,12 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
 
 def _check(settings, search):
     """Refuses candidates that are out of range or that would share a folder."""
+    for name in settings.method.distances:
+        if len(parts := parts_of(name)) > 1:
+            raise UserError(
+                f"--distances {name}: each distance of a sum has its own lambda, but "
+                f"the grid has one; tune them alone: --distances {' '.join(parts)}"
+            )
     grids = {"grid": search.weights, "rates": search.rates, "decays": search.decays}
     for option, grid in grids.items():
         if option == "grid" and len(grid) < 2 or len(grid) == 1:

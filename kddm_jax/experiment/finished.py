@@ -34,7 +34,7 @@ class Finished:
         """Loads a student.
 
         Args:
-          name: "student" for the student trained alone, or a method.
+          name: "student" or "student_longer" for a student trained alone, or a method.
           seed: seed of the student's run.
 
         Returns:

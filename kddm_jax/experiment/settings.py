@@ -27,6 +27,8 @@ from kddm_jax.numerics.positions import POSITIONS
 
 FEATURE_ONLY = "feature_only"
 RELEASED = "released"  # the value of --layers for the layers of arXiv 2511.14981
+LONGER = "student_longer"  # the student alone with the compute of a distilled run
+ALONE = ("teacher", "student", LONGER)  # runs without a teacher
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
@@ -124,13 +126,16 @@ class Method:
 
     distances: Annotated[tuple[str, ...], Mark.NAMED_OTHERWISE] = KD2M
     """Distances to distil with; one student is trained for each. Keys of the catalogue,
-    your own distances as module:NAME, or feature_only (labels train only the head)."""
+    your own distances as module:NAME, or feature_only (labels train only the head).
+    Names joined by + train one student with the sum of these distances, such as l2+kd;
+    each has its own lambda."""
     weight: Annotated[float | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of every distance that --weights does not name. None uses 1e-4, as in the
     released code, or with --normalization the catalogue's default, if it has one.
     feature_only uses 10 with --normalization unit, otherwise 1."""
     weights: Annotated[dict[str, float] | None, Mark.NAMED_OTHERWISE] = None
-    """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3."""
+    """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3. The distances of
+    a sum are named one by one: for l2+kd, --weights l2 10 kd 1."""
     weight_schedule: Annotated[str, Choices("constant", "warmup", "decay")] = "constant"
     """Schedule of every lambda: constant; warmup (rises from zero over the first half
     of the steps); decay (falls to zero along half a cosine over all steps)."""
@@ -153,6 +158,11 @@ class Method:
     positions: Annotated[str, Choices(*POSITIONS)] = "pool"
     """How distances of features treat feature maps: pool (averages over positions) or
     each (every position is a sample)."""
+    placebo: Annotated[str | None, Choices(None, "pairs", "labels", "gaussian")] = None
+    """Replace the teacher's outputs, as a control (with --views only). pairs: each
+    image has the outputs of another image of its class. labels: of another image of
+    any class. gaussian: features are drawn from a Gaussian with the mean and covariance
+    of the class."""
     quality_images: Annotated[int, POSITIVE, Mark.OF_FEATURE_ONLY] = 5000
     """Number of training images, the same number from each class, on which the
     knowledge quality of the teacher's layers is measured (--layers released)."""
@@ -209,8 +219,11 @@ class Run:
     """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
     or feature_only."""
     seeds: tuple[int, ...] = (0,)
-    """Random seeds. For each seed, one student is trained without distillation and one
-    for each distance."""
+    """Random seeds. For each seed, one student is trained without distillation, one
+    with --equal-compute, and one for each distance."""
+    equal_compute: bool = True
+    """Also train a student without distillation for so many more epochs that it has the
+    compute of a distilled run, which runs the teacher, too."""
     out: Annotated[Path | None, Mark.NOT_SHOWN] = None
     """Folder of the results; None uses runs/<dataset>-<recipe>."""
     data_dir: Annotated[Path | None, Mark.NOT_SHOWN] = None
@@ -355,14 +368,15 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
 
     Args:
       settings: the settings of the command.
-      name: name of the run: "teacher", "student" (alone), or a distance.
+      name: name of the run: "teacher", "student" or "student_longer" (both alone), or a
+        method.
     """
     others = Mark.OF_STUDENTS if name == "teacher" else Mark.OF_TEACHER
     left_out = marked(Mark.NAMED_OTHERWISE) | marked(others)
     if name != FEATURE_ONLY:
         left_out |= marked(Mark.OF_FEATURE_ONLY)
     groups = {*GROUPS} - {"run"}
-    if name in ("teacher", "student"):
+    if name in ALONE:
         groups -= {"method"}
     return {
         key: value
@@ -380,8 +394,18 @@ def by_quality(settings: Settings) -> bool:
     return settings.method.layers == (RELEASED,)
 
 
+def parts_of(name: str) -> tuple[str, ...]:
+    """Returns the distances that a method sums: l2 and kd of "l2+kd"."""
+    return tuple(name.split("+"))
+
+
 def weight_of(settings: Settings, distance: str) -> float:
-    """Returns lambda of one distance from --weights, --weight, or its default."""
+    """Returns lambda of a distance from --weights, --weight, or its default.
+
+    It is 1 for a sum of distances, in which each has its own lambda.
+    """
+    if len(parts_of(distance)) > 1:
+        return 1.0
     weights = settings.method.weights or {}
     if distance in weights:
         return weights[distance]

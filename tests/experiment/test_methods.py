@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from rich.console import Console
 
 import kddm_jax
 from kddm_jax import Distance, checkpoint
+from kddm_jax.experiment import choose_weights
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.report import curves, table
+from kddm_jax.experiment.report import curves, embedding, table
 from kddm_jax.experiment.settings import change, weight_of
 from kddm_jax.experiment.training import (
     from_teacher,
@@ -28,6 +30,7 @@ from kddm_jax.experiment.training import (
     outputs,
     problems,
     runs,
+    train,
 )
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.train_step import create_state, make_train_step
@@ -226,6 +229,155 @@ def test_released_layers_are_for_features_alone():
     assert make(*line, "kd").distance == "kd"  # has no layers
     with pytest.raises(UserError, match="--layers 'released': write STUDENT:TEACHER"):
         make("--layers", "released", "a:p", "--distances", "l2")
+
+
+WIDE = {**TEACHER, "features": of(8, 6)}
+
+
+def test_a_sum_has_each_distance_with_its_own_lambda():
+    line = ("--distances", "cw2+kd+nst", "--weights", "cw2", "3", "nst", "0.5")
+    settings = parse(["--dataset", "digits", *line, "--normalization", "unit"])
+    method = methods.make(settings, "cw2+kd+nst", STUDENT, WIDE)
+    found = [(t.name, t.weight, t.layers) for t in method.distance]
+    assert found == [("cw2", 3.0, None), ("kd", 1.0, None), ("nst", 0.5, ("b", "q"))]
+    assert weight_of(settings, "cw2+kd+nst") == 1.0
+    assert methods.teacher_layers(method) == ("q",)
+    # Normalization and projectors apply to the distances of features only.
+    rng = np.random.default_rng(0)
+    draw = lambda shapes: {k: rng.normal(size=v.shape) for k, v in shapes.items()}
+    x, y = draw(methods.layers_of(STUDENT)), draw(methods.layers_of(WIDE))
+    y["q"] = rng.normal(size=(8, 1, 1, 6))
+    s, t = rng.normal(size=(2, 8, 10)).astype(np.float32)
+    labels, options = np.arange(8) % 3, dict(method.options)
+    assert options == {"normalization": "unit"}
+    loss, values = kddm_jax.distill_loss(
+        x, y, labels, s, t, distance=method.distance, weight=1.0, **options
+    )
+    alone = lambda name, x, y, **options: kddm_jax.distill_loss(
+        x, y, labels, s, t, distance=name, weight=1.0, **options
+    )[1][name]
+    cw2 = alone("cw2", x["features"], y["features"], normalization="unit")
+    np.testing.assert_allclose(values["cw2"], cw2, rtol=1e-5)
+    np.testing.assert_allclose(values["kd"], alone("kd", {}, {}), rtol=1e-5)
+    total = 3 * values["cw2"] + values["kd"] + 0.5 * values["nst"]
+    np.testing.assert_allclose(loss - values["task"], total, rtol=1e-5)
+
+
+def test_layers_and_projectors_of_a_sum():
+    line = ("--layers", "a:p", "b:q:0.5", "--projector", "conv", "--positions", "each")
+    method = make(*line, "--distances", "l2+kd", "--weights", "l2", "4", "kd", "2")
+    found = [(term.name, term.weight) for term in method.distance]
+    assert found == [("l2@a", 4.0), ("l2@b", 2.0), ("kd", 2.0)]
+    assert {*method.projectors} == {"a", "b"}
+
+
+def test_what_is_known_of_a_sum_is_known_of_its_parts(own):
+    assert methods.title("l2+kd") == "paired L2 + KD"
+    assert methods.needs_class_cost("l2+wkd_logits")
+    assert not methods.needs_class_cost("l2+kd")
+    assert methods.normalizes("kd+l2")
+    assert not methods.normalizes("kd+nst")
+    assert methods.is_zero("kd+mmd_linear", "centered")
+    assert not methods.is_zero("kd+l2", "centered")
+    assert methods.digest("l2+kd") is None
+    digest = methods.digest("own_distances:ROW")
+    assert methods.digest("kd+own_distances:ROW") == digest
+    wide = change(parse(["--dataset", "digits"]), projector="dense")
+    assert embedding.ties_axes("kd+l2", parse(["--dataset", "digits"]))
+    assert not embedding.ties_axes("kd+cka", parse(["--dataset", "digits"]))
+    assert not embedding.ties_axes("kd+l2", wide)
+
+
+def test_distance_of_a_sum_has_the_weights_of_its_parts():
+    record = {"l2@a": 1.0, "l2@b": 2.0, "kd": 4.0, "kd/iterations": 9.0, "loss": 5.0}
+    assert records.distance_of(record, "l2+kd", {"l2": 10.0, "kd": 0.5}) == 32.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("l2+k", "unknown distance 'k' in 'l2\\+k'; known: w2, cw2, "),
+        ("l2+", "unknown distance '' in 'l2\\+'"),
+        ("l2+kd+l2", "'l2\\+kd\\+l2' names one distance twice"),
+        ("l2+kd kd+l2", "--distances names one twice"),
+        ("kd+feature_only", "'kd\\+feature_only': feature_only is a way to train"),
+        ("l2+kd --weights l2+kd 2", "write --weights l2 NUMBER kd NUMBER"),
+        ("l2+kd --weights w2 2", "'w2', which is not among --distances \\(l2, kd\\)"),
+        ("l2+kd --weights kd -1", "weight of kd must be a number >= 0"),
+    ],
+)
+def test_mistakes_about_sums(line, message):
+    with pytest.raises(UserError, match=message):
+        parse(["--dataset", "digits", "--distances", *line.split()])
+
+
+def test_sums_are_not_tuned(capsys):
+    line = [*TINY, "--distances", "l2+kd", "--held-out", "100", "--seeds", "0", "1"]
+    assert choose_weights.main(["--", *line]) == 2
+    error = capsys.readouterr().err
+    assert "has its own lambda, but the grid has one; tune them alone" in error
+    assert "--distances l2 kd" in error
+
+
+def test_another_lambda_in_a_sum_is_another_run(tmp_path):
+    line = [*TINY, "--distances", "l2+kd", "l2", "--compilation-cache", "None"]
+
+    def planned(*weights):
+        settings = parse([*line, "--devices", "1", "--weights", *weights])
+        problem = problems.prepare(settings, tmp_path)
+        *_, summed, single = runs.student_runs(problem, None)
+        return summed, single
+
+    summed, single = planned("l2", "10", "kd", "1")
+    assert (summed.weight, summed.weights) == (1.0, {"l2": 10.0, "kd": 1.0})
+    assert summed.title == "paired L2 + KD"
+    assert (single.weight, single.weights) == (10.0, {})
+    assert "weights" not in single.identity
+    summed.folder(tmp_path).mkdir(parents=True)
+    records.write_json(summed.folder(tmp_path) / "run.json", summed.identity)
+    runs.check_folder(planned("kd", "1.0", "l2", "10")[0], tmp_path)
+    with pytest.raises(UserError, match="weights=.*'kd': 1.0.*'kd': 2.0"):
+        runs.check_folder(planned("l2", "10", "kd", "2")[0], tmp_path)
+
+
+def test_sums_share_a_program_only_with_equal_lambdas(tmp_path):
+    line = [*TINY, "--distances", "l2+kd", "--compilation-cache", "None"]
+    problem = problems.prepare(parse([*line, "--devices", "1"]), tmp_path)
+    model = problem.student
+    teacher = SimpleNamespace(model=model)
+    runs.check_distances(problem, model)
+
+    def program(*weights):
+        settings = parse([*line, "--weights", *weights])
+        run = runs.student_run(problem, None, "l2+kd", 0, settings=settings)
+        method = runs.method_of(problem, run.name, settings)
+        tx = optax.sgd(0.1)
+        return train._train_program(problem, run, method, model, teacher, tx, 1)
+
+    assert program("l2", "2", "kd", "1") is program("l2", "2", "kd", "1")
+    assert program("l2", "2", "kd", "1") is not program("l2", "3", "kd", "1")
+
+
+@pytest.mark.slow
+def test_a_sum_trains(tmp_path, capsys):
+    out = tmp_path / "out"
+    line = (*SMALL, *KEEP, "--devices", 1, "--out", out, "--distances", "l2+kd")
+    assert call(*line, "--weights", "l2", 0.25, "kd", 2) == 0
+    run = results_of(out)["runs"][-1]
+    assert (run["name"], run["title"]) == ("l2+kd", "paired L2 + KD")
+    first, last = run["history"][0], run["history"][-1]
+    for record in (first, last):
+        total = record["task"] + 0.25 * record["l2"] + 2 * record["kd"]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
+    assert last["l2"] < first["l2"]
+    assert last["kd"] < first["kd"]
+    assert (out / "l2+kd" / "seed1" / "result.json").exists()
+    assert "│ 0.25, 2 │" in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "paired L2 + KD" in page
+    assert "0.25, 2" in page
+    assert call(*line, "--weights", "l2", 0.25, "kd", 3) == 2
+    assert "was made with weights=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

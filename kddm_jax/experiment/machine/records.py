@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,24 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]
         raise UserError(f"{path} is not readable as JSON; {cure}") from error
 
 
-def distance_of(record: dict[str, Any], name: str) -> object | None:
-    """Sums an epoch's unweighted distance over layers; None if there is no distance."""
+def distance_of(
+    record: dict[str, Any], name: str, weights: Mapping[str, float] | None = None
+) -> object | None:
+    """Sums an epoch's unweighted distance over layers; None if there is no distance.
+
+    Args:
+      record: the metrics of an epoch.
+      name: name of the run.
+      weights: lambda of each distance, for a run whose method is a sum of several; they
+        are added with these weights.
+
+    Returns:
+      The sum.
+    """
+    weights = weights or {name: 1.0}
     layers = [
-        value
+        value * weights[key.split("@")[0]]
         for key, value in record.items()
-        if "/" not in key and key.split("@")[0] == name  # "/": diagnostics
+        if "/" not in key and key.split("@")[0] in weights  # "/": diagnostics
     ]
     return sum(layers) if layers else None

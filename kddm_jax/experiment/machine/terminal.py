@@ -38,7 +38,7 @@ class Reporter:
         name = run.label
         last = lambda key: float(_last(metrics[key]))
         parts = [f"loss {last('loss'):.3f}"]
-        distance = distance_of(metrics, run.name)
+        distance = distance_of(metrics, run.name, run.weights)
         if distance is not None:
             parts.append(f"distance {float(_last(distance)):.3g}")
         parts.append(f"train {100 * last('accuracy'):.1f} %")

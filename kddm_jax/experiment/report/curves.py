@@ -11,6 +11,7 @@ from PIL import Image
 
 from kddm_jax.experiment.machine.records import distance_of
 from kddm_jax.experiment.report.rows import rows
+from kddm_jax.experiment.settings import LONGER
 
 mpl.use("Agg")
 from cycler import cycler  # noqa: E402
@@ -22,7 +23,7 @@ COLOURS = 128  # size of a picture's palette, which saves two thirds of the byte
 # Each of ten colours is used for a solid line, and then for dots and dashes.
 CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
 PLAIN = {"color": "black", "linestyle": "--"}  # the student alone
-ALONE = {"student": PLAIN, "student_longer": {"color": "black", "linestyle": "-."}}
+ALONE = {"student": PLAIN, LONGER: {**PLAIN, "linestyle": ":"}}
 
 
 def plain(text: object) -> str:
@@ -132,7 +133,9 @@ def panels(
         style = {"linewidth": 1.2, **styles[key]}
         draw(axes[0], runs, lambda r: r.get("test_accuracy"), **style)
         draw(axes[1], runs, lambda r: r.get("task"), **style)
-        distance = lambda r, name=runs[0]["name"]: distance_of(r, name)
+        weights = runs[0].get("settings", {}).get("weights")  # of a sum of distances
+        name = runs[0]["name"]
+        distance = lambda r, name=name, of=weights: distance_of(r, name, of)
         if relative and (first := series(runs, distance)[1][:1]).any():
             distance = lambda r, of=distance, by=float(first[0]): of(r) / by
         draw(axes[2], runs, distance, **style)

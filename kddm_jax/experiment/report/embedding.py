@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 
 from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import records
-from kddm_jax.experiment.settings import FEATURE_ONLY, Settings
+from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, Settings, parts_of
 from kddm_jax.experiment.training import methods, models, runs
 from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
@@ -41,16 +41,16 @@ def ties_axes(name: str, settings: Settings) -> bool:
     Returns:
       False for students alone, for distances of maps or predictions, for distances that
       take features of different widths, and if other layers or projected ones are
-      compared.
+      compared. True for a sum with a distance that does.
     """
     if (
-        name in (*runs.ALONE, FEATURE_ONLY)
+        name in (*ALONE, FEATURE_ONLY)
         or settings.method.layers
         or settings.method.projector
     ):
         return False
-    row = methods.find(name)
-    return "features" in row.inputs and "widths" not in row.promises
+    rows = map(methods.find, parts_of(name))
+    return any("features" in r.inputs and "widths" not in r.promises for r in rows)
 
 
 def tsne(points: np.ndarray) -> np.ndarray:

@@ -18,14 +18,16 @@ from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.settings import (
     GROUP_OF,
+    LONGER,
     Settings,
     as_json,
     marked,
+    parts_of,
     renamed,
 )
 
 # Students without a teacher: with the epochs of a distilled student, or its compute.
-ALONE = ("student", "student_longer")
+ALONE = ("student", LONGER)
 NORMALIZATIONS: Mapping[Any, str] = {
     None: "raw",
     "teacher": "teacher scale",
@@ -102,7 +104,16 @@ class Row:
 
 def _compares_features(name):
     """Returns whether a normalization changes a method; users' modules are not read."""
-    return name not in DISTANCES or "features" in DISTANCES[name].inputs
+    return any(
+        part not in DISTANCES or "features" in DISTANCES[part].inputs
+        for part in parts_of(name)
+    )
+
+
+def _weight(run):
+    """Returns the lambda of a run, or those of the distances that it sums."""
+    weights = run.get("settings", {}).get("weights")
+    return ", ".join(f"{w:g}" for w in (weights or {"": run["weight"]}).values())
 
 
 def _method(run, settings) -> dict[str, Any]:
@@ -121,7 +132,7 @@ def _key(run, settings):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     placebo, layers = method["placebo"] or "", " ".join(method["layers"] or ())
     placebo = PLACEBOS.get(placebo, placebo)
-    return Key(name, placebo, words, f"{run['weight']:g}", rate, layers)
+    return Key(name, placebo, words, _weight(run), rate, layers)
 
 
 def _title(title, key, keys):

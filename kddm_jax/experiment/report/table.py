@@ -76,6 +76,12 @@ def _cells(row: Row, alone: Row, results) -> dict[str, str]:
     }
 
 
+def weight_text(run: Mapping[str, Any]) -> str:
+    """Returns the lambda of a run, or those of the distances that it sums."""
+    weights = run.get("settings", {}).get("weights")
+    return ", ".join(f"{w:g}" for w in (weights or {"": run["weight"]}).values())
+
+
 def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes the table's rows: students alone, the teacher, and the methods.
 

@@ -1,7 +1,8 @@
 """Turns a method's name into the loss of the train step, and into projectors.
 
-A method is a key of the catalogue, a user's distance as ``module:NAME``, or
-``feature_only``, in which labels do not train the backbone (arXiv 2511.14981).
+A method is a key of the catalogue, a user's distance as ``module:NAME``, a sum of these
+joined by ``+``, or ``feature_only``, in which labels do not train the backbone (arXiv
+2511.14981).
 """
 
 import functools
@@ -22,6 +23,8 @@ from kddm_jax.experiment.settings import (
     Settings,
     by_quality,
     change,
+    parts_of,
+    weight_of,
 )
 from kddm_jax.experiment.training import models
 from kddm_jax.networks.projectors import (
@@ -94,16 +97,23 @@ def needs_class_cost(name: str) -> bool:
     """Returns whether a method needs costs between classes, made from the teacher."""
     if name == FEATURE_ONLY:
         return False
-    return "class_cost" in find(name).inputs
+    return any("class_cost" in find(part).inputs for part in parts_of(name))
 
 
 def normalizes(name: str) -> bool:
     """Returns whether a method compares features, which a normalization changes."""
-    return name != FEATURE_ONLY and "features" in find(name).inputs
+    if name == FEATURE_ONLY:
+        return False
+    return any("features" in find(part).inputs for part in parts_of(name))
 
 
 def is_zero(name: str, normalization: str | None) -> bool:
-    """Returns whether a normalization makes equal all that a distance compares."""
+    """Returns whether a normalization makes equal all that a distance compares.
+
+    For a sum of distances: whether it does so for one of them, which is then refused.
+    """
+    if len(parts_of(name)) > 1:
+        return any(is_zero(part, normalization) for part in parts_of(name))
     if not normalizes(name):
         return False
     row = find(name)
@@ -120,6 +130,8 @@ def digest(name: str) -> str | None:
         return FEATURE_ONLY_LOSS
     if name in DISTANCES:
         return None
+    if len(parts_of(name)) > 1:
+        return "+".join(filter(None, map(digest, parts_of(name)))) or None
     find(name)
     return models.source_digest(name)
 
@@ -128,7 +140,7 @@ def title(name: str) -> str:
     """Returns the name of a method in tables."""
     if name == FEATURE_ONLY:
         return "features only"
-    return find(name).title or name
+    return " + ".join(find(part).title or part for part in parts_of(name))
 
 
 def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
@@ -216,13 +228,16 @@ def make(
       teacher: shapes of the teacher's layers.
 
     Returns:
-      The method.
+      The method. In a sum of distances, each Term's weight includes the lambda of its
+      distance, so that the run's lambda is 1.
 
     Raises:
       UserError: a network does not have a layer of ``--layers``.
     """
     if name == FEATURE_ONLY:
         return _feature_only(settings, student, teacher)
+    if len(parts_of(name)) > 1:
+        return _sum(settings, name, student, teacher)
     row = find(name)
     options = {"normalization": settings.method.normalization}
     layered = {"features", "maps"} & set(row.inputs)
@@ -264,6 +279,20 @@ def _pooled(settings, student, teacher):
     same = student["features"].shape[-1] == teacher["features"].shape[-1]
     kind = None if same else settings.method.projector or "dense"
     return change(settings, projector=kind)
+
+
+def _sum(settings, name, student, teacher):
+    """Makes the sum of several distances, each times its own lambda."""
+    terms, projectors = [], {}
+    for part in parts_of(name):
+        method = make(settings, part, student, teacher)
+        own = method.distance
+        own = own if isinstance(own, tuple) else (Term(own, name=part),)
+        factor = weight_of(settings, part)
+        terms += [replace(term, weight=factor * term.weight) for term in own]
+        projectors |= method.projectors
+    options = {"normalization": settings.method.normalization}
+    return Method(tuple(terms), options, projectors)
 
 
 def _feature_only(settings, student, teacher):
@@ -399,7 +428,7 @@ def teacher_layers(method: Method) -> tuple[str, ...]:
     """Returns the names of the teacher's maps that a method compares."""
     if not isinstance(method.distance, tuple):
         return ()
-    layers = {term.layers[1] for term in method.distance}
+    layers = {term.layers[1] for term in method.distance if term.layers}
     return tuple(sorted(layers - {"features"}))
 
 

@@ -120,6 +120,8 @@ class Problem:
     lowered: tuple[str, ...] = ()
     programs: dict[Any, Callable[..., Any]] = field(default_factory=dict)
     shapes: tuple[methods.Shapes, methods.Shapes] = ({}, {})
+    teacher: models.Network | None = None
+    longer_epochs: int | None = None
     chosen_layers: tuple[str, ...] = ()
     class_cost: np.ndarray | None = None
 

@@ -2,13 +2,14 @@
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
 its result), ``checkpoints/`` and, once finished, ``result.json``. ``kddm
-choose-weights`` has a folder for each candidate in ``<out>``. A command that would give another result in an
-existing folder stops with an error before anything starts. `train.py` trains the runs.
+choose-weights`` has a folder for each candidate in ``<out>``. A command that would give
+another result in an existing folder stops with an error before anything starts.
+`train.py` trains the runs.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,26 @@ import numpy as np
 
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
+    ALONE,
     FEATURE_ONLY,
+    LONGER,
     Settings,
     as_json,
     by_quality,
     identity,
+    parts_of,
     renamed,
     weight_of,
 )
-from kddm_jax.experiment.training import methods, models, pretrained
+from kddm_jax.experiment.training import compute, methods, models, placebos, pretrained
 from kddm_jax.experiment.training.problems import Problem
 
-ALONE = ("teacher", "student")  # runs without a teacher
+TITLES = {LONGER: "student alone, compute of a distilled run"}
 
 
 def check_distances(problem: Problem, teacher: models.Network) -> None:
     """Traces every method on the real shapes, to find errors before any training."""
-    settings = problem.settings
+    settings, problem.teacher = problem.settings, teacher
     image = problem.dataset.train_images.shape[1:]
     student = problem.student
     name, count = settings.networks.student_model, problem.compared_images
@@ -43,9 +47,11 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
     for name in settings.method.distances:
         if name == FEATURE_ONLY and by_quality(settings):
             methods.check_choice_of_layers(settings, *problem.shapes)
+            placebos.check(settings, name, None)
             continue  # its layers are chosen when the teacher is trained
         method = method_of(problem, name)
         methods.check(name, method, *problem.shapes, problem.compared_images)
+        placebos.check(settings, name, method)
 
 
 def method_of(
@@ -55,7 +61,7 @@ def method_of(
 
     Args:
       problem: the data, the devices and the settings.
-      name: name of the run: "teacher", "student" or a method.
+      name: name of the run: one of `ALONE`, or a method.
       settings: settings of the run; None uses those of the study.
 
     Returns:
@@ -83,7 +89,7 @@ class Run:
     """Describes one training of one network.
 
     Attributes:
-      name: name of the run: "teacher", "student" or a method.
+      name: name of the run: one of `ALONE`, or a method.
       seed: seed of initialization, order and augmentation.
       weight: lambda.
       epochs: number of epochs.
@@ -93,6 +99,8 @@ class Run:
       start: weights of a file that the network starts from; None uses random weights.
       place: folder within the folder of results, named after what a candidate of
         ``kddm choose-weights`` tries.
+      weights: lambda of each distance, if the method is a sum of several; the run's
+        lambda is then 1.
     """
 
     name: str
@@ -104,6 +112,7 @@ class Run:
     identity: dict[str, Any]
     start: pretrained.Pretrained | None = None
     place: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def folder(self, out: Path) -> Path:
         """Returns the run's folder."""
@@ -120,7 +129,11 @@ class Run:
     @property
     def title(self) -> str:
         """Returns the run's name in tables."""
-        return self.name if self.name in ALONE else methods.title(self.name)
+        if self.name in ALONE:
+            return TITLES.get(self.name, self.name)
+        placebo = self.settings.method.placebo
+        added = f", placebo: {placebo}" if placebo else ""
+        return methods.title(self.name) + added
 
 
 def _identity(problem, settings, name, start, **more):
@@ -164,16 +177,21 @@ def student_run(
     Args:
       problem: the data, the devices and the settings.
       teacher_digest: digest of the teacher; None if it is not trained yet.
-      name: "student" for the student alone, or a method.
+      name: "student" for the student alone, "student_longer" for one with the compute
+        of a distilled run, or a method.
       seed: the run's seed.
       settings: settings of the run; None uses those of the study. They may differ from
         the study's in method and optimizer only.
       place: folder within the folder of results.
     """
     settings = settings or problem.settings
+    if name == LONGER:
+        settings = change(settings, epochs=compute.longer_epochs(problem))
     start, more = problem.starts.get("student"), {}
     if name not in ALONE:
         more = {"distance": name, "weight": weight_of(settings, name)}
+        if len(parts := parts_of(name)) > 1:
+            more["weights"] = {part: weight_of(settings, part) for part in parts}
         more["distance_source"] = methods.digest(name)
         whole = problem.compared_images == settings.optimizer.batch_size
         more["group_images"] = None if whole else problem.compared_images
@@ -189,11 +207,15 @@ def student_run(
         identity=_identity(problem, settings, name, start, seed=seed, **more),
         start=start,
         place=place,
+        weights=more.get("weights", {}),
     )
 
 
 def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Yields the students alone, then the distilled ones, distance by distance.
+
+    With ``--equal-compute``, students alone are trained twice: as long as the distilled
+    ones, and with the compute of a distilled run, if these differ.
 
     Args:
       problem: the data, the devices and the settings.
@@ -202,8 +224,12 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     Yields:
       The runs.
     """
-    for name in ("student", *problem.settings.method.distances):
-        for seed in problem.settings.run.seeds:
+    settings, alone = problem.settings, ["student"]
+    wanted = settings.run.equal_compute and settings.method.distances
+    if wanted and compute.longer_epochs(problem) > settings.optimizer.epochs:
+        alone.append(LONGER)
+    for name in (*alone, *settings.method.distances):
+        for seed in settings.run.seeds:
             yield student_run(problem, teacher_digest, name, seed)
 
 

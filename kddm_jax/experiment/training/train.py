@@ -14,16 +14,11 @@ import numpy as np
 
 from kddm_jax import train_step
 from kddm_jax.experiment.machine import processes, records, signals
-from kddm_jax.experiment.training import methods, models, optimizers, problems
+from kddm_jax.experiment.settings import ALONE
+from kddm_jax.experiment.training import methods, models, optimizers, placebos, problems
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.progress import Progress
-from kddm_jax.experiment.training.runs import (
-    ALONE,
-    Run,
-    check_folder,
-    epoch_order,
-    method_of,
-)
+from kddm_jax.experiment.training.runs import Run, check_folder, epoch_order, method_of
 from kddm_jax.networks.projectors import without_projectors
 
 LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 10 %
@@ -72,10 +67,13 @@ def _what_teaches(problem, run, method, teacher):
         return None
     if not _on_views(problem, run):
         return teacher.variables
-    named = methods.teacher_layers(method)
-    key = ("outputs", named)
+    named, placebo = methods.teacher_layers(method), run.settings.method.placebo
+    key = ("outputs", named, placebo)
     if key not in problem.programs:
         outputs = problem.views.outputs(problem, teacher, named)
+        if placebo is not None:
+            labels = problem.dataset.train_labels[problem.parts.student]
+            outputs = placebos.replace(placebo, outputs, labels, problem.views.count)
         problem.programs[key] = train_step.replicate(outputs, problem.devices)
     return problem.programs[key]
 
@@ -93,9 +91,12 @@ def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
 
 
 def _train_program(problem, run, method, model, teacher, tx, length):
-    """Compiles the steps; runs that differ only in seed or lambda share the program."""
+    """Compiles the steps; runs that differ only in seed or lambda share the program.
+
+    The lambdas of a sum of distances are constants of the program.
+    """
     settings = run.settings
-    key = (run.name, run.epochs, length, repr(settings.optimizer))
+    key = (run.name, run.epochs, length, repr(settings.optimizer), repr(run.weights))
     key += (repr(replace(settings.method, distances=(), weight=None, weights=None)),)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
