@@ -31,13 +31,14 @@ for name in cifar10 cifar100; do
   settings=(--dataset "$name" --data-dir "$data" "${short[@]}")
   alone=(--seeds 0 1 2 --out "$out/$name" --distances)
   run "$here/cifar.py" "${settings[@]}" "${alone[@]}"
-  run "$here/choose_weights.py" --grid 1e-3 1e-2 0.1 1 10 -- "${settings[@]}" \
+  run "$here/choose_weights.py" -- "${settings[@]}" --seeds 0 1 \
     --epochs 10 --held-out 5000 --teacher-saw-held-out \
     --teacher "$out/$name/teacher/seed0" --out "$out/$name-weights" \
     --distances "${distances[@]}"
   chosen=$(python -c 'import json, sys
-weights = json.load(open(sys.argv[1]))["weights"]  # without those that diverged
-print(*weights, "--weights", *(f"{n} {w:g}" for n, w in weights.items()))' \
+rows = [row for row in json.load(open(sys.argv[1]))["chosen"] if row["accuracy"]]
+pairs = ("{name} {weight:g}".format(**row) for row in rows)
+print(*(row["name"] for row in rows), "--weights", *pairs)' \
     "$out/$name-weights/weights.json")
   # shellcheck disable=SC2086  # words
   run "$here/cifar.py" "${settings[@]}" "${alone[@]}" $chosen

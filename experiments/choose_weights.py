@@ -1,7 +1,7 @@
-"""Chooses lambda for each distance on held-out training images, never on the test set.
+"""Tunes every method on held-out training images, never on the test set.
 
-    python experiments/choose_weights.py --grid 1e-4 1e-3 1e-2 -- \
-        --dataset digits --held-out 300
+    python experiments/choose_weights.py --normalizations None unit -- \
+        --dataset digits --held-out 300 --seeds 0 1
 
 See ``--help``. The settings of cifar.py follow ``--``.
 """

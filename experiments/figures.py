@@ -31,11 +31,12 @@ from kddm_jax.experiment import finished
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.terminal import answer_errors
-from kddm_jax.experiment.report import curves
+from kddm_jax.experiment.report import curves, weights
 from kddm_jax.experiment.report.curves import PLAIN, plt
 from kddm_jax.experiment.report.embedding import SEED, tsne
 from kddm_jax.experiment.settings import ALONE
 from kddm_jax.experiment.training.outputs import outputs_of
+from kddm_jax.experiment.training.runs import folder_of
 
 EMBEDDED = 300  # images
 RUNS = "results.json"  # of cifar.py
@@ -83,37 +84,56 @@ def plans(results: Mapping, path: Path) -> Path:
     return curves.save(figure, path)
 
 
-def of_lambda(folder: Path, chosen: Mapping) -> dict[str, dict[str, list]]:
+def _results(folder, tried):
+    """Reads the results of recorded runs, without those that diverged."""
+    return [
+        records.read_json(
+            folder_of(folder / record["place"], record["name"], record["seed"])
+            / "result.json"
+        )
+        for record in tried
+        if record["accuracy"]
+    ]
+
+
+def of_lambda(
+    folder: Path, chosen: Mapping
+) -> dict[tuple[str, str | None], dict[float, list]]:
     """Reads the runs of a folder of choose_weights.py.
 
     Args:
-      folder: with ``weight-<lambda>/<name>/seed<k>``.
+      folder: the folder.
       chosen: the content of its ``weights.json``.
 
     Returns:
-      The results of all seeds by method and by lambda, in rising order.  If a run
-      diverged, the list of its lambda is empty.
+      The results by method and normalization, then by lambda in rising order, of all
+      seeds that did not diverge. Lambda 0 is the student alone with the chosen learning
+      rate and weight decay. The other lambdas are those of the finer grid, or of the
+      coarse grid if there is no finer one.
 
     Raises:
-      UserError: if the folder does not contain these runs.
+      UserError: the folder does not contain these runs, or is of version 0.2.0.
     """
-    found: dict[str, dict[str, list]] = {}
-    for name, row in chosen["held_out_accuracy"].items():
-        for weight in sorted(row, key=float):
-            place = folder / f"weight-{weight}" / name.replace(":", ".")
-            paths = [
-                place / f"seed{seed}" / "result.json"
-                for seed in chosen["settings"]["seeds"]
-            ]
-            ended = [path for path in paths if path.exists()]
-            found.setdefault(name, {})[weight] = [
-                records.read_json(path) for path in ended
-            ]
-        if not any(found[name].values()):
-            raise UserError(
-                f"{folder} has no finished run of {name} under weight-*; run its "
-                "command (experiments/choose_weights.py) again"
-            )
+    if "tried" not in chosen:
+        raise UserError(
+            f"{folder} is of version 0.2.0, which recorded no single runs; run "
+            "choose_weights.py again with another --out"
+        )
+    found, every = {}, weights.grids(chosen["tried"])
+    best = {name: chosen["alone"][name] for name in ("lr", "weight_decay")}
+    for row in chosen["chosen"]:
+        pair, seeds = (row["name"], row["normalization"]), row["seeds"]
+        finest = {w: tried for w, tried in every[pair].items() if len(tried) == seeds}
+        like = next(iter(finest.values()))
+        seen = [(record["seed"], record["epochs"]) for record in like]
+        alone = [
+            record
+            for record in chosen["tried"]
+            if {"name": "student", **best}.items() <= record.items()
+            and (record["seed"], record["epochs"]) in seen
+        ]
+        finest = {0.0: alone, **finest}
+        found[pair] = {w: _results(folder, tried) for w, tried in finest.items()}
     return found
 
 
@@ -122,14 +142,14 @@ def ablation(folder: Path, to: Path) -> list[Path]:
 
     Args:
       folder: folder of a finished choose_weights.py.
-      to: folder for the pictures, one for each distance.
+      to: folder for the pictures, one for each distance and normalization.
 
     Returns:
       Their paths.
     """
     chosen, paths = records.read_json(folder / GRID), []
-    for name, by_weight in of_lambda(folder, chosen).items():
-        groups = {f"λ = {w}": runs for w, runs in by_weight.items() if runs}
+    for (name, normalization), by_weight in of_lambda(folder, chosen).items():
+        groups = {f"λ = {w:g}": runs for w, runs in by_weight.items() if runs}
         shades = plt.get_cmap("viridis_r")(np.linspace(0.1, 1, len(groups)))
         styles = {
             label: {
@@ -141,12 +161,15 @@ def ablation(folder: Path, to: Path) -> list[Path]:
         figure, axes = curves.panels(groups, styles, "held-out")
         for weight, runs in by_weight.items():
             if not runs:
-                axes[0].plot([], [], " ", label=f"λ = {weight}: not finite")
+                axes[0].plot([], [], " ", label=f"λ = {weight:g}: not finite")
         axes[0].legend(fontsize="small")
-        runs = next(iter(groups.values()))
-        dataset = chosen["settings"]["dataset"]
-        figure.suptitle(f"{dataset}, {runs[0]['title']}: {curves.seeds_of(runs)}")
-        paths.append(curves.save(figure, to / f"ablation-{name.replace(':', '.')}.png"))
+        *_, last = groups.values()
+        words = [chosen["settings"]["dataset"], last[0]["title"]]
+        words += [f"normalization {normalization}"] if normalization else []
+        figure.suptitle(f"{', '.join(words)}: {curves.seeds_of(last)}")
+        end = f"-{normalization}" if normalization else ""
+        path = to / f"ablation-{name.replace(':', '.')}{end}.png"
+        paths.append(curves.save(figure, path))
     return paths
 
 

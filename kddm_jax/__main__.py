@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "choose-weights": Command(
         "kddm_jax.experiment.choose_weights",
-        "choose the weight of each distance on held-out training images",
+        "tune the student alone and the weight of each distance on held-out images",
     ),
     "report": Command(
         "kddm_jax.experiment.render",

@@ -1,5 +1,6 @@
 """Tests accelerator.sh: its commands in order, the chosen weights, the time limit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,12 +19,21 @@ case "$1" in
   *choose_weights.py)
     for word in "$@"; do [ "$last" = --out ] && out=$word; last=$word; done
     mkdir -p "$out"
-    echo '{{"weights": {{"w2": 0.1, "kd": 3.0}}}}' > "$out/weights.json" ;;
+    echo "$CHOSEN" > "$out/weights.json" ;;
 esac
 """
 
 
 MEASURED = '{"claims": []}'
+# The last of these diverged for each lambda.
+CHOSEN = [
+    {"name": name, "weight": weight, "accuracy": accuracy}
+    for name, weight, accuracy in (
+        ("w2", 0.1, 80.0),
+        ("kd", 3.0, 82.0),
+        ("l2", 1e-5, 0),
+    )
+]
 
 
 def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
@@ -37,7 +47,11 @@ def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
     path = f"{folder}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", SCRIPT, str(minutes), tmp_path / "out", "data", *weights],
-        env={**os.environ, "PATH": path, "LOG": str(log), "SLOW": slow, "STEP": step},
+        env={
+            **os.environ,
+            **{"PATH": path, "LOG": str(log), "SLOW": slow, "STEP": step},
+            "CHOSEN": json.dumps({"chosen": CHOSEN}),
+        },
         capture_output=True,
         text=True,
         timeout=50,
@@ -54,6 +68,8 @@ def test_all_parts_run_in_their_order(tmp_path):
     expected = ["step.py", *table, *table, "cifar.py"]
     assert [line.split()[0] for line in lines] == expected
     assert lines[1].endswith("cifar10 --distances")
+    assert "--held-out 5000" in lines[2]
+    assert "--seeds 0 1 " in lines[2]
     assert lines[3].endswith("--distances w2 kd --weights w2 0.1 kd 3")
     assert "--pretrained-student w.safetensors" in lines[-1]
     # Run again, the script skips the measured step, and all other commands resume.

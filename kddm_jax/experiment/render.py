@@ -18,7 +18,7 @@ from kddm_jax.experiment import distill
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.records import read_json
 from kddm_jax.experiment.machine.terminal import answer_errors
-from kddm_jax.experiment.report import table
+from kddm_jax.experiment.report import table, weights
 from kddm_jax.experiment.report.rows import merge
 
 ABOUT = "Renders tables, curves and pages of finished runs again."
@@ -27,8 +27,8 @@ BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 
 def _rendered(paths):
     files = [read_json(path) for path in paths]
-    if all("held_out_accuracy" in results for results in files):
-        return table.weights_markdown(files)
+    if all(map(weights.is_choice, files)):
+        return weights.markdown(files)
     if len(files) == 1:
         return table.markdown(files[0])
     if all("eval_images" in results for results in files):

@@ -317,6 +317,9 @@ def test_live_bar():
     assert "w2 seed 3" in shown
     assert "loss 1.250  distance 0.125  train 75.0 %  eval 81.0 %  11 images/s" in shown
     assert "epoch 1" not in shown
+    reporter.remove(run)
+    assert reporter.progress.tasks == []
+    reporter.remove(run)  # it has none now
 
 
 def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatch):

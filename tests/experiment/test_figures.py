@@ -336,47 +336,111 @@ def test_plans_are_those_of_the_runs_that_report_them(tmp_path, kept):
     assert "2 seeds" in kept["plans.png"].get_suptitle()
 
 
+def tried(name, accuracy=50.0, seed=1, epochs=2, **choices):
+    """A record of ``weights.json``."""
+    place = "-".join(map(str, (epochs, *choices.values())))
+    record = {"name": name, "seed": seed, "epochs": epochs, **choices}
+    return {**record, "place": place, "accuracy": accuracy}
+
+
+def candidate(weight, accuracy=50.0, normalization="unit", **more):
+    choices = {"normalization": normalization, "weight": weight}
+    return tried("w2", accuracy, **choices, **more)
+
+
+def choice(*tried, seeds=(1, 2)):
+    """What choose_weights.py writes, if the student alone has a rate of 0.1."""
+    normalizations = dict.fromkeys(r["normalization"] for r in tried if "weight" in r)
+    return {
+        "settings": {"dataset": "digits", "seeds": [1, 2], "epochs": 2},
+        "alone": {"lr": 0.1, "weight_decay": 0.0},
+        "tried": list(tried),
+        "chosen": [
+            {"name": "w2", "normalization": n, "seeds": len(seeds)}
+            for n in normalizations
+        ],
+    }
+
+
+ALONE = [
+    tried("student", seed=seed, lr=lr, weight_decay=0.0)
+    for lr in (0.1, 0.3)
+    for seed in (1, 2)
+]
+
+
 @pytest.fixture(scope="module")
 def grid(finished, tmp_path_factory):
-    """Makes a folder of choose_weights.py with two lambdas, one of which diverged."""
+    """As choose_weights.py leaves it: the runs of a coarse and of a finer grid.
+
+    Of the finer one, λ = 10 did not stay finite, and λ = 3 only for one seed.
+    """
     folder = tmp_path_factory.mktemp("grid")
-    result = finished / "out" / "w2" / "seed1" / "result.json"
-    (folder / "weight-0.5" / "w2" / "seed1").mkdir(parents=True)
-    shutil.copy(result, folder / "weight-0.5" / "w2" / "seed1")
-    (folder / "weight-10" / "w2" / "seed1").mkdir(parents=True)
-    chosen = {
-        "settings": {"dataset": "digits", "seeds": [1]},
-        "held_out_accuracy": {"w2": {"10": 0.0, "0.5": 50.0}},
-    }
+    fine = [
+        candidate(weight, accuracy, seed=seed)
+        for weight, *both in ((10.0, 0, 0), (0.5, 40, 50), (3.0, 0, 50))
+        for seed, accuracy in zip((1, 2), both, strict=True)
+    ]
+    coarse = [candidate(1.0, epochs=1), candidate(0.1, epochs=1, normalization=None)]
+    chosen = choice(*ALONE, *coarse, *fine)
+    for record in chosen["tried"]:
+        if record["accuracy"]:
+            place = folder / record["place"] / record["name"] / f"seed{record['seed']}"
+            place.mkdir(parents=True)
+            path = finished / "out" / record["name"] / "seed1" / "result.json"
+            result = {**json.loads(path.read_text()), "place": record["place"]}
+            (place / "result.json").write_text(json.dumps(result))
+    chosen["chosen"] = [
+        {"name": "w2", "normalization": "unit", "seeds": 2},
+        {"name": "w2", "normalization": None, "seeds": 1},
+    ]
+    chosen["tried"].append(tried("student", epochs=1, lr=0.1, weight_decay=0.0))
+    place = folder / chosen["tried"][-1]["place"]
+    shutil.copytree(folder / ALONE[0]["place"], place)
     (folder / "weights.json").write_text(json.dumps(chosen))
     return folder
 
 
 def test_lambdas_rise_and_one_may_be_too_large(grid, tmp_path, kept):
+    """Those of the finer grid; a method without one has those of the coarse grid."""
     chosen = json.loads((grid / "weights.json").read_text())
     found = figures.of_lambda(grid, chosen)
-    assert {n: list(row) for n, row in found.items()} == {"w2": ["0.5", "10"]}
-    assert [len(runs) for runs in found["w2"].values()] == [1, 0]
+    counts = {
+        pair: {w: len(runs) for w, runs in r.items()} for pair, r in found.items()
+    }
+    assert counts == {
+        ("w2", "unit"): {0: 2, 0.5: 2, 3: 1, 10: 0},
+        ("w2", None): {0: 1, 0.1: 1},
+    }
+    assert [list(row) for row in counts.values()] == [[0, 0.5, 3, 10], [0, 0.1]]
+    assert {run["place"] for run in found["w2", "unit"][0]} == {ALONE[0]["place"]}
     assert call(grid, "--figures", "ablation", "--to", tmp_path) == 0
-    assert_pictures(tmp_path / "ablation-w2.png")
-    axes = kept["ablation-w2.png"].axes
+    assert_pictures(tmp_path / "ablation-w2.png", tmp_path / "ablation-w2-unit.png")
+    axes = kept["ablation-w2-unit.png"].axes
     labels = [text.get_text() for text in axes[0].get_legend().get_texts()]
-    assert labels == ["λ = 0.5", "λ = 10: not finite"]
-    expected = [record["w2"] for record in found["w2"]["0.5"][0]["history"]]
+    assert labels == ["λ = 0", "λ = 0.5", "λ = 3", "λ = 10: not finite"]
+    title = "digits, W2 (E), normalization unit: 1 seed"
+    assert kept["ablation-w2-unit.png"].get_suptitle() == title
+    # The distance of the student alone is not measured.
+    expected = [record["w2"] for record in found["w2", "unit"][0.5][0]["history"]]
+    assert len(axes[2].lines) == 2
     np.testing.assert_allclose(axes[2].lines[0].get_ydata(), expected)
 
 
 @pytest.mark.slow
 def test_ablation_of_a_real_grid(tmp_path, capsys):
     settings = [*SMALL, "--held-out", "100", "--distances", "w2", "--out", tmp_path]
-    settings += [*KEEP, "--no-progress"]
-    line = ["--grid", "0", "0.5", "1e38", "--", *map(str, settings)]
+    settings += [*KEEP, "--no-progress", "--seeds", 1, 2]
+    line = ["--grid", "0.5", "1e38", "--", *map(str, settings)]
     assert choose_weights.main(line) == 0
-    assert "λ = 1e+38 seed 1: loss or gradient not fin" in capsys.readouterr().out
-    assert (tmp_path / "weight-1e+38" / "w2" / "seed1" / "diverged.json").exists()
+    assert "λ = 1e+38, 2 epochs, seed 1: loss or gradient not fin" in (
+        capsys.readouterr().out
+    )
+    place = tmp_path / "epochs-2-normalization-teacher-weight-1e+38"
+    assert (place / "w2" / "seed1" / "diverged.json").exists()
     assert call(tmp_path) == 0
     pictures = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert pictures == ["ablation-w2.png", "toy-classes.png", "toy-shapes.png"]
+    assert pictures == ["ablation-w2-teacher.png", "toy-classes.png", "toy-shapes.png"]
     assert_pictures(*(tmp_path / "figures").iterdir())
 
 
@@ -429,12 +493,14 @@ MISTAKES = {
         ["--figures curves", "no results.json", "cifar.py"],
     ),
     "grid without runs": (
-        written(
-            "weights.json",
-            '{"settings": {"seeds": [0]}, "held_out_accuracy": {"w2": {"1": 9}}}',
-        ),
+        written("weights.json", json.dumps(choice(*ALONE, candidate(1.0), seeds=[1]))),
         "",
-        ["no finished run of w2", "choose_weights.py"],
+        ["result.json is not readable", "run its command again"],
+    ),
+    "grid of version 0.2.0": (
+        written("weights.json", '{"held_out_accuracy": {"w2": {"1": 9}}}'),
+        "",
+        ["is of version 0.2.0", "choose_weights.py again with another --out"],
     ),
     "no distilled": (alone, "", ["no distilled student", "--distances"]),
     "no such distance": (

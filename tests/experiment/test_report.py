@@ -12,7 +12,7 @@ from scipy import stats
 
 from kddm_jax.experiment import distill, render
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.report import accuracies, curves, table
+from kddm_jax.experiment.report import accuracies, curves, table, weights
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_grids_of_weights_are_one_table(tmp_path):
 def test_grids_of_other_settings_are_no_table():
     one, other = chosen({"w2": {"1": 60.0}}), chosen({"w2": {"2": 61.0}}, seeds=[0, 1])
     with pytest.raises(UserError, match="seeds"):
-        table.weights_markdown([one, other])
+        weights.markdown([one, other])
     saw = chosen({"w2": {"1": 60.0}}, teacher_saw_held_out=True)
-    assert "which the teacher has seen" in table.weights_markdown([saw])
+    assert "which the teacher has seen" in weights.markdown([saw])
 
 
 def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):

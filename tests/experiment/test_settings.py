@@ -352,7 +352,10 @@ def noted(kind):
 
 
 # Other settings without which a setting is an error.
-NEEDED = {"processes": {"coordinator": "host:1", "process": 0}}
+NEEDED = {
+    "processes": {"coordinator": "host:1", "process": 0},
+    "placebo": {"views": 4},
+}
 
 
 @pytest.mark.parametrize(("name", "choices"), noted(options.Choices))

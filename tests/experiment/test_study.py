@@ -10,10 +10,11 @@ from kddm_jax.experiment import distill
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.training import problems, runs, train
 
+# By name: the command, its options before the settings, and its seeds.
 COMMANDS = {
-    "distill": (distill.main, []),
-    "choose-weights": (choose_weights.main, ["--grid", "1", "--"]),
-    "theorem": (theorem.main, ["--images", "60", "--"]),
+    "distill": (distill.main, [], [1]),
+    "choose-weights": (choose_weights.main, ["--"], [1, 2]),
+    "theorem": (theorem.main, ["--images", "60", "--"], [1]),
 }
 
 
@@ -28,10 +29,10 @@ def test_every_command_knows_the_class_cost(name, trained, tmp_path, monkeypatch
 
     monkeypatch.setattr(train, "train", train_none)
     monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
-    main, first = COMMANDS[name]
+    main, first, seeds = COMMANDS[name]
     line = [*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path]
     line += ["--distances", "wkd_logits", "--compilation-cache", "None"]
-    line += ["--held-out", 100, "--teacher-saw-held-out"]
+    line += ["--held-out", 100, "--teacher-saw-held-out", "--seeds", *seeds]
     assert main([*first, *map(str, line)]) == 130
     (cost,) = seen
     assert cost.shape == (10, 10)

@@ -53,6 +53,11 @@ class Reporter:
             self.tasks[name] = self.progress.add_task(name, total=total, numbers="")
         self.progress.update(self.tasks[name], completed=done, numbers=numbers)
 
+    def remove(self, run) -> None:
+        """Removes a run's bar, if it has one."""
+        if run.label in self.tasks:
+            self.progress.remove_task(self.tasks.pop(run.label))
+
 
 def _last(value):
     # on the host, because one process cannot compute with arrays of all processes

@@ -99,7 +99,8 @@ def draw(axes, runs: Sequence[Mapping], value: Callable, **style) -> None:
     epochs, mean, spread = series(runs, value)
     if not epochs:
         return
-    (line,) = axes.plot(epochs, mean, **style)
+    marker = "o" if len(epochs) == 1 else None  # a line of one point is invisible
+    (line,) = axes.plot(epochs, mean, marker=marker, **style)
     if len(runs) > 1:
         band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
         axes.fill_between(epochs, mean - spread, mean + spread, **band)

@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kddm_jax.distances import DISTANCES
-from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import defaults
 from kddm_jax.experiment.report.accuracies import (
     CONFIDENCE,
@@ -256,6 +254,14 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def machine(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Describes the devices and the software of some runs."""
+    return (
+        f"{_all(environments, 'device')}, JAX {_all(environments, 'jax')}, "
+        f"{_sources(environments)}"
+    )
+
+
 def _sources(environments):
     """Describes the commits, or the versions of an installed package."""
     found = _all(environments, "commit")
@@ -327,65 +333,3 @@ def show_quality(record: dict[str, Any], console: Console) -> None:
             "train it longer, or name the pairs by --layers",
             soft_wrap=True,
         )
-
-
-def _check_alike(first, other):
-    first, other = (renamed(choice["settings"]) for choice in (first, other))
-    same = ("dataset", "held_out", "seeds", "epochs", "student_images", "normalization")
-    for name in same:
-        pair = [settings.get(name) for settings in (first, other)]
-        if pair[0] != pair[1]:
-            raise UserError(
-                f"grids with {name}={pair[0]} and {name}={pair[1]} make no table; "
-                "render each alone"
-            )
-
-
-def weights_markdown(choices: Sequence[dict[str, Any]]) -> str:
-    """Renders the held-out accuracies of several grids of lambda in one table.
-
-    Args:
-      choices: contents of files ``weights.json`` with the same settings; a distance
-        that occurs in several files has one row.
-
-    Returns:
-      The table, with a row for each distance and a column for each lambda.  The best
-      accuracy is bold; "diverged" means that the loss did not stay finite.
-    """
-    first = choices[0]
-    for choice in choices:
-        _check_alike(first, choice)
-    accuracy: dict[str, dict[str, float]] = {}
-    for choice in choices:
-        for name, row in choice["held_out_accuracy"].items():
-            accuracy.setdefault(name, {}).update(row)
-    tried = sorted({weight for row in accuracy.values() for weight in row}, key=float)
-    lines = [
-        "| λ | " + " | ".join(tried) + " |",
-        "|---" * (len(tried) + 1) + "|",
-    ]
-    for name, row in accuracy.items():
-        cells = []
-        for weight in tried:
-            value = row.get(weight)
-            cell = "" if value is None else f"{value:.1f}" if value else "diverged"
-            best = value and value == max(row.values())
-            cells.append(f"**{cell}**" if best else cell)
-        lines.append("| " + " | ".join([_title(name), *cells]) + " |")
-    settings = first["settings"]
-    seeds = len(settings["seeds"])
-    seen = (
-        ", which the teacher has seen" if settings.get("teacher_saw_held_out") else ""
-    )
-    made = [choice["environment"] for choice in choices]
-    below = (
-        f"{settings['dataset']}: accuracy on {settings['held_out']} held-out training "
-        f"images{seen}, {seeds} seed{'s' if seeds > 1 else ''}; "
-        f"teacher {first['teacher']:.2f}; {_all(made, 'device')}, "
-        f"JAX {_all(made, 'jax')}, {_sources(made)}."
-    )
-    return "\n".join(lines) + "\n\n" + below + "\n"
-
-
-def _title(name):
-    return DISTANCES[name].title if name in DISTANCES else name

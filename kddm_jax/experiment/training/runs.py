@@ -2,8 +2,8 @@
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
 its result), ``checkpoints/`` and, once finished, ``result.json``. ``kddm
-choose-weights`` has a folder for each candidate in ``<out>``. A command that would give
-another result in an existing folder stops with an error before anything starts.
+choose-weights`` has such folders in ``<out>/<place>``, a place for each candidate. A
+command that would give another result in an existing folder stops with an error.
 `train.py` trains the runs.
 """
 
@@ -123,8 +123,20 @@ class Run:
         """Returns the run's name in messages."""
         if self.name == "teacher":
             return self.name
-        candidate = f" {self.place}" if self.place else ""
-        return f"{self.name}{candidate} seed {self.seed}"
+        if not self.place:
+            return f"{self.name} seed {self.seed}"
+        epochs = f"{self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+        return ", ".join((self.name, *self._candidate, epochs, f"seed {self.seed}"))
+
+    @property
+    def _candidate(self) -> tuple[str, ...]:
+        """Returns what a candidate of ``kddm choose-weights`` tries, in words."""
+        optimizer, normalization = self.settings.optimizer, ()
+        if self.name in ALONE:
+            return f"lr {optimizer.lr:g}", f"weight decay {optimizer.weight_decay:g}"
+        if methods.normalizes(self.name):
+            normalization = (self.settings.method.normalization or "raw features",)
+        return *normalization, f"λ = {self.weight:g}"
 
     @property
     def title(self) -> str:

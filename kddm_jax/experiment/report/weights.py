@@ -1,0 +1,230 @@
+"""Renders the accuracies of ``kddm choose-weights`` in Markdown.
+
+``tried`` of a file ``weights.json`` has a record of every run. Files of version 0.2.0
+have a mean accuracy for each distance and lambda instead, in ``held_out_accuracy``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kddm_jax.distances import DISTANCES
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.report.table import machine
+from kddm_jax.experiment.settings import FEATURE_ONLY, renamed
+
+# Method and normalization, then lambda, of the runs of a grid.
+Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
+SHARED = ("dataset", "held_out", "seeds", "epochs", "student_images")
+
+
+def is_choice(results: Mapping[str, Any]) -> bool:
+    """Returns whether results are those of ``kddm choose-weights``, of any version."""
+    return "tried" in results or "held_out_accuracy" in results
+
+
+def markdown(choices: Sequence[dict[str, Any]]) -> str:
+    """Renders the held-out accuracies of several commands in one table.
+
+    Args:
+      choices: contents of files ``weights.json`` with the same settings, all of version
+        0.2.0 or all of later ones. A distance that occurs in several files is rendered
+        once.
+
+    Returns:
+      A table of the student alone with a row for each learning rate and weight decay
+      (not from version 0.2.0), and a table with a row for each distance and
+      normalization and a column for each lambda. The best accuracy of a row is bold,
+      that of a single seed is in italics, and "diverged" means that the loss did not
+      stay finite.
+
+    Raises:
+      UserError: the files cannot be compared.
+    """
+    new = ["tried" in choice for choice in choices]
+    if any(new) and not all(new):
+        raise UserError(
+            "grids of version 0.2.0 and of later ones make no table together; render "
+            "each alone"
+        )
+    for choice in choices:
+        _check_alike(choices[0], choice)
+    return _tuning(choices) if all(new) else _means(choices)
+
+
+def _check_alike(first, other):
+    names, pairs = SHARED, [renamed(choice["settings"]) for choice in (first, other)]
+    if "alone" in first:
+        pairs = [
+            {**pair, **c["alone"]}
+            for pair, c in zip(pairs, (first, other), strict=True)
+        ]
+        names = (*names, "lr", "weight_decay")
+    else:
+        names = (*names, "normalization")
+    for name in names:
+        one, two = (pair.get(name) for pair in pairs)
+        if one != two:
+            raise UserError(
+                f"grids with {name}={one} and {name}={two} make no table; render each "
+                "alone"
+            )
+
+
+def _line(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _lines(columns, rows):
+    return [_line(columns), "|---" * len(columns) + "|", *map(_line, rows)]
+
+
+def _title(name):
+    return DISTANCES[name].title if name in DISTANCES else name
+
+
+def _caption(choices, accuracy):
+    settings = choices[0]["settings"]
+    seen = settings.get("teacher_saw_held_out")
+    made = [choice["environment"] for choice in choices]
+    return (
+        f"{settings['dataset']}: accuracy on {settings['held_out']} held-out training "
+        f"images{', which the teacher has seen' if seen else ''}, {accuracy}; "
+        f"teacher {choices[0]['teacher']:.2f}; {machine(made)}."
+    )
+
+
+def _count(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# ---------------------------------------------------------------------------
+# Records of every run.
+
+
+def grids(tried: Iterable[Mapping[str, Any]]) -> Grids:
+    """Groups the runs of distances by method and normalization, then by lambda.
+
+    Args:
+      tried: ``tried`` of ``weights.json``.
+
+    Returns:
+      The runs of all seeds of each lambda, in rising order. If a lambda belongs to the
+      coarse and to the finer grid, they are the longer runs, which are those of more
+      seeds, too.
+    """
+    found: dict[tuple, dict[float, dict[int, dict[int, Mapping]]]] = {}
+    for record in tried:
+        if record["name"] != "student":
+            row = found.setdefault((record["name"], record["normalization"]), {})
+            by_epochs = row.setdefault(record["weight"], {})
+            by_epochs.setdefault(record["epochs"], {})[record["seed"]] = record
+    return {
+        pair: {
+            weight: [*row[weight][max(row[weight])].values()] for weight in sorted(row)
+        }
+        for pair, row in found.items()
+    }
+
+
+def _mean(records):
+    return float(np.mean([record["accuracy"] for record in records]))
+
+
+def _cells(row, columns):
+    """Returns a cell for each lambda; the best one is bold."""
+    finest = max(len(records) for records in row.values())
+    ahead = {w: _mean(records) for w, records in row.items() if len(records) == finest}
+    best = max(ahead, key=lambda weight: ahead[weight])
+    for weight in columns:
+        if weight not in row:
+            yield ""
+            continue
+        mean = _mean(row[weight])
+        text = f"{mean:.1f}" if mean else "diverged"
+        text = f"*{text}*" if len(row[weight]) == 1 else text
+        yield f"**{text}**" if weight == best and mean else text
+
+
+def _alone(choice):
+    """Returns a row for each learning rate and weight decay of the student alone."""
+    found: dict[tuple[float, float], list] = {}
+    for record in choice["tried"]:
+        whole = record["epochs"] == choice["settings"]["epochs"]
+        if record["name"] == "student" and whole:
+            pair = (record["lr"], record["weight_decay"])
+            found.setdefault(pair, []).append(record)
+    chosen = (choice["alone"]["lr"], choice["alone"]["weight_decay"])
+    for pair, records in sorted(found.items()):
+        mean = f"{_mean(records):.1f}" if _mean(records) else "diverged"
+        mean = f"**{mean}**" if pair == chosen else mean
+        yield f"{pair[0]:g}", f"{pair[1]:g}", mean, str(len(records))
+
+
+def _normalization(name, normalization):
+    """Returns a normalization as the table shows it; users' modules are not read."""
+    if (
+        name == FEATURE_ONLY
+        or name in DISTANCES
+        and ("features" not in DISTANCES[name].inputs)
+    ):
+        return "–"
+    return "raw" if normalization is None else normalization
+
+
+def _tuning(choices):
+    tried = [record for choice in choices for record in choice["tried"]]
+    found, settings = grids(tried), choices[0]["settings"]
+    columns = sorted({weight for row in found.values() for weight in row})
+    head = ("student alone: learning rate", "weight decay", "accuracy %", "seeds")
+    rows = dict.fromkeys(row for choice in choices for row in _alone(choice))
+    lines = _lines(head, rows)
+    if found:
+        head = ("", "normalization", *(f"λ = {weight:g}" for weight in columns))
+        rows = [
+            (_title(name), _normalization(name, of), *_cells(row, columns))
+            for (name, of), row in found.items()
+        ]
+        lines += ["", *_lines(head, rows)]
+    accuracy = (
+        f"mean of {_count(len(settings['seeds']), 'seed')} after "
+        f"{_count(settings['epochs'], 'epoch')}"
+    )
+    single = {
+        records[0]["epochs"]
+        for row in found.values()
+        for records in row.values()
+        if len(records) == 1
+    }
+    if single:
+        epochs = " or ".join(map(str, sorted(single)))
+        noun = "epoch" if epochs == "1" else "epochs"
+        accuracy += f" (in italics: one seed after {epochs} {noun})"
+    if any(not record["accuracy"] for record in tried):
+        accuracy += "; a run that diverged counts as 0"
+    return "\n".join([*lines, "", _caption(choices, accuracy)]) + "\n"
+
+
+# ---------------------------------------------------------------------------
+# Means, from version 0.2.0.
+
+
+def _means(choices):
+    accuracy: dict[str, dict[str, float]] = {}
+    for choice in choices:
+        for name, row in choice["held_out_accuracy"].items():
+            accuracy.setdefault(name, {}).update(row)
+    tried = sorted({weight for row in accuracy.values() for weight in row}, key=float)
+    rows = []
+    for name, row in accuracy.items():
+        cells = []
+        for weight in tried:
+            value = row.get(weight)
+            cell = "" if value is None else f"{value:.1f}" if value else "diverged"
+            best = value and value == max(row.values())
+            cells.append(f"**{cell}**" if best else cell)
+        rows.append((_title(name), *cells))
+    seeds = _count(len(choices[0]["settings"]["seeds"]), "seed")
+    lines = [*_lines(("λ", *tried), rows), "", _caption(choices, seeds)]
+    return "\n".join(lines) + "\n"
