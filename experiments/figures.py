@@ -119,18 +119,21 @@ def of_lambda(
             f"{folder} is of version 0.2.0, which recorded no single runs; run "
             "choose_weights.py again with another --out"
         )
-    found, every = {}, weights.grids(chosen["tried"])
-    best = {name: chosen["alone"][name] for name in ("lr", "weight_decay")}
+    found, every = {}, weights.grids([chosen])
+    settings, rate = chosen["settings"], chosen["alone"]["lr"]
     for row in chosen["chosen"]:
         pair, seeds = (row["name"], row["normalization"]), row["seeds"]
         finest = {w: tried for w, tried in every[pair].items() if len(tried) == seeds}
         like = next(iter(finest.values()))
-        seen = [(record["seed"], record["epochs"]) for record in like]
+        epochs, seen = like[0]["epochs"], [record["seed"] for record in like]
+        # Next to a coarse grid, the student alone has the grid's learning rate.
+        lr = rate if epochs == settings["epochs"] else settings["lr"]
+        wanted = {"name": "student", "epochs": epochs, "lr": lr}
+        wanted["weight_decay"] = chosen["alone"]["weight_decay"]
         alone = [
             record
             for record in chosen["tried"]
-            if {"name": "student", **best}.items() <= record.items()
-            and (record["seed"], record["epochs"]) in seen
+            if wanted.items() <= record.items() and record["seed"] in seen
         ]
         finest = {0.0: alone, **finest}
         found[pair] = {w: _results(folder, tried) for w, tried in finest.items()}

@@ -5,13 +5,14 @@
 
 Settings of ``kddm distill`` follow after ``--``. The test set is never used.
 
-1. The command chooses the learning rate and the weight decay of the student alone. All
-   distilled students are trained with them.
+1. The command chooses the learning rate and the weight decay of the student alone.
+   Distilled students have the same weight decay.
 2. For every distance and normalization, it trains one seed for each lambda of a coarse
    grid, for fewer epochs if you pass ``--first-epochs``.
-3. For the best normalization of a distance, and for raw features, it trains all seeds
-   for each lambda of a finer grid around the best one. If all students of the coarse
-   grid are worse than the student alone, there is no finer grid.
+3. For the best normalization of a distance, and for raw features, it chooses the
+   learning rate with one seed, because a distance adds to the gradient. It then trains
+   all seeds for each lambda of a finer grid around the best one. If all students of the
+   coarse grid are worse than the student alone, there is neither.
 
 A grid whose best value is at its edge is extended. The command prints the chosen values
 as options of ``kddm distill``, and writes all accuracies to ``weights.json``. A run
@@ -200,14 +201,17 @@ def _lambda(row):
 
 
 def _table(found):
-    view = Table("method", "normalization", "λ", "held-out accuracy, %", "seeds")
-    seeds, accuracy = len(found["settings"]["seeds"]), found["alone"]["accuracy"]
-    view.add_row("student alone", "", "", f"{accuracy:.1f}", str(seeds))
+    columns = ("method", "normalization", "learning rate", "λ")
+    view = Table(*columns, "held-out accuracy, %", "seeds")
+    seeds, alone = len(found["settings"]["seeds"]), found["alone"]
+    accuracy = f"{alone['accuracy']:.1f}"
+    view.add_row("student alone", "", f"{alone['lr']:g}", "", accuracy, str(seeds))
     for row in found["chosen"]:
         normalizes = methods.normalizes(row["name"])
         view.add_row(
             row["name"],
             str(row["normalization"]) if normalizes else "",
+            f"{row['lr']:g}",
             _lambda(row),
             f"{row['accuracy']:.1f}",
             str(row["seeds"]),
@@ -234,30 +238,27 @@ def _notes(found):
 
 
 def options(found: Mapping[str, Any]) -> list[str]:
-    """Returns the chosen options of ``kddm distill``, a line for each normalization.
+    """Returns the chosen options of ``kddm distill``.
 
-    Methods that have no normalization are in the first line. A method that diverged for
-    each lambda is in none.
+    There is a line for the student alone, and one for each pair of learning rate and
+    normalization. A method that diverged for each lambda is in none.
 
     Args:
       found: the content of ``weights.json``.
     """
-    groups: dict[str | None, list] = {}
-    rows = [row for row in found["chosen"] if row["accuracy"]]
-    for row in rows:
-        if methods.normalizes(row["name"]):
-            groups.setdefault(row["normalization"], []).append(row)
-    if others := [row for row in rows if not methods.normalizes(row["name"])]:
-        groups.setdefault(next(iter(groups), None), []).extend(others)
+    groups: dict[tuple[float, str | None], list] = {}
+    for row in found["chosen"]:
+        if row["accuracy"]:
+            groups.setdefault((row["lr"], row["normalization"]), []).append(row)
     alone = found["alone"]
-    rates = f"--lr {alone['lr']:g} --weight-decay {alone['weight_decay']:g}"
-    lines = []
-    for normalization, group in groups.items():
+    decay = f"--weight-decay {alone['weight_decay']:g}"
+    lines = [f"--lr {alone['lr']:g} {decay} --distances"]
+    for (lr, normalization), group in groups.items():
         names = " ".join(row["name"] for row in group)
         pairs = " ".join(f"{row['name']} {row['weight']:g}" for row in group)
         method = f"--normalization {normalization} --distances {names}"
-        lines.append(f"{rates} {method} --weights {pairs}")
-    return lines or [rates]
+        lines.append(f"--lr {lr:g} {decay} {method} --weights {pairs}")
+    return lines
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:
@@ -279,8 +280,12 @@ def _parser(prog):
     usual = " ".join(f"{weight:g}" for weight in GRID)
     for option, default, about in (
         ("--grid", GRID, f"coarse grid of lambda (default: {usual})"),
-        ("--rates", (), "learning rates of the student alone (default: only --lr)"),
-        ("--decays", (), "its weight decays (default: only --weight-decay)"),
+        ("--rates", (), "learning rates (default: only --lr)"),
+        (
+            "--decays",
+            (),
+            "weight decays of the student alone (default: only --weight-decay)",
+        ),
     ):
         parser.add_argument(option, type=float, nargs="+", default=default, help=about)
     parser.add_argument(

@@ -1,8 +1,10 @@
 """Tunes the student alone, and lambda of a distance, on held-out images.
 
 A candidate is a method with its values of the settings to choose: learning rate and
-weight decay for the student alone, normalization and lambda for a distance. It has its
-own folder, so a later command reads its result instead of training it again.
+weight decay for the student alone, and learning rate, normalization and lambda for a
+distance. It has its
+own folder, so a later command reads its result instead of training it again. Distilled
+students also choose their own learning rate, because a distance adds to the gradient.
 `choose_weights.py` describes the search.
 """
 
@@ -30,7 +32,7 @@ class Search:
     Attributes:
       weights: coarse grid of lambda.
       normalizations: normalizations to try; empty tries that of the settings only.
-      rates: grid of the student's learning rate; empty keeps that of the settings.
+      rates: grid of the learning rate; empty keeps that of the settings.
       decays: grid of the student's weight decay; empty keeps that of the settings.
       first_epochs: number of epochs of the runs of the coarse grid; None trains them as
         long as the other runs.
@@ -95,10 +97,9 @@ def train(opened: study.Study, run: runs.Run) -> float:
 def _choices(name, settings):
     """Returns the values in which the candidates of a method differ, by setting."""
     optimizer, method = settings.optimizer, settings.method
-    choices = {"epochs": optimizer.epochs}
+    choices = {"epochs": optimizer.epochs, "lr": optimizer.lr}
     if name in runs.ALONE:
-        rates = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
-        return {**choices, **rates}
+        return {**choices, "weight_decay": optimizer.weight_decay}
     normalization = method.normalization if methods.normalizes(name) else None
     return {**choices, "normalization": normalization, "weight": method.weight}
 
@@ -117,7 +118,7 @@ class Tuning:
     Attributes:
       opened: the study.
       search: the values to try.
-      settings: settings of the study, later with the chosen rate and decay.
+      settings: settings of the study, later with the chosen decay.
       tried: record of each run, as in ``weights.json``, by what identifies the run.
     """
 
@@ -170,7 +171,7 @@ def tune_alone(tuning: Tuning) -> dict[str, Any]:
     """Chooses the learning rate, then the weight decay, of the student alone.
 
     Args:
-      tuning: trains the candidates; its settings get the chosen values.
+      tuning: trains the candidates; its settings get the chosen decay.
 
     Returns:
       ``lr``, ``weight_decay``, the mean ``accuracy`` of all seeds, and the settings
@@ -179,27 +180,23 @@ def tune_alone(tuning: Tuning) -> dict[str, Any]:
     Raises:
       UserError: all candidates diverged.
     """
-    edges = []
+    optimizer, edges = tuning.settings.optimizer, []
+    best = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
     grids = {"lr": tuning.search.rates, "weight_decay": tuning.search.decays}
     for option, grid in grids.items():
         if grid:
             score = lambda value, option=option: tuning.score(
-                "student", tuning.seeds, **{option: value}
+                "student", tuning.seeds, **{**best, option: value}
             )
             scores = climb(score, grid)
             edges += [option] if at_edge(scores) else []
-            tuning.settings = change(tuning.settings, **{option: best_of(scores)})
-    accuracy = tuning.score("student", tuning.seeds)
+            best[option] = best_of(scores)
+    tuning.settings = change(tuning.settings, weight_decay=best["weight_decay"])
+    accuracy = tuning.score("student", tuning.seeds, **best)
     if not accuracy:
         option = "values of --rates" if tuning.search.rates else "--lr"
         raise UserError(f"every student alone diverged; pass a smaller {option}")
-    optimizer = tuning.settings.optimizer
-    return {
-        "lr": optimizer.lr,
-        "weight_decay": optimizer.weight_decay,
-        "accuracy": accuracy,
-        "at_edge": edges,
-    }
+    return {**best, "accuracy": accuracy, "at_edge": edges}
 
 
 def normalizations(
@@ -227,27 +224,39 @@ def _coarse(tuning, name, normalization):
     return climb(score, tuning.search.weights)
 
 
-def _fine(tuning, name, normalization, coarse):
+def _rate(tuning, name, normalization, weight):
+    """Chooses the learning rate of a distilled student, with one seed."""
+
+    def score(lr):
+        changes = {"normalization": normalization, "weight": weight, "lr": lr}
+        return tuning.score(name, tuning.seeds[:1], **changes)
+
+    grid = tuning.search.rates
+    return best_of(climb(score, grid)) if grid else tuning.settings.optimizer.lr
+
+
+def _fine(tuning, name, normalization, coarse, lr):
     """Returns the mean accuracy of all seeds for each lambda of the finer grid."""
 
     def score(weight):
-        changes = {"normalization": normalization, "weight": weight}
+        changes = {"normalization": normalization, "weight": weight, "lr": lr}
         return tuning.score(name, tuning.seeds, **changes)
 
     return climb(score, finer([*coarse], best_of(coarse)))
 
 
 def tune(tuning: Tuning, name: str) -> list[dict[str, Any]]:
-    """Chooses lambda with the best normalization of a distance, and without any.
+    """Chooses learning rate and lambda with a distance's best normalization, and raw.
 
     Args:
       tuning: trains the candidates.
       name: name of the distance.
 
     Returns:
-      A row for each of the two, as in ``chosen`` of ``weights.json``: the ``weight``
-      and its mean ``accuracy`` over ``seeds`` (their number) after ``epochs``, whether
-      the weight is ``at_edge`` of its grid, and which of the two is ``best``.
+      A row for each of the two, as in ``chosen`` of ``weights.json``: the ``lr``, the
+      ``weight`` and its mean ``accuracy`` over ``seeds`` (their number) after
+      ``epochs``, whether the weight is ``at_edge`` of its grid, and which of the two is
+      ``best``.
     """
     coarse = {
         normalization: _coarse(tuning, name, normalization)
@@ -259,12 +268,14 @@ def tune(tuning: Tuning, name: str) -> list[dict[str, Any]]:
     for normalization, scores in coarse.items():
         if normalization not in (top, None):
             continue
-        ahead = max(scores.values()) >= alone
+        ahead, lr = max(scores.values()) >= alone, tuning.settings.optimizer.lr
         if ahead:
-            scores = _fine(tuning, name, normalization, scores)
+            lr = _rate(tuning, name, normalization, best_of(scores))
+            scores = _fine(tuning, name, normalization, scores, lr)
         seeds, epochs = len(tuning.seeds), tuning.settings.optimizer.epochs
         made = (seeds, epochs) if ahead else (1, tuning.first_epochs)
-        rows.append(_row(name, normalization, scores, *made))
+        row = _row(name, normalization, scores, *made)
+        rows.append({**row, "lr": lr})
     best = max(rows, key=lambda row: (row["seeds"], row["accuracy"]))
     return [{**row, "best": row is best} for row in rows]
 

@@ -57,14 +57,15 @@ def near(value, best):
 
 
 def accuracy(run):
-    """L2 needs unit features, KD a large lambda; MMD does not help."""
+    """L2 needs unit features and a higher rate, KD a large lambda; MMD does not help."""
     optimizer, normalization = run.settings.optimizer, run.settings.method.normalization
     if run.name == "student":
         decay = near(optimizer.weight_decay, 5e-4)
         return 60 + near(optimizer.lr, 0.1) + decay + 0.5 * run.seed
     best = {"l2": 3.0, "kd": 100.0, "mmd_linear": 1.0}[run.name]
+    rate = abs(math.log10(optimizer.lr / {"l2": 0.3}.get(run.name, 0.1)))
     level = {"l2": {None: 40, "unit": 80}[normalization], "kd": 70, "mmd_linear": 50}
-    return level[run.name] + near(run.weight, best) + run.seed
+    return level[run.name] + near(run.weight, best) + run.seed - rate
 
 
 SEARCH = ("--normalizations", "None", "unit", "--first-epochs", "1")
@@ -82,20 +83,23 @@ def test_every_method_is_tuned(line, fake, tmp_path, monkeypatch, capsys):
     rates = [(0.1, 0.0005), (0.3, 0.0005), (0.033, 0.0005), (0.1, 0.005), (0.1, 5e-5)]
     expected = [ALONE.format(*pair, 2, seed) for pair in rates for seed in (1, 2)]
     expected += [
-        f"l2, {normalization}, λ = {weight}, 1 epoch, seed 1"
+        f"l2, {normalization}, λ = {weight}, lr 0.02, 1 epoch, seed 1"
         for normalization in ("raw features", "unit")
         for weight in ("0.1", "1", "10")
     ]
-    expected += ["student, lr 0.1, weight decay 0.0005, 1 epoch, seed 1"]
+    expected += ["student, lr 0.02, weight decay 0.0005, 1 epoch, seed 1"]
     # Raw features are worse than the student alone.
+    of_l2 = "l2, unit, λ = {}, lr {}, 2 epochs, seed {}"
+    expected += [of_l2.format(1, lr, 1) for lr in (0.1, 0.3, 0.9)]
+    fine = [(w, seed) for w in ("0.32", 1, 3.2, 10) for seed in (1, 2)]
+    expected += [of_l2.format(w, 0.3, seed) for w, seed in fine if (w, seed) != (1, 1)]
+    coarse = "kd, λ = {}, lr 0.02, 1 epoch, seed 1"
+    expected += [coarse.format(w) for w in (0.1, 1, 10, 100, 1000)]
+    of_kd = "kd, λ = {}, lr {}, 2 epochs, seed {}"
+    expected += [of_kd.format(100, lr, 1) for lr in (0.1, 0.3, 0.033)]
+    fine = [(w, seed) for w in (32, 100, 320) for seed in (1, 2)]
     expected += [
-        f"l2, unit, λ = {weight}, 2 epochs, seed {seed}"
-        for weight in ("0.32", "1", "3.2", "10")
-        for seed in (1, 2)
-    ]
-    expected += [f"kd, λ = {w}, 1 epoch, seed 1" for w in (0.1, 1, 10, 100, 1000)]
-    expected += [
-        f"kd, λ = {w}, 2 epochs, seed {seed}" for w in (32, 100, 320) for seed in (1, 2)
+        of_kd.format(w, 0.1, seed) for w, seed in fine if (w, seed) != (100, 1)
     ]
     assert ran == expected
     assert len(cleared) == 3
@@ -105,30 +109,33 @@ def test_every_method_is_tuned(line, fake, tmp_path, monkeypatch, capsys):
         "lr": 0.1, "weight_decay": 5e-4, "accuracy": 60.75, "at_edge": [],
     }  # fmt: skip
     row = {"seeds": 2, "epochs": 2, "at_edge": False, "best": True}
-    unit = {"name": "l2", "normalization": "unit", "weight": 3.2}
+    unit = {"name": "l2", "normalization": "unit", "weight": 3.2, "lr": 0.3}
     unit["accuracy"] = pytest.approx(81.5 + near(3.2, 3))
     kd = {"name": "kd", "normalization": None, "weight": 100.0, "accuracy": 71.5}
+    kd["lr"] = 0.1
     raw = {"name": "l2", "normalization": None, "weight": 1.0, "seeds": 1, "epochs": 1}
-    raw |= {"accuracy": 41 + near(1, 3), "at_edge": False, "best": False}
+    raw |= {"accuracy": pytest.approx(41 + near(1, 3) - math.log10(15)), "lr": 0.02}
+    raw |= {"at_edge": False, "best": False}
     assert found["chosen"] == [raw, {**unit, **row}, {**kd, **row}]
     assert len(found["tried"]) == len(ran)
     assert found["tried"][0] == {
         "name": "student", "seed": 1, "epochs": 2, "lr": 0.1, "weight_decay": 5e-4,
         "place": "epochs-2-lr-0.1-weight_decay-0.0005", "accuracy": 60.5,
     }  # fmt: skip
-    record = {"name": "l2", "seed": 1, "epochs": 1, "normalization": "unit"}
-    record |= {"weight": 10.0, "accuracy": 81 + near(10, 3)}
-    assert {**record, "place": "epochs-1-normalization-unit-weight-10"} in (
-        found["tried"]
-    )
+    record = {"name": "l2", "seed": 1, "epochs": 1, "lr": 0.02, "normalization": "unit"}
+    record |= {"weight": 10.0, "accuracy": 81 + near(10, 3) - math.log10(0.3 / 0.02)}
+    record |= {"place": "epochs-1-lr-0.02-normalization-unit-weight-10"}
+    assert pytest.approx(record["accuracy"]) in [
+        r["accuracy"] for r in found["tried"] if r["place"] == record["place"]
+    ]
 
     said = capsys.readouterr().out
-    rates = "--lr 0.1 --weight-decay 0.0005"
-    assert (
-        f"  {rates} --normalization None --distances l2 kd --weights l2 1 kd 100"
-        in (said)
-    )
-    assert f"  {rates} --normalization unit --distances l2 --weights l2 3.2\n" in said
+    decay = "--weight-decay 0.0005"
+    raw = f"--lr 0.02 {decay} --normalization None --distances l2 --weights l2 1"
+    kd = f"--lr 0.1 {decay} --normalization None --distances kd --weights kd 100"
+    unit = f"--lr 0.3 {decay} --normalization unit --distances l2 --weights l2 3.2"
+    alone = f"--lr 0.1 {decay} --distances"
+    assert said.endswith("".join(f"  {line}\n" for line in (alone, raw, unit, kd)))
     assert "l2, normalization None: worse than the student alone after 1 epoch" in said
     assert "edge" not in said
     assert f"{tmp_path}/weights.json" in said
@@ -194,13 +201,14 @@ def test_a_run_that_diverges_stops_no_other(line, fake, tmp_path, capsys):
 
     ran = fake(some)
     command = ["--", *line]
-    label = "w2, teacher, λ = 10, 2 epochs, seed 1"
+    label = "w2, teacher, λ = 10, lr 0.02, 2 epochs, seed 1"
     for expected in (True, False):
         ran.clear()
         assert choose_weights.main(command) == 0
         assert (label in ran) == expected == bool(ran)
         said = capsys.readouterr().out
-        folder = tmp_path / "epochs-2-normalization-teacher-weight-10" / "w2" / "seed1"
+        place = "epochs-2-lr-0.02-normalization-teacher-weight-10"
+        folder = tmp_path / place / "w2" / "seed1"
         assert (
             f"{label}: loss not finite (loss inf); counts as 0 %; delete "
             f"{folder}/diverged.json to try it again"
@@ -227,11 +235,13 @@ def test_a_method_that_diverges_for_each_lambda_is_not_recommended(
     assert choose_weights.main(["--", *line]) == 0
     said = capsys.readouterr().out
     assert "diverged" in said
-    assert said.rstrip().endswith("kddm distill:\n  --lr 0.02 --weight-decay 0.0005")
+    assert said.rstrip().endswith(
+        "kddm distill:\n  --lr 0.02 --weight-decay 0.0005 --distances"
+    )
     (row,) = records.read_json(tmp_path / "weights.json")["chosen"]
     assert (row["accuracy"], row["seeds"]) == (0, 1)
     # Smaller lambdas were tried, too.
-    assert (tmp_path / "epochs-2-normalization-teacher-weight-1e-05").exists()
+    assert (tmp_path / "epochs-2-lr-0.02-normalization-teacher-weight-1e-05").exists()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +260,9 @@ def test_the_student_alone_can_be_tuned_without_distances(line, fake, tmp_path, 
     assert {label.partition(",")[0] for label in ran} == {"student"}
     found = records.read_json(tmp_path / "weights.json")
     assert (found["alone"]["lr"], found["chosen"]) == (0.1, [])
-    assert capsys.readouterr().out.endswith("\n  --lr 0.1 --weight-decay 0.0005\n")
+    assert capsys.readouterr().out.endswith(
+        "\n  --lr 0.1 --weight-decay 0.0005 --distances\n"
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -352,10 +364,18 @@ def test_a_folder_of_other_settings_is_refused(line, fake, tmp_path, capsys):
     ("name", "changes", "label"),
     [
         ("student", {}, "student, lr 0.3, weight decay 0, 3 epochs, seed 7"),
-        ("l2", {}, "l2, raw features, λ = 0.5, 3 epochs, seed 7"),
-        ("l2", {"normalization": "unit"}, "l2, unit, λ = 0.5, 3 epochs, seed 7"),
-        ("kd", {"normalization": "unit"}, "kd, λ = 0.5, 3 epochs, seed 7"),
-        ("feature_only", {}, "feature_only, λ = 0.5, 3 epochs, seed 7"),
+        ("l2", {}, "l2, raw features, λ = 0.5, lr 0.3, 3 epochs, seed 7"),
+        (
+            "l2",
+            {"normalization": "unit"},
+            "l2, unit, λ = 0.5, lr 0.3, 3 epochs, seed 7",
+        ),
+        ("kd", {"normalization": "unit"}, "kd, λ = 0.5, lr 0.3, 3 epochs, seed 7"),
+        (
+            "feature_only",
+            {},
+            "feature_only, raw features, λ = 0.5, lr 0.3, 3 epochs, seed 7",
+        ),
     ],
 )
 def test_a_candidate_is_named_by_what_it_tries(name, changes, label):

@@ -103,11 +103,17 @@ def _count(number, noun):
 # Records of every run.
 
 
-def grids(tried: Iterable[Mapping[str, Any]]) -> Grids:
+def rates(choice: Mapping[str, Any]) -> dict[tuple[str, str | None], float]:
+    """Returns the chosen learning rate by method and normalization."""
+    return {(row["name"], row["normalization"]): row["lr"] for row in choice["chosen"]}
+
+
+def grids(choices: Iterable[Mapping[str, Any]]) -> Grids:
     """Groups the runs of distances by method and normalization, then by lambda.
 
     Args:
-      tried: ``tried`` of ``weights.json``.
+      choices: contents of ``weights.json``. Long runs with another learning rate than
+        the chosen one are left out.
 
     Returns:
       The runs of all seeds of each lambda, in rising order. If a lambda belongs to the
@@ -115,10 +121,15 @@ def grids(tried: Iterable[Mapping[str, Any]]) -> Grids:
       seeds, too.
     """
     found: dict[tuple, dict[float, dict[int, dict[int, Mapping]]]] = {}
-    for record in tried:
-        if record["name"] != "student":
-            row = found.setdefault((record["name"], record["normalization"]), {})
-            by_epochs = row.setdefault(record["weight"], {})
+    for choice in choices:
+        chosen, longest = rates(choice), choice["settings"]["epochs"]
+        for record in choice["tried"]:
+            if record["name"] == "student":
+                continue
+            pair = (record["name"], record["normalization"])
+            if record["epochs"] == longest and record["lr"] != chosen.get(pair):
+                continue
+            by_epochs = found.setdefault(pair, {}).setdefault(record["weight"], {})
             by_epochs.setdefault(record["epochs"], {})[record["seed"]] = record
     return {
         pair: {
@@ -175,15 +186,22 @@ def _normalization(name, normalization):
 
 def _tuning(choices):
     tried = [record for choice in choices for record in choice["tried"]]
-    found, settings = grids(tried), choices[0]["settings"]
+    found, settings = grids(choices), choices[0]["settings"]
+    chosen = {pair: lr for choice in choices for pair, lr in rates(choice).items()}
     columns = sorted({weight for row in found.values() for weight in row})
     head = ("student alone: learning rate", "weight decay", "accuracy %", "seeds")
     rows = dict.fromkeys(row for choice in choices for row in _alone(choice))
     lines = _lines(head, rows)
     if found:
-        head = ("", "normalization", *(f"λ = {weight:g}" for weight in columns))
+        head = ("", "normalization", "learning rate")
+        head = (*head, *(f"λ = {weight:g}" for weight in columns))
         rows = [
-            (_title(name), _normalization(name, of), *_cells(row, columns))
+            (
+                _title(name),
+                _normalization(name, of),
+                f"{chosen[name, of]:g}" if (name, of) in chosen else "",
+                *_cells(row, columns),
+            )
             for (name, of), row in found.items()
         ]
         lines += ["", *_lines(head, rows)]

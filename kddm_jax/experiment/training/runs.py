@@ -23,6 +23,7 @@ from kddm_jax.experiment.settings import (
     Settings,
     as_json,
     by_quality,
+    change,
     identity,
     parts_of,
     renamed,
@@ -136,16 +137,14 @@ class Run:
             return f"lr {optimizer.lr:g}", f"weight decay {optimizer.weight_decay:g}"
         if methods.normalizes(self.name):
             normalization = (self.settings.method.normalization or "raw features",)
-        return *normalization, f"λ = {self.weight:g}"
+        return *normalization, f"λ = {self.weight:g}", f"lr {optimizer.lr:g}"
 
     @property
     def title(self) -> str:
         """Returns the run's name in tables."""
         if self.name in ALONE:
             return TITLES.get(self.name, self.name)
-        placebo = self.settings.method.placebo
-        added = f", placebo: {placebo}" if placebo else ""
-        return methods.title(self.name) + added
+        return methods.title(self.name)
 
 
 def _identity(problem, settings, name, start, **more):
