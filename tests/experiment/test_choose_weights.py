@@ -57,7 +57,7 @@ def near(value, best):
 
 
 def accuracy(run):
-    """L2 needs unit features and a higher rate, KD a large lambda; MMD does not help."""
+    """L2 needs unit features, KD a large lambda; MMD does not help."""
     optimizer, normalization = run.settings.optimizer, run.settings.method.normalization
     if run.name == "student":
         decay = near(optimizer.weight_decay, 5e-4)

@@ -12,7 +12,7 @@ import numpy as np
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report.table import machine
-from kddm_jax.experiment.settings import FEATURE_ONLY, renamed
+from kddm_jax.experiment.settings import renamed
 
 # Method and normalization, then lambda, of the runs of a grid.
 Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
@@ -175,11 +175,7 @@ def _alone(choice):
 
 def _normalization(name, normalization):
     """Returns a normalization as the table shows it; users' modules are not read."""
-    if (
-        name == FEATURE_ONLY
-        or name in DISTANCES
-        and ("features" not in DISTANCES[name].inputs)
-    ):
+    if name in DISTANCES and "features" not in DISTANCES[name].inputs:
         return "–"
     return "raw" if normalization is None else normalization
 

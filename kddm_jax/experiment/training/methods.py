@@ -103,7 +103,7 @@ def needs_class_cost(name: str) -> bool:
 def normalizes(name: str) -> bool:
     """Returns whether a method compares features, which a normalization changes."""
     if name == FEATURE_ONLY:
-        return False
+        return True
     return any("features" in find(part).inputs for part in parts_of(name))
 
 
@@ -114,7 +114,7 @@ def is_zero(name: str, normalization: str | None) -> bool:
     """
     if len(parts_of(name)) > 1:
         return any(is_zero(part, normalization) for part in parts_of(name))
-    if not normalizes(name):
+    if name == FEATURE_ONLY or not normalizes(name):
         return False
     row = find(name)
     try:
