@@ -236,7 +236,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
       The runs.
     """
     settings, alone = problem.settings, ["student"]
-    wanted = settings.run.equal_compute and settings.method.distances
+    wanted = settings.run.equal_compute
     if wanted and compute.longer_epochs(problem) > settings.optimizer.epochs:
         alone.append(LONGER)
     for name in (*alone, *settings.method.distances):
