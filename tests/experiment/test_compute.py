@@ -89,16 +89,19 @@ def test_epochs_of_equal_compute(tmp_path, monkeypatch, line, epochs):
     assert longer.folder(tmp_path) == tmp_path / "student_longer" / "seed1"
 
 
+def test_a_student_alone_of_another_command_has_equal_compute(tmp_path, monkeypatch):
+    counts = {"teacher": 200.0, "student": 100.0}
+    monkeypatch.setattr(compute, "operations", lambda who, *_: counts[who])
+    _, found = planned(tmp_path, "--equal-compute", "--distances")
+    assert [run.name for run in found] == ["student", LONGER]
+
+
 def test_there_is_no_longer_run_if_nothing_asks_for_it(tmp_path, monkeypatch):
     names = lambda *line: [run.name for run in planned(tmp_path, *line)[1]]
     monkeypatch.setattr(compute, "operations", lambda who, *_: float(who == "student"))
-    assert names("--equal-compute") == [
-        "student",
-        "w2",
-        "w2_gaussian",
-    ]  # a free teacher
+    free = names("--equal-compute")  # the teacher costs nothing
+    assert free == ["student", "w2", "w2_gaussian"]
     monkeypatch.setattr(compute, "operations", unwanted_training)  # not even counted
-    assert names("--equal-compute", "--distances") == ["student"]
     assert names() == ["student", "w2", "w2_gaussian"]
     assert parse([]).run.equal_compute
 
