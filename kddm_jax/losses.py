@@ -19,7 +19,6 @@ from kddm_jax.distances import (
 )
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_labels, check_number
-from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import (
     gather,
     groups_of,
@@ -35,6 +34,7 @@ from kddm_jax.numerics.targets import (
     class_labels,
     cross_entropy,
     is_soft,
+    without_labels,
 )
 from kddm_jax.terms import Term, as_terms, check_options, lambda_of, term_name
 
@@ -214,12 +214,11 @@ def _check_arrays(student_logits, labels, mask, num_classes):
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     n, k = student_logits.shape
-    mask, labels = masks.check_mask(mask, n), jnp.asarray(labels)
+    mask = masks.check_mask(mask, n)
+    labels = without_labels(jnp.asarray(labels), mask)
     if is_soft(labels):
-        kept = masks.zeroed(mask, labels)[0] if len(labels) == n else labels
-        labels = check_targets(kept, n, k)
+        labels = check_targets(labels, n, k)
     else:
-        labels = with_mask(labels, mask)
         check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
     return labels, mask
 

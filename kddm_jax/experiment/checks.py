@@ -18,6 +18,7 @@ def check(settings: Settings) -> None:
     _check_distances(settings)
     _check_choices(settings)
     _check_ranges(settings)
+    _check_mixing(settings)
     _check_processes(settings)
 
 
@@ -78,6 +79,24 @@ def _check_choices(settings):
             f"unknown {name} {value!r}; known: {', '.join(MODELS)}, or a function of "
             "yours as module:function",
         )
+
+
+def _check_mixing(settings):
+    smoothing, alpha = settings.optimizer.label_smoothing, settings.optimizer.mixup
+    _require(
+        0 <= smoothing < 1,
+        f"--label-smoothing must be >= 0 and < 1, got {smoothing}",
+    )
+    _require(
+        math.isfinite(alpha) and alpha >= 0,
+        f"--mixup must be a number >= 0, got {alpha}",
+    )
+    views = settings.data.views
+    _require(
+        not alpha or views is None,
+        f"--mixup {alpha} mixes images at every step, but --views {views} uses teacher "
+        "outputs of unmixed images; leave out one of the two",
+    )
 
 
 def _check_processes(settings):

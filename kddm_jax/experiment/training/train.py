@@ -25,6 +25,7 @@ from kddm_jax.experiment.training.runs import (
     method_of,
 )
 from kddm_jax.networks.projectors import without_projectors
+from kddm_jax.numerics.mixing import make_mix
 
 LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 10 %
 
@@ -110,6 +111,11 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             teacher_apply,
             tx,
             augment=problem.normalize if of_views else problem.augment,
+            mix=make_mix(
+                num_classes=problem.num_classes,
+                label_smoothing=problem.settings.optimizer.label_smoothing,
+                mixup_alpha=problem.settings.optimizer.mixup,
+            ),
             distance=method.distance,
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
