@@ -39,6 +39,7 @@ from kddm_jax.numerics.gradients import all_finite, gradients, updates_of
 from kddm_jax.numerics.mixing import Mix, mix_batch
 from kddm_jax.numerics.promotion import implicit_promotion
 from kddm_jax.numerics.targets import class_labels, without_labels
+from kddm_jax.numerics.tokens import read_masks
 from kddm_jax.teachers import check_teachers, loss_of, rngs_for, seen, teach
 
 Variables = Mapping[str, Any]  # nested by module, which Python's types cannot express
@@ -193,7 +194,9 @@ def make_train_step(
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING, mask=None):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = augment_batch(augment, key, images, axis_name)
-        labels = without_labels(jnp.asarray(labels), mask)
+        labels = jnp.asarray(labels)
+        if mask is not None and labels.ndim > 0:
+            labels = without_labels(labels, read_masks(mask, len(labels)).samples)
         if mix is not None:
             inputs, labels = mix_batch(mix, key, inputs, labels, axis_name)
         guide = teach(teacher_apply, teacher_variables, inputs)
@@ -274,8 +277,8 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
 
     Returns:
       ``f(state, teacher_variables, images, labels, indices, teacher_data={},
-      mask=None) -> (state, metrics)``.  Images are uint8 ``[n, h, w, c]``, labels and
-      mask ``[n]``, all of the whole data set; ``indices`` ``[steps, b]`` are this
+      mask=None) -> (state, metrics)``.  Images are uint8 ``[n, h, w, c]``; they, labels
+      and mask are those of the whole data set; ``indices`` ``[steps, b]`` are this
       device's share of each batch.  Metrics have a leading axis of steps.
     """
 
@@ -298,7 +301,7 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
                 batch, teacher = jax.lax.optimization_barrier((batch, teacher))
             else:
                 batch = jax.lax.optimization_barrier(batch)
-            own_mask = None if mask is None else jnp.asarray(mask)[index]
+            own_mask = jax.tree.map(lambda array: jnp.asarray(array)[index], mask)
             return step(state, teacher, *batch, teacher_data, own_mask)
 
         if indices.shape[0] > 1:
