@@ -19,7 +19,6 @@ from kddm_jax.distances import (
 )
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_labels, check_number
-from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import (
     gather,
     groups_of,
@@ -35,7 +34,9 @@ from kddm_jax.numerics.targets import (
     class_labels,
     cross_entropy,
     is_soft,
+    without_labels,
 )
+from kddm_jax.numerics.tokens import Mask, check_tokens, read_masks, tokens_of
 from kddm_jax.terms import Term, as_terms, check_options, lambda_of, term_name
 
 Features = jax.Array | Mapping[str, jax.Array]
@@ -43,13 +44,14 @@ NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 DEFAULT_LAYER = "features"
-OF_SAMPLES = ("features", "maps", "logits", "labels")  # inputs with a row per sample
+
+
+def _by_layer(features):
+    return features if isinstance(features, Mapping) else {DEFAULT_LAYER: features}
 
 
 def _compared(features, terms, side, n):
     """Returns the layers that some term compares; no other layers are gathered."""
-    if not isinstance(features, Mapping):
-        features = {DEFAULT_LAYER: features}
     index = ("student", "teacher").index(side)
     layers = [_layers(term)[index] for term in terms if _takes_layers(term)]
     for layer in layers:
@@ -81,31 +83,50 @@ def _pair(term, batch):
     return [batch["student"].get(student), batch["teacher"].get(teacher)]
 
 
-def _repeated(mask, arrays):
-    """Repeats the mask of images for each of their positions."""
-    return None if mask is None else jnp.repeat(mask, len(arrays[0]) // len(mask))
+def _matrices(term, batch):
+    """Returns the features of both sides, their labels and their mask."""
+    pair = _pair(term, batch)
+    tokens = [
+        tokens_of(batch["tokens"], name, layer)
+        for name, layer in zip(_layers(term), pair, strict=True)
+    ]
+    return as_matrices(
+        *(pair, batch["labels"], term.positions), mask=batch["mask"], tokens=tokens
+    )
 
 
 def _features(term, batch, whole, normalization):
-    """Returns the normalized features of both sides, and their labels.
+    """Returns the normalized features of both sides, their labels and their mask.
 
     Statistics are computed over ``whole``, the batch of all devices.
     """
-    pair, labels = as_matrices(_pair(term, batch), batch["labels"], term.positions)
-    same = pair
-    if whole is not batch:
-        same, _ = as_matrices(_pair(term, whole), whole["labels"], term.positions)
-    mask, whole_mask = _repeated(batch["mask"], pair), _repeated(whole["mask"], same)
+    pair, labels, mask = _matrices(term, batch)
+    same, _, whole_mask = (
+        (pair, labels, mask) if whole is batch else _matrices(term, whole)
+    )
     name = term.normalization or normalization
-    return normalize(pair, same, name, mask=mask, whole_mask=whole_mask), labels
+    return normalize(pair, same, name, mask=mask, whole_mask=whole_mask), labels, mask
+
+
+def _check_maps(term, batch):
+    """Refuses masked tokens in a distance that gets layers as they are."""
+    for name in _layers(term):
+        if name in batch["tokens"]:
+            raise ValueError(
+                f"distance {term_name(term)!r} compares maps and cannot leave out "
+                f"tokens of layer {name!r}; compare it with a distance of features, or "
+                "leave it out of the mask"
+            )
 
 
 def _arguments(row, term, batch, whole, normalization):
-    """Returns the arrays that the entry's function takes, in order."""
-    pair, labels = _pair(term, batch), batch["labels"]
-    known = {"maps": pair}
+    """Returns the arrays that the entry's function takes, in order, and the mask."""
+    labels, mask = batch["labels"], batch["mask"]
+    known = {"maps": _pair(term, batch)}
+    if "maps" in row.inputs:
+        _check_maps(term, batch)
     if "features" in row.inputs:
-        known["features"], labels = _features(term, batch, whole, normalization)
+        known["features"], labels, mask = _features(term, batch, whole, normalization)
         if "logits" in row.inputs and len(labels) != len(batch["labels"]):
             raise ValueError(
                 f'positions="each" gives {term_name(term)!r} several features for '
@@ -121,7 +142,7 @@ def _arguments(row, term, batch, whole, normalization):
             missing = missing.get(kind, f"teacher_data={{{kind!r}: ...}}")
             raise ValueError(f"distance {term_name(term)!r} needs {missing}, got None")
         arguments += arrays
-    return arguments
+    return arguments, mask
 
 
 def _options(row, term, given, num_classes):
@@ -147,7 +168,7 @@ def _options(row, term, given, num_classes):
     return options
 
 
-def _masked(row, term, mask, arrays):
+def _masked(row, term, mask):
     """Returns the keyword argument ``mask``, or ``{}`` if there is no mask."""
     known = inspect.signature(row.fn).parameters.values()
     if mask is None:
@@ -158,11 +179,7 @@ def _masked(row, term, mask, arrays):
             f"distance {term_name(term)!r} does not take a mask; give it a keyword "
             "argument mask, shape [n], zero for no sample, or leave mask out"
         )
-    samples = [i for i, kind in enumerate(row.inputs) if kind in OF_SAMPLES]
-    if not samples:
-        return {"mask": mask}
-    # Whatever comes before the first array of samples is one array for each name.
-    return {"mask": _repeated(mask, arrays[samples[0] :])}
+    return {"mask": mask}
 
 
 def _check_scalar(name, value):
@@ -181,8 +198,8 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     batch = local if local_only else gathered
     chosen = term.normalization or normalization
     row.check_normalization(term_name(term), chosen, options)
-    arrays = _arguments(row, term, batch, gathered, normalization)
-    options = {**options, **_masked(row, term, batch["mask"], arrays)}
+    arrays, mask = _arguments(row, term, batch, gathered, normalization)
+    options = {**options, **_masked(row, term, mask)}
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
@@ -191,16 +208,16 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     if local_only:
         labelled = "labels" in row.inputs
         count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
-        if local["mask"] is not None and not labelled:
-            count = jnp.sum(local["mask"])
+        if mask is not None and not labelled:
+            count = jnp.sum(mask)
         value = mean_over_images(value, count, axis_name, groups)
     if groups is not None:
         # Every device has its group's value, so the mean over devices is the mean over
         # groups.  The same is true of the gradients, which the caller averages.
-        if gathered["mask"] is None:
+        if mask is None:
             value = jax.lax.pmean(value, axis_name)
         else:  # a group without samples has no part
-            present = jnp.any(gathered["mask"])
+            present = jnp.any(gather(mask, axis_name, groups) if local_only else mask)
             value = mean_over_images(value, present, axis_name, None)
     if local_only or groups is not None:
         stats = worst(stats, axis_name)
@@ -208,18 +225,17 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
 
 
 def _check_arrays(student_logits, labels, mask, num_classes):
-    """Checks the arrays that all terms share, and returns the labels and the mask."""
+    """Checks the arrays that all terms share, and returns the labels and masks."""
     if student_logits.ndim != 2:
         raise ValueError(
             f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
         )
     n, k = student_logits.shape
-    mask, labels = masks.check_mask(mask, n), jnp.asarray(labels)
+    mask = read_masks(mask, n)
+    labels = without_labels(jnp.asarray(labels), mask.samples)
     if is_soft(labels):
-        kept = masks.zeroed(mask, labels)[0] if len(labels) == n else labels
-        labels = check_targets(kept, n, k)
+        labels = check_targets(labels, n, k)
     else:
-        labels = with_mask(labels, mask)
         check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
     return labels, mask
 
@@ -236,7 +252,7 @@ def distill_loss(
     normalization: str | None = None,
     task_weight: float | jax.Array = 1.0,
     task: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-    mask: jax.Array | None = None,
+    mask: Mask = None,
     teacher_data: Mapping[str, jax.Array] = NOTHING,
     key: jax.Array | None = None,
     num_classes: int | None = None,
@@ -291,7 +307,14 @@ def distill_loss(
       mask: shape ``[n]``; samples whose mask is zero are ignored by the loss, whatever
         their values.  None uses all samples.  A distance of your own must accept a
         keyword argument ``mask``; with ``positions="each"`` it has one entry for every
-        position.
+        position.  To leave out tokens of layers ``[n, t, c]``, pass a mapping from the
+        names of these layers to masks ``[n, t]``.  An entry is for the student's layer
+        and for the teacher's layer of that name; a layer without an entry is not
+        masked.  Pooling averages the tokens that are left; with ``positions="each"``,
+        a sample is a token that is left on both sides.  A term ignores samples of which
+        no token is left in one of its layers.  The entry ``"samples"``, shape ``[n]``,
+        is the mask of samples; without it, those are samples that have a token left in
+        some layer of the mapping, also for the cross-entropy and for other layers.
       teacher_data: mapping from name to array, for distances that need other arrays
         computed from the teacher, such as ``{"class_cost": ...}`` for ``"wkd_logits"``.
         The arrays must be equal on all devices and get no gradient.
@@ -329,15 +352,21 @@ def distill_loss(
     lam = lambda_of(weight, distance, normalization)
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
-    labels, mask = _check_arrays(student_logits, labels, mask, num_classes)
-    (student_logits,), n = masks.zeroed(mask, student_logits), len(student_logits)
+    labels, read = _check_arrays(student_logits, labels, mask, num_classes)
+    (student_logits,) = masks.zeroed(read.samples, student_logits)
+    networks = {
+        "student": _by_layer(student_features),
+        "teacher": _by_layer(teacher_features),
+    }
+    check_tokens(read.tokens, networks)
+    n = len(student_logits)
     soft = {"targets": labels} if is_soft(labels) else {}
     labels = class_labels(labels)
 
     local = {
-        "mask": mask,
-        "student": _compared(student_features, terms, "student", n),
-        "teacher": _compared(teacher_features, terms, "teacher", n),
+        "mask": read.samples,
+        "tokens": read.tokens,
+        **{side: _compared(of, terms, side, n) for side, of in networks.items()},
         "labels": labels,
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,

@@ -16,6 +16,13 @@ import numpy as np
 from kddm_jax.losses import NOTHING, distill_loss
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.batches import call, layers_of
+from kddm_jax.numerics.tokens import (
+    SAMPLES,
+    Mask,
+    read_masks,
+    tokens_of,
+    without_tokens,
+)
 
 # Folded into a step's key, like the positions of images, which are smaller numbers.
 DROPOUT = np.uint32(2**32 - 1)
@@ -113,24 +120,26 @@ def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
     return layers_of(outputs), outputs.logits
 
 
-def seen(
-    taught: Taught | Mapping[str, Taught], mask: jax.Array | None
-) -> list[jax.Array]:
+def seen(taught: Taught | Mapping[str, Taught], mask: Mask) -> list[jax.Array]:
     """Lists the features, if there are any, and the logits of all teachers.
 
     Args:
       taught: from `teach`.
       mask: as in `distill_loss`; where it is zero, the arrays are zero.
     """
-    every = taught.values() if isinstance(taught, Mapping) else [taught]
+    every = [*taught.values()] if isinstance(taught, Mapping) else [taught]
+    read = read_masks(mask, len(jax.tree.leaves(every)[0]))
     arrays = []
     for layers, logits in every:
         if logits is not None:  # a logit of minus infinity leaves a class out
             arrays.append(jnp.where(logits == -jnp.inf, 0, logits))
         of_maps_alone = logits is None and "features" not in layers
         names = layers if of_maps_alone else {"features"} & {*layers}
-        arrays += [layers[name] for name in names]
-    return masks.zeroed(masks.check_mask(mask, len(arrays[0])), *arrays)
+        arrays += [
+            without_tokens(layer, tokens_of(read.tokens, name, layer))
+            for name, layer in ((name, layers[name]) for name in names)
+        ]
+    return masks.zeroed(read.samples, *arrays)
 
 
 def loss_of(
@@ -174,7 +183,18 @@ def loss_of(
     )
 
 
-def _sum(student, taught, labels, *, distance, teacher_data, **options):
+def _masks_of(mask, student, taught, name):
+    """Leaves out the tokens of layers that only other teachers have."""
+    if not isinstance(mask, Mapping):
+        return mask
+    own = {*student[1], *taught[name][0]}
+    others = {layer for layers, _ in taught.values() for layer in layers} - own
+    read = read_masks(mask, len(student[0]))
+    kept = {layer: of for layer, of in read.tokens.items() if layer not in others}
+    return kept if read.samples is None else {**kept, SAMPLES: read.samples}
+
+
+def _sum(student, taught, labels, *, distance, teacher_data, mask=None, **options):
     if unknown := [name for name in teacher_data if name not in taught]:
         raise ValueError(
             f"teacher_data has {unknown[0]!r}, which is no teacher; the teachers are "
@@ -186,6 +206,7 @@ def _sum(student, taught, labels, *, distance, teacher_data, **options):
             *(student, outputs, labels),
             distance=distance[name],
             teacher_data=teacher_data.get(name, NOTHING),
+            mask=_masks_of(mask, student, taught, name),
             **options,
         )
         terms["task"] = found.pop("task")

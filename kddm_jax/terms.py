@@ -43,7 +43,8 @@ class Term:
       positions: how a distance of features treats maps ``[n, h, w, c]`` or tokens ``[n,
         t, c]``.  ``"pool"`` averages them over positions.  ``"each"`` makes every
         position a sample with the label of its image; the larger map is first
-        average-pooled to the grid of the smaller one.
+        average-pooled to the grid of the smaller one.  Tokens that the loss's ``mask``
+        leaves out are neither averaged nor samples.
       normalization: normalization for this term only, as in `distill_loss`; None uses
         the one given to `distill_loss`.
 

@@ -12,7 +12,6 @@ A model is a function ``apply(variables, images, *, train, rngs) -> (outputs, st
 may be left out of the signature; it is a mapping with the key of ``"dropout"``.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -27,13 +26,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.distances import Distance
 from kddm_jax.losses import NOTHING, Term
-from kddm_jax.numerics.batches import call, check_leaf, count_samples, layers_of
+from kddm_jax.numerics.batches import (
+    augment_batch,
+    call,
+    check_leaf,
+    count_samples,
+    layers_of,
+)
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
-from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import accuracy_of, average_state
-from kddm_jax.numerics.gradients import all_finite, gradients
+from kddm_jax.numerics.gradients import all_finite, gradients, updates_of
+from kddm_jax.numerics.mixing import Mix, mix_batch
 from kddm_jax.numerics.promotion import implicit_promotion
-from kddm_jax.numerics.targets import class_labels
+from kddm_jax.numerics.targets import class_labels, without_labels
+from kddm_jax.numerics.tokens import read_masks
 from kddm_jax.teachers import check_teachers, loss_of, rngs_for, seen, teach
 
 Variables = Mapping[str, Any]  # nested by module, which Python's types cannot express
@@ -113,36 +119,10 @@ def create_state(
     )
 
 
-def _augment_batch(augment, key, images, axis_name):
-    """Augments images with keys that do not depend on the number of devices."""
-    n = count_samples(images)
-    start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
-    fold = lambda position: jax.random.fold_in(key, position)
-    return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
-
-
-def _updates(tx, grads, opt_state, params, loss):
-    """Computes the updates; an optimizer that takes ``value`` gets the loss."""
-    takes = inspect.signature(tx.update).parameters
-    whatever = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    given = {"value": loss} if whatever or "value" in takes else {}
-    try:
-        return tx.update(grads, opt_state, params, **given)
-    except TypeError as error:
-        _, missing, names = str(error).partition("required keyword-only argument")
-        if not missing:
-            raise
-        raise ValueError(
-            f"tx needs {names.partition(':')[2].strip()}, which a step does not have "
-            "(line searches, for one, evaluate the loss again); choose an optimizer "
-            "that needs the gradient and the loss only"
-        ) from error
-
-
 def _update(tx, state, batch_stats, loss, grads):
     """Returns the next state, or the old one if loss or gradient is not finite."""
     with implicit_promotion():  # for the optimizer
-        updates, opt_state = _updates(tx, grads, state.opt_state, state.params, loss)
+        updates, opt_state = updates_of(tx, grads, state.opt_state, state.params, loss)
     new = state.replace(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
@@ -159,6 +139,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     augment: Augment,
+    mix: Mix | None = None,
     distance: Teaching | Mapping[str, Teaching] = (),
     weight: float | jax.Array | None = None,
     weight_schedule: Callable[[jax.Array], jax.Array] | None = None,
@@ -178,6 +159,9 @@ def make_train_step(
       tx: the optax optimizer; if its update takes ``value``, it gets the loss.
       augment: function ``(key, image) -> float image`` that augments one uint8 image.
         Student and teacher get the same augmented image.
+      mix: function ``(key, images, labels) -> (images, labels)`` that mixes a device's
+        augmented batch, such as `numerics.mixing.make_mix` (label smoothing, mixup).
+        Student and teacher get the same mixed images.  None does not mix.
       distance: as in `distill_loss`; ``()`` for cross-entropy alone.
       weight: lambda.  None uses ``state.weight``, which can change without retracing
         the step.
@@ -209,8 +193,12 @@ def make_train_step(
 
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING, mask=None):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        inputs = _augment_batch(augment, key, images, axis_name)
+        inputs = augment_batch(augment, key, images, axis_name)
         labels = jnp.asarray(labels)
+        if mask is not None and labels.ndim > 0:
+            labels = without_labels(labels, read_masks(mask, len(labels)).samples)
+        if mix is not None:
+            inputs, labels = mix_batch(mix, key, inputs, labels, axis_name)
         guide = teach(teacher_apply, teacher_variables, inputs)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
@@ -243,8 +231,7 @@ def make_train_step(
             grads = jax.lax.pmean(grads, axis_name)
             batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
-        classes = with_mask(class_labels(labels), mask)
-        accuracy = accuracy_of(logits, classes, axis_name)
+        accuracy = accuracy_of(logits, class_labels(labels), axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         if teacher_apply is not None:
             metrics["teacher_finite"] = all_finite(seen(guide, mask), axis_name)
@@ -260,7 +247,8 @@ def known_outputs(
 
     With this as ``teacher_apply``, pass the step the teacher's outputs on the batch as
     ``teacher_variables``: an object with ``logits``, ``features`` and ``maps``.  Images
-    must then be fixed views, because the outputs do not follow random augmentation.
+    must then be fixed views, because the outputs follow neither random augmentation nor
+    mixup.
 
     Args:
       outputs: the teacher's outputs on this batch.
@@ -289,8 +277,8 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
 
     Returns:
       ``f(state, teacher_variables, images, labels, indices, teacher_data={},
-      mask=None) -> (state, metrics)``.  Images are uint8 ``[n, h, w, c]``, labels and
-      mask ``[n]``, all of the whole data set; ``indices`` ``[steps, b]`` are this
+      mask=None) -> (state, metrics)``.  Images are uint8 ``[n, h, w, c]``; they, labels
+      and mask are those of the whole data set; ``indices`` ``[steps, b]`` are this
       device's share of each batch.  Metrics have a leading axis of steps.
     """
 
@@ -313,7 +301,7 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
                 batch, teacher = jax.lax.optimization_barrier((batch, teacher))
             else:
                 batch = jax.lax.optimization_barrier(batch)
-            own_mask = None if mask is None else jnp.asarray(mask)[index]
+            own_mask = jax.tree.map(lambda array: jnp.asarray(array)[index], mask)
             return step(state, teacher, *batch, teacher_data, own_mask)
 
         if indices.shape[0] > 1:

@@ -361,12 +361,18 @@ def test_a_group_of_devices_without_samples_has_no_part():
     [
         (np.ones((N, 1)), r"mask must have shape \[n\]=\[12\], got \[12, 1\]; pass"),
         (np.ones(N - 1), r"mask must have shape \[n\]=\[12\], got \[11\]; pass one"),
-        ({"features": np.ones((N, 3))}, r"mask must be an array \[n\], .* a mapping"),
+        ({"features": np.ones((N, 3))}, r"leaves out tokens, but that layer has shape"),
     ],
 )
 def test_messages_of_a_mask(mask, message):
     with pytest.raises(ValueError, match=message):
         masked_loss(mask=mask)
+
+
+def test_a_distance_takes_no_mapping():
+    batch = make_batch(N, D)
+    with pytest.raises(ValueError, match="got a mapping; .* argument of distill_loss"):
+        paired_l2(batch.x, batch.y, mask={"features": np.ones((N, 3))})
 
 
 @pytest.mark.parametrize("name", helpers.KINDS.values())

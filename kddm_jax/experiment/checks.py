@@ -28,6 +28,7 @@ def check(settings: Settings) -> None:
     _check_values(settings)
     _check_placebo(settings)
     _check_teacher(settings)
+    _check_mixing(settings)
     _check_processes(settings)
     _check_seeds(settings)
 
@@ -104,6 +105,16 @@ def _check_teacher(settings):
         teacher is None or pretrained is None,
         f"--teacher {teacher} is trained already; leave out either it or "
         f"--pretrained-teacher {pretrained}",
+    )
+
+
+def _check_mixing(settings):
+    alpha, views = settings.optimizer.mixup, settings.data.views
+    _require(math.isfinite(alpha), f"--mixup must be a finite number, got {alpha}")
+    _require(
+        not alpha or views is None,
+        f"--mixup {alpha} mixes images at every step, but --views {views} uses teacher "
+        "outputs of unmixed images; leave out one of the two",
     )
 
 

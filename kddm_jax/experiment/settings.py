@@ -209,6 +209,13 @@ class Optimizer:
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight decay of all parameters: an L2 penalty with sgd, as in torch.optim.SGD;
     decoupled with adamw."""
+    label_smoothing: Annotated[float, SHARE] = 0.0
+    """Share of each label's probability that is given to all classes alike, in [0, 1).
+    Applies to teacher and students."""
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Alpha of mixup, which replaces images and labels by weighted means of two; the
+    weights are drawn from Beta(alpha, alpha), and 0 means no mixup. Applies to teacher
+    and students."""
 
 
 @dataclass(frozen=True)

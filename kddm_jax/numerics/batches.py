@@ -1,4 +1,4 @@
-"""Checks batches and outputs of networks while a step is traced.
+"""Augments batches, and checks them and outputs of networks while a step is traced.
 
 Images are one array, or a mapping of arrays, whose leading axis counts the samples.  A
 network's apply function returns its outputs and its state.  Outputs have ``logits``;
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def count_samples(images: Any) -> int:
@@ -38,6 +39,29 @@ def count_samples(images: Any) -> int:
             "leading axis of each counts the samples"
         )
     return counts[0]
+
+
+def augment_batch(
+    augment: Callable[[jax.Array, Any], Any],
+    key: jax.Array,
+    images: Any,
+    axis_name: str | None,
+) -> Any:
+    """Augments images with keys that do not depend on the number of devices.
+
+    Args:
+      augment: function ``(key, image) -> image``.
+      key: key of the step.
+      images: this device's share, as in `count_samples`.
+      axis_name: name of the mapped axis, or None.
+
+    Returns:
+      The augmented images, ``[n, ...]``.
+    """
+    n = count_samples(images)
+    start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
+    fold = lambda position: jax.random.fold_in(key, position)
+    return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
 
 
 def check_leaf(array: Any) -> None:

@@ -1,14 +1,16 @@
-"""Computes the gradient of a step's loss.
+"""Computes the gradient of a step's loss, and the optimizer's updates.
 
 In feature-only distillation the head learns from the logits and the backbone from the
 layers.  This takes one forward pass and two backward passes.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Tree = Any
 
@@ -65,6 +67,44 @@ def gradients(
     add = lambda path, a, b: a + b if _module(path) in head else a
     grads = jax.tree.map_with_path(add, of_layers, of_logits)
     return loss, terms, state, outputs[0], grads
+
+
+def updates_of(
+    tx: optax.GradientTransformation,
+    grads: Tree,
+    opt_state: Tree,
+    params: Tree,
+    loss: jax.Array,
+) -> tuple[Tree, Tree]:
+    """Computes the updates; an optimizer that takes ``value`` gets the loss.
+
+    Args:
+      tx: the optimizer.
+      grads: gradient of the loss.
+      opt_state: state of the optimizer.
+      params: parameters of the student.
+      loss: the loss.
+
+    Returns:
+      The updates and the new state of the optimizer.
+
+    Raises:
+      ValueError: the optimizer needs other arguments.
+    """
+    takes = inspect.signature(tx.update).parameters
+    whatever = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    given = {"value": loss} if whatever or "value" in takes else {}
+    try:
+        return tx.update(grads, opt_state, params, **given)
+    except TypeError as error:
+        _, missing, names = str(error).partition("required keyword-only argument")
+        if not missing:
+            raise
+        raise ValueError(
+            f"tx needs {names.partition(':')[2].strip()}, which a step does not have "
+            "(line searches, for one, evaluate the loss again); choose an optimizer "
+            "that needs the gradient and the loss only"
+        ) from error
 
 
 def all_finite(tree: Tree, axis_name: str | None = None) -> jax.Array:

@@ -36,7 +36,7 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
     if isinstance(mask, Mapping):
         raise ValueError(
             "mask must be an array [n], one number for each sample, got a mapping; "
-            "masks of tokens are not available yet: average tokens in the network"
+            "masks of tokens are an argument of distill_loss, which pools them"
         )
     if jnp.shape(mask) != (n,):
         raise ValueError(

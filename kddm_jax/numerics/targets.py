@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from kddm_jax.numerics import masks
+from kddm_jax.numerics.classes import with_mask
 
 
 def is_soft(labels: jax.Array) -> bool:
@@ -39,6 +40,27 @@ def class_labels(labels: jax.Array) -> jax.Array:
         return labels
     labelled = jnp.any(labels != 0, axis=1)  # a row with NaN counts as labelled
     return jnp.where(labelled, jnp.argmax(labels, axis=1), -1)
+
+
+def without_labels(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Removes the labels of rows that are not samples.
+
+    Args:
+      labels: int ``[n]``, or float ``[n, k]``.
+      mask: shape ``[n]``, zero for no sample, or None.
+
+    Returns:
+      The labels: -1, or a row of zeros, where there is no sample.
+
+    Examples:
+      >>> without_labels(jnp.array([3, 99]), jnp.array([True, False])).tolist()
+      [3, -1]
+      >>> without_labels(jnp.ones((2, 2)), jnp.array([True, False])).tolist()
+      [[1.0, 1.0], [0.0, 0.0]]
+    """
+    if is_soft(labels) and mask is not None and len(labels) == len(mask):
+        return masks.zeroed(jnp.asarray(mask).astype(bool), labels)[0]
+    return with_mask(labels, mask)
 
 
 def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:

@@ -20,6 +20,7 @@ from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.progress import Progress
 from kddm_jax.experiment.training.runs import Run, check_folder, epoch_order, method_of
 from kddm_jax.networks.projectors import without_projectors
+from kddm_jax.numerics.mixing import make_mix
 
 LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 10 %
 
@@ -111,6 +112,11 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             teacher_apply,
             tx,
             augment=problem.normalize if of_views else problem.augment,
+            mix=make_mix(
+                num_classes=problem.num_classes,
+                label_smoothing=problem.settings.optimizer.label_smoothing,
+                mixup_alpha=problem.settings.optimizer.mixup,
+            ),
             distance=method.distance,
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
