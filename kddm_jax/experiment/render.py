@@ -1,7 +1,7 @@
 """Implements the command ``kddm report``, which renders results again from their JSON.
 
     kddm report runs/digits-laptop
-    kddm report experiments/results/digits.json
+    kddm report experiments/results/cifar10-paper.json
     kddm report runs/raw/results.json runs/unit/results.json
     kddm report experiments/README.md
 

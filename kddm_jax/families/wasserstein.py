@@ -101,8 +101,7 @@ def wasserstein(
               \sum_{ij} P_{ij} \big(\|x_i - y_j\|^2 + \kappa\, 1_{i \ne j}\big)
 
     The gradient is ``2 sum_j P_ij (x_i - y_j)`` at the optimal plan.  The plan may
-    match features of different classes, so a large weight on this distance harms
-    training.
+    match features of different classes, and so pull a sample towards another class.
 
     Cost: n² d + iterations n²; the debiased solver solves three such problems.  The
     exact solver costs at most n² d + n³.  Gradient: as above; the debiased solver

@@ -1,5 +1,6 @@
 """Tests how students learn: layer pairs, projectors, own distances, features only."""
 
+import copy
 import io
 import json
 import shutil
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import EXPERIMENTS, KEEP, NETWORK, SMALL, TINY, call, results_of
+from commands import KEEP, NETWORK, SMALL, TINY, call, results_of
 from rich.console import Console
 
 import kddm_jax
@@ -612,12 +613,26 @@ def test_copies_among_the_teachers_layers_are_left_out(rated, monkeypatch):
     assert from_teacher._select(problem, teacher, layers) == expected[-1:]
 
 
-RECORDED = EXPERIMENTS / "results" / "cifar10-feature-only-quality.json"
+# A quality.json of version 0.2.0, without some of its layers.  It has no probe.
+RECORDED = {
+    "teacher": "5f047cc15ed79b69",
+    "images": 5000,
+    "student": "ResNet9",
+    "layers": {
+        "stem": {"S": 0.013, "I": 0.320, "E": 0.430, "Q": 0.384, "K": 1.002},
+        "stage1_block3": {"S": 0.024, "I": 0.445, "E": 0.933, "Q": 0.669, "K": 1.002},
+        "stage2_block1": {"S": 0.054, "I": 0.578, "E": 1.084, "Q": 0.846, "K": 1.004},
+        "stage2_block2": {"S": 0.081, "I": 0.591, "E": 1.065, "Q": 0.874, "K": 1.004},
+        "stage4_block3": {"S": 0.271, "I": 0.188, "E": 0.123, "Q": 0.423, "K": 1.017},
+        "features": {"S": 0.271, "I": 0.188, "E": 0.123, "Q": 0.423, "K": 1.017},
+    },
+    "pairs": ["stage1_block1:stage2_block1", "stage2_block1:stage2_block2"],
+}
 
 
 @pytest.mark.parametrize("probe", [None, 63.44])
 def test_quality_is_shown_and_drawn_with_and_without_a_probe(probe, tmp_path):
-    record = json.loads(RECORDED.read_text())
+    record = copy.deepcopy(RECORDED)
     if probe is not None:
         for layer in record["layers"].values():
             layer["probe"] = probe
@@ -632,7 +647,7 @@ def test_quality_is_shown_and_drawn_with_and_without_a_probe(probe, tmp_path):
 
 @pytest.mark.parametrize(("accuracy", "warns"), [(89.9, True), (90.0, False)])
 def test_a_teacher_that_does_not_fit_is_told_in_one_line(accuracy, warns):
-    record = {**json.loads(RECORDED.read_text()), "teacher_accuracy": accuracy}
+    record = {**RECORDED, "teacher_accuracy": accuracy}
     console = Console(record=True, width=80, file=io.StringIO())
     table.show_quality(record, console)
     lines = [line for line in console.export_text().splitlines() if "warning" in line]
