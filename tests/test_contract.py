@@ -549,16 +549,18 @@ def test_row_is_complete(name):
 
 @parametrize([name for name, row in DISTANCES.items() if "features" in row.inputs])
 def test_default_weights_are_those_of_a_unit(name, x64):
-    """An entry has two equal weights if the scale of features does not matter."""
+    """Raw features have a default if the scale of features does not matter."""
     row, batch = DISTANCES[name], make_batch(16, 5)
     larger = batch.map(lambda z: 3 * z, "x", "y")
     fixed = {"bandwidth": None}  # the batch's own
     before, after = (value(name, b, jnp.float64, **fixed) for b in (batch, larger))
     same = np.isclose(before, after, rtol=1e-6)
-    assert (len(row.weights) == 2) == same
+    raw, teacher = row.weights.get(None), row.weights.get("teacher")
+    assert (raw == teacher) == same
     if "squared" in row.promises:
         np.testing.assert_allclose(after, 9 * before, rtol=1e-4)
-        assert set(row.weights) == {"teacher"}
+        assert raw is None
+        assert teacher is not None
 
 
 @ROWS

@@ -17,6 +17,7 @@ from kddm_jax.experiment.checks import check
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
     FEATURE_ONLY,
+    HELPFUL,
     AtMost,
     Augmentation,
     Data,
@@ -87,7 +88,7 @@ def strong(dataset: str) -> Settings:
         Data(dataset),
         augmentation(dataset),
         Networks(stem="cifar", width=64),
-        Method(normalization="teacher"),
+        Method(HELPFUL, normalization="unit"),
         optimizer,
         Run("strong"),
     )
@@ -115,7 +116,7 @@ def laptop(dataset: str) -> Settings:
         data,
         augmentation(dataset),
         Networks(stem="cifar", width=16),
-        Method(normalization="teacher"),
+        Method(HELPFUL, normalization="unit"),
         optimizer,
         Run("laptop"),
     )

@@ -69,7 +69,9 @@ def test_digits_on_a_laptop_is_the_default():
     assert (found.data.student_images, found.data.train_images) == (128, None)
     assert not found.augmentation.flip  # digits are never mirrored
     assert found.augmentation.padding == 1
-    assert found.method.distances == settings_module.KD2M
+    assert found.method.distances == settings_module.HELPFUL
+    for name in found.method.distances:  # all have a default
+        assert weight_of(found, name) > 0
 
 
 def test_digits_of_another_recipe_keeps_its_epochs():
@@ -93,6 +95,8 @@ def test_weights_come_before_weight_before_the_catalogue():
     assert weight_of(found, "cw2") == DISTANCES["cw2"].weights["teacher"]
     found = parse([*line, "--weight", "0"])
     assert weight_of(found, "w2") == 0.0
+    found = parse(["--distances", "l2", "cw2", "--normalization", "unit"])
+    assert [weight_of(found, name) for name in ("l2", "cw2")] == [10.0, 10.0]
     # The catalogue's weights are for normalized features; others use the released
     # weight.
     found = parse([*line, "--normalization", "None"])
@@ -101,17 +105,17 @@ def test_weights_come_before_weight_before_the_catalogue():
 
 @pytest.mark.parametrize("normalization", ["unit", "centered", "standardized"])
 def test_a_normalization_without_default_weights_asks_for_one(normalization):
-    line = ["--distances", "l2", "kd", "nst", "--normalization", normalization]
+    line = ["--distances", "w2", "kd", "nst", "--normalization", normalization]
     found = parse(line)
-    message = f"l2 has no default weight with --normalization {normalization}; pass "
+    message = f"w2 has no default weight with --normalization {normalization}; pass "
     with pytest.raises(
-        UserError, match=message + "--weight NUMBER, or --weights l2 NU"
+        UserError, match=message + "--weight NUMBER, or --weights w2 NU"
     ):
-        weight_of(found, "l2")
+        weight_of(found, "w2")
     for name in ("kd", "nst"):  # these compare no features
         assert weight_of(found, name) == DISTANCES[name].weights[None]
-    assert weight_of(parse([*line, "--weight", "3"]), "l2") == 3.0
-    assert weight_of(parse([*line, "--weights", "l2", "2"]), "l2") == 2.0
+    assert weight_of(parse([*line, "--weight", "3"]), "w2") == 3.0
+    assert weight_of(parse([*line, "--weights", "w2", "2"]), "w2") == 2.0
 
 
 def test_settings_as_json():
