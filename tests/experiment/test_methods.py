@@ -64,7 +64,7 @@ def test_without_layers_the_catalogue_s_entry():
     settings = parse(["--distances", "w2"])
     method = methods.make(settings, "w2", STUDENT, wide)
     assert method.distance == "w2"
-    assert method.options == {"normalization": "teacher"}
+    assert method.options == {"normalization": "unit"}
     assert (method.projectors, method.head) == ({}, None)
 
 

@@ -8,6 +8,7 @@ from kddm_jax import adapters
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.report.rows import PLACEBOS
 from kddm_jax.experiment.training import placebos, problems, runs, train
 from kddm_jax.experiment.training import views as fixed_views
 
@@ -141,7 +142,7 @@ def test_a_placebo_is_another_run(tmp_path):
     kinds = [run.identity["placebo"] for run in (plain, pairs, labels)]
     assert kinds == [None, "pairs", "labels"]
     assert plain.title == "paired L2"
-    assert pairs.title == "paired L2, placebo: pairs"
+    assert pairs.title == plain.title  # tables add the placebo
     assert alone_too.title == "student"
     # Folders of earlier versions do not have the setting.
     older = {k: v for k, v in plain.identity.items() if k != "placebo"}
@@ -160,7 +161,7 @@ def test_a_placebo_is_another_run(tmp_path):
         ("l2 l2+kd", "l2\\+kd compares logits"),
         ("nst", "nst compares maps"),
         ("l2 --layers stem:stem --positions each", "l2 compares maps"),
-        ("feature_only --projector conv", "feature_only compares maps"),
+        ("feature_only --layers stem:stem", "feature_only compares maps"),
         ("l2", None),
         ("w2 --layers features:features", None),
         ("feature_only --layers features:features", None),
@@ -222,7 +223,7 @@ def test_placebos_from_end_to_end(tmp_path):
         given = ("--teacher", first / "teacher" / "seed0", "--placebo", kind)
         assert call(*line, *given, "--out", out, "--distances", "l2") == 0
         last[kind] = results_of(out)["runs"][-1]["history"][-1]["l2"]
-        assert f"| paired L2, placebo: {kind} |" in (out / "table.md").read_text()
+        assert f"| paired L2, {PLACEBOS[kind]} |" in (out / "table.md").read_text()
     # Features of another image, or of none, are farther from the student's.
     assert last["pairs"] > last[None]
     assert last["gaussian"] > last[None]

@@ -320,7 +320,7 @@ def test_curves_have_the_titles_of_the_table():
         *("W2 (E), unit rows", "W2 (E), raw", "teacher"),
     ]
     styles = [line.get_linestyle() for line in legend.get_lines()[:2]]
-    assert styles == ["--", "-."]
+    assert styles == ["--", ":"]
     curves.plt.close(figure)
 
 

@@ -119,11 +119,11 @@ def test_a_normalization_without_default_weights_asks_for_one(normalization):
 
 
 def test_settings_as_json():
-    found = parse(["--out", "a/b", "--weights", "w2", "0.5"])
+    found = parse(["--out", "a/b", "--weights", "l2", "0.5"])
     values = json.loads(json.dumps(settings_module.as_json(found)))
     assert set(values) == {*settings_module.GROUP_OF}
     assert values["out"] == "a/b"
-    assert values["weights"] == {"w2": 0.5}
+    assert values["weights"] == {"l2": 0.5}
     assert values["teacher"] is None
 
 

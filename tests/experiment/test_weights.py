@@ -24,18 +24,22 @@ def alone(lr, accuracies, epochs=60):
     return runs("student", accuracies, epochs, lr=lr, weight_decay=5e-4)
 
 
-def of(name, normalization, weight, accuracies, epochs=60):
-    choices = {"normalization": normalization, "weight": weight}
+def of(name, normalization, weight, accuracies, epochs=60, lr=0.1):
+    choices = {"lr": lr, "normalization": normalization, "weight": weight}
     return runs(name, accuracies, epochs, **choices)
 
 
 def choice(*tried, lr=0.1, **settings):
     """What choose_weights.py writes."""
     plain = {"dataset": "digits", "held_out": 300, "seeds": [0, 1], "epochs": 60}
+    pairs = {(r["name"], r.get("normalization")) for group in tried for r in group}
+    chosen = [
+        {"name": n, "normalization": of, "lr": 0.1} for n, of in sorted(pairs, key=str)
+    ]
     return {
         "settings": {**plain, **settings},
         "alone": {"lr": lr, "weight_decay": 5e-4, "accuracy": 50.0},
-        "chosen": [],
+        "chosen": [row for row in chosen if row["name"] != "student"],
         "tried": sum(tried, []),
         "teacher": 90.0,
         "environment": {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"},
@@ -49,6 +53,7 @@ L2 = (
     *(of("l2", "unit", w, [a], 20) for w, a in ((0.1, 70.0), (1.0, 35.0))),
     of("l2", "unit", 0.1, [60.0, 64.0]),
     of("l2", "unit", 0.32, [61.0, 65.5]),
+    of("l2", "unit", 0.1, [99.0], lr=0.3),  # another rate than the chosen one
 )
 KD = (
     of("kd", None, 1.0, [0.0], 20),
@@ -59,7 +64,7 @@ KD = (
 
 def test_runs_are_grouped_by_lambda():
     """Of a lambda that was trained twice, the longer runs count."""
-    found = weights.grids(choice(*STUDENTS, *L2)["tried"])
+    found = weights.grids([choice(*STUDENTS, *L2)])
     assert list(found) == [("l2", None), ("l2", "unit")]
     counts = {w: [r["epochs"] for r in row] for w, row in found["l2", "unit"].items()}
     assert counts == {0.1: [60, 60], 0.32: [60, 60], 1.0: [20]}
@@ -79,12 +84,12 @@ def test_several_files_are_one_table(tmp_path):
         "| 0.03 | 0.0005 | 40.5 | 2 |",
         "| 0.1 | 0.0005 | **51.0** | 2 |",
         "",
-        "|  | normalization | λ = 0.1 | λ = 0.32 | λ = 1 | λ = 10 |",
-        "|---|---|---|---|---|---|",
-        "| paired L2 | raw | ***25.0*** |  | *20.0* | *diverged* |",
-        "| paired L2 | unit | 62.0 | **63.2** | *35.0* |  |",
-        "| KD | – |  |  | **27.5** |  |",
-        "| mine:ROW | raw |  |  | *diverged* |  |",
+        "|  | normalization | learning rate | λ = 0.1 | λ = 0.32 | λ = 1 | λ = 10 |",
+        "|---|---|---|---|---|---|---|",
+        "| paired L2 | raw | 0.1 | ***25.0*** |  | *20.0* | *diverged* |",
+        "| paired L2 | unit | 0.1 | 62.0 | **63.2** | *35.0* |  |",
+        "| KD | – | 0.1 |  |  | **27.5** |  |",
+        "| mine:ROW | raw | 0.1 |  |  | *diverged* |  |",
         "",
         "digits: accuracy on 300 held-out training images, mean of 2 seeds after 60 "
         "epochs (in italics: one seed after 20 epochs); a run that diverged counts as "
@@ -109,7 +114,7 @@ def test_a_lambda_of_several_files_is_once():
     """Each file is a command that found other runs of the same distance."""
     low, high = L2[3:], (of("l2", "unit", 3.2, [62.0, 63.0]), L2[5])
     text = weights.markdown([choice(*STUDENTS, *low), choice(*STUDENTS, *high)])
-    assert "| paired L2 | unit | 62.0 | **63.2** | *35.0* | 62.5 |" in text
+    assert "| paired L2 | unit | 0.1 | 62.0 | **63.2** | *35.0* | 62.5 |" in text
 
 
 @pytest.mark.parametrize(
