@@ -839,7 +839,8 @@ MESSAGES = {
     "no weight": (
         {"weight": None},
         "weight is None, but paired L2 has no default weight with normalization=None, "
-        "only with normalization='teacher'; pass a number, weight=...",
+        "only with normalization='teacher', normalization='unit', "
+        "normalization='standardized'; pass a number, weight=...",
     ),
     "no default": (
         {"distance": paired_l2, "weight": None},

@@ -589,8 +589,8 @@ MISTAKES = {
     "nan weights": ("--weights w2 nan", ["w2", "nan", ">= 0"]),
     "infinite weight": ("--weight inf", ["--weight", "inf", ">= 0"]),
     "no default weight": (
-        "--distances l2 --normalization unit",
-        ["l2 has no default weight with --normalization unit", "--weight NUMBER"],
+        "--distances w2 --normalization unit",
+        ["w2 has no default weight with --normalization unit", "--weight NUMBER"],
     ),
     "always zero": (
         "--distances mmd_linear --normalization centered --weight 1",
