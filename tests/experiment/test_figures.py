@@ -344,7 +344,7 @@ def tried(name, accuracy=50.0, seed=1, epochs=2, **choices):
 
 
 def candidate(weight, accuracy=50.0, normalization="unit", **more):
-    choices = {"normalization": normalization, "weight": weight}
+    choices = {"lr": 0.1, "normalization": normalization, "weight": weight}
     return tried("w2", accuracy, **choices, **more)
 
 
@@ -352,11 +352,11 @@ def choice(*tried, seeds=(1, 2)):
     """What choose_weights.py writes, if the student alone has a rate of 0.1."""
     normalizations = dict.fromkeys(r["normalization"] for r in tried if "weight" in r)
     return {
-        "settings": {"dataset": "digits", "seeds": [1, 2], "epochs": 2},
+        "settings": {"dataset": "digits", "seeds": [1, 2], "epochs": 2, "lr": 0.1},
         "alone": {"lr": 0.1, "weight_decay": 0.0},
         "tried": list(tried),
         "chosen": [
-            {"name": "w2", "normalization": n, "seeds": len(seeds)}
+            {"name": "w2", "normalization": n, "seeds": len(seeds), "lr": 0.1}
             for n in normalizations
         ],
     }
@@ -391,8 +391,8 @@ def grid(finished, tmp_path_factory):
             result = {**json.loads(path.read_text()), "place": record["place"]}
             (place / "result.json").write_text(json.dumps(result))
     chosen["chosen"] = [
-        {"name": "w2", "normalization": "unit", "seeds": 2},
-        {"name": "w2", "normalization": None, "seeds": 1},
+        {"name": "w2", "normalization": "unit", "seeds": 2, "lr": 0.1},
+        {"name": "w2", "normalization": None, "seeds": 1, "lr": 0.1},
     ]
     chosen["tried"].append(tried("student", epochs=1, lr=0.1, weight_decay=0.0))
     place = folder / chosen["tried"][-1]["place"]
@@ -433,10 +433,10 @@ def test_ablation_of_a_real_grid(tmp_path, capsys):
     settings += [*KEEP, "--no-progress", "--seeds", 1, 2]
     line = ["--grid", "0.5", "1e38", "--", *map(str, settings)]
     assert choose_weights.main(line) == 0
-    assert "λ = 1e+38, 2 epochs, seed 1: loss or gradient not fin" in (
+    assert "λ = 1e+38, lr 0.02, 2 epochs, seed 1: loss or gradient not fin" in (
         capsys.readouterr().out
     )
-    place = tmp_path / "epochs-2-normalization-teacher-weight-1e+38"
+    place = tmp_path / "epochs-2-lr-0.02-normalization-teacher-weight-1e+38"
     assert (place / "w2" / "seed1" / "diverged.json").exists()
     assert call(tmp_path) == 0
     pictures = sorted(path.name for path in (tmp_path / "figures").iterdir())
