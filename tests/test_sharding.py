@@ -5,16 +5,26 @@ in one program for each way to shard. `test_devices.py` tests pmap, and shard_ma
 check_vma=False.
 """
 
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from every_term import ARRAYS, PARAMS, TERMS, loss_of
+from every_term import ARRAYS, MASKED, PARAMS, TERMS, loss_of
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import kddm_jax
+
 SOME = {name: TERMS[name] for name in ("l2", "cmmd_rbf")}
+WITH_MASK = ("w2", "cw2", "w2_gaussian", "mmd_rbf", "l2", "kd", "cka")
+WITH_MASK = {name: TERMS[name] for name in WITH_MASK}
 
 
 def gradients(terms, params, arrays, prepare=lambda params: params, **options):
@@ -45,26 +55,25 @@ def assert_alike(found, expected):
             )
 
 
-def on_one_device(terms):
-    return jax.device_get(jax.jit(lambda *a: gradients(terms, *a))(PARAMS, ARRAYS))
+def on_one_device(terms, arrays=ARRAYS):
+    return jax.device_get(jax.jit(lambda *a: gradients(terms, *a))(PARAMS, arrays))
 
 
 def mesh_of(shape, names, kind):
-    return jax.make_mesh(
-        shape, names, axis_types=(kind,) * len(names), devices=jax.devices()[:2]
-    )
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names), devices=devices)
 
 
-def by_shard_map(terms):
+def by_shard_map(terms, arrays=ARRAYS, shape=(2,), names=("batch",)):
     """Returns gradients without averaging; JAX sums them over the devices."""
     fn = lambda *a: gradients(terms, *a, axis_name="batch")
-    mesh = mesh_of((2,), ("batch",), AxisType.Auto)
+    mesh = mesh_of(shape, names, AxisType.Auto)
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("batch"))}
     mapped = jax.shard_map(fn, mesh=mesh, **specs, out_specs=PartitionSpec())
-    return jax.jit(mapped)(PARAMS, ARRAYS)
+    return jax.jit(mapped)(PARAMS, arrays)
 
 
-def by_jit(terms, shape, names, kind, spec):
+def by_jit(terms, shape, names, kind, spec, arrays=ARRAYS):
     """Shards arrays over a mesh in a plain jit, also along the last axis."""
     mesh = mesh_of(shape, names, kind)
 
@@ -74,7 +83,7 @@ def by_jit(terms, shape, names, kind, spec):
             array, NamedSharding(mesh, PartitionSpec(*axes[: array.ndim]))
         )
 
-    arrays = {name: place(array) for name, array in ARRAYS.items()}
+    arrays = {name: place(array) for name, array in arrays.items()}
     params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
     return jax.jit(lambda *a: gradients(terms, *a))(params, arrays)
 
@@ -133,3 +142,58 @@ def expected():
 @pytest.mark.parametrize("way", WAYS)
 def test_every_distance_and_solver_of_sharded_arrays(expected, way):
     assert_alike(WAYS[way](TERMS), expected)
+
+
+# -------------------------------------------------------------------------- masks
+
+
+@pytest.fixture(scope="module")
+def masked():
+    return on_one_device(WITH_MASK, MASKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_masks_on_a_mesh(masked, mesh):
+    assert_alike(by_jit(WITH_MASK, *MESHES[mesh], arrays=MASKED), masked)
+
+
+@pytest.mark.slow
+def test_masks_under_checked_shard_map(masked):
+    assert_alike(by_shard_map(WITH_MASK, MASKED), masked)
+
+
+# Of 2 x 2 devices, over which samples and features are sharded.
+GRIDS = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}
+
+
+def on_four_devices():
+    """Yields what `four_devices.py` has checked."""
+    axes = ("batch", "model")
+    for arrays in (ARRAYS, MASKED):
+        one = on_one_device(WITH_MASK, arrays)
+        masked = "mask" in arrays
+        for name, kind in GRIDS.items():
+            mesh = ((2, 2), axes, kind, axes)
+            assert_alike(by_jit(WITH_MASK, *mesh, arrays=arrays), one)
+            yield [name, masked]
+        assert_alike(by_shard_map(WITH_MASK, arrays, (2, 2), axes), one)
+        yield ["shard_map", masked]
+
+
+@pytest.mark.slow
+def test_a_mesh_with_two_axes():
+    """In a process of its own, which has four devices."""
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, folder / "four_devices.py"],
+        env={**os.environ, "PYTHONPATH": str(Path(kddm_jax.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ways = (*GRIDS, "shard_map")
+    assert json.loads(done.stdout) == [
+        [way, masked] for masked in (False, True) for way in ways
+    ]

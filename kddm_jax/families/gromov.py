@@ -28,6 +28,7 @@ from kddm_jax.numerics.linalg import (
 )
 from kddm_jax.numerics.solver import Stats, solver_distance
 from kddm_jax.numerics.transport import best_assignment, solve_entropic
+from kddm_jax.numerics.varying import call_varying
 
 
 def _same_distances(cost_x, cost_y, target):
@@ -91,13 +92,13 @@ def _solve_gromov(cost_x, cost_y, mask):
 
 @jax.custom_jvp
 def _gromov(cost_x, cost_y, mask):
-    return _solve_gromov(cost_x, cost_y, mask)[:2]
+    return call_varying(_solve_gromov, cost_x, cost_y, mask)[:2]
 
 
 @_gromov.defjvp
 def _gromov_jvp(primals, tangents):
     (cost_x, cost_y, mask), (dx, dy, _) = primals, tangents
-    value, stats, target = _solve_gromov(cost_x, cost_y, mask)
+    value, stats, target = call_varying(_solve_gromov, cost_x, cost_y, mask)
     moved = _same_distances(cost_x, cost_y, target) * _same_distances(dx, dy, target)
     tangent = 2 * masks.mean_of_pairs(moved, mask)
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
@@ -139,13 +140,14 @@ def _solve_gromov_entropic(cost_x, cost_y, epsilon, mask):
 
 @jax.custom_jvp
 def _gromov_entropic(cost_x, cost_y, epsilon, mask):
-    return _solve_gromov_entropic(cost_x, cost_y, epsilon, mask)[:2]
+    arrays = cost_x, cost_y, epsilon, mask
+    return call_varying(_solve_gromov_entropic, *arrays)[:2]
 
 
 @_gromov_entropic.defjvp
 def _gromov_entropic_jvp(primals, tangents):
     (cost_x, cost_y, _, mask), (dx, dy, _, _) = primals, tangents
-    value, stats, plan = _solve_gromov_entropic(*primals)
+    value, stats, plan = call_varying(_solve_gromov_entropic, *primals)
     shares = [masks.size(mask, cost) ** 2 for cost in (cost_x, cost_y)]
     pull_x = cost_x / shares[0] - matmul(matmul(plan, cost_y), plan.T)
     pull_y = cost_y / shares[1] - matmul(matmul(plan.T, cost_x), plan)

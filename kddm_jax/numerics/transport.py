@@ -22,6 +22,7 @@ from kddm_jax.numerics.checks import check_choice, check_count, check_number
 from kddm_jax.numerics.linalg import constant
 from kddm_jax.numerics.promotion import implicit_promotion
 from kddm_jax.numerics.solver import Stats
+from kddm_jax.numerics.varying import call_varying
 
 
 class Costs(NamedTuple):
@@ -125,6 +126,40 @@ def _ott():
     return Geometry, LinearProblem, Momentum, Sinkhorn
 
 
+def _by_ott(cost, a, b, epsilon, *, threshold, max_iterations, symmetric):
+    Geometry, LinearProblem, Momentum, Sinkhorn = _ott()
+    # The symmetric terms of a divergence (x to x, y to y) converge after a few
+    # simultaneous, averaged updates, as in ott.tools.sinkhorn_divergence.
+    options = (
+        {"momentum": Momentum(start=0, value=0.5), "parallel_dual_updates": True}
+        if symmetric
+        else {}
+    )
+    # use_danskin=False avoids ott's stop_gradient; nothing differentiates the solver.
+    solver = Sinkhorn(
+        threshold=threshold,
+        max_iterations=max_iterations,
+        # Number of updates between two checks of the error.
+        inner_iterations=min(10, max_iterations),
+        use_danskin=False,
+        **options,
+    )
+    # ott declares epsilon as a float, but also accepts an array.
+    with implicit_promotion():
+        geometry = Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
+        out = solver(LinearProblem(geometry, a=a, b=b))
+        plan = out.matrix
+    error = jnp.maximum(
+        jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)),
+        jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b)),
+    )
+    converged, iterations, value = (
+        jnp.asarray(z, cost.dtype)
+        for z in (out.converged, out.n_iters, out.reg_ot_cost)
+    )
+    return value, Stats(converged, iterations, error), plan
+
+
 def solve_entropic(
     cost: jax.Array,
     a: jax.Array,
@@ -150,38 +185,13 @@ def solve_entropic(
     Returns:
       ``(value, stats, plan)``; none of them has a derivative rule.
     """
-    Geometry, LinearProblem, Momentum, Sinkhorn = _ott()
-    # The symmetric terms of a divergence (x to x, y to y) converge after a few
-    # simultaneous, averaged updates, as in ott.tools.sinkhorn_divergence.
-    options = (
-        {"momentum": Momentum(start=0, value=0.5), "parallel_dual_updates": True}
-        if symmetric
-        else {}
-    )
-    # use_danskin=False avoids ott's stop_gradient; nothing differentiates the solver.
-    solver = Sinkhorn(
+    solve = partial(
+        _by_ott,
         threshold=threshold,
         max_iterations=max_iterations,
-        # Number of updates between two checks of the error.
-        inner_iterations=min(10, max_iterations),
-        use_danskin=False,
-        **options,
+        symmetric=symmetric,
     )
-    blocked = _block(cost, same, epsilon)
-    # ott declares epsilon as a float, but also accepts an array.
-    with implicit_promotion():
-        geometry = Geometry(cost_matrix=blocked, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
-        out = solver(LinearProblem(geometry, a=a, b=b))
-        plan = out.matrix
-    error = jnp.maximum(
-        jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)),
-        jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b)),
-    )
-    converged, iterations, value = (
-        jnp.asarray(z, cost.dtype)
-        for z in (out.converged, out.n_iters, out.reg_ot_cost)
-    )
-    return value, Stats(converged, iterations, error), plan
+    return call_varying(solve, _block(cost, same, epsilon), a, b, epsilon)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
@@ -291,9 +301,9 @@ def best_assignment(cost: jax.Array, same: jax.Array | None = None) -> jax.Array
     cost = jnp.where(jnp.isfinite(cost), cost, 0)
     if same is not None:  # if all costs are zero, any positive cost forbids a pair
         cost = _block(cost, same, jnp.all(cost == 0).astype(cost.dtype))
-    cost = _shifted_by_duals(cost, same)
+    cost = call_varying(_shifted_by_duals, cost, same)
     with implicit_promotion():
-        row, column = hungarian_algorithm(cost)
+        row, column = call_varying(hungarian_algorithm, cost)
     return jnp.zeros(len(cost), column.dtype).at[row].set(column)
 
 
