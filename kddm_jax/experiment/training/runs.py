@@ -261,10 +261,11 @@ def check_folder(run: Run, out: Path) -> None:
     # Folders of earlier versions lack later settings, which had their defaults.
     plain = json.loads(json.dumps(as_json(Settings())))
     for name, wanted in run.identity.items():
-        if found.get(name, plain.get(name)) != wanted:
+        made = found.get(name, plain.get(name))
+        if made != wanted:
             raise UserError(
-                f"{path.parent} was made with {name}={found.get(name)}, this command "
-                f"says {wanted}; choose another --out, or delete that folder"
+                f"{path.parent} was made with {name}={made}, this command says "
+                f"{wanted}; choose another --out, or delete that folder"
             )
 
 

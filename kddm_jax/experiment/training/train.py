@@ -114,8 +114,8 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             augment=problem.normalize if of_views else problem.augment,
             mix=make_mix(
                 num_classes=problem.num_classes,
-                label_smoothing=problem.settings.optimizer.label_smoothing,
-                mixup_alpha=problem.settings.optimizer.mixup,
+                label_smoothing=settings.optimizer.label_smoothing,
+                mixup_alpha=settings.optimizer.mixup,
             ),
             distance=method.distance,
             head=method.head,
