@@ -23,7 +23,7 @@ TINY = (
     *("--lr", "0.02"),  # small: rounding errors do not grow from step to step
     *("--train-images", "128", "--student-images", "128", "--test-images", "100"),
     *("--seeds", "1", "--distances", *DISTANCE_NAMES, "--no-equal-compute"),
-    *("--normalization", "teacher"),
+    *("--normalization", "teacher", "--degrees", "0", "--eval-every", "1"),
 )
 # For tests of runs whose results do not depend on the network.
 NETWORK = "small_network:Small"

@@ -31,7 +31,7 @@ LONGER = "student_longer"  # the student alone with the compute of a distilled r
 ALONE = ("teacher", "student", LONGER)  # runs without a teacher
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 # Distances that beat the student alone in experiments/README.md, and KD next to them.
-HELPFUL = ("l2", "cw2", "cw2_gaussian", "kd")
+HELPFUL = ("l2", "cw2", "kd")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
     *("TeacherMLP", "StudentMLP"),

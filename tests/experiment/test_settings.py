@@ -65,8 +65,9 @@ def test_digits_on_a_laptop_is_the_default():
     found = parse([])
     assert (found.data.dataset, found.run.recipe) == ("digits", "laptop")
     assert found.run.data_dir is None
-    assert (found.optimizer.teacher_epochs, found.optimizer.epochs) == (15, 30)
-    assert (found.data.student_images, found.data.train_images) == (128, None)
+    assert (found.optimizer.teacher_epochs, found.optimizer.epochs) == (15, 100)
+    assert (found.data.student_images, found.data.train_images) == (64, None)
+    assert found.run.seeds == (0, 1, 2)
     assert not found.augmentation.flip  # digits are never mirrored
     assert found.augmentation.padding == 1
     assert found.method.distances == settings_module.HELPFUL
