@@ -127,7 +127,7 @@ def of_lambda(
         like = next(iter(finest.values()))
         epochs, seen = like[0]["epochs"], [record["seed"] for record in like]
         # Next to a coarse grid, the student alone has the grid's learning rate.
-        lr = rate if epochs == settings["epochs"] else settings["lr"]
+        lr = rate if seeds > 1 else settings["lr"]
         wanted = {"name": "student", "epochs": epochs, "lr": lr}
         wanted["weight_decay"] = chosen["alone"]["weight_decay"]
         alone = [

@@ -8,7 +8,8 @@ Settings of ``kddm distill`` follow after ``--``. The test set is never used.
 1. The command chooses the learning rate and the weight decay of the student alone.
    Distilled students have the same weight decay.
 2. For every distance and normalization, it trains one seed for each lambda of a coarse
-   grid, for fewer epochs if you pass ``--first-epochs``.
+   grid, for fewer epochs if you pass ``--first-epochs``. These runs, and the student
+   alone to which they are compared, have the learning rate of the settings (``--lr``).
 3. For the best normalization of a distance, and for raw features, it chooses the
    learning rate with one seed, because a distance adds to the gradient. It then trains
    all seeds for each lambda of a finer grid around the best one. If all students of the
@@ -235,6 +236,8 @@ def _notes(found):
             )
         if row["at_edge"] and row["accuracy"]:
             yield f"{name}: λ = {row['weight']:g} is at the edge of its grid"
+        if row["lr_at_edge"]:
+            yield f"{name}: learning rate {row['lr']:g} is at the edge of its grid"
 
 
 def options(found: Mapping[str, Any]) -> list[str]:

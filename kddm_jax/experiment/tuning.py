@@ -225,14 +225,16 @@ def _coarse(tuning, name, normalization):
 
 
 def _rate(tuning, name, normalization, weight):
-    """Chooses the learning rate of a distilled student, with one seed."""
+    """Returns the best learning rate of one seed, and whether it is at an edge."""
 
     def score(lr):
         changes = {"normalization": normalization, "weight": weight, "lr": lr}
         return tuning.score(name, tuning.seeds[:1], **changes)
 
-    grid = tuning.search.rates
-    return best_of(climb(score, grid)) if grid else tuning.settings.optimizer.lr
+    if not tuning.search.rates:
+        return tuning.settings.optimizer.lr, False
+    scores = climb(score, tuning.search.rates)
+    return best_of(scores), at_edge(scores)
 
 
 def _fine(tuning, name, normalization, coarse, lr):
@@ -253,10 +255,10 @@ def tune(tuning: Tuning, name: str) -> list[dict[str, Any]]:
       name: name of the distance.
 
     Returns:
-      A row for each of the two, as in ``chosen`` of ``weights.json``: the ``lr``, the
-      ``weight`` and its mean ``accuracy`` over ``seeds`` (their number) after
-      ``epochs``, whether the weight is ``at_edge`` of its grid, and which of the two is
-      ``best``.
+      A row for each of the two, as in ``chosen`` of ``weights.json``: the ``lr``,
+      whether it is ``lr_at_edge`` of its grid, the ``weight`` and its mean ``accuracy``
+      over ``seeds`` (their number) after ``epochs``, whether the weight is ``at_edge``
+      of its grid, and which of the two is ``best``.
     """
     coarse = {
         normalization: _coarse(tuning, name, normalization)
@@ -268,14 +270,15 @@ def tune(tuning: Tuning, name: str) -> list[dict[str, Any]]:
     for normalization, scores in coarse.items():
         if normalization not in (top, None):
             continue
-        ahead, lr = max(scores.values()) >= alone, tuning.settings.optimizer.lr
+        ahead, edge = max(scores.values()) >= alone, False
+        lr = tuning.settings.optimizer.lr
         if ahead:
-            lr = _rate(tuning, name, normalization, best_of(scores))
+            lr, edge = _rate(tuning, name, normalization, best_of(scores))
             scores = _fine(tuning, name, normalization, scores, lr)
         seeds, epochs = len(tuning.seeds), tuning.settings.optimizer.epochs
         made = (seeds, epochs) if ahead else (1, tuning.first_epochs)
         row = _row(name, normalization, scores, *made)
-        rows.append({**row, "lr": lr})
+        rows.append({**row, "lr": lr, "lr_at_edge": edge})
     best = max(rows, key=lambda row: (row["seeds"], row["accuracy"]))
     return [{**row, "best": row is best} for row in rows]
 

@@ -108,14 +108,14 @@ def test_every_method_is_tuned(line, fake, tmp_path, monkeypatch, capsys):
     assert found["alone"] == {
         "lr": 0.1, "weight_decay": 5e-4, "accuracy": 60.75, "at_edge": [],
     }  # fmt: skip
-    row = {"seeds": 2, "epochs": 2, "at_edge": False, "best": True}
+    row = {"seeds": 2, "epochs": 2, "at_edge": False, "best": True, "lr_at_edge": False}
     unit = {"name": "l2", "normalization": "unit", "weight": 3.2, "lr": 0.3}
     unit["accuracy"] = pytest.approx(81.5 + near(3.2, 3))
     kd = {"name": "kd", "normalization": None, "weight": 100.0, "accuracy": 71.5}
     kd["lr"] = 0.1
     raw = {"name": "l2", "normalization": None, "weight": 1.0, "seeds": 1, "epochs": 1}
     raw |= {"accuracy": pytest.approx(41 + near(1, 3) - math.log10(15)), "lr": 0.02}
-    raw |= {"at_edge": False, "best": False}
+    raw |= {"at_edge": False, "best": False, "lr_at_edge": False}
     assert found["chosen"] == [raw, {**unit, **row}, {**kd, **row}]
     assert len(found["tried"]) == len(ran)
     assert found["tried"][0] == {

@@ -71,6 +71,14 @@ def test_runs_are_grouped_by_lambda():
     assert list(found["l2", None]) == [0.1, 1, 10]
 
 
+def test_a_normalization_that_was_not_chosen_keeps_its_row():
+    """Also if its runs are as long as those of the finer grid."""
+    found = choice(*STUDENTS, *L2, of("l2", "centered", 1.0, [30.0]), lr=0.1)
+    found["settings"]["lr"] = 0.1
+    found["chosen"] = [r for r in found["chosen"] if r["normalization"] == "unit"]
+    assert [*weights.grids([found])["l2", "centered"]] == [1.0]
+
+
 def test_several_files_are_one_table(tmp_path):
     """One seed is in italics, and never better than all seeds."""
     files = {"a.json": choice(*STUDENTS, *L2), "b.json": choice(*STUDENTS[:1], *KD)}

@@ -171,7 +171,10 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
 
 
 def reference(found: Sequence[Row]) -> Row:
-    """Returns the better of the students alone, to which methods are compared.
+    """Returns the student alone to which methods are compared.
+
+    It is the better of the rows that have the most seeds; a row of fewer seeds would
+    leave pairs, and so seeds of the methods, out.
 
     Raises:
       UserError: there is no student alone.
@@ -182,7 +185,9 @@ def reference(found: Sequence[Row]) -> Row:
             "the results have no student alone to compare with; rerun the command of "
             "kddm distill that made them"
         )
-    return max(alone, key=lambda row: row.mean)
+    most = max(len(row.runs) for row in alone)
+    whole = [row for row in alone if len(row.runs) == most]
+    return max(whole, key=lambda row: row.mean)
 
 
 # ---------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def grids(choices: Iterable[Mapping[str, Any]]) -> Grids:
             if record["name"] == "student":
                 continue
             pair = (record["name"], record["normalization"])
-            if record["epochs"] == longest and record["lr"] != chosen.get(pair):
+            rate = chosen.get(pair, choice["settings"].get("lr"))
+            if record["epochs"] == longest and record["lr"] != rate:
                 continue
             by_epochs = found.setdefault(pair, {}).setdefault(record["weight"], {})
             by_epochs.setdefault(record["epochs"], {})[record["seed"]] = record
