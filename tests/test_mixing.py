@@ -225,7 +225,7 @@ def test_folders_of_earlier_versions_had_the_defaults(tmp_path):
     for name in ("label_smoothing", "mixup"):
         option = "--" + name.replace("_", "-")
         for run in run_of(option, "0.2"):
-            with pytest.raises(UserError, match=f"was made with {name}=None, this "):
+            with pytest.raises(UserError, match=f"was made with {name}=0.0, this "):
                 runs.check_folder(run, tmp_path)
     settings = as_json(parse([]))
     assert (settings["label_smoothing"], settings["mixup"]) == (0, 0)

@@ -240,7 +240,7 @@ def test_distances_of_features_ask_for_a_weight(normalization):
     with pytest.raises(ValueError, match=message + "; pass a number, weight="):
         distill_loss(
             *(BATCH.x, BATCH.y, BATCH.labels, BATCH.logits_x),
-            distance="l2",
+            distance="w2",
             normalization=normalization,
         )
 

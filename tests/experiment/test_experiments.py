@@ -331,7 +331,7 @@ def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatc
     (run.folder(tmp_path) / "run.json").write_text(json.dumps(older))
     runs.check_folder(run, tmp_path)
     changed = replace(run, identity={**run.identity, "weight_schedule": "decay"})
-    with pytest.raises(UserError, match="weight_schedule=None"):
+    with pytest.raises(UserError, match="weight_schedule=constant"):
         runs.check_folder(changed, tmp_path)
 
 

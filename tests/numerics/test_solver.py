@@ -41,7 +41,7 @@ def test_signatures_are_the_public_ones():
         assert by.kind is by.KEYWORD_ONLY
         assert signature.return_annotation == result
         assert function.__annotations__["return"] == result
-        assert inspect.getdoc(function) == "Divides."
+        assert inspect.getdoc(function) == "Divides by a number."
     assert (halved.__name__, halved.diagnose.__name__) == ("halved", "diagnose")
 
 
