@@ -430,8 +430,12 @@ def weight_of(settings: Settings, distance: str) -> float:
         return 1.0
     defaults = DISTANCES[distance].weights
     if normalization not in defaults:
+        known = (
+            f", or --normalization {name} (λ = {weight:g})"
+            for name, weight in defaults.items()
+        )
         raise UserError(
             f"{distance} has no default weight with --normalization {normalization}; "
-            f"pass --weight NUMBER, or --weights {distance} NUMBER for it alone"
+            f"pass --weights {distance} NUMBER{''.join(known)}"
         )
     return defaults[normalization]
