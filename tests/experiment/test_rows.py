@@ -12,6 +12,7 @@ from kddm_jax.experiment.report import page as page_module
 from kddm_jax.experiment.report import rows, table
 
 TITLES = {"student": "student", "w2": "W2 (E)", "l2": "paired L2", "kd": "KD"}
+TITLES |= {"feature_only": "features only", "nst": "NST", "l2+kd": "paired L2 + KD"}
 
 
 def made(name, accuracy_by_seed, weight=1.0, **settings):
@@ -290,3 +291,32 @@ def test_learning_rates_and_layers_distinguish_rows():
         ("W2 (E), learning rate 0.3, layers released", "0.3"),
     ]
     assert "learning rate" in table.columns(results)
+
+
+def test_released_layers_are_not_normalized():
+    """The setting of the recipe does not apply to them."""
+    layers = lambda *names: {"normalization": "unit", "layers": list(names)}
+    results = study(
+        made("feature_only", {0: 84.0}, **layers("released")),
+        made("feature_only", {0: 85.0}, **layers()),
+        made("feature_only", {0: 86.0}, **layers("a:b")),
+    )
+    assert cells(results, "", "normalization") == [
+        ("features only, raw, layers released", "raw"),
+        ("features only, unit rows", "unit rows"),
+        ("features only, unit rows, layers a:b", "unit rows"),
+    ]
+
+
+def test_predictions_have_no_layers():
+    """They are one row of two commands, one of which names layers for its features."""
+    methods = ("kd", "nst", "l2", "l2+kd")
+    one = study(*(made(name, {0: 84.0}, layers=["a:b"]) for name in methods))
+    other = study(*(made(name, {1: 85.0}, layers=[]) for name in methods))
+    found = rows.rows(rows.merge({"a.json": one, "b.json": other}))
+    assert [(row.title, [*row.accuracy]) for row in found if not row.alone] == [
+        ("KD", [0, 1]),
+        *(("NST, layers a:b", [0]), ("paired L2, layers a:b", [0])),
+        ("paired L2 + KD, layers a:b", [0]),
+        *(("NST", [1]), ("paired L2", [1]), ("paired L2 + KD", [1])),
+    ]

@@ -17,8 +17,10 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
     GROUP_OF,
     LONGER,
+    RELEASED,
     Settings,
     as_json,
     marked,
@@ -61,7 +63,7 @@ class Key(NamedTuple):
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
-      layers: the value of ``--layers``.
+      layers: the value of ``--layers``; "" if no features or maps are compared.
     """
 
     name: str
@@ -102,10 +104,10 @@ class Row:
         return float(np.mean([*self.accuracy.values()]))
 
 
-def _compares_features(name):
-    """Returns whether a normalization changes a method; users' modules are not read."""
+def _compares(name, *kinds):
+    """Returns whether a method compares such arrays; users' modules are not read."""
     return any(
-        part not in DISTANCES or "features" in DISTANCES[part].inputs
+        part not in DISTANCES or not {*kinds}.isdisjoint(DISTANCES[part].inputs)
         for part in parts_of(name)
     )
 
@@ -124,13 +126,17 @@ def _method(run, settings) -> dict[str, Any]:
 
 def _key(run, settings):
     name = run["name"]
-    method, words = _method(run, settings), ""
+    method, words, layers = _method(run, settings), "", ""
     rate = "" if method["lr"] is None else f"{method['lr']:g}"
     if name in ALONE:
         return Key(name, rate=rate)
-    if _compares_features(name):
+    if _compares(name, "features", "maps"):
+        layers = " ".join(method["layers"] or ())
+    if _compares(name, "features"):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
-    placebo, layers = method["placebo"] or "", " ".join(method["layers"] or ())
+    if name == FEATURE_ONLY and layers == RELEASED:
+        words = NORMALIZATIONS[None]  # that loss transforms nothing
+    placebo = method["placebo"] or ""
     placebo = PLACEBOS.get(placebo, placebo)
     return Key(name, placebo, words, _weight(run), rate, layers)
 
