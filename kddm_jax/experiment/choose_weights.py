@@ -12,7 +12,7 @@ Settings of ``kddm distill`` follow after ``--``. The test set is never used.
 3. For the best normalization of a distance, and for raw features, it chooses the
    learning rate with one seed, because a distance adds to the gradient. It then trains
    all seeds for each lambda of a finer grid around the best one. If all students of the
-   coarse grid are worse than the student alone, there is neither.
+   coarse grid are worse than the student alone, it does neither.
 
 A grid whose best value is at its edge is extended. The command prints the chosen values
 as options of ``kddm distill``, and writes all accuracies to ``weights.json``. A run
@@ -220,7 +220,7 @@ def _table(found):
 
 
 def _notes(found):
-    """Yields what the reader of the table must know about single rows."""
+    """Yields notes about single rows of the table."""
     for name in found["alone"]["at_edge"]:
         option, value = name.replace("_", "-"), found["alone"][name]
         yield f"student alone: --{option} {value:g} is at the edge of its grid"
@@ -266,7 +266,11 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(_table(found))
     for line in _notes(found):
         console.print(line)
-    console.print("options for kddm distill:")
+    console.print(
+        "options for kddm distill (add the settings of this command without "
+        "--held-out, one --teacher for all lines, and an --out for each line; kddm "
+        "report joins their results.json):"
+    )
     for line in options(found):
         console.print(f"  {line}")
 
