@@ -275,9 +275,9 @@ def distill_loss(
 
     Cost: n k plus the cost of each distance, where n is the size of the global batch
     if there is an axis.  Gradient: with respect to the student only; transport
-    distances have no second derivatives.  Not for: raw features of unknown scale with a
-    weight from a table of results; use ``normalization="teacher"``, because the weights
-    in those tables were chosen with it.
+    distances have no second derivatives.  Not for: raw features with a weight that was
+    chosen for other features; pass ``normalization``, and a weight that was chosen with
+    it.
 
     Args:
       student_features: shape ``[n, d]``, or a mapping from layer name to array.  In a
