@@ -226,7 +226,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Yields the students alone, then the distilled ones, distance by distance.
 
     With ``--equal-compute``, students alone are trained twice: as long as the distilled
-    ones, and with the compute of a distilled run, if these differ.
+    ones, and with the compute of a distilled run.
 
     Args:
       problem: the data, the devices and the settings.
@@ -235,10 +235,8 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     Yields:
       The runs.
     """
-    settings, alone = problem.settings, ["student"]
-    wanted = settings.run.equal_compute
-    if wanted and compute.longer_epochs(problem) > settings.optimizer.epochs:
-        alone.append(LONGER)
+    settings = problem.settings
+    alone = ("student", LONGER) if settings.run.equal_compute else ("student",)
     for name in (*alone, *settings.method.distances):
         for seed in settings.run.seeds:
             yield student_run(problem, teacher_digest, name, seed)
