@@ -200,6 +200,7 @@ def test_the_trained_teacher_has_its_seconds():
     [
         ("dataset", ("digits", "mnist"), "dataset (digits and mnist)"),
         ("student_images", (128, None), "student_images (128 and None)"),
+        ("train_images", (128, None), "train_images (128 and None)"),
         ("views", (None, 4), "views (None and 4)"),
         ("width", (16, 32), "width (16 and 32)"),
         ("student_model", ("ResNet18", "ResNet9"), "student_model (ResNet18 and"),
@@ -217,6 +218,20 @@ def test_studies_of_other_settings_are_no_table(name, values, said):
         rows.merge({"a.json": one, "b.json": other})
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_images_are_compared_and_not_their_settings():
+    """None means all, which may be the number that the other command names."""
+    counts = {"student_images": 128, "test_images": 100}
+    one = study(made("w2", {0: 84.0}, **counts), **counts)
+    missing = dict.fromkeys(counts)
+    other = study(made("w2", {1: 85.0}, **missing), **missing)
+    one["student_images"] = other["student_images"] = 128
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert [len(row.runs) for row in rows.rows(merged)] == [2, 2]
+    other["student_images"] = 1437
+    with pytest.raises(UserError, match=r"differ in student_images \(128 and 1437\)"):
+        rows.merge({"a.json": one, "b.json": other})
 
 
 def test_a_missing_setting_had_its_default():

@@ -29,7 +29,7 @@ from kddm_jax.experiment.settings import (
 )
 
 # Students without a teacher: with the epochs of a distilled student, or its compute.
-ALONE = ("student", LONGER)
+STUDENTS_ALONE = ("student", LONGER)
 NORMALIZATIONS: Mapping[Any, str] = {
     None: "raw",
     "teacher": "teacher scale",
@@ -43,11 +43,14 @@ PLACEBOS = {
     "gaussian": "Gaussian features",
 }
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
-# by its digest, and a file of pretrained weights by its digest in the runs.
+# by its digest, a file of pretrained weights by its digest in the runs, and the images
+# of students and of the evaluation by their numbers, because None means all.
 SHOWN = ("normalization", "placebo", "lr", "layers")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
-MAY_DIFFER = (MAY_DIFFER | {*SHOWN, "eval_every"}) - {"distance_group"}
-OF_A_SEED = {*SHOWN, "eval_every", "seed"}
+IMAGES = {"student_images", "test_images"}
+MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
+MAY_DIFFER -= {"distance_group"}
+OF_A_SEED = {*SHOWN, *IMAGES, "eval_every", "seed"}
 
 
 # ---------------------------------------------------------------------------
@@ -91,7 +94,7 @@ class Row:
     @property
     def alone(self) -> bool:
         """Returns whether the row is a student without a teacher."""
-        return self.key.name in ALONE
+        return self.key.name in STUDENTS_ALONE
 
     @property
     def accuracy(self) -> dict[int, float]:
@@ -128,7 +131,7 @@ def _key(run, settings):
     name = run["name"]
     method, words, layers = _method(run, settings), "", ""
     rate = "" if method["lr"] is None else f"{method['lr']:g}"
-    if name in ALONE:
+    if name in STUDENTS_ALONE:
         return Key(name, rate=rate)
     if _compares(name, "features", "maps"):
         layers = " ".join(method["layers"] or ())
@@ -168,7 +171,8 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     groups: dict[Key, list[Mapping]] = {}
     for run in results["runs"]:
         groups.setdefault(_key(run, results["settings"]), []).append(run)
-    place = lambda key: ALONE.index(key.name) if key.name in ALONE else len(ALONE)
+    places = {name: place for place, name in enumerate(STUDENTS_ALONE)}
+    place = lambda key: places.get(key.name, len(places))
     keys = sorted(groups, key=place)  # keeps the order of equal places
     return [
         Row(key, _title(groups[key][0]["title"], key, keys), tuple(groups[key]))
@@ -220,6 +224,11 @@ def _check_alike(places, studies):
     images = [study["eval_images"] for study in studies]
     if images[0] != images[1]:
         _refuse(places, "the number of evaluation images", images)
+    images = [study.get("student_images") for study in studies]
+    if None in images:  # earlier versions recorded the setting only
+        images = [settings["student_images"] for settings in (first, other)]
+    if images[0] != images[1]:
+        _refuse(places, "student_images", images)
 
 
 def _check_row(places, runs):
