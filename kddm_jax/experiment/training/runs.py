@@ -45,6 +45,9 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
         models.shapes(name, student, image, count),
         models.shapes("teacher", teacher, image, count),
     )
+    if settings.method.placebo in ("pairs", "labels"):
+        labels = problem.dataset.train_labels[problem.parts.student]
+        placebos.partners(settings.method.placebo, labels)
     for name in settings.method.distances:
         if name == FEATURE_ONLY and by_quality(settings):
             methods.check_choice_of_layers(settings, *problem.shapes)
