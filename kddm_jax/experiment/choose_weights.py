@@ -60,7 +60,8 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
     Returns:
       The content of ``weights.json``: the settings, ``alone`` (from
       `tuning.tune_alone`), ``chosen`` (from `tuning.tune`, for all distances),
-      ``tried`` (a record of every run), the teacher's accuracy and the environment.
+      ``tried`` (a record of every run), the teacher's accuracy and digest, and the
+      environment.
 
     Raises:
       UserError: the settings or the values to try do not allow a choice; or as in
@@ -81,6 +82,7 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
             "alone": tune_alone(tuning),
             "chosen": [],
             "teacher": opened.teacher.accuracy,
+            "teacher_digest": opened.teacher.digest,
             "environment": records.environment(problem.devices),
         }
 

@@ -7,7 +7,7 @@ show.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -210,14 +210,32 @@ def _defaults():
     return json.loads(json.dumps(as_json(Settings())))  # in the form that is read
 
 
-def _check_alike(places, studies):
-    """Refuses two studies whose rows cannot be compared."""
+def check_settings(
+    places: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
+    may_differ: Collection[str] = frozenset(MAY_DIFFER),
+) -> None:
+    """Refuses two commands that differ in a setting that decides a result.
+
+    Args:
+      places: names of the commands' files, for the message.
+      settings: the two settings as JSON values; missing ones had their defaults.
+      may_differ: names of settings that may differ.
+
+    Raises:
+      UserError: another setting differs, apart from those of the group `Run`.
+    """
     plain = _defaults()  # earlier versions did not record all settings
-    first, other = ({**plain, **renamed(study["settings"])} for study in studies)
+    first, other = ({**plain, **renamed(values)} for values in settings)
     for name in plain:
-        shared = GROUP_OF[name] != "run" and name not in MAY_DIFFER
+        shared = GROUP_OF[name] != "run" and name not in may_differ
         if shared and first[name] != other[name]:
             _refuse(places, name, (first[name], other[name]))
+
+
+def _check_alike(places, studies):
+    """Refuses two studies whose rows cannot be compared."""
+    check_settings(places, [study["settings"] for study in studies])
     digests = [study["teacher"].get("digest") for study in studies]
     if digests[0] != digests[1]:
         _refuse(places, "the teacher's digest", digests)
@@ -226,7 +244,7 @@ def _check_alike(places, studies):
         _refuse(places, "the number of evaluation images", images)
     images = [study.get("student_images") for study in studies]
     if None in images:  # earlier versions recorded the setting only
-        images = [settings["student_images"] for settings in (first, other)]
+        images = [study["settings"].get("student_images") for study in studies]
     if images[0] != images[1]:
         _refuse(places, "student_images", images)
 
