@@ -96,7 +96,7 @@ def check_core():
 
 def check_experiments():
     """The README's first experiment, of one epoch."""
-    line = "distill --dataset digits --teacher-epochs 1 --epochs 1 --distances w2 kd"
+    line = "distill --dataset digits --teacher-epochs 1 --epochs 1 --distances cw2 kd"
     command = Path(sys.executable).with_name("kddm")
     subprocess.run(
         [command, *line.split(), "--out", "out", "--no-progress"], check=True

@@ -51,7 +51,7 @@ from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.report.curves import PLAIN, plt, save
-from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, as_json
+from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, Settings, as_json
 from kddm_jax.experiment.training import methods, runs
 from kddm_jax.experiment.training.outputs import outputs_of
 from kddm_jax.experiment.training.problems import Problem
@@ -61,6 +61,15 @@ BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 50
 SUFFIX = "-theorem"  # of the name of the runs' folder
 DEFAULTS = {"images": IMAGES, "batches": BATCHES, "draws": DRAWS}
+# Defaults of the settings after --, and more of them for digits with recipe laptop.
+OWN = (
+    *("--distances", "cw2", "--normalization", "teacher", "--seeds", "0"),
+    "--no-equal-compute",
+)
+OWN_OF_DIGITS = (
+    *("--student-images", "128", "--batch-size", "64", "--epochs", "30"),
+    *("--degrees", "0", "--eval-every", "1"),
+)
 
 
 # ---------------------------------------------------------------------------
@@ -135,6 +144,35 @@ class Epochs:
         for epoch in range(self.count + 1):
             with np.load(self._file(epoch)) as arrays:
                 yield epoch, Seen(**arrays)
+
+
+def own_settings(arguments: Sequence[str]) -> Settings:
+    """Reads settings of cifar.py, with the defaults of this script.
+
+    Args:
+      arguments: the command line after ``--``.
+
+    Returns:
+      The settings.
+
+    Raises:
+      UserError: as in `recipes.parse`.
+    """
+    settings = parse([*OWN, *arguments])
+    if (settings.data.dataset, settings.run.recipe) != ("digits", "laptop"):
+        return settings
+    return parse([*OWN, *OWN_OF_DIGITS, *arguments])
+
+
+def command_of(settings: Settings, options: argparse.Namespace) -> str:
+    """Returns the command line, without what is the default of this script."""
+    words = ["python experiments/theorem.py"]
+    for name, plain in DEFAULTS.items():
+        if (value := getattr(options, name)) != plain:
+            words += [f"--{name}", *map(str, np.atleast_1d(value))]
+    own = ["--dataset", settings.data.dataset, "--recipe", settings.run.recipe]
+    plain = as_json(own_settings(own))
+    return table.command(as_json(settings), " ".join([*words, "--"]), plain)
 
 
 def _check(settings):
@@ -325,12 +363,6 @@ def record_of(settings, options, console) -> dict[str, object]:
         chain_table(chain, about_chain),
         *(estimates.table(bias[kind], about) for kind, about in about_bias.items()),
     ]
-    own = [
-        word
-        for name in ("images", "batches", "draws")
-        if (value := getattr(options, name)) != DEFAULTS[name]
-        for word in (f"--{name}", *map(str, np.atleast_1d(value)))
-    ]
     return {
         "settings": as_json(settings),
         "images": len(labels),
@@ -339,9 +371,7 @@ def record_of(settings, options, console) -> dict[str, object]:
         "chain": chain,
         "bias": bias,
         "tables": tables,
-        "command": table.command(
-            as_json(settings), " ".join(["python experiments/theorem.py", *own, "--"])
-        ),
+        "command": command_of(settings, options),
         "environment": environment,
     }
 
@@ -380,7 +410,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "settings",
         nargs="*",
-        help="settings of cifar.py after --; the default of --distances is cw2",
+        help=f"settings of cifar.py after --; defaults: {' '.join(OWN)}, and for "
+        f"digits with recipe laptop also {' '.join(OWN_OF_DIGITS)}",
     )
     return parser.parse_args(arguments)
 
@@ -402,8 +433,7 @@ def main(arguments: list[str]) -> int:
 
     def work():
         _check_options(options)
-        plain = ["--distances", "cw2", "--no-equal-compute"]
-        settings = parse([*plain, *options.settings])
+        settings = own_settings(options.settings)
         _check(settings)
         console = terminal.console()
         record = record_of(settings, options, console)

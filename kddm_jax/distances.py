@@ -216,10 +216,9 @@ def _any(weight: float) -> dict[str | None, float]:
     return dict.fromkeys(NORMALIZATIONS, weight)
 
 
-# Squared distances have a default of lambda only for normalization="teacher", which
-# fixes their unit.  The other distances do not change with that normalization, except
-# "linear_projection", whose default is for features without normalization.  The
-# defaults for "unit" and "standardized" were chosen on 5,000 held-out images of
+# Lambda for each normalization.  Squared distances have none for raw features, whose
+# unit is arbitrary.  The other distances do not change with normalization="teacher",
+# except "linear_projection", whose default is for raw features.  The defaults for "unit" and "standardized" were chosen on 5,000 held-out images of
 # CIFAR-10 with 2 seeds, for students of 2,000 labels that train to the end
 # (experiments/results/cifar10-2000-weights.json); entries without one have not been
 # shown to help with it.  The other defaults from "w2" to "l2" were chosen on 300

@@ -120,7 +120,7 @@ def _check_maps(term, batch):
 
 
 def _arguments(row, term, batch, whole, normalization):
-    """Returns the arrays that the entry's function takes, in order, and the mask."""
+    """Returns the arrays that the entry's function takes, their labels and mask."""
     labels, mask = batch["labels"], batch["mask"]
     known = {"maps": _pair(term, batch)}
     if "maps" in row.inputs:
@@ -142,7 +142,7 @@ def _arguments(row, term, batch, whole, normalization):
             missing = missing.get(kind, f"teacher_data={{{kind!r}: ...}}")
             raise ValueError(f"distance {term_name(term)!r} needs {missing}, got None")
         arguments += arrays
-    return arguments, mask
+    return arguments, labels, mask
 
 
 def _options(row, term, given, num_classes):
@@ -190,6 +190,14 @@ def _check_scalar(name, value):
         )
 
 
+def _count(row, labels, mask):
+    """Returns this device's weight in a mean over images: the number of its samples."""
+    counted = mask
+    if "labels" in row.inputs:
+        counted = labels >= 0 if mask is None else (labels >= 0) & mask
+    return jnp.ones(()) if counted is None else jnp.sum(counted)
+
+
 def _evaluate(term, local, gathered, options, *, normalization, axis_name, groups):
     """Computes a term's value and diagnostics, with an axis over the global batch."""
     row = get_distance(term.distance)
@@ -198,7 +206,7 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     batch = local if local_only else gathered
     chosen = term.normalization or normalization
     row.check_normalization(term_name(term), chosen, options)
-    arrays, mask = _arguments(row, term, batch, gathered, normalization)
+    arrays, labels, mask = _arguments(row, term, batch, gathered, normalization)
     options = {**options, **_masked(row, term, mask)}
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
@@ -206,10 +214,7 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
         value, stats = row.diagnose(*arrays, **options)
     _check_scalar(f"distance {term_name(term)!r}", value)
     if local_only:
-        labelled = "labels" in row.inputs
-        count = jnp.sum(local["labels"] >= 0) if labelled else jnp.ones(())
-        if mask is not None and not labelled:
-            count = jnp.sum(mask)
+        count = _count(row, labels, mask)
         value = mean_over_images(value, count, axis_name, groups)
     if groups is not None:
         # Every device has its group's value, so the mean over devices is the mean over
@@ -275,9 +280,9 @@ def distill_loss(
 
     Cost: n k plus the cost of each distance, where n is the size of the global batch
     if there is an axis.  Gradient: with respect to the student only; transport
-    distances have no second derivatives.  Not for: raw features of unknown scale with a
-    weight from a table of results; use ``normalization="teacher"``, because the weights
-    in those tables were chosen with it.
+    distances have no second derivatives.  Not for: raw features with a weight that was
+    chosen for other features; pass ``normalization``, and a weight that was chosen with
+    it.
 
     Args:
       student_features: shape ``[n, d]``, or a mapping from layer name to array.  In a

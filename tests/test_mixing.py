@@ -78,6 +78,18 @@ def seen_by_both(x, y):
     return jnp.sum(x * by_place) + 1e3 * jnp.sum(y * by_place)
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
+def test_smoothing_is_a_share(share):
+    for name, call in (
+        ("smoothing", smooth_labels),
+        ("label_smoothing", lambda _, **options: make_mix(**options)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be .*{share}; pass a sh"):
+            call(jnp.array([0]), num_classes=K, **{name: share})
+    with pytest.raises(ValueError, match="mixup_alpha must be a number >= 0, got -1"):
+        make_mix(num_classes=K, mixup_alpha=-1)
+
+
 def test_the_loss_is_optax_s_of_smoothed_labels():
     logits = Pixels().apply(VARIABLES, np.float32(IMAGES / 16)).logits
     for smoothing in (0.1, 0.9):

@@ -273,6 +273,37 @@ def test_groups_of_devices_without_tokens_have_no_part():
         np.testing.assert_allclose(terms[f"{name}@short"], value, rtol=1e-4)
 
 
+def labelled_l2(x, y, labels, *, mask):
+    """The mean over samples with a label."""
+    kept = mask & (labels >= 0)
+    squares = jnp.sum(jnp.where(kept[:, None], x - y, 0) ** 2, axis=1)
+    return jnp.sum(squares) / jnp.maximum(jnp.sum(kept), 1)
+
+
+LABELLED = Distance(labelled_l2, inputs=("features", "labels"), per_sample=True)
+
+
+@pytest.mark.parametrize("case", [POOL, EACH], ids=["pool", "each"])
+def test_a_mean_over_labelled_samples_counts_those_of_the_term(case):
+    """Devices have as many labels, but not as many samples that are compared."""
+
+    def loss(student, masks, teacher, labels, logits, axis_name="batch"):
+        return distill_loss(
+            *({"short": student[0]}, {"long": teacher}, labels, student[1], logits),
+            distance=Term(LABELLED, layers=LAYERS, positions=case.positions),
+            mask=masks,
+            axis_name=axis_name,
+        )[1]
+
+    _, arrays = sharded(case)
+    expected = jax.jit(lambda *arrays: loss(*arrays, axis_name=None))(*arrays)
+    found = jax.pmap(loss, axis_name="batch")(*jax.tree.map(shares, arrays))
+    assert list(found) == list(expected) and len(found) == 2
+    for name, value in expected.items():
+        assert value > 0
+        np.testing.assert_allclose(found[name], [value] * 2, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------- samples
 
 

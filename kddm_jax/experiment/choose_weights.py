@@ -13,7 +13,7 @@ Settings of ``kddm distill`` follow after ``--``. The test set is never used.
 3. For the best normalization of a distance, and for raw features, it chooses the
    learning rate with one seed, because a distance adds to the gradient. It then trains
    all seeds for each lambda of a finer grid around the best one. If all students of the
-   coarse grid are worse than the student alone, there is neither.
+   coarse grid are worse than the student alone, it does neither.
 
 A grid whose best value is at its edge is extended. The command prints the chosen values
 as options of ``kddm distill``, and writes all accuracies to ``weights.json``. A run
@@ -61,7 +61,8 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
     Returns:
       The content of ``weights.json``: the settings, ``alone`` (from
       `tuning.tune_alone`), ``chosen`` (from `tuning.tune`, for all distances),
-      ``tried`` (a record of every run), the teacher's accuracy and the environment.
+      ``tried`` (a record of every run), the teacher's accuracy and digest, and the
+      environment.
 
     Raises:
       UserError: the settings or the values to try do not allow a choice; or as in
@@ -82,6 +83,7 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
             "alone": tune_alone(tuning),
             "chosen": [],
             "teacher": opened.teacher.accuracy,
+            "teacher_digest": opened.teacher.digest,
             "environment": records.environment(problem.devices),
         }
 
@@ -221,7 +223,7 @@ def _table(found):
 
 
 def _notes(found):
-    """Yields what the reader of the table must know about single rows."""
+    """Yields notes about single rows of the table."""
     for name in found["alone"]["at_edge"]:
         option, value = name.replace("_", "-"), found["alone"][name]
         yield f"student alone: --{option} {value:g} is at the edge of its grid"
@@ -269,7 +271,11 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print(_table(found))
     for line in _notes(found):
         console.print(line)
-    console.print("options for kddm distill:")
+    console.print(
+        "options for kddm distill (add the settings of this command without "
+        "--held-out, one --teacher for all lines, and an --out for each line; kddm "
+        "report joins their results.json):"
+    )
     for line in options(found):
         console.print(f"  {line}")
 

@@ -132,9 +132,10 @@ class Method:
     Names joined by + train one student with the sum of these distances, such as l2+kd;
     each has its own lambda."""
     weight: Annotated[float | None, Mark.NAMED_OTHERWISE] = None
-    """Lambda of every distance that --weights does not name. None uses 1e-4, as in the
-    released code, or with --normalization the catalogue's default, if it has one.
-    feature_only uses 10 with --normalization unit, otherwise 1."""
+    """Lambda of every distance that --weights does not name. None uses the catalogue's
+    default for --normalization (an error if there is none), or without normalization
+    1e-4, as in the released code. feature_only uses 10 with --normalization unit,
+    otherwise 1."""
     weights: Annotated[dict[str, float] | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3. The distances of
     a sum are named one by one: for l2+kd, --weights l2 10 kd 1."""
@@ -430,8 +431,12 @@ def weight_of(settings: Settings, distance: str) -> float:
         return 1.0
     defaults = DISTANCES[distance].weights
     if normalization not in defaults:
+        known = (
+            f", or --normalization {name} (λ = {weight:g})"
+            for name, weight in defaults.items()
+        )
         raise UserError(
             f"{distance} has no default weight with --normalization {normalization}; "
-            f"pass --weight NUMBER, or --weights {distance} NUMBER for it alone"
+            f"pass --weights {distance} NUMBER{''.join(known)}"
         )
     return defaults[normalization]

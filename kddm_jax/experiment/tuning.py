@@ -1,11 +1,9 @@
 """Tunes the student alone, and lambda of a distance, on held-out images.
 
-A candidate is a method with its values of the settings to choose: learning rate and
-weight decay for the student alone, and learning rate, normalization and lambda for a
-distance. It has its
-own folder, so a later command reads its result instead of training it again. Distilled
-students also choose their own learning rate, because a distance adds to the gradient.
-`choose_weights.py` describes the search.
+A candidate is a method with values of the settings to choose: learning rate and weight
+decay for the student alone; learning rate, normalization and lambda for a distance.
+Each candidate has its own folder, so that a later command reads its result instead of
+training it again. `choose_weights.py` describes the search.
 """
 
 from collections.abc import Mapping, Sequence

@@ -23,6 +23,14 @@ MIXING = np.uint32(2**32 - 2)
 Mix = Callable[[jax.Array, Any, jax.Array], tuple[Any, jax.Array]]
 
 
+def _check_smoothing(name, value):
+    """Raises if a share of the labels is not in [0, 1)."""
+    hint = "; pass a share in [0, 1), such as 0.1"
+    check_number(name, value, positive=False, hint=hint)
+    if value >= 1:
+        raise ValueError(f"{name} must be less than 1, got {value}{hint}")
+
+
 def smooth_labels(
     labels: jax.Array, *, num_classes: int, smoothing: float = 0.0
 ) -> jax.Array:
@@ -39,6 +47,9 @@ def smooth_labels(
     Returns:
       Float, shape ``[n, k]``; a row of zeros for a sample without a label.
 
+    Raises:
+      ValueError: ``smoothing`` is not in [0, 1).
+
     References:
       Szegedy et al., Rethinking the Inception architecture, CVPR 2016, section 7; the
       formula of `optax.smooth_labels` and of ``torch.nn.CrossEntropyLoss``.
@@ -48,6 +59,7 @@ def smooth_labels(
       Array([[0.25, 0.75],
              [0.  , 0.  ]], dtype=float32)
     """
+    _check_smoothing("smoothing", smoothing)
     labelled = class_labels(labels) >= 0
     if not is_soft(labels):
         labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
@@ -123,6 +135,9 @@ def make_mix(
     Returns:
       ``mix(key, images, labels) -> (images, soft labels)``; None if both are 0.
 
+    Raises:
+      ValueError: ``label_smoothing`` is not in [0, 1), or ``mixup_alpha`` is negative.
+
     Examples:
       >>> make_mix(num_classes=3) is None
       True
@@ -130,6 +145,8 @@ def make_mix(
       >>> mix(jax.random.key(0), jnp.ones((1, 4)), jnp.array([1]))[1]
       Array([[0.25, 0.75]], dtype=float32)
     """
+    _check_smoothing("label_smoothing", label_smoothing)
+    check_number("mixup_alpha", mixup_alpha, positive=False)
     if not label_smoothing and not mixup_alpha:
         return None
 

@@ -236,7 +236,7 @@ def test_a_method_that_diverges_for_each_lambda_is_not_recommended(
     said = capsys.readouterr().out
     assert "diverged" in said
     assert said.rstrip().endswith(
-        "kddm distill:\n  --lr 0.02 --weight-decay 0.0005 --distances"
+        "results.json):\n  --lr 0.02 --weight-decay 0.0005 --distances"
     )
     (row,) = records.read_json(tmp_path / "weights.json")["chosen"]
     assert (row["accuracy"], row["seeds"]) == (0, 1)

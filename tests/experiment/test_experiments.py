@@ -590,7 +590,7 @@ MISTAKES = {
     "infinite weight": ("--weight inf", ["--weight", "inf", ">= 0"]),
     "no default weight": (
         "--distances w2 --normalization unit",
-        ["w2 has no default weight with --normalization unit", "--weight NUMBER"],
+        ["w2 has no default weight with --normalization unit", "--weights w2 NUMBER"],
     ),
     "always zero": (
         "--distances mmd_linear --normalization centered --weight 1",

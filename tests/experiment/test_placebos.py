@@ -182,6 +182,20 @@ def test_gaussian_features_are_for_distances_of_features(tmp_path, line, compare
         check("gaussian")
 
 
+@pytest.mark.parametrize(
+    ("kind", "images", "of"), [("pairs", 10, "class 0"), ("labels", 1, "the data set")]
+)
+def test_a_placebo_without_partners_is_refused_before_training(
+    tmp_path, kind, images, of
+):
+    line = ("--views", "2", "--distances", "l2", "--student-images", str(images))
+    problem, _ = planned(tmp_path, *line, "--batch-size", "1")
+    runs.check_distances(problem, problem.student)
+    problem, _ = planned(tmp_path, *line, "--batch-size", "1", "--placebo", kind)
+    with pytest.raises(UserError, match=f"--placebo {kind}: .* a single image of {of}"):
+        runs.check_distances(problem, problem.student)
+
+
 # -------------------------------------------------------------------- training
 
 

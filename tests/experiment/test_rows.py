@@ -12,6 +12,7 @@ from kddm_jax.experiment.report import page as page_module
 from kddm_jax.experiment.report import rows, table
 
 TITLES = {"student": "student", "w2": "W2 (E)", "l2": "paired L2", "kd": "KD"}
+TITLES |= {"feature_only": "features only", "nst": "NST", "l2+kd": "paired L2 + KD"}
 
 
 def made(name, accuracy_by_seed, weight=1.0, **settings):
@@ -199,6 +200,7 @@ def test_the_trained_teacher_has_its_seconds():
     [
         ("dataset", ("digits", "mnist"), "dataset (digits and mnist)"),
         ("student_images", (128, None), "student_images (128 and None)"),
+        ("train_images", (128, None), "train_images (128 and None)"),
         ("views", (None, 4), "views (None and 4)"),
         ("width", (16, 32), "width (16 and 32)"),
         ("student_model", ("ResNet18", "ResNet9"), "student_model (ResNet18 and"),
@@ -216,6 +218,20 @@ def test_studies_of_other_settings_are_no_table(name, values, said):
         rows.merge({"a.json": one, "b.json": other})
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_images_are_compared_and_not_their_settings():
+    """None means all, which may be the number that the other command names."""
+    counts = {"student_images": 128, "test_images": 100}
+    one = study(made("w2", {0: 84.0}, **counts), **counts)
+    missing = dict.fromkeys(counts)
+    other = study(made("w2", {1: 85.0}, **missing), **missing)
+    one["student_images"] = other["student_images"] = 128
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert [len(row.runs) for row in rows.rows(merged)] == [2, 2]
+    other["student_images"] = 1437
+    with pytest.raises(UserError, match=r"differ in student_images \(128 and 1437\)"):
+        rows.merge({"a.json": one, "b.json": other})
 
 
 def test_a_missing_setting_had_its_default():
@@ -300,3 +316,32 @@ def test_a_student_alone_of_fewer_seeds_is_no_reference():
         run["settings"] = {**run.get("settings", {}), "lr": 0.1}
     results["runs"].append(lucky)
     assert rows.reference(rows.rows(results)).key.rate == "0.1"
+
+
+def test_released_layers_are_not_normalized():
+    """The setting of the recipe does not apply to them."""
+    layers = lambda *names: {"normalization": "unit", "layers": list(names)}
+    results = study(
+        made("feature_only", {0: 84.0}, **layers("released")),
+        made("feature_only", {0: 85.0}, **layers()),
+        made("feature_only", {0: 86.0}, **layers("a:b")),
+    )
+    assert cells(results, "", "normalization") == [
+        ("features only, raw, layers released", "raw"),
+        ("features only, unit rows", "unit rows"),
+        ("features only, unit rows, layers a:b", "unit rows"),
+    ]
+
+
+def test_predictions_have_no_layers():
+    """They are one row of two commands, one of which names layers for its features."""
+    methods = ("kd", "nst", "l2", "l2+kd")
+    one = study(*(made(name, {0: 84.0}, layers=["a:b"]) for name in methods))
+    other = study(*(made(name, {1: 85.0}, layers=[]) for name in methods))
+    found = rows.rows(rows.merge({"a.json": one, "b.json": other}))
+    assert [(row.title, [*row.accuracy]) for row in found if not row.alone] == [
+        ("KD", [0, 1]),
+        *(("NST, layers a:b", [0]), ("paired L2, layers a:b", [0])),
+        ("paired L2 + KD, layers a:b", [0]),
+        *(("NST", [1]), ("paired L2", [1]), ("paired L2 + KD", [1])),
+    ]

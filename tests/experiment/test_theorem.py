@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import risks
 import theorem
-from commands import KEEP, SMALL
+from commands import EXPERIMENTS, KEEP, SMALL
 from flax import linen as nn
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
@@ -21,7 +21,7 @@ from kddm_jax.adapters import Outputs
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
-from kddm_jax.experiment.settings import Settings
+from kddm_jax.experiment.settings import GROUP_OF, Settings, as_json, renamed
 from kddm_jax.experiment.training import problems, runs, train
 
 
@@ -320,6 +320,39 @@ def test_several_tables_share_a_command():
 
 def call(*arguments):
     return theorem.main([str(argument) for argument in arguments])
+
+
+RECORD = EXPERIMENTS / "results" / "theorem-digits.json"
+
+
+def test_the_recorded_command_makes_its_table():
+    """Its settings are those of the record, whatever the recipe's are by now."""
+    record = json.loads(RECORD.read_text())
+    _, line = record["command"].split(" -- ")
+    made = json.loads(json.dumps(as_json(theorem.own_settings(line.split()))))
+    recorded = renamed(record["settings"])
+    decisive = {n for n in made if GROUP_OF[n] != "run" or n == "seeds"} & {*recorded}
+    assert len(decisive) > 40
+    assert {n: made[n] for n in decisive} == {n: recorded[n] for n in decisive}
+
+
+@pytest.mark.parametrize(
+    ("line", "written"),
+    [
+        ("", ""),
+        ("--epochs 100 --normalization unit", " --normalization unit --epochs 100"),
+        ("--equal-compute", " --equal-compute"),
+        ("--recipe strong", " --recipe strong"),
+        ("--recipe strong --normalization unit", " --recipe strong --normalization un"),
+    ],
+)
+def test_a_command_has_what_is_no_default(line, written):
+    """Even if the recipe has the same value."""
+    settings, options = theorem.own_settings(line.split()), theorem.parse_options([])
+    command = theorem.command_of(settings, options)
+    start = "python experiments/theorem.py -- --dataset digits"
+    assert command.startswith(start + written)
+    assert theorem.own_settings(command.split(" -- ")[1].split()) == settings
 
 
 OWN = ("--images", 60, "--batches", 8, 32, 64, "--draws", 3)

@@ -130,12 +130,24 @@ def test_a_lambda_of_several_files_is_once():
     [
         (choice(*STUDENTS, seeds=[0, 1, 2]), "seeds=.0, 1. and seeds=.0, 1, 2."),
         (choice(*STUDENTS, lr=0.03), "lr=0.1 and lr=0.03"),
+        (choice(*STUDENTS, views=4), "the grids differ in views .None and 4."),
+        (choice(*STUDENTS, placebo="pairs"), "differ in placebo .None and pairs."),
+        (choice(*STUDENTS, student_images=9), "student_images=None and student_ima"),
+        ({**choice(*STUDENTS), "teacher": 80.0}, "two teachers .90.0 and 80.0."),
         ({"settings": {}, "held_out_accuracy": {}}, "version 0.2.0 and of later ones"),
     ],
 )
 def test_other_settings_are_no_table(other, said):
     with pytest.raises(UserError, match=said):
         weights.markdown([choice(*STUDENTS), other])
+
+
+def test_a_teacher_is_known_by_its_digest():
+    """Two teachers may have the same accuracy, and one two, by rounding."""
+    one = {**choice(*STUDENTS), "teacher_digest": "abc"}
+    weights.markdown([one, {**one, "teacher": 90.01}])
+    with pytest.raises(UserError, match=r"two teachers \(abc and def\)"):
+        weights.markdown([one, {**one, "teacher_digest": "def"}])
 
 
 def test_settings_that_a_candidate_changes_may_differ():

@@ -76,12 +76,12 @@ def write_json(path: Path, value: object) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]:
+def read_json(path: Path, fix: str = "run its command again") -> dict[str, Any]:
     """Reads a JSON file that a command wrote.
 
     Args:
       path: path of the file.
-      cure: remedy for the error message.
+      fix: end of the error message, which says what to do.
 
     Returns:
       The content of the file.
@@ -92,7 +92,7 @@ def read_json(path: Path, cure: str = "run its command again") -> dict[str, Any]
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable as JSON; {cure}") from error
+        raise UserError(f"{path} is not readable as JSON; {fix}") from error
 
 
 def distance_of(

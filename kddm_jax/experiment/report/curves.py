@@ -23,7 +23,7 @@ COLOURS = 128  # size of a picture's palette, which saves two thirds of the byte
 # Each of ten colours is used for a solid line, and then for dots and dashes.
 CYCLE = cycler(linestyle=["-", "-."]) * cycler(color=mpl.color_sequences["tab10"])
 PLAIN = {"color": "black", "linestyle": "--"}  # the student alone
-ALONE = {"student": PLAIN, LONGER: {**PLAIN, "linestyle": ":"}}
+STYLES = {"student": PLAIN, LONGER: {**PLAIN, "linestyle": ":"}}
 
 
 def plain(text: object) -> str:
@@ -166,7 +166,7 @@ def of_runs(results: Mapping):
     groups = {row.key: row.runs for row in found}
     part = "held-out" if results["settings"]["held_out"] else "test"
     styles = {
-        row.key: {"label": plain(row.title), **ALONE.get(row.key.name, {})}
+        row.key: {"label": plain(row.title), **STYLES.get(row.key.name, {})}
         for row in found
     }
     figure, axes = panels(groups, styles, part, relative=True)

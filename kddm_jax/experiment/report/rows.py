@@ -7,7 +7,7 @@ show.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,8 +17,10 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.settings import (
+    FEATURE_ONLY,
     GROUP_OF,
     LONGER,
+    RELEASED,
     Settings,
     as_json,
     marked,
@@ -27,7 +29,7 @@ from kddm_jax.experiment.settings import (
 )
 
 # Students without a teacher: with the epochs of a distilled student, or its compute.
-ALONE = ("student", LONGER)
+STUDENTS_ALONE = ("student", LONGER)
 NORMALIZATIONS: Mapping[Any, str] = {
     None: "raw",
     "teacher": "teacher scale",
@@ -41,11 +43,14 @@ PLACEBOS = {
     "gaussian": "Gaussian features",
 }
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
-# by its digest, and a file of pretrained weights by its digest in the runs.
+# by its digest, a file of pretrained weights by its digest in the runs, and the images
+# of students and of the evaluation by their numbers, because None means all.
 SHOWN = ("normalization", "placebo", "lr", "layers")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
-MAY_DIFFER = (MAY_DIFFER | {*SHOWN, "eval_every"}) - {"distance_group"}
-OF_A_SEED = {*SHOWN, "eval_every", "seed"}
+IMAGES = {"student_images", "test_images"}
+MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
+MAY_DIFFER -= {"distance_group"}
+OF_A_SEED = {*SHOWN, *IMAGES, "eval_every", "seed"}
 
 
 # ---------------------------------------------------------------------------
@@ -61,7 +66,7 @@ class Key(NamedTuple):
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
-      layers: the value of ``--layers``.
+      layers: the value of ``--layers``; "" if no features or maps are compared.
     """
 
     name: str
@@ -89,7 +94,7 @@ class Row:
     @property
     def alone(self) -> bool:
         """Returns whether the row is a student without a teacher."""
-        return self.key.name in ALONE
+        return self.key.name in STUDENTS_ALONE
 
     @property
     def accuracy(self) -> dict[int, float]:
@@ -102,10 +107,10 @@ class Row:
         return float(np.mean([*self.accuracy.values()]))
 
 
-def _compares_features(name):
-    """Returns whether a normalization changes a method; users' modules are not read."""
+def _compares(name, *kinds):
+    """Returns whether a method compares such arrays; users' modules are not read."""
     return any(
-        part not in DISTANCES or "features" in DISTANCES[part].inputs
+        part not in DISTANCES or not {*kinds}.isdisjoint(DISTANCES[part].inputs)
         for part in parts_of(name)
     )
 
@@ -124,13 +129,17 @@ def _method(run, settings) -> dict[str, Any]:
 
 def _key(run, settings):
     name = run["name"]
-    method, words = _method(run, settings), ""
+    method, words, layers = _method(run, settings), "", ""
     rate = "" if method["lr"] is None else f"{method['lr']:g}"
-    if name in ALONE:
+    if name in STUDENTS_ALONE:
         return Key(name, rate=rate)
-    if _compares_features(name):
+    if _compares(name, "features", "maps"):
+        layers = " ".join(method["layers"] or ())
+    if _compares(name, "features"):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
-    placebo, layers = method["placebo"] or "", " ".join(method["layers"] or ())
+    if name == FEATURE_ONLY and layers == RELEASED:
+        words = NORMALIZATIONS[None]  # that loss transforms nothing
+    placebo = method["placebo"] or ""
     placebo = PLACEBOS.get(placebo, placebo)
     return Key(name, placebo, words, _weight(run), rate, layers)
 
@@ -162,7 +171,8 @@ def rows(results: Mapping[str, Any]) -> list[Row]:
     groups: dict[Key, list[Mapping]] = {}
     for run in results["runs"]:
         groups.setdefault(_key(run, results["settings"]), []).append(run)
-    place = lambda key: ALONE.index(key.name) if key.name in ALONE else len(ALONE)
+    places = {name: place for place, name in enumerate(STUDENTS_ALONE)}
+    place = lambda key: places.get(key.name, len(places))
     keys = sorted(groups, key=place)  # keeps the order of equal places
     return [
         Row(key, _title(groups[key][0]["title"], key, keys), tuple(groups[key]))
@@ -205,20 +215,43 @@ def _defaults():
     return json.loads(json.dumps(as_json(Settings())))  # in the form that is read
 
 
-def _check_alike(places, studies):
-    """Refuses two studies whose rows cannot be compared."""
+def check_settings(
+    places: Sequence[str],
+    settings: Sequence[Mapping[str, Any]],
+    may_differ: Collection[str] = frozenset(MAY_DIFFER),
+) -> None:
+    """Refuses two commands that differ in a setting that decides a result.
+
+    Args:
+      places: names of the commands' files, for the message.
+      settings: the two settings as JSON values; missing ones had their defaults.
+      may_differ: names of settings that may differ.
+
+    Raises:
+      UserError: another setting differs, apart from those of the group `Run`.
+    """
     plain = _defaults()  # earlier versions did not record all settings
-    first, other = ({**plain, **renamed(study["settings"])} for study in studies)
+    first, other = ({**plain, **renamed(values)} for values in settings)
     for name in plain:
-        shared = GROUP_OF[name] != "run" and name not in MAY_DIFFER
+        shared = GROUP_OF[name] != "run" and name not in may_differ
         if shared and first[name] != other[name]:
             _refuse(places, name, (first[name], other[name]))
+
+
+def _check_alike(places, studies):
+    """Refuses two studies whose rows cannot be compared."""
+    check_settings(places, [study["settings"] for study in studies])
     digests = [study["teacher"].get("digest") for study in studies]
     if digests[0] != digests[1]:
         _refuse(places, "the teacher's digest", digests)
     images = [study["eval_images"] for study in studies]
     if images[0] != images[1]:
         _refuse(places, "the number of evaluation images", images)
+    images = [study.get("student_images") for study in studies]
+    if None in images:  # earlier versions recorded the setting only
+        images = [study["settings"].get("student_images") for study in studies]
+    if images[0] != images[1]:
+        _refuse(places, "student_images", images)
 
 
 def _check_row(places, runs):

@@ -74,12 +74,6 @@ def _cells(row: Row, alone: Row, results) -> dict[str, str]:
     }
 
 
-def weight_text(run: Mapping[str, Any]) -> str:
-    """Returns the lambda of a run, or those of the distances that it sums."""
-    weights = run.get("settings", {}).get("weights")
-    return ", ".join(f"{w:g}" for w in (weights or {"": run["weight"]}).values())
-
-
 def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Makes the table's rows: students alone, the teacher, and the methods.
 
@@ -223,10 +217,18 @@ def command_of(results: Mapping[str, Any]) -> str:
     return command(results["settings"], program)
 
 
-def command(settings: Mapping[str, Any], program: str) -> str:
-    """Returns a program's command line with these settings."""
+def command(
+    settings: Mapping[str, Any], program: str, plain: Mapping[str, Any] | None = None
+) -> str:
+    """Returns a program's command line with these settings.
+
+    Args:
+      settings: settings as JSON values.
+      program: start of the command line.
+      plain: the program's defaults as JSON values; None uses those of the recipe.
+    """
     settings = renamed(settings)
-    plain = as_json(defaults(settings["dataset"], settings["recipe"]))
+    plain = plain or as_json(defaults(settings["dataset"], settings["recipe"]))
     words = [program, "--dataset", settings["dataset"]]
     if settings["recipe"] != "laptop":
         words += ["--recipe", settings["recipe"]]

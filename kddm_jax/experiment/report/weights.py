@@ -11,11 +11,14 @@ import numpy as np
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.report.rows import MAY_DIFFER, check_settings
 from kddm_jax.experiment.report.table import machine
 from kddm_jax.experiment.settings import renamed
 
 # Method and normalization, then lambda, of the runs of a grid.
 Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
+# Settings that a candidate replaces, and those that do not change its result.
+OF_A_CANDIDATE = (MAY_DIFFER | {"weight_decay"}) - {"layers", "placebo"}
 SHARED = ("dataset", "held_out", "seeds", "epochs", "student_images")
 
 
@@ -53,14 +56,26 @@ def markdown(choices: Sequence[dict[str, Any]]) -> str:
     return _tuning(choices) if all(new) else _means(choices)
 
 
+def _check_runs(choices):
+    """Refuses two files whose runs cannot be compared."""
+    settings = [choice["settings"] for choice in choices]
+    check_settings(("the grids",), settings, OF_A_CANDIDATE)
+    known = all("teacher_digest" in choice for choice in choices)
+    name = "teacher_digest" if known else "teacher"
+    one, two = (choice[name] for choice in choices)
+    if one != two:
+        raise UserError(
+            f"grids of two teachers ({one} and {two}) make no table; render each alone"
+        )
+
+
 def _check_alike(first, other):
-    names, pairs = SHARED, [renamed(choice["settings"]) for choice in (first, other)]
+    choices = first, other
+    names, pairs = SHARED, [renamed(choice["settings"]) for choice in choices]
     if "alone" in first:
-        pairs = [
-            {**pair, **c["alone"]}
-            for pair, c in zip(pairs, (first, other), strict=True)
-        ]
+        pairs = [{**pair, **c["alone"]} for pair, c in zip(pairs, choices, strict=True)]
         names = (*names, "lr", "weight_decay")
+        _check_runs(choices)
     else:
         names = (*names, "normalization")
     for name in names:

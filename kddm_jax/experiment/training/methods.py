@@ -42,9 +42,8 @@ STUDENT_LAYERS = {
 }
 COUNT = 4
 POOLED = ("features", "features", 1.0)
-FEATURE_ONLY_LOSS = (
-    "2"  # changes with the loss, so that runs of older losses are others
-)
+# Changes with the loss, so that runs of older losses are others.
+FEATURE_ONLY_LOSS = "2"
 # The modules after the features; "fc" in other networks.
 HEADS = {"MobileNetV2": ("classifier_1",), "ViT": ("heads_head",)}
 Shapes = Mapping[str, Any]  # from models.shapes
@@ -402,8 +401,8 @@ def check(
         jax.eval_shape(loss, x, y, *logits, labels, {"class_cost": cost})
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
-        cure = ", that is --projector" if "projectors" in text else ""
-        raise UserError(f"distance {name}: {text}{cure}") from error
+        fix = ", that is --projector" if "projectors" in text else ""
+        raise UserError(f"distance {name}: {text}{fix}") from error
 
 
 def with_projectors(method: Method, variables, key: jax.Array, student: Shapes):

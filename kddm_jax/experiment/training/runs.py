@@ -45,6 +45,9 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
         models.shapes(name, student, image, count),
         models.shapes("teacher", teacher, image, count),
     )
+    if settings.method.placebo in ("pairs", "labels"):
+        labels = problem.dataset.train_labels[problem.parts.student]
+        placebos.partners(settings.method.placebo, labels)
     for name in settings.method.distances:
         if name == FEATURE_ONLY and by_quality(settings):
             methods.check_choice_of_layers(settings, *problem.shapes)
@@ -226,7 +229,7 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     """Yields the students alone, then the distilled ones, distance by distance.
 
     With ``--equal-compute``, students alone are trained twice: as long as the distilled
-    ones, and with the compute of a distilled run, if these differ.
+    ones, and with the compute of a distilled run.
 
     Args:
       problem: the data, the devices and the settings.
@@ -235,10 +238,8 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
     Yields:
       The runs.
     """
-    settings, alone = problem.settings, ["student"]
-    wanted = settings.run.equal_compute
-    if wanted and compute.longer_epochs(problem) > settings.optimizer.epochs:
-        alone.append(LONGER)
+    settings = problem.settings
+    alone = ("student", LONGER) if settings.run.equal_compute else ("student",)
     for name in (*alone, *settings.method.distances):
         for seed in settings.run.seeds:
             yield student_run(problem, teacher_digest, name, seed)

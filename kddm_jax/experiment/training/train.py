@@ -194,8 +194,8 @@ def _begin(problem, run):
         check_folder(run, problem.out)
         folder = run.folder(problem.out)
         if (folder / "result.json").exists():
-            cure = f"delete it, and {folder} is finished again"
-            return records.read_json(folder / "result.json", cure)
+            fix = f"delete it, and {folder} is finished again"
+            return records.read_json(folder / "result.json", fix)
         folder.mkdir(parents=True, exist_ok=True)
         records.write_json(folder / "run.json", run.identity)
         return None
