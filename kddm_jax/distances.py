@@ -216,18 +216,19 @@ def _any(weight: float) -> dict[str | None, float]:
     return dict.fromkeys(NORMALIZATIONS, weight)
 
 
-# Lambda for each normalization.  Squared distances have none for raw features, whose
-# unit is arbitrary.  The other distances do not change with normalization="teacher",
-# except "linear_projection", whose default is for raw features.  The defaults for "unit" and "standardized" were chosen on 5,000 held-out images of
-# CIFAR-10 with 2 seeds, for students of 2,000 labels that train to the end
+# Lambda for each normalization. Squared distances have none for raw features, whose
+# unit is arbitrary. The other distances do not change with normalization="teacher",
+# except "linear_projection", whose default is for raw features. The defaults for "unit"
+# and "standardized" were chosen on 5,000 held-out images of CIFAR-10 with 2 seeds, for
+# students of 2,000 labels that train to the end
 # (experiments/results/cifar10-2000-weights.json); entries without one have not been
-# shown to help with it.  The other defaults from "w2" to "l2" were chosen on 300
+# shown to help with it. The other defaults from "w2" to "l2" were chosen on 300
 # held-out digits with 3 seeds, for students that train for 60 steps (commits 541f024
-# and, for "mmd_rbf" and "cmmd_rbf", 8bedf6c have the numbers).
-# Between 1e-2 and 1 most entries are flat within a standard error of one point.  "w2"
-# has the smallest of these numbers because it pairs across classes, and "jw2" and
-# "kl_gaussian" because at 1 the students had only 19 and 57 %.  The defaults after "l2"
-# were not measured; their sources are named above the entries.
+# and, for "mmd_rbf" and "cmmd_rbf", 8bedf6c have the numbers). Between 1e-2 and 1 most
+# entries are flat within a standard error of one point. "w2" has the smallest of these
+# numbers because it pairs across classes, and "jw2" and "kl_gaussian" because at 1 the
+# students had only 19 and 57 %. The defaults after "l2" were not measured; their
+# sources are named above the entries.
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
         "w2": Distance(

@@ -80,12 +80,12 @@ def seen_by_both(x, y):
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
 def test_smoothing_is_a_share(share):
-    for name, call in (
+    for name, smooth in (
         ("smoothing", smooth_labels),
         ("label_smoothing", lambda _, **options: make_mix(**options)),
     ):
         with pytest.raises(ValueError, match=f"^{name} must be .*{share}; pass a sh"):
-            call(jnp.array([0]), num_classes=K, **{name: share})
+            smooth(jnp.array([0]), num_classes=K, **{name: share})
     with pytest.raises(ValueError, match="mixup_alpha must be a number >= 0, got -1"):
         make_mix(num_classes=K, mixup_alpha=-1)
 

@@ -298,7 +298,8 @@ def test_a_mean_over_labelled_samples_counts_those_of_the_term(case):
     _, arrays = sharded(case)
     expected = jax.jit(lambda *arrays: loss(*arrays, axis_name=None))(*arrays)
     found = jax.pmap(loss, axis_name="batch")(*jax.tree.map(shares, arrays))
-    assert list(found) == list(expected) and len(found) == 2
+    assert list(found) == list(expected)
+    assert len(found) == 2
     for name, value in expected.items():
         assert value > 0
         np.testing.assert_allclose(found[name], [value] * 2, rtol=1e-5)
