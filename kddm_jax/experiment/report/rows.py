@@ -45,7 +45,7 @@ PLACEBOS = {
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
 # by its digest, a file of pretrained weights by its digest in the runs, and the images
 # of students and of the evaluation by their numbers, because None means all.
-SHOWN = ("normalization", "placebo", "lr", "layers")
+SHOWN = ("normalization", "placebo", "lr", "layers", "projector")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
 IMAGES = {"student_images", "test_images"}
 MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
@@ -66,7 +66,8 @@ class Key(NamedTuple):
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
-      layers: the value of ``--layers``; "" if no features or maps are compared.
+      layers: the values of ``--layers`` and ``--projector``; "" if no features or maps
+        are compared.
     """
 
     name: str
@@ -135,6 +136,8 @@ def _key(run, settings):
         return Key(name, rate=rate)
     if _compares(name, "features", "maps"):
         layers = " ".join(method["layers"] or ())
+        if method["projector"] and layers != RELEASED:
+            layers = f"{layers} by a {method['projector']} projector".strip()
     if _compares(name, "features"):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     if name == FEATURE_ONLY and layers == RELEASED:
