@@ -69,12 +69,13 @@ def test_views_are_the_recipe_s_augmentation():
     for place, view in enumerate(images):
         key = jax.random.fold_in(jax.random.key(0), place)
         source = IMAGES[SEEN[place // 3]]
-        expected = augment.distort(key, source, padding=2, flip=False)
+        options = {"padding": 2, "flip": False, "degrees": 10.0}
+        expected = augment.distort(key, source, **options)
         np.testing.assert_array_equal(view, expected)
 
 
 def test_without_augmentation_a_view_is_its_image():
-    images, _ = make("--padding", "0").pair
+    images, _ = make("--padding", "0", "--degrees", "0").pair
     np.testing.assert_array_equal(images, np.repeat(IMAGES[SEEN], 3, axis=0))
 
 
