@@ -27,6 +27,12 @@ BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL
 
 def _rendered(paths):
     files = [read_json(path) for path in paths]
+    for path, results in zip(paths, files, strict=True):
+        if "held_out_accuracy" in results:
+            raise UserError(
+                f"{path} is a grid of version 0.2.0; render it with that version, or "
+                "run kddm choose-weights again with another --out"
+            )
     if all(map(weights.is_choice, files)):
         return weights.markdown(files)
     if len(files) == 1:

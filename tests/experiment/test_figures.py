@@ -349,7 +349,7 @@ def candidate(weight, accuracy=50.0, normalization="unit", **more):
 
 
 def choice(*tried, seeds=(1, 2)):
-    """What choose_weights.py writes, if the student alone has a rate of 0.1."""
+    """Returns a weights.json in which the student alone has a learning rate of 0.1."""
     normalizations = dict.fromkeys(r["normalization"] for r in tried if "weight" in r)
     return {
         "settings": {"dataset": "digits", "seeds": [1, 2], "epochs": 2, "lr": 0.1},

@@ -1,7 +1,4 @@
-"""report/weights.py: tables of choose_weights.py, from the records of its runs.
-
-Tables of version 0.2.0 are in test_report.py.
-"""
+"""Tests report/weights.py, which renders the records of choose_weights.py."""
 
 import json
 
@@ -30,7 +27,7 @@ def of(name, normalization, weight, accuracies, epochs=60, lr=0.1):
 
 
 def choice(*tried, lr=0.1, **settings):
-    """What choose_weights.py writes."""
+    """Returns the content of a weights.json."""
     plain = {"dataset": "digits", "held_out": 300, "seeds": [0, 1], "epochs": 60}
     pairs = {(r["name"], r.get("normalization")) for group in tried for r in group}
     chosen = [
@@ -63,7 +60,7 @@ KD = (
 
 
 def test_runs_are_grouped_by_lambda():
-    """Of a lambda that was trained twice, the longer runs count."""
+    """Keeps the longer runs of a lambda that was trained twice."""
     found = weights.grids([choice(*STUDENTS, *L2)])
     assert list(found) == [("l2", None), ("l2", "unit")]
     counts = {w: [r["epochs"] for r in row] for w, row in found["l2", "unit"].items()}
@@ -132,9 +129,8 @@ def test_a_lambda_of_several_files_is_once():
         (choice(*STUDENTS, lr=0.03), "lr=0.1 and lr=0.03"),
         (choice(*STUDENTS, views=4), "the grids differ in views .None and 4."),
         (choice(*STUDENTS, placebo="pairs"), "differ in placebo .None and pairs."),
-        (choice(*STUDENTS, student_images=9), "student_images=None and student_ima"),
-        ({**choice(*STUDENTS), "teacher": 80.0}, "two teachers .90.0 and 80.0."),
-        ({"settings": {}, "held_out_accuracy": {}}, "version 0.2.0 and of later ones"),
+        (choice(*STUDENTS, student_images=9), "differ in student_images .None and 9."),
+        ({**choice(*STUDENTS), "teacher": 80.0}, "teacher=90.0 and teacher=80.0"),
     ],
 )
 def test_other_settings_are_no_table(other, said):
@@ -146,7 +142,7 @@ def test_a_teacher_is_known_by_its_digest():
     """Two teachers may have the same accuracy, and one two, by rounding."""
     one = {**choice(*STUDENTS), "teacher_digest": "abc"}
     weights.markdown([one, {**one, "teacher": 90.01}])
-    with pytest.raises(UserError, match=r"two teachers \(abc and def\)"):
+    with pytest.raises(UserError, match="teacher=abc and teacher=def"):
         weights.markdown([one, {**one, "teacher_digest": "def"}])
 
 

@@ -1,7 +1,6 @@
 """Renders the accuracies of ``kddm choose-weights`` in Markdown.
 
-``tried`` of a file ``weights.json`` has a record of every run. Files of version 0.2.0
-have a mean accuracy for each distance and lambda instead, in ``held_out_accuracy``.
+``tried`` of a file ``weights.json`` has a record of every run.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,78 +12,98 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.report.rows import MAY_DIFFER, check_settings
 from kddm_jax.experiment.report.table import machine
-from kddm_jax.experiment.settings import renamed
 
 # Method and normalization, then lambda, of the runs of a grid.
 Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
 # Settings that a candidate replaces, and those that do not change its result.
-OF_A_CANDIDATE = (MAY_DIFFER | {"weight_decay"}) - {"layers", "placebo"}
-SHARED = ("dataset", "held_out", "seeds", "epochs", "student_images")
+OF_A_CANDIDATE = (MAY_DIFFER | {"weight_decay"}) - {
+    "layers",
+    "placebo",
+    "student_images",
+}
 
 
 def is_choice(results: Mapping[str, Any]) -> bool:
-    """Returns whether results are those of ``kddm choose-weights``, of any version."""
-    return "tried" in results or "held_out_accuracy" in results
+    """Returns whether results are those of ``kddm choose-weights``."""
+    return "tried" in results
 
 
 def markdown(choices: Sequence[dict[str, Any]]) -> str:
-    """Renders the held-out accuracies of several commands in one table.
+    """Renders the held-out accuracies of several commands.
 
     Args:
-      choices: contents of files ``weights.json`` with the same settings, all of version
-        0.2.0 or all of later ones. A distance that occurs in several files is rendered
-        once.
+      choices: contents of files ``weights.json`` with the same settings. A distance
+        that occurs in several files is rendered once.
 
     Returns:
-      A table of the student alone with a row for each learning rate and weight decay
-      (not from version 0.2.0), and a table with a row for each distance and
-      normalization and a column for each lambda. The best accuracy of a row is bold,
-      that of a single seed is in italics, and "diverged" means that the loss did not
-      stay finite.
+      A table of the student alone with a row for each learning rate and weight decay,
+      and a table with a row for each distance and normalization and a column for each
+      lambda. The best accuracy of a row is bold, that of a single seed is in italics,
+      and "diverged" means that the loss did not stay finite.
 
     Raises:
       UserError: the files cannot be compared.
     """
-    new = ["tried" in choice for choice in choices]
-    if any(new) and not all(new):
-        raise UserError(
-            "grids of version 0.2.0 and of later ones make no table together; render "
-            "each alone"
-        )
     for choice in choices:
         _check_alike(choices[0], choice)
-    return _tuning(choices) if all(new) else _means(choices)
+    tried = [record for choice in choices for record in choice["tried"]]
+    found, settings = grids(choices), choices[0]["settings"]
+    chosen = {pair: lr for choice in choices for pair, lr in rates(choice).items()}
+    columns = sorted({weight for row in found.values() for weight in row})
+    head = ("student alone: learning rate", "weight decay", "accuracy %", "seeds")
+    rows = dict.fromkeys(row for choice in choices for row in _alone(choice))
+    lines = _lines(head, rows)
+    if found:
+        head = ("", "normalization", "learning rate")
+        head = (*head, *(f"λ = {weight:g}" for weight in columns))
+        rows = [
+            (
+                _title(name),
+                _normalization(name, of),
+                f"{chosen[name, of]:g}" if (name, of) in chosen else "",
+                *_cells(row, columns),
+            )
+            for (name, of), row in found.items()
+        ]
+        lines += ["", *_lines(head, rows)]
+    accuracy = (
+        f"mean of {_count(len(settings['seeds']), 'seed')} after "
+        f"{_count(settings['epochs'], 'epoch')}"
+    )
+    single = {
+        records[0]["epochs"]
+        for row in found.values()
+        for records in row.values()
+        if len(records) == 1
+    }
+    if single:
+        epochs = " or ".join(map(str, sorted(single)))
+        noun = "epoch" if epochs == "1" else "epochs"
+        accuracy += f" (in italics: one seed after {epochs} {noun})"
+    if any(not record["accuracy"] for record in tried):
+        accuracy += "; a run that diverged counts as 0"
+    return "\n".join([*lines, "", _caption(choices, accuracy)]) + "\n"
 
 
-def _check_runs(choices):
+def _check_alike(*choices):
     """Refuses two files whose runs cannot be compared."""
     settings = [choice["settings"] for choice in choices]
     check_settings(("the grids",), settings, OF_A_CANDIDATE)
     known = all("teacher_digest" in choice for choice in choices)
-    name = "teacher_digest" if known else "teacher"
-    one, two = (choice[name] for choice in choices)
-    if one != two:
+    _check_equal(
+        "teacher", *(c["teacher_digest" if known else "teacher"] for c in choices)
+    )
+    _check_equal("seeds", *(one["seeds"] for one in settings))
+    for name in ("lr", "weight_decay"):
+        _check_equal(name, *(choice["alone"][name] for choice in choices))
+
+
+def _check_equal(name, one, other):
+    if one != other:
         raise UserError(
-            f"grids of two teachers ({one} and {two}) make no table; render each alone"
+            f"grids with {name}={one} and {name}={other} make no table; render each "
+            "alone"
         )
-
-
-def _check_alike(first, other):
-    choices = first, other
-    names, pairs = SHARED, [renamed(choice["settings"]) for choice in choices]
-    if "alone" in first:
-        pairs = [{**pair, **c["alone"]} for pair, c in zip(pairs, choices, strict=True)]
-        names = (*names, "lr", "weight_decay")
-        _check_runs(choices)
-    else:
-        names = (*names, "normalization")
-    for name in names:
-        one, two = (pair.get(name) for pair in pairs)
-        if one != two:
-            raise UserError(
-                f"grids with {name}={one} and {name}={two} make no table; render each "
-                "alone"
-            )
 
 
 def _line(cells):
@@ -194,67 +213,3 @@ def _normalization(name, normalization):
     if name in DISTANCES and "features" not in DISTANCES[name].inputs:
         return "–"
     return "raw" if normalization is None else normalization
-
-
-def _tuning(choices):
-    tried = [record for choice in choices for record in choice["tried"]]
-    found, settings = grids(choices), choices[0]["settings"]
-    chosen = {pair: lr for choice in choices for pair, lr in rates(choice).items()}
-    columns = sorted({weight for row in found.values() for weight in row})
-    head = ("student alone: learning rate", "weight decay", "accuracy %", "seeds")
-    rows = dict.fromkeys(row for choice in choices for row in _alone(choice))
-    lines = _lines(head, rows)
-    if found:
-        head = ("", "normalization", "learning rate")
-        head = (*head, *(f"λ = {weight:g}" for weight in columns))
-        rows = [
-            (
-                _title(name),
-                _normalization(name, of),
-                f"{chosen[name, of]:g}" if (name, of) in chosen else "",
-                *_cells(row, columns),
-            )
-            for (name, of), row in found.items()
-        ]
-        lines += ["", *_lines(head, rows)]
-    accuracy = (
-        f"mean of {_count(len(settings['seeds']), 'seed')} after "
-        f"{_count(settings['epochs'], 'epoch')}"
-    )
-    single = {
-        records[0]["epochs"]
-        for row in found.values()
-        for records in row.values()
-        if len(records) == 1
-    }
-    if single:
-        epochs = " or ".join(map(str, sorted(single)))
-        noun = "epoch" if epochs == "1" else "epochs"
-        accuracy += f" (in italics: one seed after {epochs} {noun})"
-    if any(not record["accuracy"] for record in tried):
-        accuracy += "; a run that diverged counts as 0"
-    return "\n".join([*lines, "", _caption(choices, accuracy)]) + "\n"
-
-
-# ---------------------------------------------------------------------------
-# Means, from version 0.2.0.
-
-
-def _means(choices):
-    accuracy: dict[str, dict[str, float]] = {}
-    for choice in choices:
-        for name, row in choice["held_out_accuracy"].items():
-            accuracy.setdefault(name, {}).update(row)
-    tried = sorted({weight for row in accuracy.values() for weight in row}, key=float)
-    rows = []
-    for name, row in accuracy.items():
-        cells = []
-        for weight in tried:
-            value = row.get(weight)
-            cell = "" if value is None else f"{value:.1f}" if value else "diverged"
-            best = value and value == max(row.values())
-            cells.append(f"**{cell}**" if best else cell)
-        rows.append((_title(name), *cells))
-    seeds = _count(len(choices[0]["settings"]["seeds"]), "seed")
-    lines = [*_lines(("λ", *tried), rows), "", _caption(choices, seeds)]
-    return "\n".join(lines) + "\n"
