@@ -13,7 +13,7 @@ themselves) and within the class (images matched with images of the same label).
 import jax
 import jax.numpy as jnp
 
-from kddm_jax import DISTANCES, Distance, joint_wasserstein, wasserstein
+from kddm_jax import DISTANCES, Distance, wasserstein
 from kddm_jax.numerics.linalg import constant, squared_distances
 from kddm_jax.numerics.transport import Costs, transport_plan
 
@@ -68,26 +68,7 @@ def fused(kappa: float) -> Distance:
     )
 
 
-def joint(strength: float) -> Distance:
-    """Makes JW2 with ``strength`` times the default weight of the label term."""
-
-    def value(x, y, logits_x, logits_y):
-        beta = strength * constant(jnp.max(squared_distances(x, y)))
-        return joint_wasserstein(x, y, logits_x, logits_y, beta=beta)
-
-    return Distance(
-        value,
-        inputs=("features", "logits"),
-        title=f"JW2, β x {strength:g}",
-        promises=frozenset({"squared"}),
-    )
-
-
 W2_K0 = fused(0.0)
-W2_K003 = fused(0.03)
 W2_K01 = fused(0.1)
-W2_K03 = fused(0.3)
 W2_K1 = fused(1.0)
 W2_K3 = fused(3.0)
-JW2_B10 = joint(10.0)
-JW2_B100 = joint(100.0)

@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kddm_jax
-
 pytestmark = pytest.mark.slow  # each compiles a program
 
 LABELS = jnp.array([0, 0, 1, 1])
@@ -50,13 +48,3 @@ def test_what_is_reported_has_no_part_in_the_gradient():
     expected = grad(row.fn)(STUDENT + 0.3, TEACHER, LABELS)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert {"converged", "iterations", "diagonal"} <= set(reported)
-
-
-def test_joint_row_multiplies_the_default_of_beta():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
-    arrays = (STUDENT + 0.5, TEACHER, logits, logits[::-1])
-    largest = jnp.max((arrays[0][:, None] - TEACHER) ** 2 @ jnp.ones(2))
-    expected = kddm_jax.joint_wasserstein(*arrays, beta=10 * largest)
-    assert fused.JW2_B10.fn(*arrays) == pytest.approx(float(expected), rel=1e-5)
-    default = kddm_jax.joint_wasserstein(*arrays)
-    assert fused.joint(1.0).fn(*arrays) == pytest.approx(float(default), rel=1e-5)
