@@ -87,6 +87,13 @@ def test_every_result_is_used_by_a_page():
         assert f"results/{path.name}" in pages, path.name
 
 
+def test_results_name_no_folder_of_a_machine():
+    for path in (ROOT / "experiments" / "results").glob("*.json"):
+        assert not re.search(r"[\" ]/(root|home|Users|tmp|work)/", path.read_text()), (
+            path
+        )
+
+
 def test_the_comparison_with_the_paper_has_the_numbers_of_its_table():
     page = (ROOT / "experiments" / "README.md").read_text()
     place = "<!-- table: results/cifar10-paper.json -->(.*?)<!-- /table -->"
