@@ -176,8 +176,8 @@ def main(root):
     """Prepares all sets in ``root/<file format>``."""
     import tensorflow_datasets as tfds
 
-    # Shards of 20 training images each, because TFDS interleaves blocks of 16 unless
-    # told otherwise.
+    # Shards of 20 training images each, because TFDS interleaves blocks of 16 images by
+    # default.
     shards = tfds.download.DownloadConfig(num_shards=SHARDS)
     for builder in make_builders():
         configs = [config.name for config in builder.BUILDER_CONFIGS] or [None]

@@ -475,7 +475,7 @@ def test_a_non_finite_step_returns_the_old_state(broken, l2_step):
 
 @pytest.mark.parametrize("layer", ["first", "head"])
 def test_metrics_tell_that_the_teacher_is_not_finite(layer, l2_step):
-    """Whether it is in features or logits, on any device; the student is not blamed."""
+    """Names the teacher if its features or logits are not finite on any device."""
     state, teacher = start()
     _, metrics = l2_step(state, teacher)
     assert metrics["teacher_finite"]

@@ -12,7 +12,7 @@ from scipy import stats
 
 from kddm_jax.experiment import distill, render
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.report import accuracies, curves, table, weights
+from kddm_jax.experiment.report import accuracies, curves, table
 
 
 @pytest.mark.parametrize(
@@ -112,41 +112,11 @@ def test_markdown():
     assert table.markdown(small_results()) == GOLDEN
 
 
-def chosen(accuracy, **settings):
-    """Makes results as choose_weights.py writes them."""
-    environment = {"device": "Some GPU", "jax": "1.2.3", "commit": "abc1234"}
-    settings = {"dataset": "digits", "held_out": 300, "seeds": [0], **settings}
-    made = {"teacher": 90.0, "environment": environment}
-    return {"settings": settings, "held_out_accuracy": accuracy, **made}
-
-
-def test_grids_of_weights_are_one_table(tmp_path):
-    files = {
-        "a.json": chosen({"w2": {"0.01": 80.0, "1e-05": 81.04}, "l2": {"1": 0.0}}),
-        "b.json": chosen({"w2": {"1": 60.0}, "mine:ROW": {"1": 70.0}}),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    page = tmp_path / "page.md"
-    page.write_text("<!-- table: a.json b.json -->\nold\n<!-- /table -->\n")
-    assert render.fill(page).splitlines()[1:-1] == [
-        "| λ | 1e-05 | 0.01 | 1 |",
-        "|---|---|---|---|",
-        "| W2 (E) | **81.0** | 80.0 | 60.0 |",
-        "| paired L2 |  |  | diverged |",
-        "| mine:ROW |  |  | **70.0** |",
-        "",
-        "digits: accuracy on 300 held-out training images, 1 seed; teacher 90.00; "
-        "Some GPU, JAX 1.2.3, commit abc1234.",
-    ]
-
-
-def test_grids_of_other_settings_are_no_table():
-    one, other = chosen({"w2": {"1": 60.0}}), chosen({"w2": {"2": 61.0}}, seeds=[0, 1])
-    with pytest.raises(UserError, match="seeds"):
-        weights.markdown([one, other])
-    saw = chosen({"w2": {"1": 60.0}}, teacher_saw_held_out=True)
-    assert "which the teacher has seen" in weights.markdown([saw])
+def test_a_grid_of_version_0_2_0_is_refused(tmp_path, capsys):
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({"held_out_accuracy": {"w2": {"1": 60.0}}}))
+    assert render.main([str(path)]) == 2
+    assert f"{path} is a grid of version 0.2.0; render it" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
@@ -159,7 +129,7 @@ def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
     assert error.startswith(f"error: {tmp_path / 'a.json'} is not readable as JSON; ")
     assert error.count("\n") == 1
     (tmp_path / "a.json").write_text(json.dumps(small_results()))
-    (tmp_path / "b.json").write_text(json.dumps(chosen({"w2": {"1": 60.0}})))
+    (tmp_path / "b.json").write_text(json.dumps({"tried": []}))
     status, error = said()
     assert (status, error.count("\n")) == (2, 1)
     assert "or all are grids of kddm choose-weights" in error
@@ -236,13 +206,13 @@ def test_the_better_student_alone_is_the_reference():
     assert f"| {title} | 84.50 ± 0.71 |  |  |  | 2 | 12 |" in text
     assert "| student | 81.00 ± 1.41 | -3.5 [-9.9, +2.9] |  |  | 2 | 12 |" in text
     assert "+0.1 [-1.2, +1.4] | – | 0.0001" in text  # gap of less than two errors
-    assert f'refer to "{title}", the better of the two students alone.' in text
+    assert f'refer to "{title}", the best student alone.' in text
     results["eval_images"] = 1000
     assert "+0.1 [-1.2, +1.4] | 2 % | 0.0001" in table.markdown(results)
 
     results["runs"][-2:] = longer(70.0)
     text = table.markdown(results)
-    assert 'refer to "student", the better of the two students alone.' in text
+    assert 'refer to "student", the best student alone.' in text
     assert "| W2 (E) | 84.60 ± 0.85 | +3.6 [-1.5, +8.7] |" in text
 
 

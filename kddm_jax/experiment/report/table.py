@@ -145,10 +145,11 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     alone, compared = reference(found), len(found) > 1
     sentences = []
     if compared:
-        several = sum(row.alone for row in found) > 1
-        better = ", the better of the two students alone" if several else ""
+        counts = [len(row.runs) for row in found if row.alone]
+        best = ", the best student alone" if len(counts) > 1 else ""
+        best += " of those with the most seeds" if len({*counts}) > 1 else ""
         title = f'"{alone.title}"'
-        sentences.append(f'Differences and "gap closed" refer to {title}{better}.')
+        sentences.append(f'Differences and "gap closed" refer to {title}{best}.')
     if max(len(row.runs) for row in found) == 1:
         return [*sentences, *(["One seed gives no interval."] if compared else [])]
     brackets = (
