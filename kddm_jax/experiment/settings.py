@@ -30,7 +30,7 @@ RELEASED = "released"  # the value of --layers for the layers of arXiv 2511.1498
 LONGER = "student_longer"  # the student alone with the compute of a distilled run
 ALONE = ("teacher", "student", LONGER)  # runs without a teacher
 KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
-# Distances that beat the student alone in experiments/README.md, and KD next to them.
+# Distances that beat the student alone on CIFAR-10 (experiments/README.md), and KD.
 HELPFUL = ("l2", "cw2", "kd")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
