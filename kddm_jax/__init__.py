@@ -35,12 +35,13 @@ if TYPE_CHECKING:
         wkd_features,
         wkd_logits,
     )
-    from kddm_jax.losses import Term, distill_loss
+    from kddm_jax.losses import Bank, Term, distill_loss
 
 __version__ = "0.2.0"
 
 __all__ = [
     "DISTANCES",
+    "Bank",
     "Distance",
     "Term",
     "bures",
@@ -69,7 +70,7 @@ __all__ = [
     "wkd_logits",
 ]
 
-_LOSSES = ("Term", "distill_loss")  # the rest are names of `distances`
+_LOSSES = ("Bank", "Term", "distill_loss")  # the rest are names of `distances`
 
 
 def __getattr__(name: str):

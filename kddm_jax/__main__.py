@@ -38,6 +38,10 @@ COMMANDS = {
         "kddm_jax.experiment.choose_weights",
         "tune the student alone and the weight of each distance on held-out images",
     ),
+    "outputs": Command(
+        "kddm_jax.experiment.outputs",
+        "store statistics of a teacher, from which students train without it",
+    ),
     "report": Command(
         "kddm_jax.experiment.render",
         "render tables, curves and pages of finished runs again",

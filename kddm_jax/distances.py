@@ -135,7 +135,8 @@ class Distance:
       complexity: cost of value and gradient.
       promises: properties that the tests check: "zero" for identical samples,
         "symmetric", invariant to a common "translation" or "rotation", "squared":
-        ``D(a x, a y) = a^2 D(x, y)``, different "widths".
+        ``D(a x, a y) = a^2 D(x, y)``, different "widths", different "sizes": x and y
+        may be samples of other images, as many as one likes (a `Term` with a bank).
       per_sample: whether the distance is a mean over images, so that it can be
         averaged over devices without gathering arrays.
       diagnose: function of the same arguments as ``fn`` that returns ``(value, {name:
@@ -236,7 +237,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="W2 (E)",
             weights={"teacher": 1e-2},
             complexity="n² d + iterations n²",
-            promises=_METRIC,
+            promises=_METRIC | {"sizes"},
             diagnose=wasserstein.diagnose,
         ),
         "cw2": Distance(
@@ -245,7 +246,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="CW2 (E)",
             weights={"teacher": 1.0, "unit": 10.0},
             complexity="n² d + iterations n²",
-            promises=_METRIC,
+            promises=_METRIC | {"sizes"},
             diagnose=class_wasserstein.diagnose,
         ),
         "jw2": Distance(
@@ -262,7 +263,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="W2 (G)",
             weights={"teacher": 0.1},
             complexity="n² d + n³",
-            promises=_METRIC,
+            promises=_METRIC | {"sizes"},
         ),
         "cw2_gaussian": Distance(
             class_gaussian_wasserstein,
@@ -270,14 +271,14 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="CW2 (G)",
             weights={"teacher": 1.0},
             complexity="n² d + n³",
-            promises=_METRIC,
+            promises=_METRIC | {"sizes"},
         ),
         "kl_gaussian": Distance(
             gaussian_kl,
             title="KL (G)",
             weights=_either(1e-2),
             complexity="n d",
-            promises=frozenset({"zero", "translation"}),
+            promises=frozenset({"sizes", "zero", "translation"}),
         ),
         "ckl_gaussian": Distance(
             class_gaussian_kl,
@@ -293,14 +294,14 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="MMD linear",
             weights={"teacher": 1e-2},
             complexity="n d",
-            promises=_METRIC,
+            promises=_METRIC | {"sizes"},
         ),
         "mmd_rbf": Distance(
             mmd,
             title="MMD rbf",
             weights=_either(0.1),
             complexity="n² d",
-            promises=_RIGID,
+            promises=_RIGID | {"sizes"},
         ),
         "cmmd_rbf": Distance(
             class_mmd,
@@ -318,7 +319,9 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="sliced W2",
             weights={"teacher": 1.0},
             complexity="p n (d + log n)",
-            promises=frozenset({"zero", "symmetric", "translation", "squared"}),
+            promises=frozenset(
+                {"sizes", "zero", "symmetric", "translation", "squared"}
+            ),
         ),
         # The weight of "w2".
         "gromov_w2": Distance(
@@ -326,7 +329,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="Gromov W2",
             weights={"teacher": 1e-2},
             complexity="n² d + iterations n³",
-            promises=_METRIC | {"widths"},
+            promises=_METRIC | {"sizes", "widths"},
             diagnose=gromov_wasserstein.diagnose,
         ),
         "l2": Distance(

@@ -18,6 +18,7 @@ from kddm_jax.distances import (
     get_distance,
 )
 from kddm_jax.numerics import masks
+from kddm_jax.numerics.bank import Bank
 from kddm_jax.numerics.checks import check_labels, check_number
 from kddm_jax.numerics.devices import (
     gather,
@@ -47,18 +48,25 @@ DEFAULT_LAYER = "features"
 
 
 def _by_layer(features):
+    if features is None:
+        return {}
     return features if isinstance(features, Mapping) else {DEFAULT_LAYER: features}
 
 
 def _compared(features, terms, side, n):
     """Returns the layers that some term compares; no other layers are gathered."""
     index = ("student", "teacher").index(side)
-    layers = [_layers(term)[index] for term in terms if _takes_layers(term)]
+    layers = [
+        _layers(term)[index]
+        for term in terms
+        if _takes_layers(term) and not (index and term.bank)
+    ]
     for layer in layers:
         if layer not in features:
+            found = f"only {', '.join(features)}" if features else "it is empty or None"
             raise ValueError(
-                f"{side}_features has no layer {layer!r}, only {', '.join(features)}; "
-                "choose with Term(..., layers=(student_key, teacher_key))"
+                f"{side}_features has no layer {layer!r}, {found}; choose with "
+                "Term(..., layers=(student_key, teacher_key))"
             )
         if features[layer].shape[0] != n:
             raise ValueError(
@@ -74,13 +82,18 @@ def _takes_layers(term):
 
 
 def _layers(term):
-    return (DEFAULT_LAYER, DEFAULT_LAYER) if term.layers is None else term.layers
+    student, teacher = term.layers or (DEFAULT_LAYER, DEFAULT_LAYER)
+    return student, (teacher if term.bank is None else student)
 
 
 def _pair(term, batch):
-    """Returns both arrays of a term's layers, None if it compares predictions."""
+    """Returns both arrays of a term's layers, None if it compares predictions.
+
+    With a bank, the student's layer stands in for the teacher's, too.
+    """
     student, teacher = _layers(term)
-    return [batch["student"].get(student), batch["teacher"].get(teacher)]
+    other = "teacher" if term.bank is None else "student"
+    return [batch["student"].get(student), batch[other].get(teacher)]
 
 
 def _matrices(term, batch):
@@ -117,6 +130,32 @@ def _check_maps(term, batch):
                 f"tokens of layer {name!r}; compare it with a distance of features, or "
                 "leave it out of the mask"
             )
+
+
+def _bank(row, term, batch, normalization):
+    """Returns the features of a term's bank, and its labels as keyword arguments."""
+    name, bank = term_name(term), batch["teacher_data"].get(term.bank)
+    if not isinstance(bank, Bank):
+        raise ValueError(
+            f"distance {name!r} needs teacher_data={{{term.bank!r}: Bank(...)}}, got "
+            f"{type(bank).__name__}; pass a kddm_jax.Bank"
+        )
+    if (term.normalization or normalization) == "teacher":
+        raise ValueError(
+            f'normalization="teacher" of distance {name!r} needs the teacher\'s '
+            'features of the batch, but it has a bank; take "unit" or "standardized", '
+            "and normalize the bank alike"
+        )
+    if "labels" in row.inputs:
+        options = {"labels_y": bank.labels, "num_classes": batch["classes"]}
+        weights = {} if bank.weights is None else {"weights_y": bank.weights}
+        return bank.features, {**options, **weights}
+    if bank.weights is not None:
+        raise ValueError(
+            f"distance {name!r} weights all rows of a bank alike, but this one has "
+            "weights; take a distance that takes labels, or a bank without weights"
+        )
+    return bank.features, {}
 
 
 def _arguments(row, term, batch, whole, normalization):
@@ -208,6 +247,12 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     row.check_normalization(term_name(term), chosen, options)
     arrays, labels, mask = _arguments(row, term, batch, gathered, normalization)
     options = {**options, **_masked(row, term, mask)}
+    if term.bank is not None:
+        # A bank follows the student's features, which stood in for it.
+        arrays[row.inputs.index("features") + 1], more = _bank(
+            row, term, batch, normalization
+        )
+        options |= more
     if row.diagnose is None:
         value, stats = row.fn(*arrays, **options), {}
     else:
@@ -247,7 +292,7 @@ def _check_arrays(student_logits, labels, mask, num_classes):
 
 def distill_loss(
     student_features: Features,
-    teacher_features: Features,
+    teacher_features: Features | None,
     labels: jax.Array,
     student_logits: jax.Array,
     teacher_logits: jax.Array | None = None,
@@ -289,6 +334,7 @@ def distill_loss(
         mapping, a Term without layers compares ``"features"``; see `Term` for maps and
         tokens.
       teacher_features: the teacher's features of the same images, in the same form.
+        None if no distance compares features of the batch.
       labels: int, shape ``[n]``.  Samples with a negative label are ignored by the
         cross-entropy and by distances that take labels; other distances use them.  Soft
         labels are float, ``[n, k]``, a probability for each class; distances that take
@@ -321,8 +367,9 @@ def distill_loss(
         is the mask of samples; without it, those are samples that have a token left in
         some layer of the mapping, also for the cross-entropy and for other layers.
       teacher_data: mapping from name to array, for distances that need other arrays
-        computed from the teacher, such as ``{"class_cost": ...}`` for ``"wkd_logits"``.
-        The arrays must be equal on all devices and get no gradient.
+        computed from the teacher, such as ``{"class_cost": ...}`` for ``"wkd_logits"``,
+        or a `Bank` for each ``Term(..., bank=name)``.  The arrays must be equal on all
+        devices and get no gradient.
       key: random key; only random distances need it.
       num_classes: number of classes, used to check labels that are not traced.
       axis_name: name of the mapped axis over which the batch is split.
@@ -385,7 +432,7 @@ def distill_loss(
         names = ("student_logits", "labels", *soft)
         whole = gather({name: local[name] for name in names}, axis_name)
     alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
-    alike = jax.tree.map(unsharded, alike)
+    alike = {**jax.tree.map(unsharded, alike), "classes": student_logits.shape[1]}
 
     loss_of_task = cross_entropy if task is None else task
     targets = whole["targets"] if soft else whole["labels"]

@@ -23,6 +23,7 @@ from kddm_jax.numerics.tokens import (
     tokens_of,
     without_tokens,
 )
+from kddm_jax.terms import Term
 
 # Folded into a step's key, like the positions of images, which are smaller numbers.
 DROPOUT = np.uint32(2**32 - 1)
@@ -58,11 +59,15 @@ def check_teachers(teacher_apply: Any, distance: Any) -> None:
       distance: the distance to the teacher, or a mapping of them.
 
     Raises:
-      ValueError: there is a distance but no teacher, or distances and teachers have
-        different names.
+      ValueError: there is a distance but neither a teacher nor a bank, or distances
+        and teachers have different names.
     """
     if not isinstance(teacher_apply, Mapping) and not isinstance(distance, Mapping):
-        alone = isinstance(distance, Sequence) and len(distance) == 0
+        terms = [distance] if isinstance(distance, Term) else distance
+        # No term needs a teacher if all compare with banks, or if there are none.
+        alone = isinstance(terms, Sequence) and all(
+            isinstance(term, Term) and term.bank is not None for term in terms
+        )
         if teacher_apply is None and not alone:
             raise ValueError(
                 f"teacher_apply is None, but distance is {distance!r}; "

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from kddm_jax.distances import (
+    DISTANCES,
     Distance,
     Options,
     callable_name,
@@ -47,6 +48,9 @@ class Term:
         leaves out are neither averaged nor samples.
       normalization: normalization for this term only, as in `distill_loss`; None uses
         the one given to `distill_loss`.
+      bank: name of a `Bank` in the loss's ``teacher_data`` that replaces the teacher's
+        features of the batch; the normalization then transforms the student's features
+        only.  None compares with the batch.
 
     Raises:
       ValueError: the weight is not a number ``>= 0``, an option is an array, a choice
@@ -65,6 +69,7 @@ class Term:
     name: str | None = None
     positions: str = "pool"
     normalization: str | None = None
+    bank: str | None = None
 
     def __post_init__(self):
         """Checks everything that does not depend on arrays."""
@@ -86,6 +91,26 @@ class Term:
                 f"normalization={self.normalization!r} is for distances of features, "
                 f"but {name} compares {row.inputs[0]}; leave it out"
             )
+        if self.bank is not None:
+            check_bank(name, row)
+
+
+def check_bank(name: str, row: Distance) -> None:
+    """Raises a ``ValueError`` if a distance cannot compare a batch with a bank.
+
+    Args:
+      name: name of the term, for the message.
+      row: the distance; one of your own may be any function of features.
+    """
+    known = row in DISTANCES.values()
+    if known and "sizes" in row.promises:
+        return
+    if known or not {"features"} <= set(row.inputs) <= {"features", "labels", "key"}:
+        able = [key for key, other in DISTANCES.items() if "sizes" in other.promises]
+        raise ValueError(
+            f"{name} compares the same images in both networks, and a bank holds "
+            f"others; take {', '.join(able)}, or leave bank out"
+        )
 
 
 def term_name(term: Term) -> str:

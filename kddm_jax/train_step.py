@@ -152,9 +152,10 @@ def make_train_step(
     Args:
       student_apply: apply function of the student, the network that is trained.
       teacher_apply: apply function of the teacher, which stays fixed.  None trains on
-        labels alone; ``distance`` must then be ``()``.  For several teachers, pass a
-        mapping from their names; ``distance`` and the step's ``teacher_variables`` and
-        ``teacher_data`` are then mappings, too, and terms are called
+        labels alone, with ``distance=()``, or with Terms that compare with a bank.  For
+        several teachers, pass a mapping from their names; ``distance`` and the step's
+        ``teacher_variables`` and ``teacher_data`` are then mappings, too, and terms are
+        called
         ``"teacher:term"``.
       tx: the optax optimizer; if its update takes ``value``, it gets the loss.
       augment: function ``(key, image) -> float image`` that augments one uint8 image.

@@ -101,6 +101,17 @@ def _check_placebo(settings):
 def _check_teacher(settings):
     networks = settings.networks
     teacher, pretrained = networks.teacher, networks.pretrained_teacher
+    statistics = networks.teacher_statistics
+    for option, value in (
+        ("--teacher", teacher),
+        ("--pretrained-teacher", pretrained),
+        ("--placebo", settings.method.placebo),
+    ):
+        _require(
+            statistics is None or value is None,
+            f"--teacher-statistics {statistics} replaces the teacher; leave out either "
+            f"it or {option} {value}",
+        )
     _require(
         teacher is None or pretrained is None,
         f"--teacher {teacher} is trained already; leave out either it or "

@@ -13,7 +13,6 @@ from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.report.rows import reference, rows
 from kddm_jax.experiment.settings import Settings, as_json
-from kddm_jax.experiment.training import models
 
 
 def run_all(settings: Settings, console: Console) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def _summary(opened, results, seconds):
         "student_images": len(problem.parts.student),
         "eval_images": len(problem.parts.eval_labels),
         "teacher": {
-            "model": models.name_of(teacher.model),
+            "model": teacher.name,
             "width": teacher.width,
             "accuracy": teacher.accuracy,
             "best_accuracy": trained and trained["best_accuracy"],

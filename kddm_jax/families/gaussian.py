@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kddm_jax.numerics import masks
+from kddm_jax.numerics.bank import across, check_no_weights
 from kddm_jax.numerics.checks import as_float, as_released, check_choice, check_pair
 from kddm_jax.numerics.classes import class_means, labelled_pair
 from kddm_jax.numerics.linalg import (
@@ -99,11 +100,32 @@ def _squared_std_difference(variances_x, variances_y):
     return (safe_sqrt(variances_x) - safe_sqrt(variances_y)) ** 2
 
 
+def _to_bank(x, y, of, covariance, method):
+    """Computes CW2(G) between a batch and a bank; see `class_gaussian_wasserstein`."""
+    mean_x, mean_y = of.means(x, y)  # [k, d]
+    means = jnp.sum(of.weights[:, None] * (mean_x - mean_y) ** 2)
+    centered = x - matmul(of.of_x, mean_x), y - matmul(of.of_y, mean_y)
+    if covariance == "diag":
+        spread = _squared_std_difference(*of.means(*(z * z for z in centered)))
+        return means + jnp.sum(of.weights[:, None] * spread)
+    roots = [
+        safe_sqrt(share * matmul(one, of.weights[:, None])[:, 0])[:, None]
+        for one, share in ((of.of_x, of.share_x), (of.of_y, of.share_y))
+    ]
+    x, y = (root * z for root, z in zip(roots, centered, strict=True))
+    cross = matmul(of.of_x, of.of_y.T) * matmul(x, y.T)
+    return (
+        means + jnp.sum(x * x) + jnp.sum(y * y) - 2 * nuclear_norm(cross, method=method)
+    )
+
+
 def class_gaussian_wasserstein(
     x: jax.Array,
     y: jax.Array,
     labels: jax.Array,
     *,
+    labels_y: jax.Array | None = None,
+    weights_y: jax.Array | None = None,
     num_classes: int | None = None,
     covariance: str = "full",
     reduction: str = "mean",
@@ -119,16 +141,25 @@ def class_gaussian_wasserstein(
     of the same class, is block-diagonal, so its nuclear norm is the sum over the
     blocks.
 
-    Cost: n² d + n³ for all classes together, n² d if diagonal.  Gradient: as in
+    With ``labels_y``, y are m features of other images, a `Bank`, such as one of stored
+    moments (`numerics.bank.gaussian_bank`).  Classes without a row in y are left out.
+
+    Cost: n² d + n³ for all classes together, n² d if diagonal; with ``labels_y``,
+    n m d + n² m, or m k d if diagonal.  Gradient: as in
     `gaussian_wasserstein`.  Not for: more than about a thousand samples, because the
     matrix has shape ``[n, n]`` for any d; use ``covariance="diag"`` or groups of
     devices.
 
     Args:
       x: student features, shape ``[n, d]``.
-      y: teacher features of the same samples, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``; with ``labels_y``,
+        of any samples, ``[m, d]``.
       labels: class labels, int, shape ``[n]``; negative labels have no weight.
-      num_classes: number of classes, used only to check labels that are not traced.
+      labels_y: class labels of y, int, shape ``[m]``; None uses ``labels``.
+      weights_y: share of each row of y in its class, shape ``[m]``, not negative; only
+        with ``labels_y``.  None weights the rows of a class alike.
+      num_classes: number of classes, needed with ``labels_y``; otherwise used only to
+        check labels that are not traced.
       covariance: ``"full"`` or ``"diag"``.
       reduction: ``"mean"`` averages over the classes present, ``"weighted"`` weights
         classes by their frequency, ``"sum"`` adds them up (as in the released code).
@@ -158,6 +189,17 @@ def class_gaussian_wasserstein(
         covariance=(covariance, "full", "diag"),
         reduction=(reduction, "mean", "sum"),
     )
+    if labels_y is not None:
+        x, y, of = across(
+            *(x, y, labels),
+            labels_y=labels_y,
+            weights_y=weights_y,
+            num_classes=num_classes,
+            reduction=reduction,
+            mask=mask,
+        )
+        return _to_bank(x, y, of, covariance, method)
+    check_no_weights(weights_y)
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
     weights = groups.weights[:, None]

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from kddm_jax.numerics import masks
+from kddm_jax.numerics.bank import across, check_no_weights
 from kddm_jax.numerics.checks import (
     LOGITS,
     as_released,
@@ -46,11 +47,14 @@ def _solve_all(x, y, xy, self_cost, mask, **options):
     return one.mass * value, stats
 
 
-def _solve(x, y, xy, self_cost, a, b, same=None, mask=None, pairing=None, **solver):
+def _solve(
+    x, y, xy, self_cost, a, b, same=None, mask=None, pairing=None, within=(), **solver
+):
     """Solves the transport problem of a cost.
 
     The debiased solver also needs the costs within x, ``self_cost(0)``, and within y,
-    ``self_cost(1)``.  Samples have no weight where ``mask`` is False.
+    ``self_cost(1)``.  Samples have no weight where ``mask`` is False.  ``within`` are
+    the masks of classes within x and within y; () takes ``same`` for both.
     """
     debias = solver.get("solver", "sinkhorn") == "sinkhorn"
     if pairing is not None:
@@ -63,6 +67,7 @@ def _solve(x, y, xy, self_cost, a, b, same=None, mask=None, pairing=None, **solv
         b=b,
         same=same,
         pairing=pairing,
+        **dict(zip(("same_x", "same_y"), within, strict=False)),
     )
     return transport_cost(costs, floor=cost_floor(x, y, mask), **solver)
 
@@ -170,12 +175,40 @@ def wasserstein(
     )
 
 
+def _by_class(x, y, labels, labels_y, weights_y, num_classes, reduction, mask):
+    """Returns the checked features, the weights of both sides, and the masks.
+
+    The masks are those of pairs, and of samples of x and of y that have a label.
+    """
+    if labels_y is None:
+        check_no_weights(weights_y)
+        x, y, own = labelled_pair(x, y, labels, num_classes, reduction, mask)
+        return x, y, (own.weights, own.weights), (own.same,), (own.labelled,)
+    x, y, of = across(
+        *(x, y, labels),
+        labels_y=labels_y,
+        weights_y=weights_y,
+        num_classes=num_classes,
+        reduction=reduction,
+        mask=mask,
+    )
+    each = (of.of_x, of.share_x), (of.of_y, of.share_y)
+    weights = tuple(
+        share * matmul(one, of.weights[:, None])[:, 0] for one, share in each
+    )
+    pairs = (of.of_x, of.of_y), (of.of_x, of.of_x), (of.of_y, of.of_y)
+    same = tuple(matmul(a, b.T) for a, b in pairs)
+    return x, y, weights, same, tuple(jnp.any(one > 0, axis=1) for one, _ in each)
+
+
 @solver_distance
 def class_wasserstein(
     x: jax.Array,
     y: jax.Array,
     labels: jax.Array,
     *,
+    labels_y: jax.Array | None = None,
+    weights_y: jax.Array | None = None,
     num_classes: int | None = None,
     reduction: str = "mean",
     solver: str = "sinkhorn",
@@ -194,21 +227,30 @@ def class_wasserstein(
     `wasserstein`, for any number of classes.  Classes without a sample in the batch are
     left out.  If a class has one sample x_i, it is matched with y_i.
 
+    With ``labels_y``, y are m features of other images: a `Bank`.  Classes without a
+    row in y are left out, too.  The debiased solver then also takes m² d + iterations
+    m², which does not change the gradient; with a large bank use "entropic".
+
     Cost: n² d + iterations n².  Gradient: as for `wasserstein`, within each class.
     Not for: batches in which most classes have one sample, because x_i is then matched
     with y_i, as in `paired_l2`.
 
     Args:
       x: student features, shape ``[n, d]``.
-      y: teacher features of the same samples, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``; with ``labels_y``,
+        of any samples, ``[m, d]``.
       labels: class labels, int, shape ``[n]``; samples with a negative label are
         ignored.
-      num_classes: number of classes; used only to check the labels, and only outside
-        `jit`, where their values are known.
+      labels_y: class labels of y, int, shape ``[m]``; None uses ``labels``.
+      weights_y: share of each row of y in its class, shape ``[m]``, not negative; only
+        with ``labels_y``.  None weights the rows of a class alike.
+      num_classes: number of classes, needed with ``labels_y``; otherwise used only to
+        check the labels, and only outside `jit`, where their values are known.
       reduction: ``"mean"`` averages over the classes present (the paper),
         ``"weighted"`` weights classes by their frequency, ``"sum"`` adds them up (as in
         the released code).
-      solver: as in `wasserstein`; all three also handle unbalanced classes.
+      solver: as in `wasserstein`; all three also handle unbalanced classes.  "exact"
+        needs the same samples on both sides.
       epsilon: as in `wasserstein`, but None uses 0.02 times the mean over pairs of the
         same class.
       threshold: as in `wasserstein`.
@@ -237,27 +279,34 @@ def class_wasserstein(
         reduction=(reduction, "mean", "sum"),
         solver=(solver, "sinkhorn", "exact"),
     )
-    x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
+    if labels_y is not None and solver == "exact":
+        raise ValueError(
+            'solver="exact" assigns samples one to one and cannot use labels_y; use '
+            'solver="entropic" or "sinkhorn"'
+        )
+    x, y, (a, b), (same, *within), labelled = _by_class(
+        x, y, labels, labels_y, weights_y, num_classes, reduction, mask
+    )
     # The problem is solved at mass 1, and "sum" is rescaled.  A batch without labels
     # has mass 0.
-    a = groups.weights / jnp.maximum(groups.mass, 1)
-    within = lambda side: squared_distances(*((x, x), (y, y))[side])
-    between = squared_distances(x, y)
+    mass = jnp.sum(a)
+    scale = jnp.maximum(mass, 1)
     value, stats = _solve(
         x,
         y,
-        between,
-        within,
-        a,
-        a,
-        groups.same,
-        groups.labelled,
+        squared_distances(x, y),
+        lambda side: squared_distances(*((x, x), (y, y))[side]),
+        a / scale,
+        b / scale,
+        same,
+        labelled[0] if labels_y is None else None,
+        within=within,
         solver=solver,
         epsilon=epsilon,
         threshold=threshold,
         max_iterations=max_iterations,
     )
-    return groups.mass * value, stats
+    return mass * value, stats
 
 
 def _probs_cost(logits_x, logits_y):

@@ -186,7 +186,11 @@ def check_pair(
 
 
 def check_labels(
-    labels: jax.Array, n: int, *, num_classes: int | None = None
+    labels: jax.Array,
+    n: int,
+    *,
+    num_classes: int | None = None,
+    name: str = "labels",
 ) -> jax.Array:
     """Checks class labels, and their values unless they are traced.
 
@@ -195,6 +199,7 @@ def check_labels(
       n: number of samples.
       num_classes: number of classes, which all labels must be below; None checks no
         values.
+      name: name of the argument, for the message.
 
     Returns:
       The labels.
@@ -207,21 +212,21 @@ def check_labels(
         # For a single column, argmax would make every label 0.
         column = labels.shape == (n, 1)
         fix = (
-            "labels[:, 0]" if column else "argmax(one_hot, axis=-1) for one-hot labels"
+            f"{name}[:, 0]" if column else "argmax(one_hot, axis=-1) for one-hot labels"
         )
         raise ValueError(
-            f"labels must have shape [n]=[{n}], got {list(labels.shape)}; pass {fix}"
+            f"{name} must have shape [n]=[{n}], got {list(labels.shape)}; pass {fix}"
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"labels must be integers, got {labels.dtype}; cast with .astype(jnp.int32)"
+            f"{name} must be integers, got {labels.dtype}; cast with .astype(jnp.int32)"
         )
     if num_classes is None or isinstance(labels, Tracer):
         return labels
     largest = int(np.asarray(labels).max())  # inside a trace, jnp would stage it
     if largest >= num_classes:
         raise ValueError(
-            f"labels must lie below num_classes={num_classes}, got {largest}; "
+            f"{name} must lie below num_classes={num_classes}, got {largest}; "
             "correct the labels, or give the network a logit for each class"
         )
     return labels

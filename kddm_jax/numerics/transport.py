@@ -35,10 +35,12 @@ class Costs(NamedTuple):
       yy: costs within y, shape ``[m, m]``, or None like ``xx``.
       a: weights of x, shape ``[n]``; they sum to 1.
       b: weights of y, shape ``[m]``; they sum to 1.
-      same: 1 where transport is allowed and 0 elsewhere, shape ``[n, n]``; None allows
+      same: 1 where transport is allowed and 0 elsewhere, shape ``[n, m]``; None allows
         it everywhere.
       pairing: scalar cost that is added to pairs of different samples, i != j, or None.
         The default epsilon does not depend on it.
+      same_x: ``same`` within x, shape ``[n, n]``; None if y are the same samples.
+      same_y: ``same`` within y, shape ``[m, m]``, or None like ``same_x``.
     """
 
     xy: jax.Array
@@ -48,6 +50,14 @@ class Costs(NamedTuple):
     b: jax.Array
     same: jax.Array | None = None
     pairing: jax.Array | None = None
+    same_x: jax.Array | None = None
+    same_y: jax.Array | None = None
+
+    @property
+    def allowed(self) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+        """Returns the masks of ``xy``, ``xx`` and ``yy``."""
+        of_x = self.same if self.same_x is None else self.same_x
+        return self.same, of_x, self.same if self.same_y is None else self.same_y
 
 
 def mean_cost(costs: Costs) -> jax.Array:
@@ -63,7 +73,7 @@ def mean_cost(costs: Costs) -> jax.Array:
     if costs.same is None:
         return jnp.sum(costs.a[:, None] * costs.xy * costs.b[None, :])
     counts = jnp.maximum(jnp.sum(costs.same, axis=1), 1)
-    return jnp.sum(costs.a[:, None] * costs.same * costs.xy / counts[None, :])
+    return jnp.sum(costs.a[:, None] * costs.same * costs.xy / counts[:, None])
 
 
 def _paired(costs):
@@ -85,9 +95,13 @@ def _rounding(costs):
 
     If epsilon is smaller, exp((f + g - C) / epsilon) is noise.
     """
-    sides = [cost for cost in (costs.xy, costs.xx, costs.yy) if cost is not None]
-    if costs.same is not None:  # costs of unlabelled samples may be NaN
-        sides = [jnp.where(costs.same > 0, cost, 0) for cost in sides]
+    sides = zip((costs.xy, costs.xx, costs.yy), costs.allowed, strict=True)
+    # costs of unlabelled samples may be NaN
+    sides = [
+        cost if same is None else jnp.where(same > 0, cost, 0)
+        for cost, same in sides
+        if cost is not None
+    ]
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(cost)) for cost in sides]))
     return jnp.finfo(largest.dtype).eps * largest
 
@@ -213,13 +227,14 @@ def _entropic_jvp(threshold, max_iterations, symmetric, primals, tangents):
 
 def _sinkhorn_divergence(costs, epsilon, threshold, max_iterations):
     """Computes OT_eps(x, y) - OT_eps(x, x) / 2 - OT_eps(y, y) / 2."""
-    solve = lambda cost, a, b, symmetric: _entropic(
-        cost, a, b, costs.same, epsilon, threshold, max_iterations, symmetric
+    solve = lambda cost, a, b, same, symmetric: _entropic(
+        cost, a, b, same, epsilon, threshold, max_iterations, symmetric
     )
+    same, same_x, same_y = costs.allowed
     values, stats = zip(
-        solve(costs.xy, costs.a, costs.b, False),
-        solve(costs.xx, costs.a, costs.a, True),
-        solve(costs.yy, costs.b, costs.b, True),
+        solve(costs.xy, costs.a, costs.b, same, False),
+        solve(costs.xx, costs.a, costs.a, same_x, True),
+        solve(costs.yy, costs.b, costs.b, same_y, True),
         strict=True,
     )
     worst = Stats(
@@ -249,7 +264,7 @@ def _entropic_cost(costs, epsilon, threshold, max_iterations):
         return value, stats
     # For a plan of blocks, KL(P | a x b) is the sum over classes plus the entropy H(w)
     # of their weights, because the block of class c adds w_c log(w_c / w_c^2).
-    mass = jnp.sum(costs.same * costs.a[None, :], axis=1)
+    mass = jnp.sum(costs.allowed[1] * costs.a[None, :], axis=1)
     positive = costs.a > 0
     entropy = -jnp.sum(costs.a * jnp.log(jnp.where(positive, mass, 1)))
     return value - epsilon * constant(entropy), stats

@@ -110,7 +110,8 @@ def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]
 
 def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
     """Yields name, title and network of the teacher and of each first seed."""
-    yield "teacher", "teacher", teacher
+    if teacher.model is not None:
+        yield "teacher", "teacher", teacher
     model = problem.student
     for run, _ in _first_seeds(problem, teacher, results):
         try:

@@ -45,7 +45,7 @@ PLACEBOS = {
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
 # by its digest, a file of pretrained weights by its digest in the runs, and the images
 # of students and of the evaluation by their numbers, because None means all.
-SHOWN = ("normalization", "placebo", "lr", "layers", "projector")
+SHOWN = ("normalization", "placebo", "statistics", "lr", "layers", "projector")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
 IMAGES = {"student_images", "test_images"}
 MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
@@ -62,7 +62,8 @@ class Key(NamedTuple):
 
     Attributes:
       name: name of the runs.
-      placebo: what the control destroys; "" if the row is none.
+      placebo: what the control destroys; "" if the row is none.  For a student that
+        learns from statistics of a teacher: what they are.
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
@@ -142,7 +143,7 @@ def _key(run, settings):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     if name == FEATURE_ONLY and layers == RELEASED:
         words = NORMALIZATIONS[None]  # that loss transforms nothing
-    placebo = method["placebo"] or ""
+    placebo = method["placebo"] or method["statistics"] or ""
     placebo = PLACEBOS.get(placebo, placebo)
     return Key(name, placebo, words, _weight(run), rate, layers)
 

@@ -78,6 +78,8 @@ def longer_epochs(problem: Problem) -> int:
     Raises:
       UserError: XLA does not know the operations of a network.
     """
+    if problem.statistics is not None:  # no teacher runs
+        return problem.settings.optimizer.epochs
     if problem.longer_epochs is None:
         if problem.teacher is None:
             raise RuntimeError("the teacher is unknown; open the study by study.open")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kddm_jax import DISTANCES, Distance, Term, distill_loss
+from kddm_jax import DISTANCES, Bank, Distance, Term, distill_loss
 from kddm_jax.distances import get_distance
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import (
@@ -41,6 +41,7 @@ STUDENT_LAYERS = {
     "ViT": ("block2", "block4", "block6", "block8"),
 }
 COUNT = 4
+BANK = "bank"  # name of the statistics of a teacher in `teacher_data`
 POOLED = ("features", "features", 1.0)
 # Changes with the loss, so that runs of older losses are others.
 FEATURE_ONLY_LOSS = "2"
@@ -233,6 +234,8 @@ def make(
     Raises:
       UserError: a network does not have a layer of ``--layers``.
     """
+    if settings.networks.teacher_statistics is not None:
+        return _against_statistics(settings, name, student, teacher)
     if name == FEATURE_ONLY:
         return _feature_only(settings, student, teacher)
     if len(parts_of(name)) > 1:
@@ -271,6 +274,30 @@ def make(
     chosen = chosen or [("features", "features", 1.0)]
     terms, projectors = _terms(settings, chosen, term, student, teacher)
     return Method(terms, options, projectors)
+
+
+def _against_statistics(settings, name, student, teacher):
+    """Makes a method that compares pooled features with statistics of a teacher."""
+    if name == FEATURE_ONLY or settings.method.layers:
+        what = name if name == FEATURE_ONLY else "--layers"
+        raise UserError(
+            f"{what} compares features of the same images, but --teacher-statistics "
+            "holds none; leave it out"
+        )
+    terms, projectors, parts = [], {}, parts_of(name)
+    for part in parts:
+        factor = weight_of(settings, part) if len(parts) > 1 else 1.0
+        try:
+            terms.append(Term(find(part), weight=factor, name=part, bank=BANK))
+        except ValueError as error:
+            raise UserError(
+                str(error).replace("bank", "--teacher-statistics")
+            ) from error
+    if settings.method.projector is not None:
+        layer = student["features"], teacher["features"]
+        projectors = {"features": _projector(settings.method.projector, *layer)}
+    options = {"normalization": settings.method.normalization}
+    return Method(tuple(terms), options, projectors)
 
 
 def _pooled(settings, student, teacher):
@@ -366,7 +393,12 @@ def check_choice_of_layers(settings: Settings, student: Shapes, teacher: Shapes)
 
 
 def check(
-    name: str, method: Method, student: Shapes, teacher: Shapes, batch: int
+    name: str,
+    method: Method,
+    student: Shapes,
+    teacher: Shapes,
+    batch: int,
+    bank: Bank | None = None,
 ) -> None:
     """Traces a method on the real shapes, to find errors before any training.
 
@@ -376,6 +408,7 @@ def check(
       student: shapes of the student's layers.
       teacher: shapes of the teacher's layers.
       batch: size of a batch.
+      bank: statistics of a teacher, if the method compares with them.
 
     Raises:
       UserError: the method does not work with these layers.
@@ -398,7 +431,7 @@ def check(
         labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
         logits = student["logits"], teacher["logits"]
         cost = jax.ShapeDtypeStruct((logits[0].shape[-1],) * 2, jnp.float32)
-        jax.eval_shape(loss, x, y, *logits, labels, {"class_cost": cost})
+        jax.eval_shape(loss, x, y, *logits, labels, {"class_cost": cost, BANK: bank})
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
         fix = ", that is --projector" if "projectors" in text else ""

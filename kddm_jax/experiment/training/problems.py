@@ -18,6 +18,7 @@ from kddm_jax.experiment.machine import processes, signals
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import AtMost, Settings, change, flat
 from kddm_jax.experiment.training import methods, models, pretrained, views
+from kddm_jax.experiment.training.statistics import Statistics
 
 EVAL_BATCH = 500
 
@@ -124,6 +125,7 @@ class Problem:
     longer_epochs: int | None = None
     chosen_layers: tuple[str, ...] = ()
     class_cost: np.ndarray | None = None
+    statistics: Statistics | None = None
 
     @property
     def channels(self) -> int:

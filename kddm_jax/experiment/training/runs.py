@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax.experiment.machine.errors import UserError
@@ -35,15 +37,27 @@ from kddm_jax.experiment.training.problems import Problem
 TITLES = {LONGER: "student alone, compute of a distilled run"}
 
 
-def check_distances(problem: Problem, teacher: models.Network) -> None:
-    """Traces every method on the real shapes, to find errors before any training."""
+def _shapes_of_statistics(problem, count):
+    """Returns shapes like those of a network that has features only."""
+    width = problem.statistics.bank.features.shape[1]
+    features = jax.ShapeDtypeStruct((count, width), jnp.float32)
+    return {"features": features, "logits": None, "maps": {}, "modules": ()}
+
+
+def check_distances(problem: Problem, teacher: models.Network | None) -> None:
+    """Traces every method on the real shapes, to find errors before any training.
+
+    Without a network as the teacher, the problem has statistics of one.
+    """
     settings, problem.teacher = problem.settings, teacher
     image = problem.dataset.train_images.shape[1:]
     student = problem.student
     name, count = settings.networks.student_model, problem.compared_images
     problem.shapes = (
         models.shapes(name, student, image, count),
-        models.shapes("teacher", teacher, image, count),
+        models.shapes("teacher", teacher, image, count)
+        if teacher is not None
+        else _shapes_of_statistics(problem, count),
     )
     if settings.method.placebo in ("pairs", "labels"):
         labels = problem.dataset.train_labels[problem.parts.student]
@@ -54,7 +68,8 @@ def check_distances(problem: Problem, teacher: models.Network) -> None:
             placebos.check(settings, name, None)
             continue  # its layers are chosen when the teacher is trained
         method = method_of(problem, name)
-        methods.check(name, method, *problem.shapes, problem.compared_images)
+        bank = problem.statistics and problem.statistics.bank
+        methods.check(name, method, *problem.shapes, problem.compared_images, bank)
         placebos.check(settings, name, method)
 
 
@@ -207,6 +222,9 @@ def student_run(
         if len(parts := parts_of(name)) > 1:
             more["weights"] = {part: weight_of(settings, part) for part in parts}
         more["distance_source"] = methods.digest(name)
+        if problem.statistics is not None:
+            more["statistics"] = problem.statistics.words
+            more["statistics_digest"] = problem.statistics.digest
         whole = problem.compared_images == settings.optimizer.batch_size
         more["group_images"] = None if whole else problem.compared_images
         if teacher_digest is not None:
@@ -239,7 +257,8 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
       The runs.
     """
     settings = problem.settings
-    alone = ("student", LONGER) if settings.run.equal_compute else ("student",)
+    longer = settings.run.equal_compute and problem.statistics is None
+    alone = ("student", LONGER) if longer else ("student",)
     for name in (*alone, *settings.method.distances):
         for seed in settings.run.seeds:
             yield student_run(problem, teacher_digest, name, seed)

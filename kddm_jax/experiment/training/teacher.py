@@ -13,6 +13,7 @@ from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.training import models, problems, runs, train
+from kddm_jax.experiment.training.statistics import Statistics, read
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.networks.projectors import without_projectors
 
@@ -100,6 +101,59 @@ class Source:
         return _digest(self.variables)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Describes statistics of a teacher, which take the teacher's place.
+
+    Attributes:
+      problem: the data, the devices and the settings.
+      statistics: the statistics.
+    """
+
+    problem: problems.Problem
+    statistics: Statistics
+    model: None = None
+    trained: bool = True
+    finished: bool = True
+
+    @property
+    def given(self) -> Path | None:
+        """Returns the file of the statistics."""
+        return self.problem.settings.networks.teacher_statistics
+
+    @property
+    def digest(self) -> str:
+        """Returns the digest of the teacher, from which the statistics were made."""
+        return self.statistics.about["teacher"]
+
+
+def _check_statistics(problem, found):
+    """Checks that statistics fit the data and the settings."""
+    settings, about = problem.settings, found.about
+    path = settings.networks.teacher_statistics
+    classes = [str(name) for name in problem.dataset.class_names]
+    if about["dataset"] != settings.data.dataset or about["classes"] != classes:
+        raise UserError(
+            f"--teacher-statistics {path} is of {about['dataset']} with "
+            f"{len(about['classes'])} classes, this data is {settings.data.dataset} "
+            f"with {len(classes)}; pass statistics of the same classes"
+        )
+    made, asked = about["normalization"], settings.method.normalization
+    if made != asked:
+        raise UserError(
+            f"--teacher-statistics {path} was made with --normalization {made}, this "
+            f"command says {asked}; pass --normalization {made}, or make another file"
+        )
+
+
+def _find_statistics(problem):
+    path = problem.settings.networks.teacher_statistics
+    found = processes.first(lambda: read(path))
+    _check_statistics(problem, found)
+    problem.statistics = found
+    return Stored(problem, found)
+
+
 def _check_converted(problem, path, meta):
     """Checks the shapes of converted weights, whose data set is not known."""
     for what, wanted in {
@@ -114,9 +168,14 @@ def _check_converted(problem, path, meta):
             )
 
 
-def find_teacher(problem: problems.Problem) -> Source:
-    """Finds the teacher's architecture, width and, if given, its checkpoint."""
+def find_teacher(problem: problems.Problem) -> Source | Stored:
+    """Finds the teacher's architecture, width and, if given, its checkpoint.
+
+    If there are statistics of a teacher, they are read instead.
+    """
     settings = problem.settings
+    if settings.networks.teacher_statistics is not None:
+        return _find_statistics(problem)
     given = settings.networks.teacher
     if given is None:
         width = problem.teacher_width
@@ -157,15 +216,21 @@ def find_teacher(problem: problems.Problem) -> Source:
     return Source(problem, problem.model(name, made["width"]), made["width"], path)
 
 
-def known_digest(source: Source) -> str | None:
+def known_digest(source: Source | Stored) -> str | None:
     """Returns the teacher's digest; None if the end of its run must be repeated."""
     if source.trained:
         return source.digest
     return None if source.finished else "not trained yet"
 
 
-def load_teacher(source: Source, report) -> Teacher:
-    """Trains the teacher, or reads the given checkpoint."""
+def load_teacher(source: Source | Stored, report) -> Teacher:
+    """Trains the teacher, or reads the given checkpoint or statistics."""
+    if isinstance(source, Stored):
+        about = source.statistics.about
+        return Teacher(
+            *(None, about["width"], None, source.digest, about["accuracy"], None),
+            name=about["model"],
+        )
     problem, model, result = source.problem, source.model, None
     if source.given is None:
         if not source.trained:
@@ -174,4 +239,7 @@ def load_teacher(source: Source, report) -> Teacher:
         result = train.train(problem, run, model, None, report)
     replicated = train_step.replicate(source.variables, problem.devices)
     accuracy = problems.evaluate(problem, model, replicated)
-    return Teacher(model, source.width, replicated, source.digest, accuracy, result)
+    return Teacher(
+        *(model, source.width, replicated, source.digest, accuracy, result),
+        name=models.name_of(model),
+    )

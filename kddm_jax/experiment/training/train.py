@@ -27,23 +27,25 @@ LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Contains a trained teacher.
+    """Contains a trained teacher, or what is known of one that left statistics.
 
     Attributes:
-      model: the network.
+      model: the network; None if there are only statistics of it.
       width: width of the network.
-      variables: variables of the network, on the devices.
+      variables: variables of the network, on the devices; None like the network.
       digest: digest of the variables; students of another teacher are other runs.
       accuracy: accuracy on the evaluation images, in percent.
       result: the result of the teacher's run; None for a given checkpoint.
+      name: name of the network in tables.
     """
 
-    model: models.Network
+    model: models.Network | None
     width: int
     variables: object
     digest: str
     accuracy: float
     result: dict[str, Any] | None
+    name: str = ""
 
 
 def most_steps_per_dispatch() -> int:
@@ -64,7 +66,7 @@ def _on_views(problem, run):
 
 def _what_teaches(problem, run, method, teacher):
     """Returns the steps' argument for the teacher: None, variables, or outputs."""
-    if run.name in ALONE:
+    if run.name in ALONE or problem.statistics is not None:
         return None
     if not _on_views(problem, run):
         return teacher.variables
@@ -81,7 +83,12 @@ def _what_teaches(problem, run, method, teacher):
 
 def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
     """Returns the teacher's arrays that a run's distance needs."""
-    if run.name in ALONE or not methods.needs_class_cost(run.name):
+    if run.name in ALONE:
+        return {}
+    if problem.statistics is not None:
+        bank = {methods.BANK: problem.statistics.bank}
+        return train_step.replicate(bank, problem.devices)
+    if not methods.needs_class_cost(run.name):
         return {}
     if problem.class_cost is None:
         raise RuntimeError(
@@ -101,8 +108,9 @@ def _train_program(problem, run, method, model, teacher, tx, length):
     key += (repr(replace(settings.method, distances=(), weight=None, weights=None)),)
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
+        taught = distilled and problem.statistics is None
         teacher_apply = None
-        if distilled:
+        if taught:
             known = train_step.known_outputs
             teacher_apply = known if of_views else models.network_apply(teacher.model)
         steps = run.epochs * (len(run.indices) // settings.optimizer.batch_size)
@@ -125,7 +133,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
         )
         images = 0 if problem.streams and not of_views else None
         problem.programs[key] = train_step.parallel(
-            train_step.scan_steps(step, known=distilled and of_views),
+            train_step.scan_steps(step, known=taught and of_views),
             in_axes=(None, None, images, images, 0, None),
             donate=(0,),
             devices=problem.devices,

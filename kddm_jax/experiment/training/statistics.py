@@ -1,0 +1,115 @@
+"""Writes and reads statistics of a teacher's features.
+
+Statistics are all that a student needs of a teacher for distances between
+distributions: whoever owns the teacher can give them away without the teacher and
+without the images. A file contains one of these, computed from the teacher's features
+of its training images, or of fixed views of them:
+
+  gaussian   mean and covariance of each class
+  diagonal   mean of each class, and variance of each feature
+  means      mean of each class
+  centroids  centroids of each class by k-means, with the share of each
+  rows       features of some images of each class
+
+All classes count alike in distances that do not take labels. With ``--normalization
+unit``, features are scaled to length one before anything is computed.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.numerics.bank import Bank, gaussian_bank
+
+KINDS = ("gaussian", "diagonal", "means", "centroids", "rows")
+COUNTED = ("centroids", "rows")  # kinds that have a number for each class
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Contains statistics of a teacher that were read from a file.
+
+    Attributes:
+      bank: rows that stand for the teacher's features, on the host.
+      about: what the file says about the statistics and the teacher.
+      digest: digest of the file.
+    """
+
+    bank: Bank
+    about: dict[str, Any]
+    digest: str
+
+    @property
+    def words(self) -> str:
+        """Describes the statistics in a table."""
+        return words(self.about["kind"], self.about["count"])
+
+
+def words(kind: str, count: int | None) -> str:
+    """Describes statistics of a kind, with ``count`` rows for each class."""
+    return {
+        "gaussian": "class covariances",
+        "diagonal": "class variances",
+        "means": "class means",
+        "centroids": f"{count} centroids of each class",
+        "rows": f"{count} images of each class",
+    }[kind]
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Writes a file of statistics, which replaces another one only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+    os.replace(partial, path)
+
+
+def read(path: Path) -> Statistics:
+    """Reads a file of statistics.
+
+    Args:
+      path: a file that ``kddm outputs --statistics`` wrote.
+
+    Returns:
+      The statistics.
+
+    Raises:
+      UserError: the file is missing, damaged, or something else.
+    """
+    try:
+        content = path.read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(str(arrays.pop("about")))
+        bank = _bank(about["kind"], arrays)
+    except OSError as error:
+        raise UserError(
+            f"--teacher-statistics {path}: {error.strerror}; pass a file that kddm "
+            "outputs --statistics wrote"
+        ) from error
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"--teacher-statistics {path} is damaged or no file of kddm outputs "
+            "--statistics; write it again"
+        ) from error
+    return Statistics(bank, about, hashlib.sha256(content).hexdigest()[:16])
+
+
+def _bank(kind, arrays):
+    if kind in COUNTED:
+        bank = Bank(arrays["features"], arrays["labels"], arrays.get("weights"))
+    elif kind == "means":
+        labels = np.arange(len(arrays["means"]), dtype=np.int32)
+        bank = Bank(arrays["means"], labels)
+    else:
+        bank = gaussian_bank(arrays["means"], arrays["covariances"])
+    return bank
