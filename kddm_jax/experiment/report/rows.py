@@ -40,12 +40,13 @@ NORMALIZATIONS: Mapping[Any, str] = {
 PLACEBOS = {
     "pairs": "pairs shuffled within a class",
     "labels": "labels permuted",
+    "views": "views of an image exchanged",
     "gaussian": "Gaussian features",
 }
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
 # by its digest, a file of pretrained weights by its digest in the runs, and the images
 # of students and of the evaluation by their numbers, because None means all.
-SHOWN = ("normalization", "placebo", "lr", "layers", "projector")
+SHOWN = ("normalization", "placebo", "placebo_share", "lr", "layers", "projector")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
 IMAGES = {"student_images", "test_images"}
 MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
@@ -128,6 +129,14 @@ def _method(run, settings) -> dict[str, Any]:
     return {name: known.get(name) for name in SHOWN}
 
 
+def _placebo(method):
+    """Returns what a run's control destroys, and in which share of the images."""
+    placebo, share = method["placebo"] or "", method["placebo_share"]
+    words = PLACEBOS.get(placebo, placebo)
+    # Runs of earlier versions have no share.
+    return words if share in (None, 1) else f"{words} for {100 * share:g} % of images"
+
+
 def _key(run, settings):
     name = run["name"]
     method, words, layers = _method(run, settings), "", ""
@@ -142,9 +151,7 @@ def _key(run, settings):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     if name == FEATURE_ONLY and layers == RELEASED:
         words = NORMALIZATIONS[None]  # that loss transforms nothing
-    placebo = method["placebo"] or ""
-    placebo = PLACEBOS.get(placebo, placebo)
-    return Key(name, placebo, words, _weight(run), rate, layers)
+    return Key(name, _placebo(method), words, _weight(run), rate, layers)
 
 
 def _title(title, key, keys):

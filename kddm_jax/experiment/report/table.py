@@ -171,15 +171,17 @@ def _shared(results):
     names = ("student_images", "train_images")  # later ones are those of the teacher
     known = [results.get(names[0]), *(settings.get(name) for name in names)]
     count = next((f"{number} " for number in known if number), "")
+    unlabelled = settings.get("unlabelled_images")
+    more = f" and {unlabelled} unlabelled ones" if unlabelled else ""
     views = f" in {settings['views']} fixed views" if settings.get("views") else ""
     start = (
         "the same pretrained weights, " if settings.get("pretrained_student") else ""
     )
     part = "held-out" if settings["held_out"] else "test"
     return (
-        f"All seeds share one teacher, {start}the same {count}labelled images{views} "
-        f"and the same {part} images, so intervals do not cover other teachers or "
-        "other samples."
+        f"All seeds share one teacher, {start}the same {count}labelled images{more}"
+        f"{views} and the same {part} images, so intervals do not cover other teachers "
+        "or other samples."
     )
 
 
@@ -204,10 +206,23 @@ def conditions(results: Mapping[str, Any]) -> str:
         f"{settings['dataset']}, recipe {settings['recipe']}: "
         f"{pair[0]} to {pair[1]}{stem}; accuracy after the last epoch on "
         f"{results['eval_images']} {part} images; {seeds} seed"
-        f"{'' if seeds == '1' else 's'}; "
+        f"{'' if seeds == '1' else 's'}; {_unlabelled(settings)}"
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, {_sources(made)}."
     )
+
+
+def _unlabelled(settings):
+    """Describes the unlabelled images of distilled students, if there are any."""
+    count = settings.get("unlabelled_images")
+    if not count:
+        return ""
+    labels = (
+        ", which have the teacher's predicted labels in distances that take labels"
+        if settings.get("predicted_labels")
+        else ""
+    )
+    return f"distilled students also see {count} unlabelled images{labels}; "
 
 
 def command_of(results: Mapping[str, Any]) -> str:
