@@ -35,6 +35,7 @@ from kddm_jax.numerics.targets import (
     class_labels,
     cross_entropy,
     is_soft,
+    predict_labels,
     without_labels,
 )
 from kddm_jax.numerics.tokens import Mask, check_tokens, read_masks, tokens_of
@@ -308,6 +309,7 @@ def distill_loss(
     num_classes: int | None = None,
     axis_name: str | None = None,
     group_size: int | None = None,
+    predicted_labels: bool = False,
     **options: object,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     r"""Computes the distillation loss and its terms.
@@ -375,6 +377,9 @@ def distill_loss(
       axis_name: name of the mapped axis over which the batch is split.
       group_size: number of neighbouring devices along the axis that form a group.
         None computes the distance of the global batch.
+      predicted_labels: if True, samples without a label have the class of the largest
+        of ``teacher_logits`` in distances that take labels.  The task still ignores
+        them.
       **options: options of a single distance (``solver``, ``covariance``, ...).  Terms
         have their own options.
 
@@ -412,8 +417,10 @@ def distill_loss(
     }
     check_tokens(read.tokens, networks)
     n = len(student_logits)
-    soft = {"targets": labels} if is_soft(labels) else {}
+    soft = {"targets": labels} if is_soft(labels) or predicted_labels else {}
     labels = class_labels(labels)
+    if predicted_labels:
+        labels = predict_labels(labels, teacher_logits, student_logits, read.samples)
 
     local = {
         "mask": read.samples,

@@ -174,7 +174,7 @@ def make_train_step(
         trains all modules on the whole loss.
       axis_name: name of the mapped axis; None for a single device without pmap.
       **loss_options: other arguments of `distill_loss`: ``task_weight``,
-        ``normalization``, ``group_size``, ``solver``, ...
+        ``normalization``, ``predicted_labels``, ``group_size``, ``solver``, ...
 
     Returns:
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->

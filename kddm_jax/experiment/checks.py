@@ -27,6 +27,7 @@ def check(settings: Settings) -> None:
     _check_distances(settings)
     _check_values(settings)
     _check_placebo(settings)
+    _check_unlabelled(settings)
     _check_teacher(settings)
     _check_mixing(settings)
     _check_processes(settings)
@@ -95,6 +96,27 @@ def _check_placebo(settings):
         placebo is None or settings.data.views is not None,
         f"--placebo {placebo} replaces the teacher's outputs on fixed views, "
         "but there are none; add --views, such as --views 4",
+    )
+    _require(
+        placebo != "views" or settings.data.views != 1,
+        "--placebo views exchanges the views of an image, but --views 1 has a single "
+        "one; raise it, such as --views 4",
+    )
+    share = settings.method.placebo_share
+    _require(
+        share == 1 or placebo in ("pairs", "labels"),
+        f"--placebo-share {share} is the share of images that have the outputs of "
+        f"another image, but the placebo is {placebo}; add --placebo pairs or labels, "
+        "or leave it out",
+    )
+
+
+def _check_unlabelled(settings):
+    method = settings.method
+    _require(
+        method.unlabelled_images or not method.predicted_labels,
+        "--predicted-labels gives unlabelled images a class, but there are none; add "
+        "--unlabelled-images, such as --unlabelled-images 1000",
     )
 
 

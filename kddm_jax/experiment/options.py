@@ -59,6 +59,7 @@ class Range:
 POSITIVE = Range("positive", lambda value: value > 0)
 NOT_NEGATIVE = Range(">= 0", lambda value: value >= 0)
 SHARE = Range(">= 0 and < 1", lambda value: 0 <= value < 1)
+PART = Range("> 0 and <= 1", lambda value: 0 < value <= 1)
 
 
 class Mark(Enum):

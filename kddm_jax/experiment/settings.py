@@ -16,6 +16,7 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import (
     NOT_NEGATIVE,
+    PART,
     POSITIVE,
     SHARE,
     Choices,
@@ -62,8 +63,8 @@ class Data:
     train_images: Annotated[int | None, POSITIVE] = None
     """Number of training images of the teacher, a stratified sample; None uses all."""
     student_images: Annotated[int | None, POSITIVE, Mark.OF_STUDENTS] = None
-    """Number of training images of the students, a sample of the teacher's; None uses
-    all of the teacher's."""
+    """Number of labelled training images of the students, a sample of the teacher's;
+    None uses all of the teacher's."""
     test_images: Annotated[int | None, POSITIVE] = None
     """Number of test images to evaluate on, a stratified sample; None uses all."""
     held_out: Annotated[int, NOT_NEGATIVE] = 0
@@ -165,11 +166,24 @@ class Method:
     positions: Annotated[str, Choices(*POSITIONS)] = "pool"
     """How distances of features treat feature maps: pool (averages over positions) or
     each (every position is a sample)."""
-    placebo: Annotated[str | None, Choices(None, "pairs", "labels", "gaussian")] = None
+    unlabelled_images: Annotated[int, NOT_NEGATIVE] = 0
+    """Number of further images that distilled students see without labels, a random
+    sample of the teacher's training images that are not --student-images. Every batch
+    then has as many unlabelled images as labelled ones (--batch-size). Cross-entropy
+    ignores them. Students alone do not see them."""
+    predicted_labels: bool = False
+    """Give unlabelled images the class that the teacher predicts, for distances that
+    take labels; otherwise these distances ignore them."""
+    placebo: Annotated[
+        str | None, Choices(None, "pairs", "labels", "views", "gaussian")
+    ] = None
     """Replace the teacher's outputs, as a control (with --views only). pairs: each
     image has the outputs of another image of its class. labels: of another image of
-    any class. gaussian: features are drawn from a Gaussian with the mean and covariance
-    of the class."""
+    any class. views: of another view of the same image. gaussian: features are drawn
+    from a Gaussian with the mean and covariance of the class."""
+    placebo_share: Annotated[float, PART] = 1.0
+    """Share of the images of each class that have the outputs of another image, with
+    --placebo pairs or labels; the other images keep their own."""
     quality_images: Annotated[int, POSITIVE, Mark.OF_FEATURE_ONLY] = 5000
     """Number of training images, the same number from each class, on which the
     knowledge quality of the teacher's layers is measured (--layers released)."""
@@ -193,7 +207,8 @@ class Optimizer:
     eval_every: Annotated[int, POSITIVE] = 1
     """Number of epochs between evaluations; the last epoch is always evaluated."""
     batch_size: Annotated[int, POSITIVE] = 128
-    """Number of images in a batch, over all devices."""
+    """Number of labelled images in a batch, over all devices. With --unlabelled-images,
+    a batch has as many unlabelled images in addition."""
     optimizer: Annotated[str, Choices("sgd", "adamw")] = "sgd"
     """Name of the optimizer: sgd or adamw."""
     lr: Annotated[float, POSITIVE] = 1e-2

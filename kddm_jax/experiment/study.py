@@ -143,9 +143,12 @@ def _read(settings, out):
 
 def _introduce(problem, console):
     settings, parts = problem.settings, problem.parts
+    unlabelled = len(parts.unlabelled)
+    more = f" and {unlabelled} unlabelled ones for distilled ones" if unlabelled else ""
     console.print(
         f"{settings.data.dataset}: {len(parts.teacher)} images for the teacher, "
-        f"{len(parts.student)} for students, {len(parts.eval_labels)} to evaluate on; "
+        f"{len(parts.student)} for students{more}, {len(parts.eval_labels)} to "
+        "evaluate on; "
         f"{len(problem.devices)} {problem.devices[0].platform} device(s)"
         f"{'; images are streamed from the host' if problem.streams else ''}"
     )

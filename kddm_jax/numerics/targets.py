@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.classes import with_mask
+from kddm_jax.numerics.devices import unsharded
 
 
 def is_soft(labels: jax.Array) -> bool:
@@ -61,6 +62,53 @@ def without_labels(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
     if is_soft(labels) and mask is not None and len(labels) == len(mask):
         return masks.zeroed(jnp.asarray(mask).astype(bool), labels)[0]
     return with_mask(labels, mask)
+
+
+def predict_labels(
+    labels: jax.Array,
+    teacher_logits: jax.Array | None,
+    student_logits: jax.Array,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """Replaces negative labels by the class that the teacher predicts.
+
+    Args:
+      labels: int, shape ``[n]``.
+      teacher_logits: shape ``[n, k]``.
+      student_logits: shape ``[n, k]``.
+      mask: shape ``[n]``, zero for no sample, or None.  Rows that are not samples keep
+        their negative label.
+
+    Returns:
+      Int, shape ``[n]``.
+
+    Raises:
+      ValueError: ``teacher_logits`` is None, or has another shape than the student's.
+
+    Examples:
+      >>> logits = jnp.array([[0.0, 1.0], [0.0, 1.0]])
+      >>> predict_labels(jnp.array([0, -1]), logits, logits, None).tolist()
+      [0, 1]
+    """
+    if teacher_logits is None:
+        raise ValueError(
+            "predicted_labels=True gives samples without a label the teacher's class, "
+            "but teacher_logits is None; pass teacher_logits, shape [n, k], or leave "
+            "predicted_labels out"
+        )
+    shape = jnp.shape(teacher_logits)
+    if shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits must have shape [n, k]={list(student_logits.shape)}, as "
+            f"the student's, for predicted_labels=True, got {list(shape)}; pass logits "
+            "of the same classes, or leave predicted_labels out"
+        )
+    # On an explicit mesh, labels and logits may be sharded differently.
+    labels, logits = unsharded(labels), unsharded(jnp.asarray(teacher_logits))
+    missing = labels < 0
+    if mask is not None:
+        missing &= unsharded(mask)
+    return jnp.where(missing, jnp.argmax(logits, axis=1).astype(labels.dtype), labels)
 
 
 def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:

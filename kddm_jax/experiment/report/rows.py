@@ -40,12 +40,14 @@ NORMALIZATIONS: Mapping[Any, str] = {
 PLACEBOS = {
     "pairs": "pairs shuffled within a class",
     "labels": "labels permuted",
+    "views": "views of an image exchanged",
     "gaussian": "Gaussian features",
 }
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
 # by its digest, a file of pretrained weights by its digest in the runs, and the images
 # of students and of the evaluation by their numbers, because None means all.
-SHOWN = ("normalization", "placebo", "statistics", "lr", "layers", "projector")
+SHOWN = ("normalization", "placebo", "placebo_share", "statistics", "lr", "layers")
+SHOWN += ("projector", "unlabelled_images", "predicted_labels")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
 IMAGES = {"student_images", "test_images"}
 MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
@@ -62,8 +64,8 @@ class Key(NamedTuple):
 
     Attributes:
       name: name of the runs.
-      placebo: what the control destroys; "" if the row is none.  For a student that
-        learns from statistics of a teacher: what they are.
+      remarks: what the control destroys, the statistics of a teacher that the student
+        learns from, and its unlabelled images; "" if there is none of these.
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
@@ -72,7 +74,7 @@ class Key(NamedTuple):
     """
 
     name: str
-    placebo: str = ""
+    remarks: str = ""
     normalization: str = ""
     weight: str = ""
     rate: str = ""
@@ -129,6 +131,20 @@ def _method(run, settings) -> dict[str, Any]:
     return {name: known.get(name) for name in SHOWN}
 
 
+def _remarks(method):
+    """Describes what a student learns from, if it is not the teacher on its images."""
+    placebo, share = method["placebo"] or "", method["placebo_share"]
+    words = [PLACEBOS.get(placebo, placebo)] if placebo else []
+    if placebo and share not in (None, 1):  # runs of earlier versions have no share
+        words[0] += f" for {100 * share:g} % of images"
+    if method["statistics"]:
+        words.append(f"from {method['statistics']}")
+    if method["unlabelled_images"]:
+        predicted = ", predicted classes" if method["predicted_labels"] else ""
+        words.append(f"{method['unlabelled_images']} unlabelled images{predicted}")
+    return ", ".join(words)
+
+
 def _key(run, settings):
     name = run["name"]
     method, words, layers = _method(run, settings), "", ""
@@ -143,9 +159,7 @@ def _key(run, settings):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     if name == FEATURE_ONLY and layers == RELEASED:
         words = NORMALIZATIONS[None]  # that loss transforms nothing
-    placebo = method["placebo"] or method["statistics"] or ""
-    placebo = PLACEBOS.get(placebo, placebo)
-    return Key(name, placebo, words, _weight(run), rate, layers)
+    return Key(name, _remarks(method), words, _weight(run), rate, layers)
 
 
 def _title(title, key, keys):
@@ -160,7 +174,7 @@ def _title(title, key, keys):
         words.append(f"learning rate {key.rate}")
     if len({other.layers for other in same}) > 1 and key.layers:
         words.append(f"layers {key.layers}")
-    return ", ".join([*words, *([key.placebo] if key.placebo else [])])
+    return ", ".join([*words, *([key.remarks] if key.remarks else [])])
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:

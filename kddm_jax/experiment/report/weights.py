@@ -19,6 +19,7 @@ Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
 OF_A_CANDIDATE = (MAY_DIFFER | {"weight_decay"}) - {
     "layers",
     "placebo",
+    "placebo_share",
     "student_images",
 }
 

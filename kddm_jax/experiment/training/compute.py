@@ -7,7 +7,12 @@ the compute of
 
     E (1 + F_T / (3 F_S)),  with V views of each image  E + V F_T / (3 F_S)
 
-epochs of a student alone. The distance itself and projectors are not counted. F is the
+epochs of a student alone. With N unlabelled images besides n labelled ones, a step has
+twice as many images, and there are views of n + N images:
+
+    2 E (1 + F_T / (3 F_S)),  with V views  2 E + (1 + N / n) V F_T / (3 F_S)
+
+The distance itself and projectors are not counted. F is the
 number of floating-point operations of a forward pass by XLA's cost analysis, which
 counts without compiling or running it.
 """
@@ -87,7 +92,11 @@ def longer_epochs(problem: Problem) -> int:
         batch, epochs = settings.optimizer.batch_size, settings.optimizer.epochs
         teacher = operations("teacher", problem.teacher, image, batch)
         student = operations("student", problem.student, image, batch)
-        passes = settings.data.views or epochs
+        # In units of an epoch of a student alone, which sees the labelled images once.
+        labelled, unlabelled = len(problem.parts.student), len(problem.parts.unlabelled)
+        shown = 2 * epochs if unlabelled else epochs
+        views = settings.data.views
+        passes = views * (1 + unlabelled / labelled) if views else shown
         more = passes * teacher / (FORWARD_PASSES * student)
-        problem.longer_epochs = math.ceil(epochs + more)
+        problem.longer_epochs = math.ceil(shown + more)
     return problem.longer_epochs

@@ -25,12 +25,22 @@ EVAL_BATCH = 500
 
 @dataclass(frozen=True)
 class Split:
-    """Contains the images that teacher and students are trained and evaluated on."""
+    """Contains the images that teacher and students are trained and evaluated on.
+
+    Attributes:
+      teacher: indices of the teacher's training images.
+      student: indices of the students' labelled images, some of the teacher's.
+      eval_images: images to evaluate on.
+      eval_labels: labels of these images.
+      unlabelled: indices of the images that distilled students see without labels, some
+        of the teacher's that are not the students'.
+    """
 
     teacher: np.ndarray
     student: np.ndarray
     eval_images: np.ndarray
     eval_labels: np.ndarray
+    unlabelled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def lower(
@@ -71,8 +81,23 @@ def lower(
     return settings, tuple(lines)
 
 
+def _unlabelled(teacher, student, count):
+    """Draws unlabelled images, without regard to their classes, which are unknown."""
+    left = np.setdiff1d(teacher, student)
+    if count > len(left):
+        raise UserError(
+            f"--unlabelled-images {count}: {len(left)} of the teacher's images are not "
+            "among the students' labelled ones; lower it, or --student-images"
+        )
+    one_class = np.zeros(len(left), np.int64)
+    return left[data.balanced_subset(one_class, count, seed=0)]
+
+
 def split(dataset: data.Dataset, settings: Settings) -> Split:
-    """Chooses stratified, nested parts of the training set, equal in all runs."""
+    """Chooses nested parts of the training set, equal in all runs.
+
+    All are stratified but the unlabelled images, which are drawn at random.
+    """
     labels = dataset.train_labels
     train, held_out, kept = np.arange(len(labels)), None, settings.data.held_out
     if kept >= len(labels):
@@ -106,7 +131,8 @@ def split(dataset: data.Dataset, settings: Settings) -> Split:
         if count is not None and count < len(eval_labels):
             chosen = data.balanced_subset(eval_labels, count, seed=0)
             images, eval_labels = images[chosen], eval_labels[chosen]
-    return Split(teacher, student, images, eval_labels)
+    unlabelled = _unlabelled(teacher, student, settings.method.unlabelled_images)
+    return Split(teacher, student, images, eval_labels, unlabelled)
 
 
 @dataclass
@@ -144,7 +170,23 @@ class Problem:
     def compared_images(self) -> int:
         """Returns the number of images that a distance compares, in batch or group."""
         group = self.settings.method.distance_group or len(self.devices)
-        return self.settings.optimizer.batch_size // len(self.devices) * group
+        of_each = self.settings.optimizer.batch_size // len(self.devices) * group
+        return of_each * (2 if self.settings.method.unlabelled_images else 1)
+
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """Returns the indices of the images that distilled students see.
+
+        The labelled ones come first.
+        """
+        return np.concatenate([self.parts.student, self.parts.unlabelled])
+
+    @cached_property
+    def student_labels(self) -> np.ndarray:
+        """Returns the training labels for students: -1 for their unlabelled images."""
+        labels = np.array(self.dataset.train_labels)
+        labels[self.parts.unlabelled] = -1
+        return labels
 
     @property
     def num_classes(self) -> int:
@@ -182,15 +224,18 @@ class Problem:
         return train_step.replicate(pair, self.devices)
 
     @cached_property
+    def resident_of_students(self) -> tuple[Any, Any]:
+        """Returns the same images on every device with the labels for students."""
+        labels = train_step.replicate(self.student_labels, self.devices)
+        return self.resident[0], labels
+
+    @cached_property
     def views(self) -> views.Views | None:
         """Returns fixed views of the students' images, if there are any."""
         if self.settings.data.views is None:
             return None
-        dataset = self.dataset
-        return views.Views(
-            *(self.settings, dataset.train_images, dataset.train_labels),
-            indices=self.parts.student,
-        )
+        images, labels = self.dataset.train_images, self.student_labels
+        return views.Views(self.settings, images, labels, indices=self.seen)
 
     @cached_property
     def resident_views(self) -> tuple[Any, Any]:
@@ -199,26 +244,45 @@ class Problem:
         return train_step.replicate(pair, self.devices)
 
     def dispatches(
-        self, order: np.ndarray, length: int, *, of_views: bool = False
+        self,
+        order: np.ndarray,
+        length: int,
+        *,
+        of_views: bool = False,
+        of_students: bool = False,
     ) -> Iterator[tuple]:
         """Yields images, labels and indices of dispatches of ``length`` steps.
 
         The same program runs on streamed and on resident images: ``scan_steps`` looks
         up its images by index, among those of the dispatch or among all.
+
+        Args:
+          order: indices of an epoch's batches, ``[steps, b]``.
+          length: number of steps of a dispatch.
+          of_views: whether the indices are those of fixed views, which only students
+            have.
+          of_students: whether labels are those for students.
+
+        Yields:
+          Arguments of a program of `train_step.scan_steps`.
         """
         if not len(order):
             return
         shares = processes.mine(self.devices)
         rows = stream.reads(order, length=length, shares=shares, of=len(self.devices))
         if of_views or not self.streams:
-            resident = self.resident_views if of_views else self.resident
+            if of_views:
+                resident = self.resident_views
+            else:
+                resident = self.resident_of_students if of_students else self.resident
             for shares in rows:
                 yield *resident, shares
             return
         own = np.arange(rows[0, 0].size, dtype=np.int32).reshape(rows[0, 0].shape)
         own = np.broadcast_to(own, rows[0].shape)  # [devices, length, b]
-        dataset = self.dataset
-        for pair in stream.stream(dataset.train_images, dataset.train_labels, rows):
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        labels = self.student_labels if of_students else labels
+        for pair in stream.stream(images, labels, rows):
             yield *pair, own
 
     @cached_property
@@ -324,7 +388,7 @@ def _check_images(problem):
             )
     if views is not None:
         one = problem.dataset.train_images[0].nbytes
-        size = one * len(problem.parts.student) * views
+        size = one * len(problem.seen) * views
         if size > problem.memory / 4:
             raise UserError(
                 f"--views {views}: {size / 1e9:.1f} GB of images, a quarter of the "

@@ -59,9 +59,10 @@ def check_distances(problem: Problem, teacher: models.Network | None) -> None:
         if teacher is not None
         else _shapes_of_statistics(problem, count),
     )
-    if settings.method.placebo in ("pairs", "labels"):
-        labels = problem.dataset.train_labels[problem.parts.student]
-        placebos.partners(settings.method.placebo, labels)
+    placebo, share = settings.method.placebo, settings.method.placebo_share
+    if placebo is not None and placebo in placebos.OF_OTHERS:
+        labels = problem.dataset.train_labels[problem.seen]
+        placebos.partners(placebo, labels, share)
     for name in settings.method.distances:
         if name == FEATURE_ONLY and by_quality(settings):
             methods.check_choice_of_layers(settings, *problem.shapes)
@@ -112,7 +113,7 @@ class Run:
       seed: seed of initialization, order and augmentation.
       weight: lambda.
       epochs: number of epochs.
-      indices: indices of the run's training images.
+      indices: indices of the run's labelled training images.
       settings: the study's settings, of which this run may change some.
       identity: the settings that decide the result, as JSON values.
       start: weights of a file that the network starts from; None uses random weights.
@@ -120,6 +121,7 @@ class Run:
         ``kddm choose-weights`` tries.
       weights: lambda of each distance, if the method is a sum of several; the run's
         lambda is then 1.
+      unlabelled: indices of the images that the run sees without labels.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Run:
     start: pretrained.Pretrained | None = None
     place: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
+    unlabelled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def folder(self, out: Path) -> Path:
         """Returns the run's folder."""
@@ -217,6 +220,7 @@ def student_run(
     if name == LONGER:
         settings = change(settings, epochs=compute.longer_epochs(problem))
     start, more = problem.starts.get("student"), {}
+    count = 0 if name in ALONE else settings.method.unlabelled_images
     if name not in ALONE:
         more = {"distance": name, "weight": weight_of(settings, name)}
         if len(parts := parts_of(name)) > 1:
@@ -225,7 +229,7 @@ def student_run(
         if problem.statistics is not None:
             more["statistics"] = problem.statistics.words
             more["statistics_digest"] = problem.statistics.digest
-        whole = problem.compared_images == settings.optimizer.batch_size
+        whole = settings.method.distance_group in (None, len(problem.devices))
         more["group_images"] = None if whole else problem.compared_images
         if teacher_digest is not None:
             more["teacher"] = teacher_digest
@@ -240,6 +244,7 @@ def student_run(
         start=start,
         place=place,
         weights=more.get("weights", {}),
+        unlabelled=problem.parts.unlabelled[:count],
     )
 
 
@@ -290,8 +295,20 @@ def check_folder(run: Run, out: Path) -> None:
 
 
 def epoch_order(run: Run, epoch: int, batch_size: int) -> np.ndarray:
-    """Draws the indices of an epoch's full batches, ``[steps, batch]``."""
+    """Draws the indices of an epoch's full batches, ``[steps, batch]``.
+
+    If the run has unlabelled images, a batch alternates between ``batch_size`` labelled
+    images and as many unlabelled ones, so that every device has as many of both. An
+    unlabelled image is repeated only if an epoch needs more than there are.
+    """
     rng = np.random.default_rng((run.seed, epoch))
     order = rng.permutation(run.indices)
     steps = len(order) // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+    order = order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+    if not len(run.unlabelled):
+        return order
+    rng = np.random.default_rng((run.seed, epoch, 2))  # 1 draws the views
+    rounds = -(-order.size // len(run.unlabelled))
+    drawn = np.concatenate([rng.permutation(run.unlabelled) for _ in range(rounds)])
+    drawn = drawn[: order.size].reshape(order.shape).astype(np.int32)
+    return np.stack([order, drawn], axis=-1).reshape(steps, -1)

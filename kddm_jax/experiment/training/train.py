@@ -71,12 +71,14 @@ def _what_teaches(problem, run, method, teacher):
     if not _on_views(problem, run):
         return teacher.variables
     named, placebo = methods.teacher_layers(method), run.settings.method.placebo
-    key = ("outputs", named, placebo)
+    share = run.settings.method.placebo_share
+    key = ("outputs", named, placebo, share)
     if key not in problem.programs:
         outputs = problem.views.outputs(problem, teacher, named)
         if placebo is not None:
-            labels = problem.dataset.train_labels[problem.parts.student]
-            outputs = placebos.replace(placebo, outputs, labels, problem.views.count)
+            labels = problem.dataset.train_labels[problem.seen]  # also of unlabelled
+            views = problem.views.count
+            outputs = placebos.replace(placebo, outputs, labels, views, share)
         problem.programs[key] = train_step.replicate(outputs, problem.devices)
     return problem.programs[key]
 
@@ -129,6 +131,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
             group_size=settings.method.distance_group,
+            predicted_labels=distilled and settings.method.predicted_labels,
             **method.options,
         )
         images = 0 if problem.streams and not of_views else None
@@ -167,10 +170,12 @@ def _epoch(problem, run, progress, program, fixed, length, report):
     of_views = _on_views(problem, run)
     if of_views:
         order = problem.views.order(order, run.seed, epoch)
-    order = order[progress.taken :]
-    for inputs in problem.dispatches(order, length, of_views=of_views):
+    order, of_students = order[progress.taken :], run.name != "teacher"
+    for inputs in problem.dispatches(
+        order, length, of_views=of_views, of_students=of_students
+    ):
         progress.state, metrics = program(progress.state, taught, *inputs, computed)
-        counted += length * settings.optimizer.batch_size
+        counted += length * order.shape[1]
         waiting.append(metrics)
         if progress.first_step is None:  # the speed does not include compilation
             jax.block_until_ready(metrics)

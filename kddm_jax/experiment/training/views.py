@@ -1,8 +1,8 @@
 """Draws fixed views, so that the teacher runs once for all students.
 
-Every training image gets V augmented copies, which are drawn once. Teacher and student
-see the same copy. The teacher's outputs are computed once and saved in the folder of
-results, under a name that depends on the teacher's digest.
+Every image that students see gets V augmented copies, which are drawn once. Teacher and
+student see the same copy. The teacher's outputs are computed once and saved in the
+folder of results, under a name that depends on the teacher's digest.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ class Views:
     Attributes:
       settings: the settings of the command.
       images: all training images.
-      labels: labels of the training images.
-      indices: indices of the images that students see.
+      labels: labels of the training images, -1 for unlabelled ones.
+      indices: indices of the images that students see, with labels or without.
     """
 
     settings: Settings
