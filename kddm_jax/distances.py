@@ -329,7 +329,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             title="Gromov W2",
             weights={"teacher": 1e-2},
             complexity="n² d + iterations n³",
-            promises=_METRIC | {"sizes", "widths"},
+            promises=_METRIC | {"widths"},
             diagnose=gromov_wasserstein.diagnose,
         ),
         "l2": Distance(
