@@ -133,7 +133,7 @@ def _check_maps(term, batch):
             )
 
 
-def _bank(row, term, batch, normalization):
+def _bank(row, term, batch, normalization, mask):
     """Returns the features of a term's bank, and its labels as keyword arguments."""
     name, bank = term_name(term), batch["teacher_data"].get(term.bank)
     if not isinstance(bank, Bank):
@@ -151,6 +151,11 @@ def _bank(row, term, batch, normalization):
         options = {"labels_y": bank.labels, "num_classes": batch["classes"]}
         weights = {} if bank.weights is None else {"weights_y": bank.weights}
         return bank.features, {**options, **weights}
+    if mask is not None:
+        raise ValueError(
+            f"distance {name!r} with a bank cannot leave out samples by a mask; take a "
+            "distance that takes labels, or leave mask out"
+        )
     if bank.weights is not None:
         raise ValueError(
             f"distance {name!r} weights all rows of a bank alike, but this one has "
@@ -251,7 +256,7 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
     if term.bank is not None:
         # A bank follows the student's features, which stood in for it.
         arrays[row.inputs.index("features") + 1], more = _bank(
-            row, term, batch, normalization
+            row, term, batch, normalization, mask
         )
         options |= more
     if row.diagnose is None:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kddm_jax import DISTANCES, Term, distill_loss
+from kddm_jax import DISTANCES, Bank, Term, distill_loss
 from kddm_jax.distances import get_distance
 
 N, D, K = 16, 6, helpers.NUM_CLASSES
@@ -28,6 +28,12 @@ def _spoilt(array):
     return np.where(kept, array, nothing).astype(array.dtype)
 
 
+M = 20
+BANK = Bank(
+    np.random.default_rng(4).normal(size=(M, D)).astype(np.float32),
+    np.arange(M, dtype=np.int32) % (K - 1),
+    np.linspace(0.5, 2, M, dtype=np.float32),
+)
 MASKED = {name: _spoilt(array) for name, array in ARRAYS.items()}
 MASKED["mask"] = MASK.astype(np.float32)
 
@@ -65,6 +71,8 @@ TERMS = {
     "teacher": Term("mmd_linear", normalization="teacher"),
     "each": Term("w2_gaussian", layers=("maps", "maps"), positions="each"),
     "pool": Term("gram", layers=("maps", "maps")),
+    "bank": Term("cw2", bank="bank", normalization="unit"),
+    "bank of moments": Term("cw2_gaussian", bank="bank"),
 }
 
 
@@ -86,7 +94,7 @@ def loss_of(term, params, arrays, **options):
         arrays["logits_y"],
         distance=term,
         weight=0.5,
-        teacher_data={"class_cost": helpers.class_cost(K)},
+        teacher_data={"class_cost": helpers.class_cost(K), "bank": BANK},
         key=jax.random.key(3),
         mask=arrays.get("mask"),
         **options,

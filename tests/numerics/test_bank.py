@@ -213,6 +213,7 @@ def test_a_mask_leaves_out_samples_of_the_batch():
             lambda: loss(Term("w2", bank="bank"), BANK._replace(weights=WEIGHTS)),
             "without weights",
         ),
+        (lambda: loss(Term("w2", bank="bank"), mask=jnp.ones(N)), "takes labels"),
         (lambda: loss("cw2", weight=1.0), "empty or None"),
         (lambda: to_bank(class_wasserstein, solver="exact"), "entropic"),
         (lambda: to_bank(class_wasserstein, num_classes=None), "num_classes"),
