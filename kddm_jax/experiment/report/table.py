@@ -218,7 +218,7 @@ def _unlabelled(settings):
     if not count:
         return ""
     labels = (
-        ", which have the teacher's predicted labels in distances that take labels"
+        ", with the teacher's predicted labels in distances that take labels"
         if settings.get("predicted_labels")
         else ""
     )
