@@ -81,6 +81,89 @@ def test_soft_labels_are_checked(labels, message):
         distill_loss(LOGITS, LOGITS, labels, LOGITS, distance="l2", weight=1)
 
 
+# --------------------------------------------------- labels that the teacher predicts
+
+
+TEACHER = jnp.asarray(np.random.default_rng(1).normal(size=SOFT.shape), jnp.float32)
+PREDICTED = int(np.argmax(TEACHER[2]))
+
+
+def labels_of(labels, teacher=TEACHER, predicted_labels=True, **options):
+    """Returns the loss's task, and the labels that a distance of labels gets."""
+    x = jnp.zeros((len(LABELS), 2))
+    got = []
+
+    def read(x, y, labels, mask=None):
+        got.append(labels)
+        return jnp.sum((x - y) ** 2)
+
+    _, terms = distill_loss(
+        *(x, x, labels, LOGITS, teacher),
+        distance=Distance(read, inputs=("features", "labels")),
+        weight=1.0,
+        predicted_labels=predicted_labels,
+        **options,
+    )
+    return terms["task"], np.asarray(got[0])
+
+
+@pytest.mark.parametrize("labels", [LABELS, SOFT, ONE_HOT])
+def test_the_teacher_predicts_missing_labels(labels):
+    """Distances of labels get its class; the cross-entropy ignores the sample."""
+    task, given = labels_of(labels)
+    plain, without = labels_of(labels, predicted_labels=False)
+    assert without[2] == -1
+    assert given[2] == PREDICTED
+    np.testing.assert_array_equal(np.delete(given, 2), np.delete(without, 2))
+    np.testing.assert_array_equal(task, plain)
+    np.testing.assert_array_equal(task, cross_entropy(LOGITS, labels))
+
+
+def test_masked_samples_get_no_label():
+    keep = np.array([1, 0, 1, 1, 1, 1])
+    _, given = labels_of(LABELS, mask=keep)
+    np.testing.assert_array_equal(given, [0, -1, PREDICTED, 2, 3, 0])
+    keep[2] = 0
+    _, given = labels_of(LABELS, mask=keep)
+    np.testing.assert_array_equal(given, [0, -1, -1, 2, 3, 0])
+
+
+def test_predicted_labels_need_the_teacher_s_logits():
+    with pytest.raises(ValueError, match="teacher_logits is None; pass teacher_logits"):
+        labels_of(LABELS, teacher=None)
+    with pytest.raises(ValueError, match=r"n, k\]=\[6, .*as the student's.*\[6, 2\]"):
+        labels_of(LABELS, teacher=TEACHER[:, :2])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_predicted_labels_in_the_step(devices, per_sample):
+    """The distance gets them on every device; task and accuracy do not change."""
+    labels = np.where(np.arange(steps.N) % 3, -1, steps.LABELS).astype(np.int32)
+    images = jax.vmap(steps.NORMALIZE)(steps.IMAGES)
+    guide, _ = steps.TEACHER_APPLY(steps.TEACHER, images, train=False)
+    filled = np.where(labels < 0, np.argmax(guide.logits, 1), labels)
+    assert len(np.unique(filled[labels < 0])) > 1
+    distance = Distance(
+        lambda x, y, labels: jnp.mean((labels + 1.0) ** 2),
+        inputs=("features", "labels"),
+        per_sample=per_sample,
+    )
+    options = {"distance": distance, "augment": lambda key, x: steps.NORMALIZE(x)}
+    (_, found), (_, plain) = (
+        take_steps(steps.make_step(**options, **more), devices, labels, count=1)
+        for more in ({"predicted_labels": True}, {})
+    )
+    value = lambda metrics: next(v for k, v in metrics.items() if k not in NAMES)
+    np.testing.assert_allclose(value(found), np.mean((filled + 1.0) ** 2), rtol=1e-6)
+    assert value(plain) != value(found)
+    for name in ("task", "accuracy"):
+        np.testing.assert_array_equal(found[name], plain[name])
+
+
+NAMES = ("loss", "task", "accuracy", "finite", "teacher_finite")
+
+
 def take_steps(step, devices, labels, count=2):
     """Returns parameters and metrics after some steps."""
     run, (state, teacher) = steps.on_devices(step, devices), steps.start(devices)

@@ -53,6 +53,43 @@ def test_every_image_has_the_outputs_of_another(kind):
     assert (OF_VIEWS[rows] == OF_VIEWS).all() == (kind == "pairs")
 
 
+def test_every_view_has_the_outputs_of_the_next():
+    outputs = outputs_of()
+    rows = sources(outputs, placebos.replace("views", outputs, LABELS, VIEWS))
+    by_image = rows.reshape(-1, VIEWS)
+    expected = np.arange(len(LABELS))[:, None] * VIEWS + [1, 2, 0]
+    np.testing.assert_array_equal(by_image, expected)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_a_share_of_each_class_is_exchanged(kind):
+    labels = np.repeat(np.arange(4), [40, 8, 9, 6])
+    labels, before = np.random.default_rng(1).permutation(labels), set()
+    for share, counts in {
+        0.25: [10, 2, 2, 2],  # halves are rounded up
+        0.5: [20, 4, 5, 3],
+        0.75: [30, 6, 7, 5],
+        1.0: [40, 8, 9, 6],
+    }.items():
+        others = placebos.partners(kind, labels, share)
+        np.testing.assert_array_equal(np.sort(others), np.arange(len(labels)))
+        moved = np.flatnonzero(others != np.arange(len(labels)))
+        np.testing.assert_array_equal(np.bincount(labels[moved]), counts)
+        assert before < set(moved)  # smaller shares are among larger ones
+        before = set(moved)
+        assert (labels[others] == labels).all() == (kind == "pairs")
+    np.testing.assert_array_equal(others, placebos.partners(kind, labels))
+
+
+def test_the_other_images_keep_their_outputs():
+    outputs, labels = outputs_of(np.repeat(LABELS, 2)), np.repeat(LABELS, 2)
+    placebo = placebos.replace("pairs", outputs, labels, VIEWS, 0.5)
+    rows = sources(outputs, placebo).reshape(-1, VIEWS)
+    others = placebos.partners("pairs", labels, 0.5)
+    np.testing.assert_array_equal(rows // VIEWS, np.repeat(others[:, None], VIEWS, 1))
+    assert 0 < np.sum(others == np.arange(len(labels))) < len(labels)
+
+
 def test_pairs_keep_the_moments_of_each_class():
     outputs = outputs_of()
     placebo = placebos.replace("pairs", outputs, LABELS, VIEWS)
@@ -72,7 +109,7 @@ def test_labels_are_as_good_as_chance():
 
 def test_a_placebo_is_the_same_for_all_seeds():
     outputs = outputs_of()
-    for kind in ("pairs", "labels", "gaussian"):
+    for kind in ("pairs", "labels", "views", "gaussian"):
         first, again = (placebos.replace(kind, outputs, LABELS, VIEWS) for _ in "ab")
         np.testing.assert_array_equal(first.features, again.features)
 
@@ -104,7 +141,8 @@ def test_gaussian_features_have_the_moments_of_each_class():
 def test_gaussian_features_come_alone():
     outputs = outputs_of()
     placebo = placebos.replace("gaussian", outputs, LABELS, VIEWS)
-    assert (placebo.logits, placebo.maps) == (None, {})
+    assert placebo.maps == {}
+    assert placebo.logits is outputs.logits  # for --predicted-labels only
     assert placebo.features.dtype == np.float32
     assert placebo.features.shape == outputs.features.shape
     assert len(np.unique(placebo.features, axis=0)) == len(placebo.features)
@@ -114,6 +152,11 @@ def test_an_image_without_another_is_refused():
     with pytest.raises(UserError, match="a single image of class 2, .*--student-ima"):
         placebos.partners("pairs", np.array([0, 1, 0, 2, 1]))
     assert len(placebos.partners("labels", np.array([0, 1, 2]))) == 3
+    few = np.repeat([0, 1], 6)
+    with pytest.raises(UserError, match="share 0.2 exchanges 1 of 6 images of class 0"):
+        placebos.partners("pairs", few, 0.2)
+    with pytest.raises(UserError, match=r"share 0.05 exchanges 0 of 12 images, which"):
+        placebos.partners("labels", few, 0.05)
 
 
 # -------------------------------------------------------------------- settings
@@ -130,6 +173,17 @@ def test_a_placebo_needs_views():
         parse(["--placebo", "pairs"])
     with pytest.raises(UserError, match="unknown placebo 'none'; known: None, pairs"):
         parse(["--placebo", "none", "--views", "2"])
+    with pytest.raises(UserError, match="--placebo views .* --views 1 has a single"):
+        parse(["--placebo", "views", "--views", "1"])
+    parse(["--placebo", "views", "--views", "2"])
+
+
+@pytest.mark.parametrize("kind", [None, "views", "gaussian"])
+def test_only_exchanged_images_have_a_share(kind):
+    line = ["--views", "2", "--placebo", str(kind)]
+    parse(line)
+    with pytest.raises(UserError, match=f"--placebo-share 0.5 .* placebo is {kind}"):
+        parse([*line, "--placebo-share", "0.5"])
 
 
 def test_a_placebo_is_another_run(tmp_path):
@@ -139,13 +193,19 @@ def test_a_placebo_is_another_run(tmp_path):
         for more in ((), ("--placebo", "pairs"), ("--placebo", "labels"))
     )
     assert alone.identity == alone_too.identity
+    _, half = planned(tmp_path, *line, "--placebo", "pairs", "--placebo-share", "0.5")[
+        1
+    ]
+    changed = {k for k, v in half.identity.items() if pairs.identity[k] != v}
+    assert changed == {"placebo_share"}
     kinds = [run.identity["placebo"] for run in (plain, pairs, labels)]
     assert kinds == [None, "pairs", "labels"]
     assert plain.title == "paired L2"
     assert pairs.title == plain.title  # tables add the placebo
     assert alone_too.title == "student"
     # Folders of earlier versions do not have the setting.
-    older = {k: v for k, v in plain.identity.items() if k != "placebo"}
+    new = ("placebo", "placebo_share", "unlabelled_images", "predicted_labels")
+    older = {k: v for k, v in plain.identity.items() if k not in new}
     plain.folder(tmp_path).mkdir(parents=True)
     records.write_json(plain.folder(tmp_path) / "run.json", older)
     runs.check_folder(plain, tmp_path)
@@ -217,9 +277,10 @@ def test_students_learn_from_the_placebo(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         taught().reshape(outputs.features.shape), outputs.features
     )
-    for kind in ("pairs", "labels", "gaussian"):
-        expected = placebos.replace(kind, outputs, labels, 2).features
-        found = taught("--placebo", kind)
+    shares = [("pairs", 1.0), ("pairs", 0.5), ("labels", 1.0)]
+    for kind, share in [*shares, ("views", 1.0), ("gaussian", 1.0)]:
+        expected = placebos.replace(kind, outputs, labels, 2, share).features
+        found = taught("--placebo", kind, "--placebo-share", str(share))
         np.testing.assert_array_equal(found.reshape(expected.shape), expected)
     np.testing.assert_array_equal(
         taught().reshape(outputs.features.shape), outputs.features

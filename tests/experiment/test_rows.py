@@ -104,21 +104,40 @@ def test_results_of_earlier_versions_call_it_scale():
 
 
 @pytest.mark.parametrize(
-    ("placebo", "words"),
+    ("placebo", "share", "words"),
     [
-        ("pairs", "pairs shuffled within a class"),
-        ("labels", "labels permuted"),
-        ("gaussian", "Gaussian features"),
+        ("pairs", 1.0, "pairs shuffled within a class"),
+        ("pairs", None, "pairs shuffled within a class"),  # of an earlier version
+        ("pairs", 0.25, "pairs shuffled within a class for 25 % of images"),
+        ("labels", 1.0, "labels permuted"),
+        ("labels", 0.125, "labels permuted for 12.5 % of images"),
+        ("views", 1.0, "views of an image exchanged"),
+        ("gaussian", 1.0, "Gaussian features"),
     ],
 )
-def test_placebos_are_called_so(placebo, words):
+def test_placebos_are_called_so(placebo, share, words):
     real = study(made("w2", {0: 84.0, 1: 85.0}))
-    sham = study(made("w2", {0: 81.0, 1: 82.0}), placebo=placebo)
+    settings = {"placebo": placebo, "placebo_share": share}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    sham = study(made("w2", {0: 81.0, 1: 82.0}), **settings)
     assert [row.title for row in rows.rows(sham)] == ["student", f"W2 (E), {words}"]
     both = rows.merge({"a.json": real, "b.json": sham})
     assert cells(both, "", "accuracy %") == [
         ("W2 (E)", "84.50 ± 0.71"),
         (f"W2 (E), {words}", "81.50 ± 0.71"),
+    ]
+
+
+def test_shares_of_a_placebo_have_rows_of_their_own():
+    studies = {
+        f"{share}.json": study(
+            made("w2", {0: 100 * share}), placebo="pairs", placebo_share=share
+        )
+        for share in (0.25, 0.5)
+    }
+    found = cells(rows.merge(studies), "", "accuracy %")
+    assert [(title.split(" for ")[1], number) for title, number in found] == [
+        *(("25 % of images", "25.00"), ("50 % of images", "50.00")),
     ]
 
 

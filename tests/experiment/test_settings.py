@@ -361,6 +361,7 @@ def noted(kind):
 NEEDED = {
     "processes": {"coordinator": "host:1", "process": 0},
     "placebo": {"views": 4},
+    "placebo_share": {"views": 4, "placebo": "pairs"},
 }
 
 
@@ -383,6 +384,7 @@ LIMITS = {
     options.POSITIVE: ((1e-3, 7), (0, -1, math.nan)),
     options.NOT_NEGATIVE: ((0, 7), (-1e-3, math.nan)),
     options.SHARE: ((0, 0.99), (-1e-3, 1, math.nan)),
+    options.PART: ((1e-3, 0.5, 1), (0, -0.5, 1.01, math.nan)),
 }
 
 

@@ -129,6 +129,7 @@ def test_a_lambda_of_several_files_is_once():
         (choice(*STUDENTS, lr=0.03), "lr=0.1 and lr=0.03"),
         (choice(*STUDENTS, views=4), "the grids differ in views .None and 4."),
         (choice(*STUDENTS, placebo="pairs"), "differ in placebo .None and pairs."),
+        (choice(*STUDENTS, placebo_share=0.5), "differ in placebo_share .1.0 and 0.5"),
         (choice(*STUDENTS, student_images=9), "differ in student_images .None and 9."),
         ({**choice(*STUDENTS), "teacher": 80.0}, "teacher=90.0 and teacher=80.0"),
     ],
