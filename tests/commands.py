@@ -24,6 +24,7 @@ TINY = (
     *("--train-images", "128", "--student-images", "128", "--test-images", "100"),
     *("--seeds", "1", "--distances", *DISTANCE_NAMES, "--no-equal-compute"),
     *("--normalization", "teacher", "--degrees", "0", "--eval-every", "1"),
+    *("--unlabelled-images", "0"),
 )
 # For tests of runs whose results do not depend on the network.
 NETWORK = "small_network:Small"

@@ -27,7 +27,6 @@ def check(settings: Settings) -> None:
     _check_distances(settings)
     _check_values(settings)
     _check_placebo(settings)
-    _check_unlabelled(settings)
     _check_teacher(settings)
     _check_mixing(settings)
     _check_processes(settings)
@@ -108,15 +107,6 @@ def _check_placebo(settings):
         f"--placebo-share {share} is the share of images that have the outputs of "
         f"another image, but the placebo is {placebo}; add --placebo pairs or labels, "
         "or leave it out",
-    )
-
-
-def _check_unlabelled(settings):
-    method = settings.method
-    _require(
-        method.unlabelled_images or not method.predicted_labels,
-        "--predicted-labels gives unlabelled images a class, but there are none; add "
-        "--unlabelled-images, such as --unlabelled-images 1000",
     )
 
 

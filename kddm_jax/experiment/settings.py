@@ -171,7 +171,7 @@ class Method:
     sample of the teacher's training images that are not --student-images. Every batch
     then has as many unlabelled images as labelled ones (--batch-size). Cross-entropy
     ignores them. Students alone do not see them."""
-    predicted_labels: bool = False
+    predicted_labels: bool = True
     """Give unlabelled images the class that the teacher predicts, for distances that
     take labels; otherwise these distances ignore them."""
     placebo: Annotated[

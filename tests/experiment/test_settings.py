@@ -212,7 +212,7 @@ def test_epoch_order_is_of_seed_and_epoch():
 
 def test_parts_are_nested_and_disjoint():
     settings = parse(["--train-images", "800", "--student-images", "200"])
-    settings = change(settings, held_out=300)
+    settings = change(settings, held_out=300, unlabelled_images=100)
     digits = data.load("digits")
     parts = problems.split(digits, settings)
     assert (len(parts.teacher), len(parts.student)) == (800, 200)

@@ -140,8 +140,8 @@ def _remarks(method):
     if method["statistics"]:
         words.append(f"from {method['statistics']}")
     if method["unlabelled_images"]:
-        predicted = ", predicted classes" if method["predicted_labels"] else ""
-        words.append(f"{method['unlabelled_images']} unlabelled images{predicted}")
+        without = ", no predicted classes" * (method["predicted_labels"] is False)
+        words.append(f"{method['unlabelled_images']} unlabelled images{without}")
     return ", ".join(words)
 
 

@@ -58,11 +58,11 @@ def lower(
     """
     lines = []
 
-    def fit(name: str, limit: int, why: str) -> int:
+    def fit(name: str, limit: int, why: str, least: int = 1) -> int:
         """Lowers a setting and returns its value, or the limit if it is None."""
         nonlocal settings
         value = flat(settings)[name]
-        if isinstance(value, AtMost) and value > limit > 0:
+        if isinstance(value, AtMost) and value > limit >= least:
             settings = change(settings, **{name: AtMost(limit)})
             option = name.replace("_", "-")
             lines.append(f"--{option} {limit} instead of the recipe's {value}: {why}")
@@ -73,6 +73,10 @@ def lower(
     left = len(dataset.train_labels) - held_out
     teacher = fit("train_images", left, "there are no more training images")
     student = fit("student_images", teacher, "the teacher sees no more images")
+    left, why = teacher - student, "the teacher sees no more images"
+    if settings.networks.teacher_statistics is not None:
+        left, why = 0, "statistics predict no classes"
+    fit("unlabelled_images", left, why, least=0)
     if not held_out:
         count = len(dataset.test_labels)
         fit("test_images", count, "there are no more test images")

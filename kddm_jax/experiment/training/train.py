@@ -111,6 +111,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
     if key not in problem.programs:
         distilled, of_views = run.name not in ALONE, _on_views(problem, run)
         taught = distilled and problem.statistics is None
+        predicted = settings.method.predicted_labels
         teacher_apply = None
         if taught:
             known = train_step.known_outputs
@@ -131,7 +132,7 @@ def _train_program(problem, run, method, model, teacher, tx, length):
             head=method.head,
             weight_schedule=weight_schedule if distilled else None,
             group_size=settings.method.distance_group,
-            predicted_labels=distilled and settings.method.predicted_labels,
+            predicted_labels=taught and bool(len(run.unlabelled)) and predicted,
             **method.options,
         )
         images = 0 if problem.streams and not of_views else None
