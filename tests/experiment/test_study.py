@@ -24,7 +24,7 @@ def test_every_command_knows_the_class_cost(name, trained, tmp_path, monkeypatch
     seen = []
 
     def train_none(problem, run, *_):
-        seen.append(problem.class_cost)
+        seen.append(problem.of_teacher["class_cost"])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", train_none)
@@ -45,5 +45,5 @@ def test_no_run_is_trained_without_its_class_cost(tmp_path):
     run = runs.Run(
         *("wkd_logits", 1, 1.0, 1, problem.parts.student, problem.settings, {})
     )
-    with pytest.raises(RuntimeError, match="wkd_logits needs the teacher's class cost"):
+    with pytest.raises(RuntimeError, match="wkd_logits needs the teacher's class_cost"):
         train.teacher_data(problem, run)

@@ -3,7 +3,8 @@
 With ``--layers released`` a feature-only student learns from the teacher's last layer
 and its others of highest quality. (The released code of arXiv 2511.14981 has lists of
 layers; here they are chosen for each teacher.) WKD-L moves probability between classes
-at a cost that is computed from the teacher's features.
+at a cost that is computed from the teacher's features, and KD++ compares with the mean
+features of each class.
 """
 
 import json
@@ -47,8 +48,10 @@ def prepare(problem: Problem, teacher: Teacher, draw: Draw) -> dict | None:
     settings, quality = problem.settings, None
     if FEATURE_ONLY in settings.method.distances and by_quality(settings):
         quality = choose(problem, teacher, draw)
-    if any(methods.needs_class_cost(name) for name in settings.method.distances):
-        problem.class_cost = processes.first(lambda: class_cost(problem, teacher))
+    of_all = map(methods.needed_arrays, settings.method.distances)
+    for name in sorted({array for arrays in of_all for array in arrays}):
+        compute = lambda make=MAKERS[name]: make(problem, teacher)
+        problem.of_teacher[name] = processes.first(compute)
     return quality
 
 
@@ -172,3 +175,25 @@ def class_cost(problem: Problem, teacher: Teacher) -> np.ndarray:
     features = features_of(problem, teacher, name, images, np.concatenate(by_class))
     rows = features.reshape(classes, -1, shape.shape[-1])
     return np.asarray(class_cost_cka(jnp.asarray(rows)))
+
+
+def class_means(problem: Problem, teacher: Teacher) -> np.ndarray:
+    """Computes the mean of the teacher's pooled features in each class, ``[k, d]``.
+
+    The images are training images of the teacher, as many of each class.
+    """
+    chosen, classes = _quality_images(problem), problem.num_classes
+    images, labels = problem.dataset.train_images, problem.dataset.train_labels[chosen]
+    features = features_of(problem, teacher, "features", images, chosen)
+    counts = np.bincount(labels, minlength=classes)
+    if not counts.min():
+        raise UserError(
+            "kdpp: the teacher has seen no image of some class, so that it has no mean; "
+            "raise --train-images"
+        )
+    sums = np.zeros((classes, features.shape[1]))
+    np.add.at(sums, labels, features)
+    return sums / counts[:, None]
+
+
+MAKERS = {"class_cost": class_cost, "class_means": class_means}

@@ -41,6 +41,7 @@ STUDENT_LAYERS = {
     "ViT": ("block2", "block4", "block6", "block8"),
 }
 COUNT = 4
+OF_TEACHER = ("class_cost", "class_means")
 BANK = "bank"  # name of the statistics of a teacher in `teacher_data`
 POOLED = ("features", "features", 1.0)
 # Changes with the loss, so that runs of older losses are others.
@@ -93,11 +94,12 @@ def find(name: str) -> Distance:
         ) from error
 
 
-def needs_class_cost(name: str) -> bool:
-    """Returns whether a method needs costs between classes, made from the teacher."""
+def needed_arrays(name: str) -> tuple[str, ...]:
+    """Returns the arrays made from the teacher that a method needs, by name."""
     if name == FEATURE_ONLY:
-        return False
-    return any("class_cost" in find(part).inputs for part in parts_of(name))
+        return ()
+    inputs = {kind for part in parts_of(name) for kind in find(part).inputs}
+    return tuple(array for array in OF_TEACHER if array in inputs)
 
 
 def normalizes(name: str) -> bool:
@@ -431,7 +433,11 @@ def check(
         labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
         logits = student["logits"], teacher["logits"]
         cost = jax.ShapeDtypeStruct((logits[0].shape[-1],) * 2, jnp.float32)
-        jax.eval_shape(loss, x, y, *logits, labels, {"class_cost": cost, BANK: bank})
+        means = jax.ShapeDtypeStruct(
+            (cost.shape[0], *y["features"].shape[1:]), jnp.float32
+        )
+        known = {"class_cost": cost, "class_means": means, BANK: bank}
+        jax.eval_shape(loss, x, y, *logits, labels, known)
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
         fix = ", that is --projector" if "projectors" in text else ""

@@ -154,7 +154,7 @@ class Problem:
     teacher: models.Network | None = None
     longer_epochs: int | None = None
     chosen_layers: tuple[str, ...] = ()
-    class_cost: np.ndarray | None = None
+    of_teacher: dict[str, np.ndarray] = field(default_factory=dict)
     statistics: Statistics | None = None
 
     @property

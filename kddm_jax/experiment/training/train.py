@@ -90,14 +90,14 @@ def teacher_data(problem: Problem, run: Run) -> dict[str, Any]:
     if problem.statistics is not None:
         bank = {methods.BANK: problem.statistics.bank}
         return train_step.replicate(bank, problem.devices)
-    if not methods.needs_class_cost(run.name):
-        return {}
-    if problem.class_cost is None:
-        raise RuntimeError(
-            f"{run.name} needs the teacher's class cost; open the study by study.open"
-        )
-    cost = np.asarray(problem.class_cost, np.float32)
-    return train_step.replicate({"class_cost": cost}, problem.devices)
+    found = {}
+    for name in methods.needed_arrays(run.name):
+        if name not in problem.of_teacher:
+            raise RuntimeError(
+                f"{run.name} needs the teacher's {name}; open the study by study.open"
+            )
+        found[name] = np.asarray(problem.of_teacher[name], np.float32)
+    return train_step.replicate(found, problem.devices) if found else {}
 
 
 def _train_program(problem, run, method, model, teacher, tx, length):
