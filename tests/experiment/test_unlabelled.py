@@ -230,6 +230,24 @@ def test_unlabelled_images_from_end_to_end(trained, tmp_path, monkeypatch, capsy
     assert "unlabelled_images=40, this command says 41" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("who", ["teacher", "students"])
+def test_the_teacher_has_labels_that_students_have_not(
+    trained, tmp_path, monkeypatch, who
+):
+    seen = []
+
+    def look(problem, order, length, *, of_views=False, of_students=False):
+        labels = problem.student_labels if of_students else problem.dataset.train_labels
+        seen.append(int(np.sum(labels < 0)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(problems.Problem, "dispatches", look)
+    line = (*SMALL, *KEEP, *LINE, "--devices", 1, "--out", tmp_path)
+    given = ("--teacher", trained / "small") if who == "students" else ()
+    assert call(*line, *given, "--unlabelled-images", 40) == 130
+    assert seen == [40 if who == "students" else 0]
+
+
 def first_step(problem, run, teacher, **changes):
     """Returns the metrics of a run's first step."""
     model, method = problem.student, runs.method_of(problem, run.name, run.settings)
