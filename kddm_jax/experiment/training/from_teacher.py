@@ -3,8 +3,8 @@
 With ``--layers released`` a feature-only student learns from the teacher's last layer
 and its others of highest quality. (The released code of arXiv 2511.14981 has lists of
 layers; here they are chosen for each teacher.) WKD-L moves probability between classes
-at a cost that is computed from the teacher's features, and KD++ compares with the mean
-features of each class.
+at a cost that is computed from the teacher's features, and KD++ compares features with
+the mean of their class.
 """
 
 import json
