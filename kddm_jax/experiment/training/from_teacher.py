@@ -188,7 +188,7 @@ def class_means(problem: Problem, teacher: Teacher) -> np.ndarray:
     counts = np.bincount(labels, minlength=classes)
     if not counts.min():
         raise UserError(
-            "kdpp: the teacher has seen no image of some class, so that it has no mean; "
+            "kdpp: the teacher has seen no image of some class, which has no mean; "
             "raise --train-images"
         )
     sums = np.zeros((classes, features.shape[1]))
