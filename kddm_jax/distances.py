@@ -26,6 +26,9 @@ from kddm_jax.families.alignment import (
     paired_l2,
     procrustes,
 )
+from kddm_jax.families.attention import attention_dct, attention_transfer
+from kddm_jax.families.correlation import dist
+from kddm_jax.families.directions import kdpp
 from kddm_jax.families.gaussian import (
     bures,
     class_gaussian_wasserstein,
@@ -34,9 +37,15 @@ from kddm_jax.families.gaussian import (
 from kddm_jax.families.gaussian_kl import class_gaussian_kl, gaussian_kl
 from kddm_jax.families.gromov import gromov_wasserstein
 from kddm_jax.families.kernels import class_mmd, mmd
-from kddm_jax.families.logits import kd
+from kddm_jax.families.logits import dkd, jsd, kd
 from kddm_jax.families.maps import nst, wkd_features
-from kddm_jax.families.relational import similarity_preserving
+from kddm_jax.families.relational import (
+    contrastive,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+)
 from kddm_jax.families.sliced import sliced_wasserstein
 from kddm_jax.families.wasserstein import (
     class_wasserstein,
@@ -50,6 +59,8 @@ __all__ = [
     "DISTANCES",
     "Distance",
     "Options",
+    "attention_dct",
+    "attention_transfer",
     "bures",
     "cka",
     "class_cost_cka",
@@ -57,18 +68,26 @@ __all__ = [
     "class_gaussian_wasserstein",
     "class_mmd",
     "class_wasserstein",
+    "contrastive",
+    "dist",
+    "dkd",
     "feature_gram",
     "gaussian_kl",
     "gaussian_wasserstein",
     "gromov_wasserstein",
     "hashable_options",
     "joint_wasserstein",
+    "jsd",
     "kd",
+    "kdpp",
     "linear_projection",
     "mmd",
     "nst",
     "paired_l2",
+    "pkt",
     "procrustes",
+    "rkd_angle",
+    "rkd_distance",
     "similarity_preserving",
     "sliced_wasserstein",
     "wasserstein",
@@ -253,6 +272,46 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="n² d",
             promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
         ),
+        # RepDistiller's weight for a mean over n² pairs; this is one over n = 64.
+        "pkt": Distance(
+            pkt,
+            title="PKT",
+            weights=_either(30_000 / 64),
+            complexity="n² d",
+            promises=frozenset({"zero", "rotation", "widths"}),
+        ),
+        # RepDistiller's and mdistiller's weights of both.
+        "rkd_distance": Distance(
+            rkd_distance,
+            title="RKD, distances",
+            weights=_either(25.0),
+            complexity="n² d",
+            promises=_GEOMETRY,
+        ),
+        "rkd_angle": Distance(
+            rkd_angle,
+            title="RKD, angles",
+            weights=_either(50.0),
+            complexity="n² d + n³",
+            promises=_GEOMETRY,
+        ),
+        # RepDistiller's weight of CRD, which has a memory bank and learned projections.
+        "contrastive": Distance(
+            contrastive,
+            title="InfoNCE",
+            weights=_either(0.8),
+            complexity="n² d",
+            promises=frozenset({"rotation"}),
+        ),
+        # The released weight for ResNet56 to ResNet20 on CIFAR-100.
+        "kdpp": Distance(
+            kdpp,
+            inputs=("features", "labels", "class_means"),
+            title="KD++",
+            weights=_either(2.0),
+            complexity="(n + k) d",
+            per_sample=True,
+        ),
         # RepDistiller's weight.
         "nst": Distance(
             nst,
@@ -261,6 +320,26 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weights=_any(50.0),
             complexity="n h w c min(h w, c)",
             promises=frozenset({"zero", "symmetric", "widths"}),
+            per_sample=True,
+        ),
+        # RepDistiller's weight for a mean over positions; this is the sum over 8 x 8.
+        "attention": Distance(
+            attention_transfer,
+            inputs=("maps",),
+            title="AT",
+            weights=_any(1000 / 64),
+            complexity="n h w c",
+            promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
+            per_sample=True,
+        ),
+        # The released weight, which belongs to compat="released".
+        "dct": Distance(
+            attention_dct,
+            inputs=("maps",),
+            title="AT, DCT",
+            weights=_any(1.0),
+            complexity="n h w (c + h + w)",
+            promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
             per_sample=True,
         ),
         # CE + T² KL at T = 4: "vanilla KD" of arXiv 2511.14981.  RepDistiller weights
@@ -282,6 +361,35 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weights=_any(1.0),
             complexity="n k",
             promises=frozenset({"zero"}),
+            per_sample=True,
+        ),
+        # mdistiller's weight, which it raises from 0 over the first 20 epochs.
+        "dkd": Distance(
+            dkd,
+            inputs=("logits", "labels"),
+            title="DKD",
+            weights=_any(1.0),
+            complexity="n k",
+            promises=frozenset({"zero"}),
+            per_sample=True,
+        ),
+        # The released default.
+        "dist": Distance(
+            dist,
+            inputs=("logits",),
+            title="DIST",
+            weights=_any(1.0),
+            complexity="n k",
+            promises=frozenset({"zero", "symmetric"}),
+        ),
+        # GKD has no cross-entropy, and so no weight.
+        "jsd": Distance(
+            jsd,
+            inputs=("logits",),
+            title="JSD",
+            weights=_any(1.0),
+            complexity="n k",
+            promises=frozenset({"zero", "symmetric"}),
             per_sample=True,
         ),
         # The released settings for ResNet34 to ResNet18.
