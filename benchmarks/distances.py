@@ -100,6 +100,7 @@ def make_batch(n: int, d: int, student: str, classes: int) -> dict[str, list]:
         "labels": [jnp.asarray(labels, jnp.int32)],
         "key": [jax.random.key(0)],
         "class_cost": [class_cost(classes)],
+        "class_means": [class_means(classes, d)],
     }
 
 
@@ -109,6 +110,11 @@ def class_cost(classes: int) -> jax.Array:
     distance = np.random.default_rng(1).uniform(0.48, 0.88, (classes, classes))
     distance = (distance + distance.T) / 2 * (1 - np.eye(classes))
     return 1 - jnp.exp(-jnp.asarray(distance, jnp.float32))
+
+
+def class_means(classes: int, d: int) -> jax.Array:
+    """Makes the mean features of a teacher's classes."""
+    return jnp.asarray(np.random.default_rng(2).uniform(size=(classes, d)), jnp.float32)
 
 
 # ---------------------------------------------------------------------------

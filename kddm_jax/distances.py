@@ -13,14 +13,12 @@ References:
   distillation, 2025 (arXiv 2504.01757).
 """
 
-import inspect
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
-import numpy as np
 
+from kddm_jax.entry import Distance, Options, hashable_options
 from kddm_jax.families.alignment import (
     cka,
     feature_gram,
@@ -28,6 +26,9 @@ from kddm_jax.families.alignment import (
     paired_l2,
     procrustes,
 )
+from kddm_jax.families.attention import attention_dct, attention_transfer
+from kddm_jax.families.correlation import dist
+from kddm_jax.families.directions import kdpp
 from kddm_jax.families.gaussian import (
     bures,
     class_gaussian_wasserstein,
@@ -36,9 +37,15 @@ from kddm_jax.families.gaussian import (
 from kddm_jax.families.gaussian_kl import class_gaussian_kl, gaussian_kl
 from kddm_jax.families.gromov import gromov_wasserstein
 from kddm_jax.families.kernels import class_mmd, mmd
-from kddm_jax.families.logits import kd
+from kddm_jax.families.logits import dkd, jsd, kd
 from kddm_jax.families.maps import nst, wkd_features
-from kddm_jax.families.relational import similarity_preserving
+from kddm_jax.families.relational import (
+    contrastive,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+)
 from kddm_jax.families.sliced import sliced_wasserstein
 from kddm_jax.families.wasserstein import (
     class_wasserstein,
@@ -51,6 +58,9 @@ from kddm_jax.numerics.normalization import NORMALIZATIONS
 __all__ = [
     "DISTANCES",
     "Distance",
+    "Options",
+    "attention_dct",
+    "attention_transfer",
     "bures",
     "cka",
     "class_cost_cka",
@@ -58,148 +68,32 @@ __all__ = [
     "class_gaussian_wasserstein",
     "class_mmd",
     "class_wasserstein",
+    "contrastive",
+    "dist",
+    "dkd",
     "feature_gram",
     "gaussian_kl",
     "gaussian_wasserstein",
     "gromov_wasserstein",
+    "hashable_options",
     "joint_wasserstein",
+    "jsd",
     "kd",
+    "kdpp",
     "linear_projection",
     "mmd",
     "nst",
     "paired_l2",
+    "pkt",
     "procrustes",
+    "rkd_angle",
+    "rkd_distance",
     "similarity_preserving",
     "sliced_wasserstein",
     "wasserstein",
     "wkd_features",
     "wkd_logits",
 ]
-
-Options = Mapping[str, object] | tuple[tuple[str, object], ...]
-
-
-def _hashable(name, value):
-    """Checks that an option can be hashed; turns a list into a tuple."""
-    if isinstance(value, list | tuple):
-        return tuple(_hashable(name, item) for item in value)
-    if isinstance(value, np.ndarray | jax.Array):
-        raise ValueError(
-            f"option {name} is an array of shape {list(value.shape)}, but options "
-            "are constants of the program; pass a Python number, or pass an array "
-            f"that is computed from the teacher as teacher_data={{{name!r}: ...}}"
-        )
-    if not isinstance(value, Hashable):
-        raise ValueError(
-            f"option {name} is a {type(value).__name__}, which has no hash, but "
-            "options are constants of the program; pass a number, a string or a tuple"
-        )
-    return value
-
-
-def hashable_options(options: Options) -> tuple[tuple[str, object], ...]:
-    """Sorts options into pairs, which can be hashed.
-
-    Args:
-      options: a mapping from names to values, or its pairs.
-
-    Returns:
-      The pairs, sorted by name; lists become tuples.
-
-    Raises:
-      ValueError: a value is an array, or has no hash.
-
-    Examples:
-      >>> hashable_options({"solver": "exact", "pairing": 1.0})
-      (('pairing', 1.0), ('solver', 'exact'))
-    """
-    pairs = sorted(dict(options).items())
-    return tuple((name, _hashable(name, value)) for name, value in pairs)
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Describes a distance: an entry of `DISTANCES`, or a distance of your own.
-
-    Distances are hashable.
-
-    Attributes:
-      fn: function ``fn(*arrays, **options) -> scalar`` of the arrays in ``inputs``.  A
-        distance that takes masks has an option ``mask``.
-      inputs: names of the arrays: ``"features"``, ``"maps"``, ``"logits"`` (each a
-        pair: student, teacher), ``"labels"``, ``"key"``; every other name is looked up
-        in the loss's ``teacher_data``.
-      options: fixed keyword arguments of the entry, as a mapping; stored as sorted
-        pairs.
-      title: name of the distance in tables.
-      complexity: cost of value and gradient.
-      promises: properties that the tests check: "zero" for identical samples,
-        "symmetric", invariant to a common "translation" or "rotation", "squared":
-        ``D(a x, a y) = a^2 D(x, y)``, different "widths", different "sizes": x and y
-        may be samples of other images, as many as one likes (a `Term` with a bank).
-      per_sample: whether the distance is a mean over images, so that it can be
-        averaged over devices without gathering arrays.
-      diagnose: function of the same arguments as ``fn`` that returns ``(value, {name:
-        scalar})``.  With several devices, the smallest "converged" and the largest
-        values of the others are reported.
-      weights: default of lambda for each ``normalization`` of `distill_loss`.  For a
-        normalization without a default, the caller must pass a number.
-    """
-
-    fn: Callable[..., jax.Array]
-    _: KW_ONLY
-    inputs: tuple[str, ...] = ("features",)
-    options: Options = ()
-    title: str = ""
-    complexity: str = ""
-    promises: frozenset[str] = frozenset()
-    per_sample: bool = False
-    diagnose: Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None = None
-    weights: Mapping[str | None, float] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self):
-        """Makes all attributes immutable."""
-        object.__setattr__(self, "options", hashable_options(self.options))
-        object.__setattr__(self, "inputs", tuple(self.inputs))
-        object.__setattr__(self, "promises", frozenset(self.promises))
-        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
-
-    def check_normalization(
-        self, name: str, normalization: str | None, options: Mapping[str, object]
-    ) -> None:
-        """Rejects a normalization with which the distance is always zero.
-
-        Args:
-          name: name of the term, for the error message.
-          normalization: a key of `numerics.normalization.NORMALIZATIONS`.
-          options: all keyword arguments of the distance.
-
-        Raises:
-          ValueError: the normalization makes equal all that the distance compares.
-        """
-        for fn, option, value, compared, equal in _EQUALIZED:
-            if self.fn is not fn or normalization not in equal:
-                continue
-            default = inspect.signature(fn).parameters[option].default
-            if options.get(option, default) == value:
-                others = [n for n in NORMALIZATIONS if n is not None and n not in equal]
-                raise ValueError(
-                    f"normalization={normalization!r} makes {name} zero: with "
-                    f"{option}={value!r} it compares nothing but {compared}, which are "
-                    f"then equal on both sides; take {', '.join(map(repr, others))} or "
-                    "another distance"
-                )
-
-
-# Function, option and its value; all that the function then compares; and the
-# normalizations that make that equal on both sides.
-_MOMENTS = "each feature's mean and variance"
-_EQUALIZED = (
-    (mmd, "kernel", "linear", "means", ("centered", "standardized")),
-    (gaussian_kl, "covariance", "diag", _MOMENTS, ("standardized",)),
-    (gaussian_wasserstein, "covariance", "diag", _MOMENTS, ("standardized",)),
-    (gaussian_wasserstein, "compat", "released", _MOMENTS, ("standardized",)),
-)
 
 _LABELLED = ("features", "labels")
 _RIGID = frozenset({"zero", "symmetric", "translation", "rotation"})
@@ -380,6 +274,46 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             complexity="n² d",
             promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
         ),
+        # RepDistiller's weight for a mean over n² pairs; this is one over n = 64.
+        "pkt": Distance(
+            pkt,
+            title="PKT",
+            weights=_either(30_000 / 64),
+            complexity="n² d",
+            promises=frozenset({"zero", "rotation", "widths"}),
+        ),
+        # RepDistiller's and mdistiller's weights of both.
+        "rkd_distance": Distance(
+            rkd_distance,
+            title="RKD, distances",
+            weights=_either(25.0),
+            complexity="n² d",
+            promises=_GEOMETRY,
+        ),
+        "rkd_angle": Distance(
+            rkd_angle,
+            title="RKD, angles",
+            weights=_either(50.0),
+            complexity="n² d + n³",
+            promises=_GEOMETRY,
+        ),
+        # RepDistiller's weight of CRD, which has a memory bank and learned projections.
+        "contrastive": Distance(
+            contrastive,
+            title="InfoNCE",
+            weights=_either(0.8),
+            complexity="n² d",
+            promises=frozenset({"rotation"}),
+        ),
+        # The released weight for ResNet56 to ResNet20 on CIFAR-100.
+        "kdpp": Distance(
+            kdpp,
+            inputs=("features", "labels", "class_means"),
+            title="KD++",
+            weights=_either(2.0),
+            complexity="(n + k) d",
+            per_sample=True,
+        ),
         # RepDistiller's weight.
         "nst": Distance(
             nst,
@@ -388,6 +322,26 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weights=_any(50.0),
             complexity="n h w c min(h w, c)",
             promises=frozenset({"zero", "symmetric", "widths"}),
+            per_sample=True,
+        ),
+        # RepDistiller's weight for a mean over positions; this is the sum over 8 x 8.
+        "attention": Distance(
+            attention_transfer,
+            inputs=("maps",),
+            title="AT",
+            weights=_any(1000 / 64),
+            complexity="n h w c",
+            promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
+            per_sample=True,
+        ),
+        # The released weight, which belongs to compat="released".
+        "dct": Distance(
+            attention_dct,
+            inputs=("maps",),
+            title="AT, DCT",
+            weights=_any(1.0),
+            complexity="n h w (c + h + w)",
+            promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
             per_sample=True,
         ),
         # CE + T² KL at T = 4: "vanilla KD" of arXiv 2511.14981.  RepDistiller weights
@@ -409,6 +363,35 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             weights=_any(1.0),
             complexity="n k",
             promises=frozenset({"zero"}),
+            per_sample=True,
+        ),
+        # mdistiller's weight, which it raises from 0 over the first 20 epochs.
+        "dkd": Distance(
+            dkd,
+            inputs=("logits", "labels"),
+            title="DKD",
+            weights=_any(1.0),
+            complexity="n k",
+            promises=frozenset({"zero"}),
+            per_sample=True,
+        ),
+        # The released default.
+        "dist": Distance(
+            dist,
+            inputs=("logits",),
+            title="DIST",
+            weights=_any(1.0),
+            complexity="n k",
+            promises=frozenset({"zero", "symmetric"}),
+        ),
+        # GKD has no cross-entropy, and so no weight.
+        "jsd": Distance(
+            jsd,
+            inputs=("logits",),
+            title="JSD",
+            weights=_any(1.0),
+            complexity="n k",
+            promises=frozenset({"zero", "symmetric"}),
             per_sample=True,
         ),
         # The released settings for ResNet34 to ResNet18.

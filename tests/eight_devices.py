@@ -85,7 +85,7 @@ class Problem(NamedTuple):
         return make_augment(mean=(0.5,), std=(0.25,), padding=1, dtype=self.dtype)
 
 
-WHOLE = ("key", "class_cost")  # the same for all groups
+WHOLE = ("key", *helpers.OF_TEACHER)  # the same for all groups
 
 
 def within(row, groups):
@@ -126,7 +126,7 @@ def step_of_any(names, problem, **options):
             distance=[term_of(name, problem, groups=groups)],
             **options,
         )
-        state, metrics = step(*operands, {"class_cost": helpers.class_cost(K)})
+        state, metrics = step(*operands, helpers.teacher_data(K, Net.width))
         return state, {key: metrics[key] for key in (*COMMON, "distance")}
 
     def step(i, *operands):

@@ -54,6 +54,11 @@ OPTIONS = (
     ("nst", {"kernel": "rbf"}),
     ("gromov_w2", {"metric": "sqeuclidean"}),
     ("cka", {"debiased": True}),
+    *(
+        (name, {"compat": "released"})
+        for name in ("pkt", "rkd_distance", "rkd_angle", "attention", "dct", "dist")
+    ),
+    ("dct", {"frequencies": 2}),
     ("wkd_logits", {"iterations": 3}),
     ("wkd_features", {"grid": 2}),
 )
@@ -94,7 +99,7 @@ def loss_of(term, params, arrays, **options):
         arrays["logits_y"],
         distance=term,
         weight=0.5,
-        teacher_data={"class_cost": helpers.class_cost(K), "bank": BANK},
+        teacher_data={**helpers.teacher_data(K, D), "bank": BANK},
         key=jax.random.key(3),
         mask=arrays.get("mask"),
         **options,

@@ -20,6 +20,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "labels": ("labels",),
     "key": ("key",),
     "class_cost": ("class_cost",),
+    "class_means": ("class_means",),
 }
 
 # Options without a default that a distance needs, for k classes.
@@ -59,6 +60,11 @@ class Batch(NamedTuple):
         """Returns the cost between classes, which a teacher would determine."""
         return class_cost(self.logits_y.shape[-1])
 
+    @property
+    def class_means(self):
+        """Returns the teacher's mean features of each class."""
+        return class_means(self.logits_y.shape[-1], self.y.shape[-1])
+
     def map(self, fn, *names):
         """Applies ``fn`` to the named arrays, by default to all arrays of floats."""
         names = names or FLOATS
@@ -68,6 +74,22 @@ class Batch(NamedTuple):
 def class_cost(k):
     """Returns costs between k classes, ``[k, k]``."""
     return np.abs(np.subtract.outer(np.arange(k), np.arange(k))).astype(np.float32) / k
+
+
+def class_means(k, d):
+    """Returns mean features of k classes, ``[k, d]``."""
+    return (1.5 + np.cos(np.add.outer(2.0 * np.arange(k), np.arange(d)))).astype(
+        np.float32
+    )
+
+
+# Arrays that are computed from the teacher once, so that all devices have the same.
+OF_TEACHER = ("class_cost", "class_means")
+
+
+def teacher_data(k, d):
+    """Returns every array that a distance may need of the teacher."""
+    return {"class_cost": class_cost(k), "class_means": class_means(k, d)}
 
 
 FLOATS = ("x", "y", "logits_x", "logits_y", "maps_x", "maps_y")

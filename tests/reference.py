@@ -8,6 +8,7 @@ samples.
 """
 
 import numpy as np
+from scipy.fft import dctn
 from scipy.linalg import orthogonal_procrustes, sqrtm
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.signal import correlate2d
@@ -507,6 +508,64 @@ def similarity_preserving(x, y):
     return ((rows(x @ x.T) - rows(y @ y.T)) ** 2).mean()
 
 
+def cosine(a, b):
+    """<a, b> / (|a| |b|), and 0 if a vector is zero."""
+    lengths = np.sqrt(a @ a) * np.sqrt(b @ b)
+    return a @ b / lengths if lengths else 0.0
+
+
+def pkt(x, y):
+    """Mean over i of KL(p_i || q_i), where p_i(j) is proportional to (1 + cos) / 2."""
+    total = 0.0
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if j != i]
+        q, p = (
+            np.array([(1 + cosine(z[i], z[j])) / 2 for j in others]) for z in (x, y)
+        )
+        total += discrete_kl(p / p.sum(), q / q.sum())
+    return total / len(x)
+
+
+def huber(a):
+    """a^2 / 2 up to 1, then |a| - 1/2."""
+    return a**2 / 2 if abs(a) <= 1 else abs(a) - 0.5
+
+
+def rkd_distance(x, y):
+    """Mean over pairs of huber(|x_i - x_j| / mean - |y_i - y_j| / mean)."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
+    s, t = (np.array([np.linalg.norm(z[i] - z[j]) for i, j in pairs]) for z in (x, y))
+    return np.mean(
+        [huber(a - b) for a, b in zip(s / s.mean(), t / t.mean(), strict=True)]
+    )
+
+
+def rkd_angle(x, y):
+    """Mean over triples of huber(cos at x_j - cos at y_j)."""
+    n, values = range(len(x)), []
+    for i, j, k in ((i, j, k) for i in n for j in n for k in n):
+        if len({i, j, k}) == 3:
+            s, t = (cosine(z[i] - z[j], z[k] - z[j]) for z in (x, y))
+            values.append(huber(s - t))
+    return np.mean(values)
+
+
+def contrastive(x, y, *, temperature=0.07):
+    """Mean over i of -log of the softmax of cos(x_i, y_j) / T at j = i."""
+    cosines = np.array([[cosine(a, b) for b in y] for a in x])
+    return -np.log(np.diag(softmax(cosines / temperature))).mean()
+
+
+def kdpp(x, y, labels, class_means):
+    """Mean over labelled i of 1 - <x_i, m / |m|> / max(|x_i|, |y_i|)."""
+    values = []
+    for s, t, label in zip(x, y, labels, strict=True):
+        if label >= 0:
+            direction = class_means[label] / np.linalg.norm(class_means[label])
+            values.append(1 - s @ direction / max(*map(np.linalg.norm, (s, t))))
+    return np.mean(values)
+
+
 def cells(size, count):
     """Returns the slices of adaptive cells."""
     return [
@@ -544,6 +603,30 @@ def nst(maps_x, maps_y, *, kernel="poly"):
             "rbf": lambda a, b, v=variance: np.exp(-squared_distances(a, b) / (2 * v)),
         }[kernel]
         values.append(k(f, f).mean() + k(g, g).mean() - 2 * k(f, g).mean())
+    return np.mean(values)
+
+
+def attention_maps(maps_x, maps_y, power):
+    """Yields a pair of maps of norm 1, means over channels of |f|^power."""
+    for pair in zip(maps_x, maps_y, strict=True):
+        size = np.minimum(pair[0].shape[:2], pair[1].shape[:2])
+        pair = [adaptive_pool(image, *size) for image in pair]
+        pair = [(np.abs(image) ** power).mean(-1) for image in pair]
+        yield [image / np.linalg.norm(image) for image in pair]
+
+
+def attention_transfer(maps_x, maps_y, *, power=2):
+    """Mean over images of the squared distance of the attention maps."""
+    pairs = attention_maps(maps_x, maps_y, power)
+    return np.mean([((a - b) ** 2).sum() for a, b in pairs])
+
+
+def attention_dct(maps_x, maps_y, *, frequencies=None):
+    """Mean over images of the squared distance of their cosine transforms."""
+    values = []
+    for pair in attention_maps(maps_x, maps_y, 2):
+        a, b = (dctn(z, norm="ortho")[:frequencies, :frequencies] for z in pair)
+        values.append(((a - b) ** 2).sum() - (a - b)[0, 0] ** 2)
     return np.mean(values)
 
 
@@ -596,6 +679,36 @@ def kd(
     s, t = softmax(logits_x / temperature), softmax(logits_y / temperature)
     divergence = discrete_kl(t, s) if direction[0] == "t" else discrete_kl(s, t)
     return temperature**2 * divergence.mean()
+
+
+def jsd(logits_x, logits_y, *, beta=0.5, temperature=1.0):
+    """Mean of beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
+    p, q = softmax(logits_x / temperature), softmax(logits_y / temperature)
+    m = beta * q + (1 - beta) * p
+    return (beta * discrete_kl(q, m) + (1 - beta) * discrete_kl(p, m)).mean()
+
+
+def dkd(logits_x, logits_y, labels, *, alpha=1.0, beta=8.0, temperature=4.0):
+    """T^2 times the mean of alpha KL of (p, 1 - p) and beta KL among other classes."""
+    values = []
+    for s, t, label in zip(logits_x, logits_y, labels, strict=True):
+        if label >= 0:
+            p, q = softmax(s / temperature), softmax(t / temperature)
+            pair_p, pair_q = (np.array([z[label], 1 - z[label]]) for z in (p, q))
+            others_p, others_q = (np.delete(z, label) for z in (p, q))
+            others_p, others_q = others_p / others_p.sum(), others_q / others_q.sum()
+            target, other = discrete_kl(pair_q, pair_p), discrete_kl(others_q, others_p)
+            values.append(alpha * target + beta * other)
+    return temperature**2 * np.mean(values)
+
+
+def dist(logits_x, logits_y, *, beta=1.0, gamma=1.0, temperature=1.0):
+    """beta times the mean of 1 - correlation of rows, gamma times that of columns."""
+    p, q = softmax(logits_x / temperature), softmax(logits_y / temperature)
+    of = lambda a, b: np.mean(
+        [1 - np.corrcoef(*z)[0, 1] for z in zip(a, b, strict=True)]
+    )
+    return beta * of(p, q) + gamma * of(p.T, q.T)
 
 
 def unrolled_sinkhorn(cost, epsilon, a, b, iterations):

@@ -22,7 +22,7 @@ OUTSIDE = ("experiments", "benchmarks", "examples", "tests")
 # A part may import the parts on the left of its "<", also indirectly. Parts are files
 # and folders of the package. Files in experiment that are not named here are commands.
 RULES = """
-numerics < families < distances < terms < losses < teachers < train_step
+numerics < families < entry < distances < terms < losses < teachers < train_step
 losses < testing
 numerics < quality, probe
 numerics < adapters < resnet < networks

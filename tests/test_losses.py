@@ -30,7 +30,7 @@ def arrays(row, batch=BATCH):
 
 def loss_of(name, **options):
     """Returns the loss as a function of both features, both logits and labels."""
-    data = {"class_cost": helpers.class_cost(K)}
+    data = helpers.teacher_data(K, D)
     options = {"weight": 1e-3, "teacher_data": data, **options}
 
     def fn(x, y, s, t, labels=LABELS):
@@ -62,7 +62,7 @@ def test_default_weight(name):
     row = DISTANCES[name]
     x, y, s, t = arrays(row)
     options = {"weight": None, "t": t, "distance": name, "key": KEY}
-    options["teacher_data"] = {"class_cost": helpers.class_cost(K)}
+    options["teacher_data"] = helpers.teacher_data(K, D)
     loss = lambda **more: jax.eval_shape(partial(simple, x, y, **options, **more))
     assert row.weights
     for normalization in NORMALIZATIONS:

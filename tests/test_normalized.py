@@ -41,7 +41,7 @@ def term_value(name, normalization, x, y, **options):
     _, terms = distill_loss(
         *(x, y, BATCH.labels, BATCH.logits_x, BATCH.logits_y),
         **{"distance": name, "weight": 1.0, "normalization": normalization},
-        **{"key": KEY, **options},
+        **{"key": KEY, "teacher_data": helpers.teacher_data(K, D), **options},
     )
     return terms[name]
 
@@ -147,7 +147,7 @@ def test_one_sample(name, normalization):
         return distill_loss(
             *(x, one.y, BATCH.labels[:1], one.logits_x, one.logits_y),
             **{"distance": name, "normalization": normalization},
-            **{"weight": 1.0, "key": KEY},
+            **{"weight": 1.0, "key": KEY, "teacher_data": helpers.teacher_data(K, D)},
         )[1][name]
 
     found, slope = jax.jit(jax.value_and_grad(value))(one.x)

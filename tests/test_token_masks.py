@@ -107,6 +107,7 @@ def masked_loss(case, names, student, mask=None, arrays=None, **options):
         distance=[*terms_of(names, LAYERS, case.positions), Term("kd")],
         mask=case.masks if mask is None else mask,
         key=jax.random.key(0),
+        teacher_data=helpers.teacher_data(K, C),
         weight=0.5,
         **options,
     )
@@ -120,6 +121,7 @@ def cut_loss(case, names, student):
     known = {"features": [x, y], "labels": [LABELS[rows]]}
     known["logits"] = [logits[np.array(rows)], case.logits[1][np.array(rows)]]
     known["key"] = [jax.random.key(0)]
+    known |= {name: [array] for name, array in helpers.teacher_data(K, C).items()}
     found = {}
     for name in names:
         row = DISTANCES[name]

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import arguments, bound, float_arguments, make_batch, names
+from helpers import (
+    OF_TEACHER,
+    arguments,
+    bound,
+    float_arguments,
+    make_batch,
+    names,
+)
 from jax.sharding import AxisType, PartitionSpec
 from test_hostile import VARIANTS
 
@@ -21,7 +28,7 @@ from kddm_jax.numerics.varying import call_varying
 N, D = 8, 5
 BATCHES = [make_batch(N, D, seed=seed) for seed in (0, 1)]
 MASKS = [np.arange(N) < 6, np.arange(N) % 4 != 1]
-ALIKE = ("key", "class_cost")  # equal on all devices
+ALIKE = ("key", *OF_TEACHER)  # equal on all devices
 EVERY = [
     *((name, ()) for name in DISTANCES),
     *(

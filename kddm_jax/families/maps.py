@@ -1,7 +1,8 @@
 """Computes distances between the feature maps of two networks, image by image.
 
 ``maps_x`` are the student's maps ``[b, h, w, c]`` and ``maps_y`` the teacher's ``[b,
-h', w', c']`` of the same images.  Both distances average over images.
+h', w', c']`` of the same images.  Both distances average over images.  Those of
+attention maps are in `families.attention`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +18,22 @@ from kddm_jax.numerics.linalg import constant, matmul, squared_distances, unit
 from kddm_jax.numerics.pooling import adaptive_cells, average_pool
 
 
-def _check_maps(maps_x, maps_y, *, same_channels):
-    """Checks ranks, images and channels of two maps and casts them to one dtype."""
+def check_maps(
+    maps_x: jax.Array, maps_y: jax.Array, *, same_channels: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Checks ranks, images and channels of two maps and casts them to one dtype.
+
+    Args:
+      maps_x: student maps, shape ``[b, h, w, c]``.
+      maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
+      same_channels: True if ``c`` must equal ``c'``.
+
+    Returns:
+      Both maps, as float32 or float64.
+
+    Raises:
+      ValueError: an array has a wrong rank, dtype or shape.
+    """
     pair = {"maps_x": maps_x, "maps_y": maps_y}
     pair = {name: as_float(name, maps) for name, maps in pair.items()}
     for name, maps in pair.items():
@@ -42,6 +57,20 @@ def _check_maps(maps_x, maps_y, *, same_channels):
         )
     dtype = np.promote_types(maps_x.dtype, maps_y.dtype)
     return maps_x.astype(dtype), maps_y.astype(dtype)
+
+
+def same_grid(maps_x: jax.Array, maps_y: jax.Array) -> list[jax.Array]:
+    """Averages the larger map, along each side, down to the size of the smaller one.
+
+    Args:
+      maps_x: student maps, shape ``[b, h, w, c]``.
+      maps_y: teacher maps, shape ``[b, h', w', c']``.
+
+    Returns:
+      Both maps, shapes ``[b, g, g', c]`` and ``[b, g, g', c']``.
+    """
+    size = tuple(np.minimum(maps_x.shape[1:3], maps_y.shape[1:3]).tolist())
+    return [average_pool(maps, size) for maps in (maps_x, maps_y)]
 
 
 # Discrepancies of one image, [h w, c]; the samples are channels, columns of norm 1.
@@ -129,14 +158,12 @@ def nst(
       Array(2., dtype=float32)
     """
     check_choice("kernel", kernel, NST_KERNELS)
-    maps_x, maps_y = _check_maps(maps_x, maps_y, same_channels=False)
+    maps_x, maps_y = check_maps(maps_x, maps_y, same_channels=False)
     mask = masks.check_mask(mask, maps_x.shape[0])
     maps_x, maps_y = masks.zeroed(mask, maps_x, maps_y)
-    size = tuple(np.minimum(maps_x.shape[1:3], maps_y.shape[1:3]).tolist())
     channels = []
-    for maps in (maps_x, maps_y):
-        pooled = average_pool(maps, size)
-        flat = pooled.reshape(maps.shape[0], -1, maps.shape[3])  # [b, h w, c]
+    for maps in same_grid(maps_x, maps_y):
+        flat = maps.reshape(maps.shape[0], -1, maps.shape[3])  # [b, h w, c]
         channels.append(unit(flat, axis=1))
     return masks.mean(jax.vmap(NST_KERNELS[kernel])(*channels), mask)
 
@@ -203,7 +230,7 @@ def wkd_features(
       >>> wkd_features(maps, maps + 3.0)  # 2 (3 - 0)^2
       Array(18., dtype=float32)
     """
-    maps_x, maps_y = _check_maps(maps_x, maps_y, same_channels=True)
+    maps_x, maps_y = check_maps(maps_x, maps_y, same_channels=True)
     mask = masks.check_mask(mask, maps_x.shape[0])
     maps_x, maps_y = masks.zeroed(mask, maps_x, maps_y)
     check_number("ratio", ratio, positive=False)

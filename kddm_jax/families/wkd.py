@@ -15,17 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from kddm_jax.numerics import masks
+from kddm_jax.families.logits import check_predictions
 from kddm_jax.numerics.checks import (
-    LOGITS,
     as_float,
     as_released,
     check_count,
-    check_labels,
     check_number,
-    check_pair,
 )
-from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.linalg import constant, matmul, normalized, safe_sqrt
 from kddm_jax.numerics.solver import Stats, solver_distance
 
@@ -192,21 +188,6 @@ def _check_class_cost(class_cost, epsilon, k, dtype):
     return constant(class_cost), constant(jnp.asarray(epsilon, dtype))
 
 
-def _check_predictions(logits_x, logits_y, labels, mask):
-    s, t = check_pair(logits_x, logits_y, names=LOGITS, same_rows=True)
-    n, k = s.shape
-    if k < 2:
-        raise ValueError(f"logits_x must have two classes at least, got {k}")
-    labels = with_mask(labels, masks.check_mask(mask, n))
-    labels = check_labels(labels, n, num_classes=k)
-    labels = labels.astype(jnp.int32)
-    own = (
-        labels[:, None] == jnp.arange(k, dtype=jnp.int32)[None, :]
-    )  # [n, k], False without a label
-    valid = labels >= 0
-    return *masks.zeroed(valid, s, t), own, valid  # they may be NaN
-
-
 def _target_term(s, t, own):
     """Computes the label's cross-entropy times the teacher's probability, ``[n]``."""
     # Classes at -inf are left out first, because 0 times inf is NaN.
@@ -277,7 +258,7 @@ def wkd_logits(
       >>> wkd_logits(s, t, jnp.array([2]), **options)  # all from class 1 to class 0
       Array(1.001, dtype=float32)
     """
-    s, t, own, valid = _check_predictions(logits_x, logits_y, labels, mask)
+    s, t, own, valid = check_predictions(logits_x, logits_y, labels, mask)
     (iterations,) = as_released(compat, iterations=(iterations, None, 10))
     if iterations is not None:
         check_count("iterations", iterations)

@@ -175,3 +175,127 @@ def test_a_temperature_for_each_image():
 def test_messages_of_a_temperature(temperature, message):
     with pytest.raises(ValueError, match=message):
         kddm_jax.kd(*predictions(), temperature=temperature)
+
+
+# ------------------------------------------------------- divergences, correlations
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.3, 0.5, 0.9])
+def test_jsd(beta):
+    s, t = predictions()
+    for temperature in (1.0, 4.0):
+        options = {"beta": beta, "temperature": temperature}
+        value = compiled("jsd")(s, t, **options)
+        np.testing.assert_allclose(value, reference.jsd(s, t, **options), rtol=RTOL)
+
+
+def test_limits_of_jsd_are_both_directions_of_kd():
+    s, t = predictions()
+    for beta, direction in ((1e-7, "teacher||student"), (1 - 1e-7, DIRECTIONS[1])):
+        value = compiled("jsd")(s, t, beta=beta) / min(beta, 1 - beta)
+        expected = reference.kd(s, t, temperature=1.0, direction=direction)
+        np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+LABELS = np.array([0, 3, 1, 4, 0, 2])
+
+
+@pytest.mark.parametrize("labels", [LABELS, np.array([0, -1, 1, -1, -1, 2])])
+def test_dkd(labels):
+    s, t = predictions()
+    for options in ({}, {"alpha": 0.0}, {"beta": 0.0}, {"temperature": 1.0}):
+        value = compiled("dkd")(s, t, labels, **options)
+        expected = reference.dkd(s, t, labels, **options)
+        np.testing.assert_allclose(value, expected, rtol=RTOL)
+
+
+def test_kd_is_dkd_weighted_by_the_teacher_s_doubt():
+    s, t = predictions(n=1)
+    doubt = 1 - reference.softmax(t / 4.0)[0, 3]
+    value = compiled("dkd")(s, t, np.array([3]), beta=doubt)
+    np.testing.assert_allclose(value, reference.kd(s, t), rtol=RTOL)
+
+
+def test_certain_predictions_are_finite():
+    """Probabilities that round to 0 or 1 keep their logarithms."""
+    s, t = np.float32([[90.0, 0, 0], [0, 900.0, 0]]), np.float32([[0, 90.0, 0]] * 2)
+    for labels in ([0, 1], [1, 0], [2, 2]):
+        fn = jax.jit(jax.value_and_grad(kddm_jax.dkd, argnums=(0, 1)))
+        value, grads = fn(s, t, np.array(labels))
+        assert np.isfinite(value)
+        assert all(np.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("name", ["jsd", "dkd", "dist"])
+def test_masked_classes_in_other_losses(name):
+    """Classes at -inf in both networks change nothing but the mean over classes."""
+    s, t = predictions(k=3)
+    labels = (LABELS % 3,) if name == "dkd" else ()
+    gone = np.full((len(s), 2), -INF)
+    wide = [np.concatenate([z, gone], axis=1) for z in (s, t)]
+    options = {"gamma": 0.0} if name == "dist" else {}
+    fn = partial(getattr(kddm_jax, name), **options)
+    fn = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
+    (expected, slopes), (value, grads) = fn(s, t, *labels), fn(*wide, *labels)
+    if name == "dist":  # there, a class without mass is a value of the series
+        assert np.isfinite(value)
+        assert all(np.isfinite(grad).all() for grad in grads)
+        return
+    np.testing.assert_allclose(value, expected, rtol=RTOL)
+    for grad, slope in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(grad[:, :3], slope, rtol=1e-7, atol=1e-12)
+        np.testing.assert_array_equal(grad[:, 3:], 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist(temperature):
+    s, t = predictions()
+    for beta, gamma in ((1.0, 1.0), (2.0, 0.0), (0.0, 3.0)):
+        options = {"beta": beta, "gamma": gamma, "temperature": temperature}
+        value = compiled("dist")(s, t, **options)
+        np.testing.assert_allclose(value, reference.dist(s, t, **options), rtol=RTOL)
+
+
+def test_constant_predictions_in_dist():
+    """1 - correlation is 1/2 if one side is constant, and 0 if both are."""
+    (s, t), flat = predictions(), np.ones((6, K))
+    fn = jax.jit(jax.value_and_grad(kddm_jax.dist))
+    for pair, expected in (((flat, t), 1), ((s, flat), 1), ((flat, flat), 0)):
+        for dtype in (np.float32, np.float64):
+            value, grad = fn(*(np.asarray(z, dtype) for z in pair))
+            np.testing.assert_allclose(value, expected, rtol=1e-6)
+            assert np.isfinite(grad).all()
+    same = np.repeat(s[:1], 6, axis=0)  # every class is constant over images
+    pair = np.float32(same), np.float32(t)
+    value, grad = fn(*pair)
+    assert np.isfinite(grad).all()
+    expected = compiled("dist")(*pair, gamma=0.0) + 0.5
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    almost = np.nextafter(pair[0], np.float32([[0.0], [9.0]] * 3))  # by round-off
+    np.testing.assert_allclose(fn(almost, pair[1])[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("jsd", {"beta": 1.0}, "beta must be less than 1, got 1.0; .* take kd"),
+        ("jsd", {"beta": 0.0}, "beta must be positive, got 0.0; it must be less"),
+        (
+            "dist",
+            {"gamma": -1.0},
+            "gamma must be a number >= 0, got -1.0; it is 1.0 by",
+        ),
+        ("dist", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+    ],
+)
+def test_messages_of_other_losses(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(kddm_jax, name)(*predictions(), **options)
+
+
+def test_messages_of_dkd():
+    s, t = predictions()
+    with pytest.raises(ValueError, match="alpha must be a number >= 0, got -1"):
+        kddm_jax.dkd(s, t, LABELS, alpha=-1)
+    with pytest.raises(ValueError, match="logits_x must have two classes at least"):
+        kddm_jax.dkd(s[:, :1], t[:, :1], LABELS)
