@@ -79,7 +79,7 @@ def test_a_danger_is_found(source):
 # Options that depend on the teacher or the data set, so no default would be right.
 REQUIRED = {"wkd_logits": {"temperature"}, "distill_loss": {"distance"}}
 FUNCTIONS = [n for n in kddm_jax.__all__ if inspect.isfunction(getattr(kddm_jax, n))]
-ARRAYS = (jax.Array, jax.Array | None, Features)
+ARRAYS = (jax.Array, jax.Array | None, Features, Features | None)
 
 
 def test_all_is_sorted_and_exists():

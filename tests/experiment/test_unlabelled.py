@@ -182,14 +182,19 @@ def test_a_table_names_the_unlabelled_images():
     results = small_results()
     assert "unlabelled" not in table.markdown(results)
     results["settings"].update(unlabelled_images=40)
-    assert ", 40 unlabelled images |" in table.markdown(results)
+    assert "; distilled students also see 40 unlabelled images; " in table.caption(
+        results
+    )
     assert "--unlabelled-images 40" in table.caption(results)
     results["settings"]["predicted_labels"] = False
-    assert "40 unlabelled images, no predicted classes |" in table.markdown(results)
+    assert "40 unlabelled images, no predicted classes; " in table.caption(results)
     assert "--no-predicted-labels" in table.caption(results)
     plain = small_results()
     titles = [row.title for row in rows.rows(plain)]
-    both = rows.rows(rows.merge({"a.json": results, "b.json": plain}))
+    merged = rows.merge({"a.json": results, "b.json": plain})
+    both = rows.rows(merged)
+    assert "40 unlabelled images, no predicted classes |" in table.markdown(merged)
+    assert "distilled students also see" not in table.caption(merged)
     assert {row.title for row in both} > {*titles}  # rows of their own
 
 
@@ -223,7 +228,7 @@ def test_unlabelled_images_from_end_to_end(trained, tmp_path, monkeypatch, capsy
         for ours, theirs in zip(history(one, name), history(two, name), strict=True):
             for metric in ("loss", name, "task", "accuracy"):
                 np.testing.assert_allclose(ours[metric], theirs[metric], rtol=1e-3)
-    assert ", 40 unlabelled images |" in (one / "table.md").read_text()
+    assert "also see 40 unlabelled images" in (one / "table.md").read_text()
     monkeypatch.setattr(train, "_train_program", unwanted_training)
     assert call(*line, *more, "--out", one) == 0
     assert call(*line, "--unlabelled-images", 41, "--out", one) == 2

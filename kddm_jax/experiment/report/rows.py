@@ -64,13 +64,14 @@ class Key(NamedTuple):
 
     Attributes:
       name: name of the runs.
-      remarks: what the control destroys, the statistics of a teacher that the student
-        learns from, and its unlabelled images; "" if there is none of these.
+      remarks: what the control destroys, or the statistics of a teacher that the
+        student learns from; "" if there are neither.
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
       layers: the values of ``--layers`` and ``--projector``; "" if no features or maps
         are compared.
+      unlabelled: the student's unlabelled images; "" if it has none.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Key(NamedTuple):
     weight: str = ""
     rate: str = ""
     layers: str = ""
+    unlabelled: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,21 @@ def _remarks(method):
         words[0] += f" for {100 * share:g} % of images"
     if method["statistics"]:
         words.append(f"from {method['statistics']}")
-    if method["unlabelled_images"]:
-        without = ", no predicted classes" * (method["predicted_labels"] is False)
-        words.append(f"{method['unlabelled_images']} unlabelled images{without}")
     return ", ".join(words)
+
+
+def _unlabelled(method):
+    """Describes the unlabelled images of a student."""
+    if not method["unlabelled_images"]:
+        return ""
+    without = ", no predicted classes" * (method["predicted_labels"] is False)
+    return f"{method['unlabelled_images']} unlabelled images{without}"
+
+
+def all_unlabelled(found: Sequence["Row"]) -> str:
+    """Describes the unlabelled images if all distilled students have the same ones."""
+    images = {row.key.unlabelled for row in found if not row.alone}
+    return images.pop() if len(images) == 1 else ""
 
 
 def _key(run, settings):
@@ -159,7 +172,8 @@ def _key(run, settings):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     if name == FEATURE_ONLY and layers == RELEASED:
         words = NORMALIZATIONS[None]  # that loss transforms nothing
-    return Key(name, _remarks(method), words, _weight(run), rate, layers)
+    shown = _remarks(method), words, _weight(run), rate, layers
+    return Key(name, *shown, _unlabelled(method))
 
 
 def _title(title, key, keys):
@@ -174,7 +188,9 @@ def _title(title, key, keys):
         words.append(f"learning rate {key.rate}")
     if len({other.layers for other in same}) > 1 and key.layers:
         words.append(f"layers {key.layers}")
-    return ", ".join([*words, *([key.remarks] if key.remarks else [])])
+    if len({o.unlabelled for o in keys if o.name not in STUDENTS_ALONE}) > 1:
+        words.append(key.unlabelled)
+    return ", ".join(filter(None, [*words, key.remarks]))
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:

@@ -23,7 +23,7 @@ from kddm_jax.experiment.report.accuracies import (
     gap_closed,
     spread,
 )
-from kddm_jax.experiment.report.rows import Row, reference, rows
+from kddm_jax.experiment.report.rows import Row, all_unlabelled, reference, rows
 from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
 
 COLUMNS = (
@@ -190,6 +190,8 @@ def conditions(results: Mapping[str, Any]) -> str:
     made = [run["environment"] for run in [*results["runs"], teacher]]
     made = [environment for environment in made if environment]
     part = "held-out training" if settings["held_out"] else "test"
+    more = all_unlabelled(rows(results))
+    more = f"distilled students also see {more}; " if more else ""
     counts = sorted({len(row.runs) for row in rows(results)})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     names = (teacher["model"], settings["student_model"])
@@ -204,7 +206,7 @@ def conditions(results: Mapping[str, Any]) -> str:
         f"{settings['dataset']}, recipe {settings['recipe']}: "
         f"{pair[0]} to {pair[1]}{stem}; accuracy after the last epoch on "
         f"{results['eval_images']} {part} images; {seeds} seed"
-        f"{'' if seeds == '1' else 's'}; "
+        f"{'' if seeds == '1' else 's'}; {more}"
         f"{_all(made, 'device_count')} × {_all(made, 'device')}, "
         f"JAX {_all(made, 'jax')}, {_sources(made)}."
     )
