@@ -113,7 +113,7 @@ def _ranged(images):
 
 
 def _released_spectrum(energy):
-    """Computes the released code's spectrum: |Re DFT| of the map, ranged twice."""
+    """Computes the released spectrum, the absolute real part of the maps' DFT."""
     ranged = _ranged(energy)
     centred = ranged - jnp.mean(ranged, axis=(1, 2), keepdims=True)
     parts = []
@@ -150,9 +150,9 @@ def attention_dct(
       maps_y: teacher maps of the same images, shape ``[b, h', w', c']``.
       frequencies: number of the lowest frequencies along each side, zero included; at
         least 2.  None compares all.
-      compat: ``"released"`` computes the released code's form: |Re DFT| replaces the
-        cosine transform, maps and spectra are ``(a - min) / max``, and the distance is
-        not squared.
+      compat: ``"released"`` computes the released code's form: the absolute real part
+        of the Fourier transform replaces the cosine transform, maps and spectra are
+        ``(a - min) / max``, and the distance is not squared.
       mask: shape ``[b]``; images whose mask is zero are ignored, whatever their values.
         None uses all images.
 
