@@ -87,7 +87,7 @@ def read(path: Path) -> Statistics:
     """
     try:
         content = path.read_bytes()
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        with np.load(io.BytesIO(content)) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
         bank = _bank(about["kind"], arrays)
