@@ -22,13 +22,16 @@ from kddm_jax.experiment.report import rows
 from kddm_jax.experiment.report.accuracies import difference
 from kddm_jax.experiment.report.curves import plt
 
-Points = dict[float, list[float]]  # accuracies by share
+Points = dict[float, dict[int, float]]  # accuracies by share and seed
 
 
 def share_of(run: Mapping[str, Any]) -> float:
     """Returns the share of images that have the outputs of another one."""
     settings = run["settings"]
-    return settings.get("placebo_share", 1.0) if settings.get("placebo") else 0.0
+    if not settings.get("placebo"):
+        return 0.0
+    share = settings.get("placebo_share")  # runs of earlier versions have none
+    return 1.0 if share is None else share
 
 
 def points_of(results: Mapping[str, Any]) -> tuple[dict[str, Points], list[float]]:
@@ -47,7 +50,13 @@ def points_of(results: Mapping[str, Any]) -> tuple[dict[str, Points], list[float
                 "its file out, the figure is of broken pairs"
             )
         by_share = found.setdefault(run["title"], {})
-        by_share.setdefault(share_of(run), []).append(run["accuracy"])
+        by_seed = by_share.setdefault(share_of(run), {})
+        if run["seed"] in by_seed:
+            raise UserError(
+                f"{run['title']} has two runs of seed {run['seed']} with the share "
+                f"{share_of(run):g}; pass results with one lambda each"
+            )
+        by_seed[run["seed"]] = run["accuracy"]
     alone = rows.reference(rows.rows(results))
     return found, [*alone.accuracy.values()]
 
@@ -80,7 +89,7 @@ def draw(studies: Sequence[Mapping[str, Any]], to: Path) -> Path:
         found, alone = points_of(results)
         for title, by_share in found.items():
             shares = sorted(by_share)
-            values = [by_share[share] for share in shares]
+            values = [[*by_share[share].values()] for share in shares]
             axes.errorbar(
                 *([100 * share for share in shares], [np.mean(v) for v in values]),
                 yerr=[half_width(v) for v in values],

@@ -76,8 +76,9 @@ class Distance:
       complexity: cost of value and gradient.
       promises: properties that the tests check: "zero" for identical samples,
         "symmetric", invariant to a common "translation" or "rotation", "squared":
-        ``D(a x, a y) = a^2 D(x, y)``, different "widths", different "sizes": x and y
-        may be samples of other images, as many as one likes (a `Term` with a bank).
+        ``D(a x, a y) = a^2 D(x, y)``; different "widths"; different "sizes": x and y
+        may be features of different images and differ in number, so that a `Term` can
+        have a bank.
       per_sample: whether the distance is a mean over images, so that it can be
         averaged over devices without gathering arrays.
       diagnose: function of the same arguments as ``fn`` that returns ``(value, {name:
@@ -108,7 +109,7 @@ class Distance:
     def check_normalization(
         self, name: str, normalization: str | None, options: Mapping[str, object]
     ) -> None:
-        """Rejects a normalization with which the distance is always zero.
+        """Rejects a normalization with which the distance says nothing.
 
         Args:
           name: name of the term, for the error message.
@@ -116,8 +117,15 @@ class Distance:
           options: all keyword arguments of the distance.
 
         Raises:
-          ValueError: the normalization makes equal all that the distance compares.
+          ValueError: the normalization makes equal all that the distance compares, or
+            centres what is compared with class means that are not centred.
         """
+        centres = normalization in ("centered", "standardized")
+        if centres and "class_means" in self.inputs:
+            raise ValueError(
+                f"normalization={normalization!r} centres the features of {name}, but "
+                'class_means are means of raw features; take None, "teacher" or "unit"'
+            )
         for fn, option, value, compared, equal in _EQUALIZED:
             if self.fn is not fn or normalization not in equal:
                 continue

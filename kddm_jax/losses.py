@@ -13,10 +13,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
-from kddm_jax.distances import (
-    Distance,
-    get_distance,
-)
+from kddm_jax.distances import Distance, get_distance
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.bank import Bank
 from kddm_jax.numerics.checks import check_labels, check_number
@@ -422,9 +419,11 @@ def distill_loss(
     }
     check_tokens(read.tokens, networks)
     n = len(student_logits)
-    soft = {"targets": labels} if is_soft(labels) or predicted_labels else {}
+    reads = any("labels" in get_distance(term.distance).inputs for term in terms)
+    predicts = predicted_labels and reads
+    soft = {"targets": labels} if is_soft(labels) or predicts else {}
     labels = class_labels(labels)
-    if predicted_labels:
+    if predicts:
         labels = predict_labels(labels, teacher_logits, student_logits, read.samples)
 
     local = {

@@ -4,6 +4,7 @@
 ``distance``; here it becomes a tuple of Terms, its lambda and its options are checked.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -108,8 +109,14 @@ def check_bank(name: str, row: Distance) -> None:
     if known or not {"features"} <= set(row.inputs) <= {"features", "labels", "key"}:
         able = [key for key, other in DISTANCES.items() if "sizes" in other.promises]
         raise ValueError(
-            f"{name} compares the same images in both networks, and a bank holds "
-            f"others; take {', '.join(able)}, or leave bank out"
+            f"{name} cannot compare a batch with features of other images, so it takes "
+            f"no bank; take {', '.join(able)}, or leave bank out"
+        )
+    options = inspect.signature(row.fn).parameters
+    if "labels" in row.inputs and "labels_y" not in options:
+        raise ValueError(
+            f"{name} takes labels and has a bank, so it needs the keyword arguments "
+            "labels_y, weights_y and num_classes; add them, or leave bank out"
         )
 
 

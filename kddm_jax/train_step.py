@@ -155,8 +155,7 @@ def make_train_step(
         labels alone, with ``distance=()``, or with Terms that compare with a bank.  For
         several teachers, pass a mapping from their names; ``distance`` and the step's
         ``teacher_variables`` and ``teacher_data`` are then mappings, too, and terms are
-        called
-        ``"teacher:term"``.
+        called ``"teacher:term"``.
       tx: the optax optimizer; if its update takes ``value``, it gets the loss.
       augment: function ``(key, image) -> float image`` that augments one uint8 image.
         Student and teacher get the same augmented image.

@@ -128,6 +128,13 @@ def test_masked_samples_get_no_label():
     np.testing.assert_array_equal(given, [0, -1, -1, 2, 3, 0])
 
 
+def test_predicted_labels_are_not_made_for_distances_without_labels():
+    x, labels = jnp.ones((3, 2)), jnp.array([0, -1, 1])
+    given = (x, x + 1, labels, jnp.zeros((3, 4)))  # no logits of the teacher
+    _, terms = distill_loss(*given, distance="l2", weight=1.0, predicted_labels=True)
+    np.testing.assert_allclose(terms["l2"], 2, rtol=1e-6)
+
+
 def test_predicted_labels_need_the_teacher_s_logits():
     with pytest.raises(ValueError, match="teacher_logits is None; pass teacher_logits"):
         labels_of(LABELS, teacher=None)

@@ -190,7 +190,15 @@ def _check_distances(problem: Problem, search: Search) -> None:
         for normalization in found:
             settings = change(problem.settings, normalization=normalization)
             method = runs.method_of(problem, name, settings)
-            methods.check(name, method, *problem.shapes, problem.compared_images)
+            statistics = problem.statistics
+            if statistics and statistics.about["normalization"] != normalization:
+                raise UserError(
+                    f"--teacher-statistics has features with --normalization "
+                    f"{statistics.about['normalization']}, so {normalization} cannot "
+                    "be tried; leave --normalizations out"
+                )
+            bank = statistics and statistics.bank
+            methods.check(name, method, *problem.shapes, problem.compared_images, bank)
 
 
 # ---------------------------------------------------------------------------

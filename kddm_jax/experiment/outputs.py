@@ -121,6 +121,7 @@ def compute(
         "classes": [str(name) for name in problem.dataset.class_names],
         "images": len(problem.parts.teacher),
         "views": dataset.views,
+        "held_out": dataset.held_out,
         "teacher": teacher.digest,
         "model": models.name_of(teacher.model),
         "width": teacher.width,
@@ -144,7 +145,8 @@ def store(settings: Settings, kind: str, count: int | None, console: Console) ->
       console: console that prints the lines.
 
     Returns:
-      The file, ``statistics-<kind>-<normalization>.npz`` in the folder of results.
+      The file, ``statistics-<kind>[-<count>]-<normalization>.npz`` in the folder of
+      results; without normalization, that word is "raw".
 
     Raises:
       UserError: as in `study.open`; the normalization needs a batch of the teacher; or
@@ -165,15 +167,17 @@ def store(settings: Settings, kind: str, count: int | None, console: Console) ->
 
 
 def _check(settings, kind, count):
-    if (count is not None) != (kind in statistics.COUNTED) or (count or 1) < 1:
+    if count is not None and kind not in statistics.COUNTED:
         raise UserError(
-            f"--count is the number of rows of each class, at least 1, of --statistics "
-            f"{' and '.join(statistics.COUNTED)}, got {count} with {kind}"
+            f"--count is for --statistics {' and '.join(statistics.COUNTED)}, not "
+            f"{kind}; leave it out"
         )
+    if count is not None and count < 1:
+        raise UserError(f"--count must be at least 1, got {count}")
     if settings.networks.teacher_statistics is not None:
         raise UserError(
-            "--teacher-statistics names statistics that exist; leave it out, and pass "
-            "--teacher"
+            "kddm outputs computes statistics from a teacher; pass --teacher instead "
+            "of --teacher-statistics"
         )
     if settings.method.normalization == "teacher":
         raise UserError(

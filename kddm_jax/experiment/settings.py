@@ -98,9 +98,9 @@ class Networks:
     teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE, Mark.NOT_SHOWN] = None
     """Checkpoint, or run folder, of a trained teacher; None trains one."""
     teacher_statistics: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
-    """File of kddm outputs from which students learn without a teacher. Distances
-    compare the features of a batch with it; those that need the teacher's features or
-    predictions of the same images are refused. None uses a teacher."""
+    """File made by kddm outputs, from which students learn without a teacher. Only
+    distances that can compare a batch with features of other images work, such as cw2
+    and cw2_gaussian; others are refused. None uses a teacher."""
     teacher_model: Annotated[str, NETWORK, Mark.OF_TEACHER] = "ResNet34"
     """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
     module:function. The function is called with num_classes and, if it takes them,

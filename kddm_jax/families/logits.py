@@ -254,7 +254,10 @@ def _decoupled(logits, own):
     others = jnp.where(own, -jnp.inf, logits)
     rest = jax.nn.logsumexp(others, axis=1)
     binary = jnp.stack([target, rest], axis=1)
-    return jax.nn.log_softmax(binary, axis=1), jax.nn.log_softmax(others, axis=1)
+    # Without another class, the second array would be NaN.
+    some = jnp.any(others != -jnp.inf, axis=1, keepdims=True)
+    among = jax.nn.log_softmax(jnp.where(some, others, 0), axis=1)
+    return jax.nn.log_softmax(binary, axis=1), jnp.where(some, among, -jnp.inf)
 
 
 def dkd(

@@ -1,10 +1,10 @@
 """Compares a batch with a bank, which holds the teacher's features of other images.
 
-A bank has rows of features with a class each, and may have weights within its classes.
-Its rows may be features of images, centroids of them, or points that have the mean and
-the covariance of a class (`gaussian_bank`). A distance that compares a batch with a
-bank needs neither the teacher nor its images. Here, numbers of a class have an axis of
-classes, because a bank is much larger than a batch and a matrix of its pairs is slow.
+A bank has rows of features, each with a class and, optionally, a weight within its
+class. A row may be the features of an image, a centroid, or one of the points that
+together have the mean and the covariance of a class (`gaussian_bank`). Such a
+comparison needs neither the teacher nor its images. Sums over a class use one-hot
+matrices ``[m, k]``, because a matrix ``[m, m]`` of the bank's pairs would be slow.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import as_float, check_choice, check_labels, check_pair
@@ -139,6 +140,11 @@ def across(
         raise ValueError(
             f"weights_y must have shape [m]=[{len(y)}], got {list(weights_y.shape)}; "
             "pass one number for each row of the bank"
+        )
+    if not isinstance(weights_y, Tracer) and not np.all(np.asarray(weights_y) >= 0):
+        raise ValueError(
+            f"weights_y must be >= 0, got {np.min(np.asarray(weights_y))}; pass the "
+            "share of each row in its class"
         )
     share_x = _shares(of_x, jnp.ones(len(x), x.dtype))
     share_y = _shares(of_y, weights_y)

@@ -275,6 +275,7 @@ def test_layers_and_projectors_of_a_sum():
 def test_what_is_known_of_a_sum_is_known_of_its_parts(own):
     assert methods.title("l2+kd") == "paired L2 + KD"
     assert methods.needed_arrays("l2+wkd_logits") == ("class_cost",)
+    assert methods.needed_arrays("kdpp") == ("class_means",)
     assert methods.needed_arrays("l2+kd") == ()
     assert methods.normalizes("kd+l2")
     assert not methods.normalizes("kd+nst")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from commands import KEEP, SMALL, call, results_of
 
-from kddm_jax.experiment import outputs
+from kddm_jax.experiment import choose_weights, outputs
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.training import statistics
 
@@ -108,6 +108,7 @@ def test_a_student_trains_from_the_file_alone(made, tmp_path):
         (("--distances", "w2", "--normalization", "None"), "--normalization unit"),
         (("--distances", "w2", "--placebo", "pairs", "--views", 2), "--placebo pairs"),
         (("--distances", "w2", "--width", 2), "projector"),
+        (("--distances", "w2", "--held-out", 100), "--teacher-saw-held-out"),
         (("--distances", "cw2", "--teacher", "runs/x"), "--teacher runs/x"),
     ],
 )
@@ -120,11 +121,25 @@ def test_errors_come_before_training(made, tmp_path, capsys, change, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_other_normalization_is_tuned(made, tmp_path, capsys):
+    given = ("--normalization", "unit", "--teacher-statistics", file_of(made, "means"))
+    more = ("--held-out", 100, "--teacher-saw-held-out", "--seeds", 1, 2)
+    line = [*SMALL, *KEEP, *given, *more, "--distances", "cw2", "--out", tmp_path / "o"]
+    own = ["--normalizations", "None", "unit", "--"]
+    assert choose_weights.main([*own, *map(str, line)]) == 2
+    assert "leave --normalizations out" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
 def test_files_of_something_else_are_refused(made, tmp_path, capsys):
     broken = tmp_path / "broken.npz"
     broken.write_bytes(file_of(made, "means").read_bytes()[:-100])
     other = tmp_path / "other.npz"
     np.savez(other, features=np.zeros(3))
+    empty, array = tmp_path / "empty.npz", tmp_path / "array.npz"
+    empty.write_bytes(b"")
+    with array.open("wb") as open_file:
+        np.save(open_file, np.zeros(3))
     fashion = tmp_path / "fashion.npz"
     with np.load(file_of(made, "means")) as arrays:
         kept = {name: arrays[name] for name in arrays.files}
@@ -132,6 +147,8 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
     statistics.write(fashion, kept, about)
     for file, words in (
         (broken, "damaged"),
+        (empty, "damaged"),
+        (array, "damaged"),
         (other, "no file of kddm outputs"),
         (tmp_path / "none.npz", "No such file"),
         (fashion, "fashion_mnist"),
@@ -145,10 +162,10 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "count", "change", "words"),
     [
-        ("gaussian", 3, (), "--count"),
+        ("gaussian", 3, (), "leave it out"),
         ("rows", 10_000, (), "lower it"),
         ("means", None, ("--normalization", "teacher"), "standardized"),
-        ("means", None, ("--teacher-statistics", "x.npz"), "leave it out"),
+        ("means", None, ("--teacher-statistics", "x.npz"), "pass --teacher instead"),
     ],
 )
 def test_what_has_no_statistics(made, capsys, kind, count, change, words):

@@ -293,6 +293,17 @@ def test_messages_of_other_losses(name, options, message):
         getattr(kddm_jax, name)(*predictions(), **options)
 
 
+def test_dkd_with_a_single_class_left():
+    """Classes are left out by -inf; without another class the second term is zero."""
+    s, t = (np.array([[z, -np.inf], [z, 0.3]]) for z in (1.0, 2.0))
+    labels = np.array([0, 0])
+    value = compiled("dkd")(s, t, labels)
+    alone = compiled("dkd")(s[1:], t[1:], labels[1:])
+    np.testing.assert_allclose(value, alone / 2, rtol=RTOL)
+    grad = jax.grad(compiled("dkd"))(np.where(np.isinf(s), -1e30, s), t, labels)
+    assert np.isfinite(grad).all()
+
+
 def test_messages_of_dkd():
     s, t = predictions()
     with pytest.raises(ValueError, match="alpha must be a number >= 0, got -1"):

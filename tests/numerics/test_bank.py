@@ -11,6 +11,7 @@ import pytest
 from kddm_jax import (
     DISTANCES,
     Bank,
+    Distance,
     Term,
     class_gaussian_wasserstein,
     class_wasserstein,
@@ -202,11 +203,14 @@ def test_a_mask_leaves_out_samples_of_the_batch():
     np.testing.assert_allclose(terms["cw2"], wanted, rtol=1e-6)
 
 
+labelled = Distance(lambda x, y, labels: jnp.sum(x), inputs=("features", "labels"))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Term("l2", bank="bank"), "same images"),
-        (lambda: Term("kd", bank="bank"), "same images"),
+        (lambda: Term("l2", bank="bank"), "takes no bank"),
+        (lambda: Term("kd", bank="bank"), "takes no bank"),
         (lambda: loss(Term("cw2", bank="other")), "teacher_data={'other'"),
         (lambda: loss(Term("cw2", bank="bank"), normalization="teacher"), "unit"),
         (
@@ -214,6 +218,8 @@ def test_a_mask_leaves_out_samples_of_the_batch():
             "without weights",
         ),
         (lambda: loss(Term("w2", bank="bank"), mask=jnp.ones(N)), "takes labels"),
+        (lambda: to_bank(class_wasserstein, weights_y=-WEIGHTS), "must be >= 0"),
+        (lambda: Term(labelled, bank="bank"), "keyword arguments labels_y"),
         (lambda: loss("cw2", weight=1.0), "empty or None"),
         (lambda: to_bank(class_wasserstein, solver="exact"), "entropic"),
         (lambda: to_bank(class_wasserstein, num_classes=None), "num_classes"),

@@ -17,6 +17,7 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.settings import (
+    ALONE,
     FEATURE_ONLY,
     GROUP_OF,
     LONGER,
@@ -162,8 +163,9 @@ def _key(run, settings):
     name = run["name"]
     method, words, layers = _method(run, settings), "", ""
     rate = "" if method["lr"] is None else f"{method['lr']:g}"
-    if name in STUDENTS_ALONE:
-        return Key(name, rate=rate)
+    if name in STUDENTS_ALONE:  # the compute of a distilled run depends on its images
+        unlabelled = _unlabelled(method) if name == LONGER else ""
+        return Key(name, rate=rate, unlabelled=unlabelled)
     if _compares(name, "features", "maps"):
         layers = " ".join(method["layers"] or ())
         if method["projector"] and layers != RELEASED:
@@ -188,8 +190,10 @@ def _title(title, key, keys):
         words.append(f"learning rate {key.rate}")
     if len({other.layers for other in same}) > 1 and key.layers:
         words.append(f"layers {key.layers}")
-    if len({o.unlabelled for o in keys if o.name not in STUDENTS_ALONE}) > 1:
-        words.append(key.unlabelled)
+    alone = key.name in STUDENTS_ALONE
+    alike = [o for o in keys if (o.name == key.name if alone else o.name not in ALONE)]
+    if len({other.unlabelled for other in alike}) > 1 and key.unlabelled:
+        words.append(key.unlabelled if not alone else f"with {key.unlabelled}")
     return ", ".join(filter(None, [*words, key.remarks]))
 
 

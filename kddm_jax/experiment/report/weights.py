@@ -21,6 +21,8 @@ OF_A_CANDIDATE = (MAY_DIFFER | {"weight_decay"}) - {
     "placebo",
     "placebo_share",
     "student_images",
+    "unlabelled_images",
+    "predicted_labels",
 }
 
 

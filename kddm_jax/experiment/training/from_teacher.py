@@ -180,9 +180,9 @@ def class_cost(problem: Problem, teacher: Teacher) -> np.ndarray:
 def class_means(problem: Problem, teacher: Teacher) -> np.ndarray:
     """Computes the mean of the teacher's pooled features in each class, ``[k, d]``.
 
-    The images are training images of the teacher, as many of each class.
+    The images are all training images of the teacher, without augmentation.
     """
-    chosen, classes = _quality_images(problem), problem.num_classes
+    chosen, classes = problem.parts.teacher, problem.num_classes
     images, labels = problem.dataset.train_images, problem.dataset.train_labels[chosen]
     features = features_of(problem, teacher, "features", images, chosen)
     counts = np.bincount(labels, minlength=classes)

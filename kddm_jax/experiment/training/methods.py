@@ -253,6 +253,12 @@ def make(
             )
         return Method(_named(row, name), options)
     chosen = pairs(settings)
+    others = [layer for _, layer, _ in chosen if layer != "features"]
+    if others and "class_means" in row.inputs:
+        raise UserError(
+            f"{name} compares with class means of the teacher's pooled features, but "
+            f"--layers names {others[0]}; leave --layers out"
+        )
     if not chosen and "maps" in row.inputs:  # the last maps of both networks
         for who, shapes in (("student", student), ("teacher", teacher)):
             if not shapes["maps"]:
@@ -289,12 +295,14 @@ def _against_statistics(settings, name, student, teacher):
     terms, projectors, parts = [], {}, parts_of(name)
     for part in parts:
         factor = weight_of(settings, part) if len(parts) > 1 else 1.0
-        try:
-            terms.append(Term(find(part), weight=factor, name=part, bank=BANK))
-        except ValueError as error:
+        row = find(part)
+        if part in DISTANCES and "sizes" not in row.promises:
+            able = [key for key, one in DISTANCES.items() if "sizes" in one.promises]
             raise UserError(
-                str(error).replace("bank", "--teacher-statistics")
-            ) from error
+                f"{part} needs the teacher's outputs on the same images; with "
+                f"--teacher-statistics take {', '.join(able)}"
+            )
+        terms.append(Term(row, weight=factor, name=part, bank=BANK))
     if settings.method.projector is not None:
         layer = student["features"], teacher["features"]
         projectors = {"features": _projector(settings.method.projector, *layer)}

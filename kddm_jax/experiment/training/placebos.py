@@ -16,8 +16,8 @@ Of pairs and labels there are broken halves and quarters, too: only a share of e
 class is exchanged, and the other images keep their outputs.
 
 The placebo is drawn once for a data set and is the same for all seeds. Arrays that are
-computed from the teacher before (WKD-L's cost between classes, the layers of
-feature_only) stay those of the teacher.
+computed from the teacher before (WKD-L's cost between classes, KD++'s class means, the
+layers of feature_only) stay those of the teacher.
 """
 
 from typing import Any
@@ -160,8 +160,8 @@ def replace(
       share: share of the images that are exchanged, as in `partners`.
 
     Returns:
-      The placebo's outputs. Gaussian features have no maps, and the logits stay the
-      teacher's, which only the labels that it predicts are taken from.
+      The placebo's outputs. Gaussian features have no maps. Their logits are the
+      teacher's, and are used only to predict the classes of unlabelled images.
 
     Raises:
       UserError: an image has no other to be exchanged with.

@@ -30,6 +30,9 @@ from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.numerics.bank import Bank, gaussian_bank
 
 KINDS = ("gaussian", "diagonal", "means", "centroids", "rows")
+# What a file says about its statistics and the teacher.
+ABOUT = ("kind", "count", "normalization", "dataset", "classes", "images", "views")
+ABOUT += ("held_out", "teacher", "model", "width", "accuracy", "eval_images")
 COUNTED = ("centroids", "rows")  # kinds that have a number for each class
 
 
@@ -73,30 +76,41 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> N
     os.replace(partial, path)
 
 
-def read(path: Path) -> Statistics:
-    """Reads a file of statistics.
-
-    Args:
-      path: a file that ``kddm outputs --statistics`` wrote.
-
-    Returns:
-      The statistics.
+def load(path: Path) -> bytes:
+    """Reads the bytes of a file of statistics.
 
     Raises:
-      UserError: the file is missing, damaged, or something else.
+      UserError: the file cannot be read.
     """
     try:
-        content = path.read_bytes()
-        with np.load(io.BytesIO(content)) as file:
-            arrays = {name: file[name] for name in file.files}
-        about = json.loads(str(arrays.pop("about")))
-        bank = _bank(about["kind"], arrays)
+        return path.read_bytes()
     except OSError as error:
         raise UserError(
             f"--teacher-statistics {path}: {error.strerror}; pass a file that kddm "
             "outputs --statistics wrote"
         ) from error
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+
+
+def parse(path: Path, content: bytes) -> Statistics:
+    """Reads statistics from the bytes of a file.
+
+    Args:
+      path: the file, for messages.
+      content: what ``kddm outputs --statistics`` wrote.
+
+    Returns:
+      The statistics.
+
+    Raises:
+      UserError: the file is damaged or something else.
+    """
+    try:
+        with np.load(io.BytesIO(content)) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(str(arrays.pop("about")))
+        bank = _bank(about["kind"], arrays)
+        about = {name: about[name] for name in ABOUT}
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"--teacher-statistics {path} is damaged or no file of kddm outputs "
             "--statistics; write it again"
@@ -113,3 +127,8 @@ def _bank(kind, arrays):
     else:
         bank = gaussian_bank(arrays["means"], arrays["covariances"])
     return bank
+
+
+def read(path: Path) -> Statistics:
+    """Reads a file of statistics; raises as `load` and `parse` do."""
+    return parse(path, load(path))

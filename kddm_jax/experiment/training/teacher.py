@@ -13,7 +13,7 @@ from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.training import models, problems, runs, train
-from kddm_jax.experiment.training.statistics import Statistics, read
+from kddm_jax.experiment.training.statistics import Statistics, load, parse
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.networks.projectors import without_projectors
 
@@ -108,13 +108,14 @@ class Stored:
     Attributes:
       problem: the data, the devices and the settings.
       statistics: the statistics.
+      model: None, because there is no network.
+      trained: True, because there is nothing to train.
     """
 
     problem: problems.Problem
     statistics: Statistics
     model: None = None
     trained: bool = True
-    finished: bool = True
 
     @property
     def given(self) -> Path | None:
@@ -138,6 +139,13 @@ def _check_statistics(problem, found):
             f"{len(about['classes'])} classes, this data is {settings.data.dataset} "
             f"with {len(classes)}; pass statistics of the same classes"
         )
+    kept, wanted = about["held_out"], settings.data.held_out
+    if wanted and kept != wanted and not settings.run.teacher_saw_held_out:
+        raise UserError(
+            f"--held-out {wanted}: --teacher-statistics {path} was made with held_out="
+            f"{kept} and may contain these images; make a file with --held-out "
+            f"{wanted}, or pass --teacher-saw-held-out"
+        )
     made, asked = about["normalization"], settings.method.normalization
     if made != asked:
         raise UserError(
@@ -148,7 +156,8 @@ def _check_statistics(problem, found):
 
 def _find_statistics(problem):
     path = problem.settings.networks.teacher_statistics
-    found = processes.first(lambda: read(path))
+    content = processes.first(lambda: np.frombuffer(load(path), np.uint8))
+    found = parse(path, np.asarray(content).tobytes())
     _check_statistics(problem, found)
     problem.statistics = found
     return Stored(problem, found)
@@ -218,7 +227,7 @@ def find_teacher(problem: problems.Problem) -> Source | Stored:
 
 def known_digest(source: Source | Stored) -> str | None:
     """Returns the teacher's digest; None if the end of its run must be repeated."""
-    if source.trained:
+    if isinstance(source, Stored) or source.trained:
         return source.digest
     return None if source.finished else "not trained yet"
 

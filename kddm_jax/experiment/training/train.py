@@ -27,7 +27,7 @@ LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Contains a trained teacher, or what is known of one that left statistics.
+    """Contains a trained teacher, or what a file of statistics says about one.
 
     Attributes:
       model: the network; None if there are only statistics of it.
