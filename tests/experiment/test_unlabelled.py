@@ -1,14 +1,18 @@
 """Tests students that also see images without labels: which, when, and what of them."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
 from commands import (
     KEEP,
+    KILL,
     SMALL,
     TINY,
     assert_same_arrays,
     call,
+    command,
     final_arrays,
     results_of,
     small_results,
@@ -233,6 +237,20 @@ def test_unlabelled_images_from_end_to_end(trained, tmp_path, monkeypatch, capsy
     assert call(*line, *more, "--out", one) == 0
     assert call(*line, "--unlabelled-images", 41, "--out", one) == 2
     assert "unlabelled_images=40, this command says 41" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", [(), ("--views", 2)])
+def test_a_killed_run_goes_on_with_the_same_images(trained, tmp_path, views):
+    given = ("--teacher", trained / "small", *LINE, "--distances", "w2")
+    line = (*SMALL, *KEEP, *given, "--devices", 1, "--unlabelled-images", 40, *views)
+    assert call(*line, "--out", tmp_path / "whole") == 0
+    line = (*line, "--out", tmp_path / "killed", "--checkpoint-seconds", 0)
+    killed = command(*line, script=("-c", KILL), cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert call(*line) == 0
+    arrays = (final_arrays(tmp_path / out, "w2") for out in ("whole", "killed"))
+    assert_same_arrays(*arrays)
 
 
 @pytest.mark.parametrize("who", ["teacher", "students"])
