@@ -88,6 +88,8 @@ def draw(studies: Sequence[Mapping[str, Any]], to: Path) -> Path:
     for axes, results in zip(panels[0], studies, strict=True):
         found, alone = points_of(results)
         for title, by_share in found.items():
+            if len(by_share) < 2:  # measured with whole pairs only
+                continue
             shares = sorted(by_share)
             values = [[*by_share[share].values()] for share in shares]
             axes.errorbar(

@@ -101,9 +101,11 @@ def load(
         settings,
         data_dir=data_dir or settings.run.data_dir,
         teacher=given,
+        teacher_statistics=None,  # whose teacher is the given one
         compilation_cache=cache if cache and cache.is_dir() else None,
         devices=1,  # regardless of the number that it was trained on
         **dict.fromkeys(("distance_group", "coordinator", "processes", "process")),
     )
     problem = problems.prepare(settings, folder)
-    return Finished(problem, results, find_teacher(problem))
+    source: Any = find_teacher(problem)  # a network, as there are no statistics
+    return Finished(problem, results, source)

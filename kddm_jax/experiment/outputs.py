@@ -47,7 +47,7 @@ def _seen(problem):
 def _centroids(rows, count):
     from sklearn.cluster import KMeans  # slow to import
 
-    found = KMeans(count, n_init=1, random_state=SEED).fit(rows)
+    found: Any = KMeans(count, n_init="auto", random_state=SEED).fit(rows)
     sizes = np.bincount(found.labels_, minlength=count)
     return found.cluster_centers_, sizes / sizes.sum()
 
@@ -98,8 +98,11 @@ def compute(
     Raises:
       UserError: a class has too few images.
     """
+    model = teacher.model
+    if model is None:
+        raise RuntimeError("statistics need a teacher; open the study without others")
     images, labels = _seen(problem)
-    found = outputs_of(problem, teacher.model, teacher.variables, images).features
+    found = outputs_of(problem, model, teacher.variables, images).features
     normalization, dataset = (
         problem.settings.method.normalization,
         problem.settings.data,
@@ -123,7 +126,7 @@ def compute(
         "views": dataset.views,
         "held_out": dataset.held_out,
         "teacher": teacher.digest,
-        "model": models.name_of(teacher.model),
+        "model": models.name_of(model),
         "width": teacher.width,
         "accuracy": teacher.accuracy,
         "eval_images": len(problem.parts.eval_labels),

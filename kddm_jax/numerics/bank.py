@@ -7,7 +7,7 @@ comparison needs neither the teacher nor its images. Sums over a class use one-h
 matrices ``[m, k]``, because a matrix ``[m, m]`` of the bank's pairs would be slow.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -211,5 +211,6 @@ def gaussian_bank(means: np.ndarray, covariances: np.ndarray) -> Bank:
     # Columns of an orthogonal matrix whose first one is constant.
     basis = np.linalg.qr(np.column_stack([np.ones(d + 1), np.eye(d + 1, d)]))[0]
     rows = means[:, None, :] + (d + 1) ** 0.5 * basis[:, 1:] @ roots
-    features = rows.reshape(-1, d).astype(np.float32)
-    return Bank(features, np.repeat(np.arange(k, dtype=np.int32), d + 1))
+    features: Any = rows.reshape(-1, d).astype(np.float32)
+    labels: Any = np.repeat(np.arange(k, dtype=np.int32), d + 1)
+    return Bank(features, labels)

@@ -72,7 +72,8 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+        content: Any = {"about": np.array(json.dumps(about)), **arrays}
+        np.savez(file, **content)
     os.replace(partial, path)
 
 
@@ -122,7 +123,7 @@ def _bank(kind, arrays):
     if kind in COUNTED:
         bank = Bank(arrays["features"], arrays["labels"], arrays.get("weights"))
     elif kind == "means":
-        labels = np.arange(len(arrays["means"]), dtype=np.int32)
+        labels: Any = np.arange(len(arrays["means"]), dtype=np.int32)
         bank = Bank(arrays["means"], labels)
     else:
         bank = gaussian_bank(arrays["means"], arrays["covariances"])
