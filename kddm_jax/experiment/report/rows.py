@@ -138,7 +138,9 @@ def _remarks(method):
     """Describes what a student learns from, if it is not the teacher on its images."""
     placebo: str = method["placebo"] or ""
     share = method["placebo_share"]
-    words: list[str] = [PLACEBOS.get(placebo, placebo)] if placebo else []
+    words: list[str] = []
+    if placebo:
+        words.append(PLACEBOS.get(placebo) or placebo)
     if placebo and share not in (None, 1):  # runs of earlier versions have no share
         words[0] += f" for {100 * share:g} % of images"
     if method["statistics"]:
