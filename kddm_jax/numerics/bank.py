@@ -73,7 +73,8 @@ def check_no_weights(weights_y: jax.Array | None) -> None:
 
 
 def _one_hot(labels, classes, dtype):
-    return (labels[:, None] == jnp.arange(classes)[None, :]).astype(dtype)
+    known = jnp.arange(classes, dtype=jnp.int32)[None, :]
+    return (labels.astype(jnp.int32)[:, None] == known).astype(dtype)
 
 
 def _shares(of, weights):
