@@ -24,7 +24,10 @@ ZERO = {
     *[("mmd_linear", name) for name in ("centered", "standardized")],
     ("kl_gaussian", "standardized"),
 }
-PAIRS = [(d, n) for d in OF_FEATURES for n in NAMES if (d, n) not in ZERO]
+# Class means are not centred, so centred features do not compare with them.
+NOT_CENTERED = {("kdpp", name) for name in ("centered", "standardized")}
+REFUSED = ZERO | NOT_CENTERED
+PAIRS = [(d, n) for d in OF_FEATURES for n in NAMES if (d, n) not in REFUSED]
 # One distance of features of each kind, except "jw2", whose solver compiles slowly, and
 # several for each normalization.
 SOME = [
@@ -205,6 +208,12 @@ def test_a_pair_that_is_always_zero_is_refused(distance, normalization, options)
     with pytest.raises(ValueError, match=message) as caught:
         shapes(distance, normalization, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("distance", "normalization"), sorted(NOT_CENTERED))
+def test_centred_features_and_class_means_are_refused(distance, normalization):
+    with pytest.raises(ValueError, match="class_means are means of raw features"):
+        shapes(distance, normalization)
 
 
 def test_other_options_of_the_same_functions_are_not():
