@@ -108,10 +108,7 @@ def _to_bank(x, y, of, covariance, method):
     if covariance == "diag":
         spread = _squared_std_difference(*of.means(*(z * z for z in centered)))
         return means + jnp.sum(of.weights[:, None] * spread)
-    roots = [
-        safe_sqrt(share * matmul(one, of.weights[:, None])[:, 0])[:, None]
-        for one, share in ((of.of_x, of.share_x), (of.of_y, of.share_y))
-    ]
+    roots = [safe_sqrt(weights)[:, None] for weights in of.row_weights]
     x, y = (root * z for root, z in zip(roots, centered, strict=True))
     cross = matmul(of.of_x, of.of_y.T) * matmul(x, y.T)
     return (

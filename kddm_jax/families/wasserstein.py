@@ -176,14 +176,15 @@ def wasserstein(
 
 
 def _by_class(x, y, labels, labels_y, weights_y, num_classes, reduction, mask):
-    """Returns the checked features, the weights of both sides, and the masks.
+    """Returns the features, the weights of both sides, and the masks.
 
-    The masks are those of pairs, and of samples of x and of y that have a label.
+    The masks are those of pairs, and of samples with a label; the second is None with a
+    bank, whose rows without a label have been filled.
     """
     if labels_y is None:
         check_no_weights(weights_y)
         x, y, own = labelled_pair(x, y, labels, num_classes, reduction, mask)
-        return x, y, (own.weights, own.weights), (own.same,), (own.labelled,)
+        return x, y, (own.weights, own.weights), (own.same,), own.labelled
     x, y, of = across(
         *(x, y, labels),
         labels_y=labels_y,
@@ -192,13 +193,8 @@ def _by_class(x, y, labels, labels_y, weights_y, num_classes, reduction, mask):
         reduction=reduction,
         mask=mask,
     )
-    each = (of.of_x, of.share_x), (of.of_y, of.share_y)
-    weights = tuple(
-        share * matmul(one, of.weights[:, None])[:, 0] for one, share in each
-    )
     pairs = (of.of_x, of.of_y), (of.of_x, of.of_x), (of.of_y, of.of_y)
-    same = tuple(matmul(a, b.T) for a, b in pairs)
-    return x, y, weights, same, tuple(jnp.any(one > 0, axis=1) for one, _ in each)
+    return x, y, of.row_weights, tuple(matmul(a, b.T) for a, b in pairs), None
 
 
 @solver_distance
@@ -299,7 +295,7 @@ def class_wasserstein(
         a / scale,
         b / scale,
         same,
-        labelled[0] if labels_y is None else None,
+        labelled,
         within=within,
         solver=solver,
         epsilon=epsilon,

@@ -56,9 +56,10 @@ class Across(NamedTuple):
     weights: jax.Array
 
     @property
-    def labelled(self) -> jax.Array:
-        """Returns which samples have a label, shape ``[n]``."""
-        return jnp.any(self.of_x > 0, axis=1)
+    def row_weights(self) -> tuple[jax.Array, jax.Array]:
+        """Returns ``w_c`` times the share of each row, ``[n]`` and ``[m]``."""
+        own = lambda of: matmul(of, self.weights[:, None])[:, 0]
+        return self.share_x * own(self.of_x), self.share_y * own(self.of_y)
 
     def means(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes the mean of each class, ``[k, d]``, in the batch and in the bank."""
