@@ -103,10 +103,8 @@ def compute(
         raise RuntimeError("statistics need a teacher; open the study without others")
     images, labels = _seen(problem)
     found = outputs_of(problem, model, teacher.variables, images).features
-    normalization, dataset = (
-        problem.settings.method.normalization,
-        problem.settings.data,
-    )
+    settings, dataset = problem.settings, problem.settings.data
+    normalization = settings.method.normalization
     x = jnp.asarray(found)
     rows = np.asarray(normalize([x, x], [x, x], normalization)[1], np.float64)
     by_class = [rows[labels == c] for c in range(problem.num_classes)]
@@ -138,6 +136,16 @@ def compute(
     return floats, about
 
 
+def _write(path, arrays, about):
+    """Writes the file; refuses to replace statistics that are not the same."""
+    if path.exists() and statistics.read(path).about != about:
+        raise UserError(
+            f"{path} has statistics of another teacher or other settings; choose "
+            "another --out, or delete it"
+        )
+    statistics.write(path, arrays, about)
+
+
 def store(settings: Settings, kind: str, count: int | None, console: Console) -> Path:
     """Computes statistics of a teacher and writes them to a file.
 
@@ -164,7 +172,7 @@ def store(settings: Settings, kind: str, count: int | None, console: Console) ->
         words = [kind, *([str(count)] if count else [])]
         words.append(about["normalization"] or "raw")
         path = problem.out / f"statistics-{'-'.join(words)}.npz"
-        processes.first(lambda: statistics.write(path, arrays, about))
+        processes.first(lambda: _write(path, arrays, about))
     console.print(str(path))
     return path
 

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import chex
 import jax
@@ -42,7 +43,7 @@ from kddm_jax.experiment import study
 from kddm_jax.experiment.machine import records, terminal
 from kddm_jax.experiment.machine.errors import RunError, UserError
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.report import table
+from kddm_jax.experiment.report import rows, table
 from kddm_jax.experiment.settings import Settings, change
 from kddm_jax.experiment.training import models, pretrained, problems, runs, train
 from kddm_jax.experiment.training.teacher import (
@@ -1067,3 +1068,24 @@ def test_teacher_of_other_classes(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "read_meta", few)
     with pytest.raises(UserError, match="has 7 classes, this data has 10; pass a tea"):
         find_teacher(problem)
+
+
+def test_broken_pairs_are_grouped_by_share_and_seed(tmp_path):
+    import broken
+
+    results = Path(broken.__file__).parent / "results"
+    files = sorted(results.glob("broken-digits-*.json"))
+    study = rows.merge({str(f): json.loads(f.read_text()) for f in files})
+    found, alone = broken.points_of(study)
+    assert set(found) == {"paired L2", "CW2 (E)"}
+    for by_share in found.values():
+        assert sorted(by_share) == [0, 0.25, 0.5, 1]
+        assert all(sorted(seeds) == [0, 1, 2, 3, 4] for seeds in by_share.values())
+    assert len(alone) == 5
+    assert broken.draw([study], tmp_path / "figure.png").stat().st_size > 1000
+    run = {**study["runs"][-1], "weight": 2.0}
+    with pytest.raises(UserError, match="two runs of seed"):
+        broken.points_of({**study, "runs": [*study["runs"], run]})
+    run["settings"] = {**run["settings"], "placebo": "labels"}
+    with pytest.raises(UserError, match="figure is of broken pairs"):
+        broken.points_of({**study, "runs": [run]})

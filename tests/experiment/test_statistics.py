@@ -70,6 +70,16 @@ def test_files_hold_what_their_name_says(made):
     assert len({found.about["teacher"] for found in read.values()}) == 1
 
 
+def test_statistics_of_another_setting_are_not_replaced(made, capsys):
+    file = file_of(made, "means")
+    before = file.read_bytes()
+    given = (*SMALL, *KEEP, "--normalization", "unit", "--out", made)
+    assert store("means", *given) == 0  # the same again
+    assert store("means", *given, "--views", 2) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert statistics.parse(file, before).about == statistics.read(file).about
+
+
 def train(out, file, *arguments):
     given = ("--normalization", "unit", "--teacher-statistics", file, "--out", out)
     return call(*SMALL, *KEEP, *given, *arguments)
