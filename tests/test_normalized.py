@@ -102,7 +102,7 @@ def test_value_is_that_of_normalized_features(name, normalization):
     half = [jnp.asarray(z, jnp.bfloat16) for z in (x, y)]
     found = jax.jit(partial(term_value, name, normalization))(*half)
     wide, _ = fn(*(z.astype(jnp.float32) for z in half))
-    np.testing.assert_allclose(found, wide, rtol=1e-5)
+    np.testing.assert_allclose(found, wide, rtol=1e-5, atol=1e-6)
 
 
 def hostile():
@@ -281,7 +281,9 @@ def loss_of(scale, batch, *, names, **options):
     x, y, labels, s, t = batch
     features = x + scale * jnp.tanh(x)
     return distill_loss(
-        features, y, labels, s, t, distance=terms_of(names), key=KEY, **options
+        *(features, y, labels, s, t),
+        **{"distance": terms_of(names), "key": KEY, **options},
+        teacher_data=helpers.teacher_data(K, D),
     )
 
 
@@ -307,7 +309,7 @@ def on_two(names, group_size):
 
 # Means over samples, and a distance between whole batches.
 QUICK = [*CHEAP, ("cmmd_rbf", "standardized")]
-OF_KINDS = [(d, n) for d in KINDS for n in NAMES]
+OF_KINDS = [(d, n) for d in KINDS for n in NAMES if (d, n) not in REFUSED]
 
 
 @pytest.mark.parametrize("group_size", [None, 1], ids=["all", "groups"])
