@@ -309,7 +309,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "kdpp": Distance(
             kdpp,
             inputs=("features", "labels", "class_means"),
-            title="KD++",
+            title="ND (KD++)",
             weights=_either(2.0),
             complexity="(n + k) d",
             per_sample=True,

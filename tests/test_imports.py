@@ -31,6 +31,7 @@ extras < data
 distances, losses < __init__
 __init__, train_step, testing, quality, probe < experiment.machine
 networks, checkpoint, data < experiment.machine
+experiment.machine < experiment.published < experiment.settings
 experiment.machine < experiment.options < experiment.settings < experiment.checks
 experiment.checks < experiment.recipes < experiment.training
 experiment.training < experiment.report < experiment.study < experiment < __main__

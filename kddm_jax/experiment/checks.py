@@ -8,6 +8,7 @@ import math
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Choices, Range, notes
+from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.settings import (
     FEATURE_ONLY,
     OPTIONS,
@@ -65,20 +66,22 @@ def _check_distance(name):
     """Checks a distance's name, or the names of the distances of a sum."""
     parts = parts_of(name)
     sums = f" in {name!r}" if len(parts) > 1 else ""
-    known = ", ".join((*DISTANCES, FEATURE_ONLY, "one of yours as module:NAME"))
+    whole = (FEATURE_ONLY, *PUBLISHED)
+    known = ", ".join((*DISTANCES, *whole, "one of yours as module:NAME"))
     for part in parts:
         module, _, attribute = part.partition(":")
         own = bool(module and attribute)
         _require(
-            part in DISTANCES or part == FEATURE_ONLY or own,
+            part in DISTANCES or part in whole or own,
             f"unknown distance {part!r}{sums}; known: {known}",
         )
     _require(len(set(parts)) == len(parts), f"{name!r} names one distance twice")
-    _require(
-        not sums or FEATURE_ONLY not in parts,
-        f"{name!r}: {FEATURE_ONLY} is a way to train, not a distance, and cannot be "
-        "part of a sum; name it alone",
-    )
+    for part in whole:
+        _require(
+            not sums or part not in parts,
+            f"{name!r}: {part} is a whole method, not a distance, and cannot be part "
+            "of a sum; name it alone",
+        )
 
 
 def _check_values(settings):

@@ -23,6 +23,7 @@ from kddm_jax.experiment.options import (
     Mark,
     notes,
 )
+from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.numerics.normalization import NORMALIZATIONS
 from kddm_jax.numerics.positions import POSITIONS
 
@@ -135,12 +136,13 @@ class Method:
     """Distances to distil with; one student is trained for each. Keys of the catalogue,
     your own distances as module:NAME, or feature_only (labels train only the head).
     Names joined by + train one student with the sum of these distances, such as l2+kd;
-    each has its own lambda."""
+    each has its own lambda. The published methods fitnet, wkd and kd++ have their own
+    terms, layers and projectors, which other options do not change."""
     weight: Annotated[float | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of every distance that --weights does not name. None uses the catalogue's
     default for --normalization (an error if there is none), or without normalization
     1e-4, as in the released code. feature_only uses 10 with --normalization unit,
-    otherwise 1."""
+    otherwise 1, and a published method 1."""
     weights: Annotated[dict[str, float] | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3. The distances of
     a sum are named one by one: for l2+kd, --weights l2 10 kd 1."""
@@ -423,9 +425,36 @@ def by_quality(settings: Settings) -> bool:
     return settings.method.layers == (RELEASED,)
 
 
+def layer_pairs(settings: Settings) -> list[tuple[str, str, float]]:
+    """Parses ``--layers`` into (student's layer, teacher's layer, weight)."""
+    found = []
+    for text in settings.method.layers:
+        student, colon, rest = text.partition(":")
+        teacher, _, weight = rest.partition(":")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            number = -1.0
+        if not (student and colon and teacher) or not number >= 0:
+            raise UserError(
+                f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
+                "such as stage4_block2:stage4_block3:0.5"
+            )
+        if student in (pair[0] for pair in found):
+            raise UserError(
+                f"--layers names the student's layer {student!r} twice; name one "
+                "teacher's layer for each"
+            )
+        found.append((student, teacher, number))
+    return found
+
+
 def parts_of(name: str) -> tuple[str, ...]:
-    """Returns the distances that a method sums: l2 and kd of "l2+kd"."""
-    return tuple(name.split("+"))
+    """Returns the distances that a method sums: l2 and kd of "l2+kd".
+
+    A published method is one part, with one lambda for all of its terms.
+    """
+    return (name,) if name in PUBLISHED else tuple(name.split("+"))
 
 
 def weight_of(settings: Settings, distance: str) -> float:
@@ -441,6 +470,8 @@ def weight_of(settings: Settings, distance: str) -> float:
     if settings.method.weight is not None:
         return settings.method.weight
     normalization = settings.method.normalization
+    if distance in PUBLISHED:
+        return 1.0
     if distance == FEATURE_ONLY:
         unit = normalization == "unit" and not by_quality(settings)
         return UNIT_WEIGHT if unit else 1.0

@@ -302,7 +302,7 @@ def test_distance_of_a_sum_has_the_weights_of_its_parts():
         ("l2+", "unknown distance '' in 'l2\\+'"),
         ("l2+kd+l2", "'l2\\+kd\\+l2' names one distance twice"),
         ("l2+kd kd+l2", "--distances names one twice"),
-        ("kd+feature_only", "'kd\\+feature_only': feature_only is a way to train"),
+        ("kd+feature_only", "'kd\\+feature_only': feature_only is a whole method"),
         ("l2+kd --weights l2+kd 2", "write --weights l2 NUMBER kd NUMBER"),
         ("l2+kd --weights w2 2", "'w2', which is not among --distances \\(l2, kd\\)"),
         ("l2+kd --weights kd -1", "weight of kd must be a number >= 0"),

@@ -20,7 +20,8 @@ from sklearn.manifold import TSNE
 
 from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import records
-from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, Settings, parts_of
+from kddm_jax.experiment.published import PUBLISHED
+from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, Settings
 from kddm_jax.experiment.training import methods, models, runs
 from kddm_jax.experiment.training.outputs import features_of
 from kddm_jax.experiment.training.problems import Problem
@@ -44,12 +45,12 @@ def ties_axes(name: str, settings: Settings) -> bool:
       compared. True for a sum with a distance that does.
     """
     if (
-        name in (*ALONE, FEATURE_ONLY)
+        name in (*ALONE, FEATURE_ONLY, *PUBLISHED)
         or settings.method.layers
         or settings.method.projector
     ):
         return False
-    rows = map(methods.find, parts_of(name))
+    rows = methods.entries(name)
     return any("features" in r.inputs and "widths" not in r.promises for r in rows)
 
 

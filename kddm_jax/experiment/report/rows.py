@@ -16,6 +16,7 @@ import numpy as np
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Mark
+from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.settings import (
     ALONE,
     FEATURE_ONLY,
@@ -115,8 +116,11 @@ class Row:
 
 
 def _compares(name, *kinds):
-    """Returns whether a method compares such arrays; users' modules are not read."""
-    return any(
+    """Returns whether a method compares such arrays; users' modules are not read.
+
+    Settings do not choose the layers and the normalization of published methods.
+    """
+    return name not in PUBLISHED and any(
         part not in DISTANCES or not {*kinds}.isdisjoint(DISTANCES[part].inputs)
         for part in parts_of(name)
     )

@@ -1,8 +1,8 @@
 """Turns a method's name into the loss of the train step, and into projectors.
 
 A method is a key of the catalogue, a user's distance as ``module:NAME``, a sum of these
-joined by ``+``, or ``feature_only``, in which labels do not train the backbone (arXiv
-2511.14981).
+joined by ``+``, a published method of several terms (`published`), or ``feature_only``,
+in which labels do not train the backbone (arXiv 2511.14981).
 """
 
 import functools
@@ -17,12 +17,14 @@ from flax import linen as nn
 from kddm_jax import DISTANCES, Bank, Distance, Term, distill_loss
 from kddm_jax.distances import get_distance
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.settings import (
     FEATURE_ONLY,
     RELEASED,
     Settings,
     by_quality,
     change,
+    layer_pairs,
     parts_of,
     weight_of,
 )
@@ -33,6 +35,7 @@ from kddm_jax.networks.projectors import (
     init_projectors,
     projected_apply,
 )
+from kddm_jax.terms import term_name
 
 # The students' layers in the paper; other networks use four evenly spaced layers.
 STUDENT_LAYERS = {
@@ -94,19 +97,25 @@ def find(name: str) -> Distance:
         ) from error
 
 
-def needed_arrays(name: str) -> tuple[str, ...]:
-    """Returns the arrays made from the teacher that a method needs, by name."""
+def entries(name: str) -> tuple[Distance, ...]:
+    """Returns the distances that a method sums; none for feature_only."""
     if name == FEATURE_ONLY:
         return ()
-    inputs = {kind for part in parts_of(name) for kind in find(part).inputs}
+    parts = PUBLISHED[name].distances if name in PUBLISHED else parts_of(name)
+    return tuple(map(find, parts))
+
+
+def needed_arrays(name: str) -> tuple[str, ...]:
+    """Returns the arrays made from the teacher that a method needs, by name."""
+    inputs = {kind for row in entries(name) for kind in row.inputs}
     return tuple(array for array in OF_TEACHER if array in inputs)
 
 
 def normalizes(name: str) -> bool:
-    """Returns whether a method compares features, which a normalization changes."""
-    if name == FEATURE_ONLY:
-        return True
-    return any("features" in find(part).inputs for part in parts_of(name))
+    """Returns whether ``--normalization`` changes the features of a method."""
+    if name in (FEATURE_ONLY, *PUBLISHED):
+        return name == FEATURE_ONLY
+    return any("features" in row.inputs for row in entries(name))
 
 
 def is_zero(name: str, normalization: str | None) -> bool:
@@ -130,7 +139,7 @@ def digest(name: str) -> str | None:
     """Hashes the file of a user's distance, because an edited one is another run."""
     if name == FEATURE_ONLY:
         return FEATURE_ONLY_LOSS
-    if name in DISTANCES:
+    if name in DISTANCES or name in PUBLISHED:
         return None
     if len(parts_of(name)) > 1:
         return "+".join(filter(None, map(digest, parts_of(name)))) or None
@@ -142,36 +151,14 @@ def title(name: str) -> str:
     """Returns the name of a method in tables."""
     if name == FEATURE_ONLY:
         return "features only"
+    if name in PUBLISHED:
+        return PUBLISHED[name].title
     return " + ".join(find(part).title or part for part in parts_of(name))
 
 
 def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns all layers of a network by depth, pooled features last."""
     return {**shapes["maps"], "features": shapes["features"]}
-
-
-def pairs(settings: Settings) -> list[tuple[str, str, float]]:
-    """Parses ``--layers`` into (student's layer, teacher's layer, weight)."""
-    found = []
-    for text in settings.method.layers:
-        student, colon, rest = text.partition(":")
-        teacher, _, weight = rest.partition(":")
-        try:
-            number = float(weight) if weight else 1.0
-        except ValueError:
-            number = -1.0
-        if not (student and colon and teacher) or not number >= 0:
-            raise UserError(
-                f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
-                "such as stage4_block2:stage4_block3:0.5"
-            )
-        if student in (pair[0] for pair in found):
-            raise UserError(
-                f"--layers names the student's layer {student!r} twice; name one "
-                "teacher's layer for each"
-            )
-        found.append((student, teacher, number))
-    return found
 
 
 def _projector(kind: str, x, y) -> nn.Module:
@@ -240,6 +227,8 @@ def make(
         return _against_statistics(settings, name, student, teacher)
     if name == FEATURE_ONLY:
         return _feature_only(settings, student, teacher)
+    if name in PUBLISHED:
+        return _published(name, student, teacher)
     if len(parts_of(name)) > 1:
         return _sum(settings, name, student, teacher)
     row = find(name)
@@ -252,7 +241,7 @@ def make(
                 f"{name} into another command"
             )
         return Method(_named(row, name), options)
-    chosen = pairs(settings)
+    chosen = layer_pairs(settings)
     others = [layer for _, layer, _ in chosen if layer != "features"]
     if others and "class_means" in row.inputs:
         raise UserError(
@@ -286,8 +275,9 @@ def make(
 
 def _against_statistics(settings, name, student, teacher):
     """Makes a method that compares pooled features with statistics of a teacher."""
-    if name == FEATURE_ONLY or settings.method.layers:
-        what = name if name == FEATURE_ONLY else "--layers"
+    whole = name == FEATURE_ONLY or name in PUBLISHED
+    if whole or settings.method.layers:
+        what = name if whole else "--layers"
         raise UserError(
             f"{what} compares features of the same images, but --teacher-statistics "
             "holds none; leave it out"
@@ -308,6 +298,18 @@ def _against_statistics(settings, name, student, teacher):
         projectors = {"features": _projector(settings.method.projector, *layer)}
     options = {"normalization": settings.method.normalization}
     return Method(tuple(terms), options, projectors)
+
+
+def _published(name, student, teacher):
+    """Makes a published method, whose terms name their layers and projectors."""
+    terms, projectors = [], {}
+    x, y = layers_of(student), layers_of(teacher)
+    for term, kind in PUBLISHED[name].terms(student, teacher):
+        terms.append(replace(term, name=f"{name}@{term_name(term)}"))
+        if kind is not None:
+            of_student, of_teacher = term.layers or POOLED[:2]
+            projectors[of_student] = _projector(kind, x[of_student], y[of_teacher])
+    return Method(tuple(terms), {"normalization": None}, projectors)
 
 
 def _pooled(settings, student, teacher):
@@ -337,7 +339,7 @@ def _feature_only(settings, student, teacher):
     D is the mean squared error, or the squared distance of features of unit length,
     which is 2 - 2 cos.  Labels train the head only.
     """
-    chosen, unit = pairs(settings), settings.method.normalization == "unit"
+    chosen, unit = layer_pairs(settings), settings.method.normalization == "unit"
     if not chosen:
         chosen, settings = [POOLED], _pooled(settings, student, teacher)
 
