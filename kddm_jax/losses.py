@@ -45,10 +45,13 @@ NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
 DEFAULT_LAYER = "features"
 
 
-def _by_layer(features):
+def _by_layer(features, logits):
+    """Returns a network's layers, with its logits unless a layer has that name."""
+    layers = {} if logits is None else {"logits": logits}
     if features is None:
-        return {}
-    return features if isinstance(features, Mapping) else {DEFAULT_LAYER: features}
+        return layers
+    own = features if isinstance(features, Mapping) else {DEFAULT_LAYER: features}
+    return {**layers, **own}
 
 
 def _compared(features, terms, side, n):
@@ -414,8 +417,8 @@ def distill_loss(
     labels, read = _check_arrays(student_logits, labels, mask, num_classes)
     (student_logits,) = masks.zeroed(read.samples, student_logits)
     networks = {
-        "student": _by_layer(student_features),
-        "teacher": _by_layer(teacher_features),
+        "student": _by_layer(student_features, student_logits),
+        "teacher": _by_layer(teacher_features, teacher_logits),
     }
     check_tokens(read.tokens, networks)
     n = len(student_logits)

@@ -264,6 +264,32 @@ def test_only_compared_layers_are_used():
     simple(student, BATCH.y)
 
 
+@pytest.mark.parametrize("name", ["cka", "l2"])
+def test_logits_are_a_layer(name):
+    arrays = BATCH.x, BATCH.y, LABELS, BATCH.logits_x, BATCH.logits_y
+    term = Term(name, layers=("logits", "logits"), name=name)
+
+    @jax.jit
+    @jax.value_and_grad
+    def found(s):
+        return simple(*arrays[:3], s, arrays[4], distance=term)[1][name]
+
+    @jax.jit
+    @jax.value_and_grad
+    def expected(s):
+        return get_distance(name).fn(s, arrays[4])
+
+    chex.assert_trees_all_close(found(arrays[3]), expected(arrays[3]), rtol=1e-5)
+    # A layer of that name comes first.
+    own = {"logits": BATCH.x}, {"logits": BATCH.y}
+    _, terms = simple(*own, *arrays[2:], distance=term)
+    np.testing.assert_allclose(
+        terms[name], get_distance(name).fn(BATCH.x, BATCH.y), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="teacher_features has no layer 'logits'"):
+        simple(*arrays[:4], distance=term)
+
+
 def test_predictions_need_no_layer():
     """They need no layer and no normalization."""
     row = Distance(paired_l2, inputs=("logits",), promises=frozenset({"squared"}))
@@ -886,7 +912,7 @@ MESSAGES = {
     ),
     "student's layer": (
         {"x": LAYERED, "distance": [Term("l2", layers=("stem", "features"))]},
-        "student_features has no layer 'stem', only features, block",
+        "student_features has no layer 'stem', only logits, features, block",
     ),
     "teacher's layer": (
         {"y": {"maps": BATCH.y}},

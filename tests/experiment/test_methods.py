@@ -404,6 +404,16 @@ def test_features_alone_needs_maps_of_the_student():
         methods.check_choice_of_layers(settings, {**STUDENT, "maps": {}}, TEACHER)
 
 
+def test_logits_are_a_layer_without_a_projector():
+    line = ("--layers", "logits:logits", "a:p", "--projector", "conv")
+    method = make(*line, "--distances", "cka")
+    assert [term.layers for term in method.distance] == [("logits",) * 2, ("a", "p")]
+    assert {*method.projectors} == {"a"}
+    assert methods.teacher_layers(method) == ("p",)
+    with pytest.raises(UserError, match="detaches the student's logits"):
+        make(*line, "--distances", "feature_only")
+
+
 def test_dense_projector_of_maps_is_that_of_every_position():
     line = ("--layers", "a:p", "features:features", "--projector", "dense")
     method = make(*line, "--distances", "l2")
@@ -511,8 +521,8 @@ def test_own_distance_trains(own, tmp_path):
         (("--layers", "a"), ["--layers 'a'", "STUDENT:TEACHER"]),
         (("--layers", "a:p:-1"), ["--layers 'a:p:-1'"]),
         (("--layers", "a:p:x"), ["--layers 'a:p:x'"]),
-        (("--layers", "z:p"), ["student has no layer 'z'", "a, b, features"]),
-        (("--layers", "a:z"), ["teacher has no layer 'z'", "p, q, features"]),
+        (("--layers", "z:p"), ["student has no layer 'z'", "a, b, features, logits"]),
+        (("--layers", "a:z"), ["teacher has no layer 'z'", "p, q, features, logits"]),
         (("--layers", "a:p"), ["3 and 5", "--projector"]),
         ((), ["6 and 12", "--projector"]),
     ],

@@ -222,6 +222,7 @@ def test_a_placebo_is_another_run(tmp_path):
         ("nst", "nst compares maps"),
         ("l2 --layers stem:stem --positions each", "l2 compares maps"),
         ("feature_only --layers stem:stem", "feature_only compares maps"),
+        ("w2 --layers logits:logits", "w2 compares logits"),
         ("l2", None),
         ("w2 --layers features:features", None),
         ("feature_only --layers features:features", None),

@@ -172,7 +172,7 @@ def _projector(kind: str, x, y) -> nn.Module:
 
 
 def _check_layer(option: str, who: str, name: str, shapes: Shapes):
-    layers = layers_of(shapes)
+    layers = {**layers_of(shapes), "logits": shapes["logits"]}
     if name not in layers:
         raise UserError(
             f"{option}: the {who} has no layer {name!r}; it has {', '.join(layers)}"
@@ -187,7 +187,7 @@ def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
         of_student = _check_layer("--layers", "student", student, x)
         of_teacher = _check_layer("--layers", "teacher", teacher, y)
         terms.append(make_term(student, teacher, weight, of_teacher))
-        if settings.method.projector is not None:
+        if settings.method.projector is not None and student != "logits":
             kind = "dense" if len(of_student.shape) == 2 else settings.method.projector
             projectors[student] = _projector(kind, of_student, of_teacher)
     return tuple(terms), projectors
@@ -354,6 +354,11 @@ def _feature_only(settings, student, teacher):
             positions="each",
         )
 
+    if any(pair[0] == "logits" for pair in chosen):
+        raise UserError(
+            f"{FEATURE_ONLY} detaches the student's logits from its backbone, so that "
+            "they cannot teach it; take other --layers"
+        )
     terms, projectors = _terms(settings, chosen, term, student, teacher)
     head = settings.method.head or HEADS.get(settings.networks.student_model, ("fc",))
     if missing := sorted(set(head) - set(student["modules"])):
@@ -477,7 +482,7 @@ def teacher_layers(method: Method) -> tuple[str, ...]:
     if not isinstance(method.distance, tuple):
         return ()
     layers = {term.layers[1] for term in method.distance if term.layers}
-    return tuple(sorted(layers - {"features"}))
+    return tuple(sorted(layers - {"features", "logits"}))
 
 
 def apply_of(method: Method, apply: Callable) -> Callable:

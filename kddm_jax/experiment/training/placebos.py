@@ -53,6 +53,8 @@ def check(settings: Settings, name: str, method: methods.Method | None) -> None:
     compared = {kind for t in terms for kind in get_distance(t.distance).inputs}
     if method is None or methods.teacher_layers(method):
         compared.add("maps")
+    if any(t.layers and t.layers[1] == "logits" for t in terms):
+        compared.add("logits")
     if refused := sorted({"logits", "maps"} & compared):
         raise UserError(
             f"--placebo gaussian draws pooled features only, but {name} compares "
