@@ -43,11 +43,12 @@ NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 DEFAULT_LAYER = "features"
+LOGITS = "logits"  # the layer of the predictions
 
 
 def _by_layer(features, logits):
     """Returns a network's layers, with its logits unless a layer has that name."""
-    layers = {} if logits is None else {"logits": logits}
+    layers = {} if logits is None else {LOGITS: logits}
     if features is None:
         return layers
     own = features if isinstance(features, Mapping) else {DEFAULT_LAYER: features}
@@ -63,15 +64,22 @@ def _compared(features, terms, side, n):
         if _takes_layers(term) and not (index and term.bank)
     ]
     for layer in layers:
+        if layer == LOGITS and layer not in features:
+            raise ValueError(
+                f"a Term compares the layer {layer!r}, but {side}_logits is None; pass "
+                f"{side}_logits"
+            )
         if layer not in features:
-            found = f"only {', '.join(features)}" if features else "it is empty or None"
+            own = [name for name in features if name != LOGITS]
+            found = f"only {', '.join(own)}" if own else "it is empty or None"
             raise ValueError(
                 f"{side}_features has no layer {layer!r}, {found}; choose with "
                 "Term(..., layers=(student_key, teacher_key))"
             )
         if features[layer].shape[0] != n:
+            what = "logits" if layer == LOGITS else "features"
             raise ValueError(
-                f"{side}_features must have a row for each of the {n} labels, got "
+                f"{side}_{what} must have a row for each of the {n} labels, got "
                 f"{features[layer].shape[0]}; pass all arrays of the same batch"
             )
     return {layer: features[layer] for layer in layers}
@@ -347,7 +355,8 @@ def distill_loss(
         labels are float, ``[n, k]``, a probability for each class; distances that take
         labels use the most probable class, and a row of zeros means no label.
       student_logits: shape ``[n, k]``.
-      teacher_logits: shape ``[n, k]``; only distances of predictions need them.
+      teacher_logits: shape ``[n, k]``.  Distances of predictions and the layer
+        ``"logits"`` need them.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
         or a sequence of them.
       weight: lambda, ``>= 0``, which multiplies the sum of all terms.  If it is None,

@@ -38,8 +38,8 @@ class Term:
         sum of all terms.
       layers: ``(student_layer, teacher_layer)``, the layers to compare if features are
         mappings from layer name to array.  None compares ``"features"`` of both
-        networks, and ``"logits"`` names the logits.  Distances of predictions do not
-        need layers.
+        networks.  ``"logits"`` is the layer of the logits, unless another layer has
+        that name.  Distances of predictions do not need layers.
       options: keyword arguments of the distance, as a mapping; stored as sorted pairs.
       name: name of this term in the dict that `distill_loss` returns; None uses the key
         of the distance or the function's name.

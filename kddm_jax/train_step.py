@@ -168,9 +168,9 @@ def make_train_step(
       weight_schedule: optax schedule that gives the factor of lambda at each step.
         None means a factor of 1 at every step.
       head: names of the student's top modules that form its head.  Only the head learns
-        from the logits (from cross-entropy and distances of predictions), and all other
-        modules learn only from distances of features, as in arXiv 2511.14981.  None
-        trains all modules on the whole loss.
+        from the logits (from cross-entropy, distances of predictions and the layer
+        ``"logits"``), and all other modules learn only from distances of other layers,
+        as in arXiv 2511.14981.  None trains all modules on the whole loss.
       axis_name: name of the mapped axis; None for a single device without pmap.
       **loss_options: other arguments of `distill_loss`: ``task_weight``,
         ``normalization``, ``predicted_labels``, ``group_size``, ``solver``, ...

@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # filters each refusal's frames
+os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")  # of expected errors; slow
 # Tiny programs compile in three quarters of the time if they are not split. On jaxlib
 # 0.10 they compile in half of it without fusion emitters; later versions always use
 # these.
@@ -22,12 +22,14 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 flags = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*flags, *(f for f in FLAGS if f not in flags)])
-# A worker for each core keeps to its own, so that XLA starts no threads for others.
+# If there is a worker for each core, each is pinned to one core, and XLA starts threads
+# for that core only.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
 if hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) <= WORKERS:
     cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    worker = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")
+    if worker.isdigit():
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 gc.set_threshold(200_000, 20, 100)  # tracing makes many objects and few cycles
 # Next to xdist's workers, OpenBLAS's own threads turn a 1 ms SVD into 800 ms.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

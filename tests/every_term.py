@@ -76,6 +76,7 @@ TERMS = {
     "teacher": Term("mmd_linear", normalization="teacher"),
     "each": Term("w2_gaussian", layers=("maps", "maps"), positions="each"),
     "pool": Term("gram", layers=("maps", "maps")),
+    "logits": Term("mmd_rbf", layers=("logits", "logits")),
     "bank": Term("cw2", bank="bank", normalization="unit"),
     "bank of moments": Term("cw2_gaussian", bank="bank"),
 }

@@ -280,13 +280,19 @@ def test_logits_are_a_layer(name):
         return get_distance(name).fn(s, arrays[4])
 
     chex.assert_trees_all_close(found(arrays[3]), expected(arrays[3]), rtol=1e-5)
+    # Masked samples are left out, as of other layers.
+    kept = np.arange(N) % 3 != 0
+    spoilt = [np.where(kept[:, None], z, np.nan) for z in arrays[3:]]
+    _, terms = simple(*arrays[:3], *spoilt, distance=term, mask=kept)
+    cut = get_distance(name).fn(*(z[kept] for z in arrays[3:]))
+    np.testing.assert_allclose(terms[name], cut, rtol=1e-5)
     # A layer of that name comes first.
     own = {"logits": BATCH.x}, {"logits": BATCH.y}
     _, terms = simple(*own, *arrays[2:], distance=term)
     np.testing.assert_allclose(
         terms[name], get_distance(name).fn(BATCH.x, BATCH.y), rtol=1e-5
     )
-    with pytest.raises(ValueError, match="teacher_features has no layer 'logits'"):
+    with pytest.raises(ValueError, match="teacher_logits is None; pass teacher_logits"):
         simple(*arrays[:4], distance=term)
 
 
@@ -912,7 +918,7 @@ MESSAGES = {
     ),
     "student's layer": (
         {"x": LAYERED, "distance": [Term("l2", layers=("stem", "features"))]},
-        "student_features has no layer 'stem', only logits, features, block",
+        "student_features has no layer 'stem', only features, block",
     ),
     "teacher's layer": (
         {"y": {"maps": BATCH.y}},

@@ -67,6 +67,12 @@ def _check_distance(name):
     parts = parts_of(name)
     sums = f" in {name!r}" if len(parts) > 1 else ""
     whole = (FEATURE_ONLY, *PUBLISHED)
+    for one in whole:
+        _require(
+            name == one or f"+{one}+" not in f"+{name}+",
+            f"{name!r}: {one} is a whole method, not a distance, and cannot be part of "
+            "a sum; name it alone",
+        )
     known = ", ".join((*DISTANCES, *whole, "one of yours as module:NAME"))
     for part in parts:
         module, _, attribute = part.partition(":")
@@ -76,12 +82,6 @@ def _check_distance(name):
             f"unknown distance {part!r}{sums}; known: {known}",
         )
     _require(len(set(parts)) == len(parts), f"{name!r} names one distance twice")
-    for part in whole:
-        _require(
-            not sums or part not in parts,
-            f"{name!r}: {part} is a whole method, not a distance, and cannot be part "
-            "of a sum; name it alone",
-        )
 
 
 def _check_values(settings):

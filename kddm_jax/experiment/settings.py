@@ -141,8 +141,8 @@ class Method:
     weight: Annotated[float | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of every distance that --weights does not name. None uses the catalogue's
     default for --normalization (an error if there is none), or without normalization
-    1e-4, as in the released code. feature_only uses 10 with --normalization unit,
-    otherwise 1, and a published method 1."""
+    1e-4, as in the released code. feature_only uses 10 with --normalization unit and
+    otherwise 1. A published method uses 1."""
     weights: Annotated[dict[str, float] | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3. The distances of
     a sum are named one by one: for l2+kd, --weights l2 10 kd 1."""

@@ -19,6 +19,12 @@ from kddm_jax import data
 from kddm_jax.data import cache, images
 
 
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch):
+    """Decodes images by several threads, although a worker has one core."""
+    monkeypatch.setattr(images, "_usable_cores", lambda: 4)
+
+
 def pixels(seed, height=6, width=6, channels=3):
     rng = np.random.default_rng(seed)
     shape = (height, width, channels)[: 3 if channels > 1 else 2]

@@ -34,6 +34,7 @@ def network(width, blocks):
     }
 
 
+WIDE = network(2, (1, 1))  # the last maps are 4 x 4
 STUDENT, TEACHER = network(2, (1, 2, 1, 1)), network(3, (1, 3, 2, 1))
 
 
@@ -72,6 +73,9 @@ def test_wkd_compares_predictions_and_the_last_maps():
     logits, maps = method.distance
     assert (logits.weight, maps.weight) == (1.0, 1.0)
     assert dict(logits.options) == {"gamma": 10.0}
+    assert dict(maps.options) == {"grid": 1}  # maps of 1 x 1
+    _, wide = make("wkd", student=WIDE, teacher=network(3, (1, 1))).distance
+    assert dict(wide.options) == {"grid": 4}
     assert maps.layers == ("stage4_block1", "stage4_block1")
     assert {*method.projectors} == {"stage4_block1"}
     assert methods.needed_arrays("wkd") == ("class_cost",)
@@ -81,6 +85,7 @@ def test_wkd_compares_predictions_and_the_last_maps():
 def test_kdpp_projects_features_only_if_their_widths_differ(width):
     method = make("kd++", student=network(width, (1, 1)))
     assert [t.weight for t in method.distance] == [2.5, 1.0]
+    assert dict(method.distance[0].options) == {"temperature": 1.0}
     assert {*method.projectors} == ({"features"} if width == 2 else set())
     assert methods.needed_arrays("kd++") == ("class_means",)
 
@@ -95,6 +100,7 @@ def test_other_settings_do_not_change_a_published_method(name):
     assert weight_of(settings, name) == 1.0
     given = ["--dataset", "digits", "--distances", name, "--weights", name, "0.5"]
     assert weight_of(parse(given), name) == 0.5
+    assert methods.digest(name) == PUBLISHED[name].version
     assert not methods.normalizes(name)
     assert not embedding.ties_axes(name, settings)
     assert {*PUBLISHED[name].distances} <= {*DISTANCES}
@@ -102,21 +108,26 @@ def test_other_settings_do_not_change_a_published_method(name):
 
 
 def test_distance_of_a_published_method_is_the_sum_of_its_terms():
-    record = {"kd++@kd": 1.0, "kd++@kdpp": 2.0, "loss": 5.0}
+    names = [term.name for term in make("kd++").distance]
+    record = {**dict(zip(names, (1.0, 2.0), strict=True)), "loss": 5.0}
     assert records.distance_of(record, "kd++") == 3.0
 
 
-@pytest.mark.parametrize("name", ["fitnet", "wkd"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_method_is_no_part_of_a_sum(name):
     with pytest.raises(UserError, match="is a whole method, not a distance"):
         parse(["--dataset", "digits", "--distances", f"l2+{name}"])
+    with pytest.raises(UserError, match="is a whole method, not a distance"):
+        parse(["--dataset", "digits", "--distances", f"{name}+l2"])
 
 
 @pytest.mark.parametrize("name", ["fitnet", "wkd"])
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_a_network_without_maps_is_refused(name, who):
-    bare = {**STUDENT, "maps": {}}
-    with pytest.raises(UserError, match=f"{name} compares maps, but the {who} has non"):
+    bare = {**STUDENT, "maps": {"hidden": of(8, 16)}}
+    with pytest.raises(
+        UserError, match=f"{name} compares maps .*, but the {who} has non"
+    ):
         make(name, **{who: bare})
 
 

@@ -175,7 +175,9 @@ def _key(run, settings):
         return Key(name, rate=rate, unlabelled=unlabelled)
     if _compares(name, "features", "maps"):
         layers = " ".join(method["layers"] or ())
-        if method["projector"] and layers != RELEASED:
+        pairs = method["layers"] or ("features",)
+        projected = not all(pair.startswith("logits:") for pair in pairs)
+        if method["projector"] and layers != RELEASED and projected:
             layers = f"{layers} by a {method['projector']} projector".strip()
     if _compares(name, "features"):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.report.rows import MAY_DIFFER, check_settings
 from kddm_jax.experiment.report.table import machine
 
@@ -118,7 +119,8 @@ def _lines(columns, rows):
 
 
 def _title(name):
-    return DISTANCES[name].title if name in DISTANCES else name
+    known = {**DISTANCES, **PUBLISHED}
+    return known[name].title if name in known else name
 
 
 def _caption(choices, accuracy):
@@ -213,6 +215,7 @@ def _alone(choice):
 
 def _normalization(name, normalization):
     """Returns a normalization as the table shows it; users' modules are not read."""
-    if name in DISTANCES and "features" not in DISTANCES[name].inputs:
+    known = name in DISTANCES and "features" not in DISTANCES[name].inputs
+    if known or name in PUBLISHED:
         return "–"
     return "raw" if normalization is None else normalization

@@ -139,7 +139,9 @@ def digest(name: str) -> str | None:
     """Hashes the file of a user's distance, because an edited one is another run."""
     if name == FEATURE_ONLY:
         return FEATURE_ONLY_LOSS
-    if name in DISTANCES or name in PUBLISHED:
+    if name in PUBLISHED:
+        return PUBLISHED[name].version
+    if name in DISTANCES:
         return None
     if len(parts_of(name)) > 1:
         return "+".join(filter(None, map(digest, parts_of(name)))) or None
@@ -163,7 +165,7 @@ def layers_of(shapes: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _projector(kind: str, x, y) -> nn.Module:
     """Builds a projector from a student's layer to a teacher's."""
-    if len(x.shape) == 2:
+    if len(x.shape) < 4:
         return PROJECTORS["dense"](y.shape[-1])
     kind = "conv" if kind == "dense" else kind  # the same linear map of each position
     grid = tuple(y.shape[1:3]) if len(y.shape) == 4 else (1, 1)
@@ -455,7 +457,8 @@ def check(
         jax.eval_shape(loss, x, y, *logits, labels, known)
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
-        fix = ", that is --projector" if "projectors" in text else ""
+        projects = "projectors" in text and name not in PUBLISHED
+        fix = ", that is --projector" if projects else ""
         raise UserError(f"distance {name}: {text}{fix}") from error
 
 

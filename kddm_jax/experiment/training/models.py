@@ -186,6 +186,8 @@ def shapes(name: str, model: Network, image: tuple[int, ...], batch: int):
     try:
         features, logits, maps = jax.eval_shape(trace, jax.random.key(0), images)
         maps = {name: maps[name] for name in names}
+        if "logits" in maps:
+            raise ValueError('a map is named "logits", the name of the predictions')
         return {
             "features": features,
             "logits": logits,
