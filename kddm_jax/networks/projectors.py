@@ -41,7 +41,7 @@ class DenseProjector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps ``[n, d_student]`` to ``[n, features]``."""
+        """Maps ``[..., d_student]`` to ``[..., features]``."""
         dense = nn.Dense(self.features, use_bias=False, name="dense")
         return dense(as_float("x", x))
 

@@ -410,8 +410,19 @@ def test_logits_are_a_layer_without_a_projector():
     assert [term.layers for term in method.distance] == [("logits",) * 2, ("a", "p")]
     assert {*method.projectors} == {"a"}
     assert methods.teacher_layers(method) == ("p",)
+    with pytest.raises(UserError, match="10 and 12.*; logits are not projected, so"):
+        make("--layers", "logits:features", "--projector", "dense", name="l2")
     with pytest.raises(UserError, match="detaches the student's logits"):
         make(*line, "--distances", "feature_only")
+
+
+def test_tokens_are_projected_one_by_one():
+    tokens = lambda width: {**STUDENT, "maps": {"a": of(8, 5, width)}}
+    settings = parse(["--dataset", "digits", "--layers", "a:a", "--projector", "conv"])
+    pair = tokens(3), tokens(7)
+    method = methods.make(settings, "l2", *pair)
+    methods.check("l2", method, *pair, 8)
+    assert method.projectors["a"].features == 7
 
 
 def test_dense_projector_of_maps_is_that_of_every_position():

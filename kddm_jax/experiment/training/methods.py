@@ -113,9 +113,9 @@ def needed_arrays(name: str) -> tuple[str, ...]:
 
 def normalizes(name: str) -> bool:
     """Returns whether ``--normalization`` changes the features of a method."""
-    if name in (FEATURE_ONLY, *PUBLISHED):
-        return name == FEATURE_ONLY
-    return any("features" in row.inputs for row in entries(name))
+    if name == FEATURE_ONLY:
+        return True
+    return name not in PUBLISHED and any("features" in r.inputs for r in entries(name))
 
 
 def is_zero(name: str, normalization: str | None) -> bool:
@@ -190,7 +190,7 @@ def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
         of_teacher = _check_layer("--layers", "teacher", teacher, y)
         terms.append(make_term(student, teacher, weight, of_teacher))
         if settings.method.projector is not None and student != "logits":
-            kind = "dense" if len(of_student.shape) == 2 else settings.method.projector
+            kind = settings.method.projector
             projectors[student] = _projector(kind, of_student, of_teacher)
     return tuple(terms), projectors
 
@@ -457,8 +457,10 @@ def check(
         jax.eval_shape(loss, x, y, *logits, labels, known)
     except (ValueError, TypeError) as error:
         text = str(error).splitlines()[0]
-        projects = "projectors" in text and name not in PUBLISHED
-        fix = ", that is --projector" if projects else ""
+        fix = ", that is --projector" if "projectors" in text else ""
+        terms = method.distance if isinstance(method.distance, tuple) else ()
+        if fix and any(term.layers and term.layers[0] == "logits" for term in terms):
+            fix = "; logits are not projected, so name a layer of their width"
         raise UserError(f"distance {name}: {text}{fix}") from error
 
 
