@@ -1,6 +1,7 @@
 """Runs the benchmarks in their smallest setting, and tests what they write."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -20,15 +21,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@contextlib.contextmanager
 def all_cores():
-    """Returns a function that gives a process the cores of all workers, or None.
+    """Gives what starts inside it the cores of all workers.
 
-    A worker may be pinned to one core, on which PyTorch 2.13's CPU build crashes.
+    A worker may be pinned to one core, on which PyTorch 2.13's CPU build crashes. A
+    `preexec_fn` would fork, about which JAX warns.
     """
     if not hasattr(os, "sched_setaffinity"):
-        return None
-    cores = os.sched_getaffinity(os.getppid())  # of the process that starts workers
-    return lambda: os.sched_setaffinity(0, cores)
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    # The parent is the process that starts the workers.
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def run(command, json_file):
@@ -36,14 +45,14 @@ def run(command, json_file):
     # Programs run only twice, so compiling them without optimization halves the time.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes"
     script, *options = command.split()
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / script, *options, "--json", json_file],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=all_cores(),
-    )
+    with all_cores():
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / script, *options, "--json", json_file],
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(Path(json_file).read_text())
 
