@@ -40,7 +40,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-from distances import class_cost
+from distances import class_cost, class_means
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_step import TX, make_step, networks, none
@@ -129,6 +129,14 @@ def term_of(name: str, *models: resnet.ResNet) -> Term:
     )
 
 
+def teacher_data(width: int) -> dict[str, jax.Array]:
+    """Makes what distances need of a teacher besides its outputs."""
+    return {
+        "class_cost": class_cost(CLASSES),
+        "class_means": class_means(CLASSES, 8 * width),
+    }
+
+
 def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
     """Returns the lowered program of the steps, and the bytes of its state."""
     setting = Setting("cifar", args.width, args.batch_size, args.dtype)
@@ -156,13 +164,14 @@ def lower(name: str, devices: Sequence[jax.Device], args: argparse.Namespace):
     ]
     state = jax.eval_shape(lambda v: train_step.create_state(v, TX), variables[0])
     own = (len(devices), args.steps, args.batch_size // len(devices))
+    data = jax.eval_shape(partial(teacher_data, args.width))
     lowered = program.lower(
         abstract(state),
         abstract(variables[1]),
         abstract(jax.ShapeDtypeStruct((IMAGES, 32, 32, 3), jnp.uint8)),
         abstract(jax.ShapeDtypeStruct((IMAGES,), jnp.int32)),
         abstract(jax.ShapeDtypeStruct(own, jnp.int32), train_step.AXIS),
-        {"class_cost": abstract(jax.eval_shape(partial(class_cost, CLASSES)))},
+        abstract(data),
     )
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     return lowered, size

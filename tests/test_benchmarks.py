@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kddm_jax import DISTANCES
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 pytestmark = pytest.mark.skipif(
@@ -334,6 +336,13 @@ def test_the_step_compiled_ahead(ahead):
     few = ahead.measure("linear_projection", jax.devices()[:2], args)
     assert "n > d + 1" in few["note"]
     assert ahead.claims([few], 1e9, tall=False) == []
+
+
+def test_every_distance_has_its_teacher_data(ahead):
+    """Without it, a distance would be left out with a note."""
+    of_step = {"features", "maps", "logits", "labels", "key"}
+    needed = {name for row in DISTANCES.values() for name in row.inputs} - of_step
+    assert needed == set(ahead.teacher_data(width=2))
 
 
 def test_claims_about_compiled_programs(ahead):
