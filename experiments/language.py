@@ -47,6 +47,7 @@ from kddm_jax import (
     linear_projection,
     procrustes,
 )
+from kddm_jax.experiment.report import table as report
 from kddm_jax.losses import cross_entropy
 
 CHARACTERS = 128  # ASCII; any other character becomes "?"
@@ -531,14 +532,6 @@ def caption(args: argparse.Namespace, text: Mapping[str, np.ndarray]) -> str:
     )
 
 
-def markdown(results: Mapping[str, object]) -> str:
-    """Renders a table and its caption."""
-    line = lambda cells: "| " + " | ".join(cells) + " |\n"
-    head = line(results["columns"]) + "|---" * len(results["columns"]) + "|\n"
-    body = "".join(map(line, results["rows"]))
-    return f"{head}{body}\n{results['caption']} `{results['command']}`\n"
-
-
 # ---------------------------------------------------------------------------
 # The command.
 
@@ -633,11 +626,11 @@ def main(arguments: Sequence[str]) -> None:
     seconds = time.perf_counter() - began, time.process_time()
     results.update(zip(("seconds", "cpu_seconds"), seconds, strict=True))
     results["command"] = _command(arguments)
-    say("\n" + markdown(results))
+    say("\n" + report.markdown(results))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "language.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.out / "language.md").write_text(markdown(results))
+        (args.out / "language.md").write_text(report.markdown(results))
 
 
 if __name__ == "__main__":

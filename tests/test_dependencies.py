@@ -58,7 +58,7 @@ def test_every_dependency_has_its_row_and_no_other(heading):
 def test_the_core_is_what_the_losses_and_networks_need():
     core = {"jax", "flax", "optax", "ott-jax", "chex", "numpy"}
     assert set(names(PROJECT["dependencies"])) == core
-    assert "kddm-jax[experiments]" in EXTRAS["test"]
+    assert "kddm-jax[experiments,text]" in EXTRAS["test"]
 
 
 def test_every_extra_has_its_rows_and_no_other():

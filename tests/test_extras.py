@@ -8,7 +8,7 @@ import pytest
 
 from kddm_jax import checkpoint, data
 from kddm_jax.data.stream import reads, stream
-from kddm_jax.networks import weights
+from kddm_jax.networks import bert, weights
 
 INSTALL = 'pip install "kddm-jax\\[experiments\\]"'
 
@@ -58,6 +58,8 @@ def test_weights(without, tmp_path):
     message = f"^.safetensors needs safetensors.numpy: {INSTALL}$"
     with pytest.raises(ImportError, match=message):
         weights.load(tmp_path / "a.safetensors")
+    with pytest.raises(ImportError, match=message):
+        bert.load(tmp_path / "a.safetensors")
 
 
 # Packages of the extra that no package of the core depends on.
@@ -71,7 +73,8 @@ import kddm_jax.adapters, kddm_jax.checkpoint, kddm_jax.data.augment, kddm_jax.q
 import kddm_jax.probe
 import kddm_jax.data.stream, kddm_jax.networks.weights, kddm_jax.networks.surgery
 import kddm_jax.networks.mlp, kddm_jax.networks.mobilenet, kddm_jax.networks.vit
-import kddm_jax.networks.projectors, kddm_jax.train_step, kddm_jax.testing
+import kddm_jax.networks.projectors, kddm_jax.networks.bert
+import kddm_jax.train_step, kddm_jax.testing
 print("all")
 """
 

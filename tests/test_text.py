@@ -1,0 +1,207 @@
+"""Tests the experiment on sentences: its files, its batches, and its command."""
+
+import argparse
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+import text
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from kddm_jax.experiment import render
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.networks import bert
+
+COUNTS = """
+--teacher-sentences 40 --sentences 16 --held-out 20 --length 4 --batch 8 --layers 2 4
+--teacher-epochs 12 --steps 4 --teacher-lr 0.01 --lr 0.01 --seeds 0 1
+"""
+WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "the", "a"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny encoder with random weights, its tokenizer, and sentences."""
+    folder = tmp_path_factory.mktemp("text")
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = {"vocabulary": 8, "width": 8, "layers": 4, "heads": 2, "hidden": 8}
+    model = bert.BERT(**sizes, positions=6, dropout=0.0)
+    variables = model.init(jax.random.key(0), np.ones((1, 6), np.int32))
+    bert.save(folder / "model.safetensors", model, variables)
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(96):
+        label, noun = i % 2, rng.choice(["film", "plot"])
+        words = [rng.choice(["the", "a"]), "good" if label else "bad", noun]
+        lines.append(f"{' '.join(words[: rng.integers(2, 4)])}\t{label}\n")
+    (folder / "test.tsv").write_text("sentence\tlabel\n" + "".join(lines[:32]))
+    with gzip.open(folder / "train.tsv.gz", "wt") as file:
+        file.write("sentence\tlabel\n" + "".join(lines[32:]))
+    return folder
+
+
+@pytest.fixture
+def command(files, tmp_path):
+    options = ["--weights", files / "model.safetensors", "--train"]
+    options += [files / "train.tsv.gz", "--test", files / "test.tsv"]
+    options += ["--tokenizer", files / "tokenizer.json", "--out", tmp_path / "out"]
+    options += [
+        "--teacher-sentences",
+        "40",
+        "--sentences",
+        "16",
+        "--held-out",
+        "20",
+        "--length",
+        "4",
+    ]
+    options += [
+        "--batch",
+        "8",
+        "--layers",
+        "2",
+        "4",
+        "--teacher-epochs",
+        "12",
+        "--steps",
+        "4",
+    ]
+    options += ["--teacher-lr", "0.01", "--lr", "0.01", "--seeds", "0", "1"]
+    return [str(option) for option in options]
+
+
+# --------------------------------------------------------------------- sentences
+
+
+def test_both_kinds_of_tables_are_read(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('idx\tlabel\tsentence\n0\t1\ta "quote\n1\t0\tb\n')
+    assert text.read_rows(path) == [('a "quote', 1), ("b", 0)]
+    path.write_text("gj04\t1\t\tThe sailors.\nrhl07\t0\t*\tThe they.\n")
+    assert text.read_rows(path) == [("The sailors.", 1), ("The they.", 0)]
+
+
+@pytest.mark.parametrize(
+    "content", ["a b\n", "x\ty\tz\tw\n", "sentence\tlabel\na\tb\n"]
+)
+def test_other_tables_are_refused(content, tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text(content)
+    with pytest.raises(UserError, match="a.tsv has neither a header"):
+        text.read_rows(path)
+    with pytest.raises(UserError, match="cannot read"):
+        text.read_rows(tmp_path / "b.tsv")
+
+
+def test_the_parts_have_no_sentence_in_common(files):
+    args = argparse.Namespace(
+        train=files / "train.tsv.gz",
+        test=files / "test.tsv",
+        tokenizer=files / "tokenizer.json",
+        length=4,
+        teacher_sentences=40,
+        sentences=16,
+        held_out=20,
+    )
+    parts = text.split(args)
+    counts = [len(part.labels) for part in parts]
+    assert counts == [40, 16, 24, 20, 32]
+    assert np.all(parts.unlabelled.labels == -1)
+    teacher = np.concatenate([parts.student.tokens, parts.unlabelled.tokens])
+    np.testing.assert_array_equal(parts.teacher.tokens, teacher)
+    train = text.read(args.train, args).tokens
+    everything = np.concatenate([parts.teacher.tokens, parts.held_out.tokens])
+    assert sorted(map(tuple, everything)) == sorted(
+        map(tuple, train[np.random.default_rng(0).permutation(64)[:60]])
+    )
+    args.held_out = 30
+    with pytest.raises(UserError, match="has 64 sentences, but .* take 70"):
+        text.split(args)
+
+
+def test_half_of_a_batch_has_no_labels():
+    job = text.Job(steps=1, lr=0.1, batch=8, seed=0)
+    order = text.batches(6, 10, job)
+    rows = np.array([next(order) for _ in range(15)])
+    labelled, others = rows[:, :4], rows[:, 4:]
+    assert np.bincount(labelled.ravel()).tolist() == [10] * 6  # ten epochs
+    assert np.bincount(others.ravel()).tolist() == [0] * 6 + [6] * 10
+    alone = text.batches(6, 0, job)
+    assert np.bincount(next(alone), minlength=6).sum() == 8
+
+
+# --------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_students_learn_and_the_command_resumes(command, tmp_path, capsys):
+    command += ["--methods", "kd", "linear", "procrustes"]
+    assert text.main(command) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # Two students alone, KD, and two distances of two layers; two seeds.
+    assert len(results["runs"]) == 2 * (2 + 1 + 2 * 2)
+    assert results["teacher"] == 100  # the words decide the label
+    assert len(results["rows"]) == 8
+    scores = {run["method"]: run["score"] for run in results["runs"]}
+    assert scores["procrustes"] > 50
+    assert all(run["seconds"] > 0 for run in results["runs"])
+    table = render._rendered([tmp_path / "out" / "results.json"])
+    assert table in said
+    assert "teacher of 4 blocks, 40 labelled sentences" in table
+
+    before = (tmp_path / "out" / "teacher" / "model.safetensors").read_bytes()
+    assert text.main(command) == 0
+    assert "steps\n" not in capsys.readouterr().out.partition("|")[0]  # no training
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["runs"] == results["runs"]
+    assert (tmp_path / "out" / "teacher" / "model.safetensors").read_bytes() == before
+
+    assert text.main([*command, "--sentences", "10"]) == 2
+    assert "other settings (sentences)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
+    more = [
+        "--methods",
+        "kd",
+        "cka",
+        "--choose",
+        "1",
+        "1e9",
+        "--choose-lr",
+        "0.01",
+        "--metric",
+        "matthews",
+    ]
+    assert text.main([*command, *more]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {run["part"] for run in results["runs"]} == {"held_out"}
+    assert len(results["rows"]) == 1 + 2 * (1 + 2)
+    assert "Matthews" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 0", "--steps 0: choose at least 1"),
+        ("--sentences 40", "fewer than --teacher-sentences 40"),
+        ("--over cka=1", "'cka' is not a method"),
+    ],
+)
+def test_wrong_options(command, options, message, capsys):
+    with pytest.raises(SystemExit):
+        text.parse([*command, *options.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer_is_one_line(command, capsys, tmp_path):
+    assert text.main([*command, "--tokenizer", str(tmp_path / "no.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no.json does not exist; pass a tokenizer.json" in line
