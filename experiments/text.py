@@ -382,7 +382,7 @@ def train(
       FloatingPointError: loss or gradient is not finite.
     """
     model = start.model
-    variables = {"batch_stats": {}, **jax.tree.map(jnp.array, dict(start.variables))}
+    variables = jax.tree.map(jnp.array, dict(start.variables))
     if job.projected:
         shape = {"first": (1, model.width), "tokens": (1, 1, model.width)}[
             job.projected

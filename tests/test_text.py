@@ -3,6 +3,8 @@
 import argparse
 import gzip
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from kddm_jax.experiment import render
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.networks import bert
 
+ROOT = Path(__file__).resolve().parents[1]
 COUNTS = """
 --teacher-sentences 40 --sentences 16 --held-out 20 --length 4 --batch 8 --layers 2 4
 --teacher-epochs 12 --steps 4 --teacher-lr 0.01 --lr 0.01 --seeds 0 1
@@ -30,7 +33,7 @@ def files(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     sizes = {"vocabulary": 8, "width": 8, "layers": 4, "heads": 2, "hidden": 8}
-    model = bert.BERT(**sizes, positions=6, dropout=0.0)
+    model = bert.BERT(**sizes, positions=48, dropout=0.0)
     variables = model.init(jax.random.key(0), np.ones((1, 6), np.int32))
     bert.save(folder / "model.safetensors", model, variables)
     rng = np.random.default_rng(0)
@@ -73,6 +76,15 @@ def command(files, tmp_path):
     ]
     options += ["--teacher-lr", "0.01", "--lr", "0.01", "--seeds", "0", "1"]
     return [str(option) for option in options]
+
+
+@pytest.fixture(scope="module")
+def folder_of_a_classifier(files, tmp_path_factory):
+    """Hugging Face's folder of a fine-tuned teacher."""
+    folder = tmp_path_factory.mktemp("classifier")
+    bert.save(folder / "model.safetensors", *bert.load(files / "model.safetensors"))
+    (folder / "tokenizer.json").write_bytes((files / "tokenizer.json").read_bytes())
+    return folder
 
 
 # --------------------------------------------------------------------- sentences
@@ -205,3 +217,29 @@ def test_a_missing_tokenizer_is_one_line(command, capsys, tmp_path):
     assert text.main([*command, "--tokenizer", str(tmp_path / "no.json")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no.json does not exist; pass a tokenizer.json" in line
+
+
+# --------------------------------------------------------------------- the example
+
+
+@pytest.mark.slow
+def test_the_example(files, folder_of_a_classifier, monkeypatch, capsys):
+    folder = folder_of_a_classifier
+    _, *lines = (files / "test.tsv").read_text().splitlines()
+    labelled = [*lines[:30], *(line[:-1] + "-1" for line in lines[30:])]
+    (folder / "sentences.tsv").write_text("\n".join(labelled * 2))
+    example = ROOT / "examples" / "hugging_face.py"
+    assert len(example.read_text().splitlines()) < 80
+    line = [str(example), str(folder), str(folder / "sentences.tsv")]
+    monkeypatch.setattr("sys.argv", line)
+    runpy.run_path(str(example))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("step 10 of 10: {")
+    assert "'kd': " in last
+    assert "'procrustes@block2': " in last
+    student, variables = bert.load(folder / "student" / "model.safetensors")
+    teacher, own = bert.load(folder / "model.safetensors")
+    assert student == teacher.clone(layers=2)
+    place = "word_embeddings", "embedding"
+    before, after = (tree["params"][place[0]][place[1]] for tree in (own, variables))
+    assert 0 < np.max(np.abs(before - after)) < 0.01
