@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_pair
+from kddm_jax.numerics.grams import gram_norm, squared_difference
 from kddm_jax.numerics.linalg import (
     cross_nuclear_norm,
     matmul,
@@ -98,7 +99,8 @@ def feature_gram(
 
     .. math:: \|R_x R_x^\top - R_y R_y^\top\|_F^2
 
-    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher,
+    Cost: n² d; n d² if the widths are equal and n >= 2 d.  No array is ``[n, n]`` for
+    large n.  Gradient: that of the value.  Not for: small directions of the teacher,
     because squared inner products favour large directions more than `procrustes` does.
 
     Args:
@@ -126,7 +128,7 @@ def feature_gram(
     x, y, mask = _pair_of(x, y, mask)
     if unit_norm:
         x, y = normalized(x, mask), normalized(y, mask)
-    return jnp.sum((matmul(x, x.T) - matmul(y, y.T)) ** 2)
+    return squared_difference(x, x, y, y)
 
 
 def _u_centred(gram, mask):
@@ -158,9 +160,10 @@ def cka(
     .. math:: 1 - \frac{\|R_x^\top R_y\|_F^2}{\|R_x^\top R_x\|_F \|R_y^\top R_y\|_F}
               = \frac12 \Big\|\frac{K_x}{\|K_x\|_F} - \frac{K_y}{\|K_y\|_F}\Big\|_F^2
 
-    Cost: n² d.  Gradient: that of the value.  Not for: small directions of the teacher.
-    The largest directions dominate, so the value may be nearly zero for representations
-    of different geometry; `procrustes` and `feature_gram` distinguish those.
+    Cost: n² d; as `feature_gram` unless debiased, which holds arrays ``[n, n]``.
+    Gradient: that of the value.  Not for: small directions of the teacher.  The largest
+    directions dominate, so the value may be nearly zero for representations of
+    different geometry; `procrustes` and `feature_gram` distinguish those.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -195,17 +198,23 @@ def cka(
         raise ValueError(
             f"debiased=True needs at least 4 samples, got {n}; use debiased=False"
         )
+    x, y = normalized(x, mask), normalized(y, mask)
+    if not debiased:
+        x, y = _of_unit_gram(x), _of_unit_gram(y)
+        return squared_difference(x, x, y, y) / 2
     grams = []
-    for features in (normalized(x, mask), normalized(y, mask)):
+    for features in (x, y):
         gram = matmul(features, features.T)
-        if debiased:
-            gram = unit(
-                _u_centred(gram, mask), axis=(0, 1), floor=squared_rounding(gram)
-            )
-        else:
-            gram = unit(gram, axis=(0, 1))
-        grams.append(gram)
+        floor = squared_rounding(gram)
+        grams.append(unit(_u_centred(gram, mask), axis=(0, 1), floor=floor))
     return jnp.sum((grams[0] - grams[1]) ** 2) / 2
+
+
+def _of_unit_gram(x):
+    """Scales features so that the norm of ``x x^T`` is 1, unless they are zero."""
+    squares = gram_norm(x)
+    known = ~(squares <= jnp.finfo(x.dtype).tiny ** 0.5)  # true for NaN
+    return jnp.where(known, x, 0) / jnp.where(known, squares, 1) ** 0.25
 
 
 # At the minimum of mean (x W - y)^2 the residual E = x W - y is orthogonal to x, so a

@@ -13,6 +13,7 @@ import optax
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import as_released, check_number, check_pair
 from kddm_jax.numerics.divergence import divergence
+from kddm_jax.numerics.grams import squared_difference
 from kddm_jax.numerics.linalg import constant, matmul, safe_sqrt, unit
 
 
@@ -39,7 +40,8 @@ def similarity_preserving(
 
     The features are not centred.
 
-    Cost: n² d.  Gradient: that of the value.  Not for: features far from the origin
+    Cost: n² d; n d² if the widths are equal and n >= 2 d.  No array is ``[n, n]`` for
+    large n.  Gradient: that of the value.  Not for: features far from the origin
     (large means after a ReLU), whose inner products are nearly equal.
 
     Args:
@@ -67,8 +69,15 @@ def similarity_preserving(
     x, y, mask = _pair_of(x, y, mask)
     # A common factor of all features cancels.  Dividing by it avoids overflow.
     x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
-    gram_x, gram_y = (unit(matmul(z, z.T), axis=1) for z in (x, y))
-    return masks.mean_of_pairs(jnp.square(gram_x - gram_y), mask)
+    pairs = masks.size(mask, x) ** 2
+    return squared_difference(_of_unit_rows(x), x, _of_unit_rows(y), y) / pairs
+
+
+def _of_unit_rows(x):
+    """Scales the samples so that each row of ``_of_unit_rows(x) x^T`` has norm 1."""
+    squares = jnp.sum(matmul(x, matmul(x.T, x)) * x, axis=1, keepdims=True)
+    known = ~(squares <= jnp.finfo(x.dtype).tiny ** 0.5)  # true for NaN
+    return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
 
 
 def _log_conditionals(z, others):
