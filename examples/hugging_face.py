@@ -1,4 +1,4 @@
-"""Distils your own BERT classifier from Hugging Face into every second of its layers.
+"""Distils a BERT classifier from Hugging Face into every second one of its layers.
 
     pip install "kddm-jax[text]"
     python examples/hugging_face.py FOLDER SENTENCES
@@ -43,7 +43,7 @@ terms = (
     Term("procrustes", weight=10.0, layers=last, positions="each"),
     Term("kd", options={"temperature": 2.0}),
 )
-steps = EPOCHS * len(labels) // BATCH
+steps = max(EPOCHS * len(labels) // BATCH, 1)
 tx = optax.adamw(optax.linear_schedule(1e-4, 0.0, steps))
 networks = linen_apply(student), linen_apply(teacher)
 step = jax.jit(
@@ -57,7 +57,7 @@ step = jax.jit(
 state = create_state(variables, tx)
 order = np.random.default_rng(0)
 for i in range(steps):
-    rows = order.choice(len(labels), BATCH, replace=False)
+    rows = order.permutation(len(labels))[:BATCH]
     padding = bert.token_masks(tokens[rows], last)
     state, metrics = step(
         state, teacher_variables, tokens[rows], labels[rows], {}, padding

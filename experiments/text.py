@@ -17,13 +17,12 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
-import csv
 import functools
 import gzip
 import itertools
-import json
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +34,12 @@ import optax
 
 from kddm_jax import Term
 from kddm_jax.adapters import Outputs, linen_apply
-from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.machine.records import environment, write_json
+from kddm_jax.experiment.machine.errors import RunError, UserError
+from kddm_jax.experiment.machine.records import environment, read_json, write_json
 from kddm_jax.experiment.machine.terminal import answer_errors
 from kddm_jax.experiment.report import table as report
 from kddm_jax.experiment.report.accuracies import difference, gap_closed, spread
+from kddm_jax.experiment.study import only_one
 from kddm_jax.networks import bert
 from kddm_jax.networks.projectors import (
     DenseProjector,
@@ -48,6 +48,7 @@ from kddm_jax.networks.projectors import (
     projected_apply,
     without_projectors,
 )
+from kddm_jax.networks.torchvision import WeightsError
 from kddm_jax.train_step import create_state, known_outputs, make_train_step
 
 # ---------------------------------------------------------------------------
@@ -81,32 +82,44 @@ def read_rows(path: Path) -> list[tuple[str, int]]:
       Pairs of a sentence and its label.
 
     Raises:
-      UserError: the file is unreadable or has other columns.
+      UserError: the file is unreadable, or a line has other columns or no label.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with opened(path, "rt", encoding="utf-8", newline="") as file:
+            lines = [line.rstrip("\r\n").split("\t") for line in file]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    place, label = 3, 1
-    if rows and {"sentence", "label"} <= set(rows[0]):
-        place, label = rows[0].index("sentence"), rows[0].index("label")
-        rows = rows[1:]
-    try:
-        return [(row[place], int(row[label])) for row in rows]
-    except (IndexError, ValueError):
-        raise UserError(
-            f"{path} has neither a header with the columns sentence and label nor "
-            "CoLA's four columns; write it with tabs and such a header"
-        ) from None
+    place, label, first = 3, 1, 1
+    if lines and {"sentence", "label"} <= set(lines[0]):
+        place, label = lines[0].index("sentence"), lines[0].index("label")
+        lines, first = lines[1:], 2
+    rows = []
+    for number, line in enumerate(lines, first):
+        try:
+            rows.append((line[place], int(line[label])))
+        except (IndexError, ValueError):
+            rows.append(("", -1))
+        if rows[-1][1] < 0:
+            raise UserError(
+                f"{path}, line {number}: expected a sentence and a label from 0 up, "
+                f"got {line}; write a header with the columns sentence and label, or "
+                "CoLA's four columns, with tabs between them"
+            )
+    if not rows:
+        raise UserError(f"{path} has no sentences; pass a file with some")
+    return rows
 
 
 def read(path: Path, args: argparse.Namespace) -> Sentences:
-    """Reads sentences and turns them into tokens, at most ``--length`` each."""
+    """Reads sentences as tokens, at most ``--length`` each.
+
+    Raises:
+      UserError: a file is unreadable, or `tokenizers` is not installed.
+    """
     rows = read_rows(path)
     encode = _tokenizer(args.tokenizer, args.length)
-    tokens = [found.ids for found in encode([text for text, _ in rows])]
+    tokens = [found.ids for found in encode([sentence for sentence, _ in rows])]
     labels = np.array([label for _, label in rows], np.int32)
     return Sentences(np.array(tokens, np.int32), labels)
 
@@ -120,18 +133,23 @@ def _tokenizer(path, length):
         ) from None
     if not path.is_file():
         raise UserError(f"--tokenizer {path} does not exist; pass a tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # of this very class
+        raise UserError(f"--tokenizer {path} is not readable: {error}") from None
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=bert.PADDING)
     return tokenizer.encode_batch
 
 
 class Split(NamedTuple):
-    """Holds the sentences of an experiment; no two parts share a sentence.
+    """Holds the sentences of an experiment.
+
+    The parts of the teacher, of ``held_out`` and of ``test`` share no sentence.
 
     Attributes:
       teacher: labelled sentences of the teacher.
-      student: labelled sentences of the student, among the teacher's.
+      student: labelled sentences of the student, some of the teacher's.
       unlabelled: the teacher's other sentences, without their labels.
       held_out: sentences on which learning rates and lambdas are chosen.
       test: sentences of the tables.
@@ -145,13 +163,22 @@ class Split(NamedTuple):
 
 
 def split(args: argparse.Namespace) -> Split:
-    """Reads all sentences and draws the parts, the same ones for every seed."""
+    """Reads all sentences and draws the parts, the same ones for every seed.
+
+    Raises:
+      UserError: a file is unreadable or has too few sentences.
+    """
     train, test = read(args.train, args), read(args.test, args)
+    tokens = np.concatenate([test.tokens, train.tokens])
+    _, first = np.unique(tokens, axis=0, return_index=True)
+    new = np.sort(first[first >= len(test.tokens)]) - len(test.tokens)
+    train = train.take(new)
     count = args.teacher_sentences + args.held_out
     if len(train.labels) < count:
         raise UserError(
-            f"{args.train} has {len(train.labels)} sentences, but the teacher and "
-            f"--held-out take {count}; lower --teacher-sentences or --held-out"
+            f"{args.train} has {len(train.labels)} different sentences that are not in "
+            f"--test, but the teacher and --held-out take {count}; lower "
+            "--teacher-sentences or --held-out"
         )
     rows = np.random.default_rng(0).permutation(len(train.labels))
     held_out, rows = rows[: args.held_out], rows[args.held_out : count]
@@ -262,10 +289,7 @@ LAYERS = {"first": "first token", "tokens": "all tokens"}
 def terms(name: str, layer: str, weights: Mapping[str, float]) -> tuple[Term, ...]:
     """Makes the Terms of a method: a distance of hidden states, and KD."""
     method = METHODS[name]
-    if weights["kd"] > 0:
-        kd = (Term("kd", weight=weights["kd"], options={"temperature": 2.0}),)
-    else:
-        kd = ()
+    kd = (Term("kd", weight=weights["kd"], options={"temperature": 2.0}),)
     if method.distance is None:
         return kd
     term = Term(
@@ -390,6 +414,8 @@ def train(
         layer = {job.projected: jax.ShapeDtypeStruct(shape, jnp.float32)}
         projectors = projectors_of(model, job.projected)
         new = init_projectors(jax.random.key(job.seed), projectors, layer)
+        # Student and teacher begin with the same coordinates.
+        new = jax.tree.map(lambda kernel: jnp.eye(*kernel.shape), new)
         variables = add_projectors(variables, new)
     everything = labelled if unlabelled is None else _joined(labelled, unlabelled)
     tx, step = make_step(model, job.terms, job.projected, job.steps, job.lr)
@@ -425,47 +451,52 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def make_teacher(args: argparse.Namespace, parts: Split) -> Network:
-    """Fine-tunes the teacher, or reads one that was fine-tuned."""
-    classes = 1 + int(max(parts.teacher.labels.max(), parts.test.labels.max()))
-    if args.teacher:
-        return Network(*bert.load(args.teacher))
-    start = Network(*bert.load(args.weights, classes))
-    steps = args.teacher_epochs * len(parts.teacher.labels) // args.batch
-    job = Job(steps, args.teacher_lr, args.batch, seed=1000)
-    say(f"teacher: {start.model.layers} blocks, {steps} steps")
-    teacher, seconds = train(start, parts.teacher, job)
-    say(f"teacher: {seconds:.0f} s")
-    folder = args.out / "teacher"
-    folder.mkdir(parents=True, exist_ok=True)
-    bert.save(folder / "model.safetensors", *teacher)
-    return teacher
+def digest(path: Path) -> int:
+    """Returns a checksum of a file, and of ``config.json`` if it holds weights."""
+    content = path.read_bytes()
+    if path.suffix == ".safetensors" and path.with_name("config.json").exists():
+        content += path.with_name("config.json").read_bytes()
+    return zlib.crc32(content)
 
 
-# Settings that may differ between the runs of a folder: records have what they need.
-PER_RUN = ("out", "seeds", "methods", "teacher", "choose", "choose_lr", "over")
-PER_RUN += ("lr", "alone_lr", "steps")
+def read_network(path: Path, classes: int | None = None) -> Network:
+    """Reads an encoder; raises `UserError` if it is unreadable."""
+    try:
+        return Network(*bert.load(path, classes))
+    except WeightsError as error:
+        raise UserError(str(error)) from None
+
+
+# Settings that may differ between the runs of a folder; a record has what it needs.
+PER_RUN = {"out", "seeds", "methods", "choose", "choose_lr", "over", "steps"}
+PER_RUN |= {"lr", "alone_lr"}
 
 
 class Study:
     """Trains students of one teacher, and keeps their scores in a file."""
 
     def __init__(self, args: argparse.Namespace):
-        """Reads the sentences, the teacher and the runs that are already done."""
+        """Reads sentences, teacher and the runs that are done.
+
+        Raises:
+          UserError: a file is unreadable, or the folder has runs of other settings.
+        """
         self.args, self.parts = args, split(args)
-        self.file = args.out / "results.json"
+        self.file = args.out / "runs.json"
         self.settings = {
-            name: value.name if isinstance(value, Path) else value
+            name: digest(value) if isinstance(value, Path) else value
             for name, value in vars(args).items()
             if name not in PER_RUN
         }
         self.runs = self._done()
-        found = args.out / "teacher" / "model.safetensors"
-        if args.teacher is None and found.exists():
-            args.teacher = found
-        self.teacher = make_teacher(args, self.parts)
-        start = bert.take_layers(*self.teacher, args.layers)
-        self.start = Network(*start)
+        self._write()
+        self.teacher = self._teacher()
+        if max(args.layers) > self.teacher.model.layers:
+            raise UserError(
+                f"--layers {max(args.layers)}: the teacher has "
+                f"{self.teacher.model.layers} blocks; name some of them"
+            )
+        self.start = Network(*bert.take_layers(*self.teacher, args.layers))
         say("teacher: its outputs")
         sentences = _joined(self.parts.student, self.parts.unlabelled)
         self.outputs = outputs_of(self.teacher, sentences.tokens, layers=True)
@@ -473,65 +504,110 @@ class Study:
     def _done(self):
         if not self.file.exists():
             return []
-        stored = json.loads(self.file.read_text())
-        if stored["settings"] != json.loads(json.dumps(self.settings)):
-            differ = [k for k, v in self.settings.items() if stored["settings"][k] != v]
+        stored = read_json(self.file)
+        differ = [k for k, v in self.settings.items() if stored["settings"].get(k) != v]
+        if differ:
             raise UserError(
                 f"{self.file} has runs with other settings ({', '.join(differ)}); pass "
                 "another --out"
             )
         return stored["runs"]
 
+    def _write(self):
+        write_json(self.file, {"settings": self.settings, "runs": self.runs})
+
+    def _teacher(self):
+        """Reads the teacher, or fine-tunes the pretrained encoder."""
+        args, parts = self.args, self.parts
+        classes = 1 + int(max(p.labels.max() for p in (parts.teacher, parts.test)))
+        path = args.teacher or args.out / "teacher" / "model.safetensors"
+        if path.exists():
+            teacher = read_network(path)
+        else:
+            start = read_network(args.weights, classes)
+            self._check(start.model)
+            steps = args.teacher_epochs * len(parts.teacher.labels) // args.batch
+            job = Job(max(steps, 1), args.teacher_lr, args.batch, seed=1000)
+            say(f"teacher: {start.model.layers} blocks, {job.steps} steps")
+            try:
+                teacher, seconds = train(start, parts.teacher, job)
+            except FloatingPointError as error:
+                raise RunError(f"teacher: {error}; lower --teacher-lr") from None
+            say(f"teacher: {seconds:.0f} s")
+            path.parent.mkdir(exist_ok=True)
+            bert.save(path, *teacher)
+        self._check(teacher.model)
+        if teacher.model.num_classes < classes:
+            raise UserError(
+                f"the teacher has {teacher.model.num_classes} classes, but the "
+                f"sentences have {classes}; pass a teacher of these sentences"
+            )
+        return teacher
+
+    def _check(self, model):
+        if self.args.length > model.positions:
+            raise UserError(
+                f"--length {self.args.length}: the network has {model.positions} "
+                "positions; choose at most as many"
+            )
+
     def score(self, network: Network, part: str) -> float:
         """Measures a network on a part."""
         return score(network, getattr(self.parts, part), self.args.metric)
 
-    def student(self, name, layer, seed, part, *, weight=0.0, lr=None, times=1):
-        """Returns the record of a student, which is trained unless it is known."""
-        args = self.args
-        lr = lr or (args.alone_lr if name == "alone" else args.lr)
-        about = {
-            "method": name,
-            "layer": layer,
-            "seed": seed,
-            "weight": weight,
-            "lr": lr,
-        }
-        about |= {
-            "steps": times * args.steps,
-            "part": part,
-            "kd": self.kd(name, weight),
-        }
+    def student(
+        self,
+        name: str,
+        layer: str | None,
+        seed: int,
+        part: str,
+        *,
+        weight: float = 0.0,
+        lr: float | None = None,
+        times: int = 1,
+    ) -> dict[str, Any]:
+        """Returns the record of a student, which is trained unless it is known.
+
+        Args:
+          name: key of the method, or "alone".
+          layer: layer that is compared, a key of `LAYERS`, or None.
+          seed: seed of the run.
+          part: "held_out" or "test".
+          weight: lambda.
+          lr: peak learning rate; None takes that of the settings.
+          times: factor of the number of steps.
+
+        Returns:
+          The record; its "score" is None if the training diverged.
+        """
+        args, alone = self.args, name == "alone"
+        if lr is None:
+            lr = args.alone_lr if alone else args.lr
+        kd = weight if name == "kd" else 0.0 if alone else args.over["kd"]
+        about = {"method": name, "layer": layer, "seed": seed, "weight": weight}
+        about |= {"lr": lr, "steps": times * args.steps, "part": part, "kd": kd}
         for run in self.runs:
             if about.items() <= run.items():
                 return run
-        distilled = name != "alone"
-        weights = {name: weight, "kd": about["kd"]}
-        job = Job(
-            about["steps"],
-            *(lr, args.batch, seed),
-            terms=terms(name, layer, weights) if distilled else (),
-            projected=layer if distilled and METHODS[name].projected else None,
-        )
-        more = {"unlabelled": self.parts.unlabelled, "teacher": self.outputs}
-        try:
-            network, seconds = train(
-                self.start, self.parts.student, job, **(more if distilled else {})
+        job = Job(about["steps"], lr, args.batch, seed)
+        more = {}
+        if not alone:
+            job = job._replace(
+                terms=terms(name, layer, {name: weight, "kd": kd}),
+                projected=layer if METHODS[name].projected else None,
             )
+            more = {"unlabelled": self.parts.unlabelled, "teacher": self.outputs}
+        try:
+            network, seconds = train(self.start, self.parts.student, job, **more)
             found = self.score(network, part)
         except FloatingPointError:  # lambda or the learning rate is too large
-            found, seconds = 0.0, 0.0
+            found, seconds = None, 0.0
         run = {**about, "score": found, "seconds": seconds}
-        say(f"{title(run)}, seed {seed}, λ {weight:g}, lr {lr:g}: {found:.2f}")
+        said = "diverged" if found is None else f"{found:.2f}"
+        say(f"{title(run)}, seed {seed}, λ {weight:g}, learning rate {lr:g}: {said}")
         self.runs.append(run)
-        write_json(self.file, {"settings": self.settings, "runs": self.runs})
+        self._write()
         return run
-
-    def kd(self, name, weight):
-        """Returns the weight of KD in a method."""
-        if name == "alone":
-            return 0.0
-        return weight if name == "kd" else self.args.over["kd"]
 
 
 def title(run: Mapping[str, Any]) -> str:
@@ -551,62 +627,76 @@ def variants(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     return [*kd, *itertools.product(distances, LAYERS)]
 
 
+def scores_of(row: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Returns the scores of a row by seed; a run that diverged has none."""
+    return {run["seed"]: run["score"] for run in row if run["score"] is not None}
+
+
 def compare(study: Study) -> dict[str, Any]:
     """Trains all students with every seed, and makes the table."""
     args, rows = study.args, []
     for times in (1, 2):
-        alone = [
-            study.student("alone", None, s, "test", times=times) for s in args.seeds
-        ]
-        rows.append(alone)
+        options = {"part": "test", "times": times}
+        rows.append([study.student("alone", None, s, **options) for s in args.seeds])
     for name, layer in variants(args):
         weight = args.over[f"{name}@{layer}" if layer else name]
         options = {"part": "test", "weight": weight}
         rows.append([study.student(name, layer, s, **options) for s in args.seeds])
-    best = max(rows[:2], key=lambda row: np.mean([run["score"] for run in row]))
+    best = max(rows[:2], key=lambda row: np.mean([*scores_of(row).values()] or [0.0]))
     teacher = study.score(study.teacher, "test")
+    cells = functools.partial(_cells, best=best, teacher=teacher, study=study)
     return {
         "teacher": teacher,
         "columns": COLUMNS,
-        "rows": [
-            ("teacher", f"{teacher:.2f}", *[""] * 5),
-            *(_cells(row, best, teacher, len(study.parts.test.labels)) for row in rows),
-        ],
+        "rows": [("teacher", f"{teacher:.2f}", *[""] * 5), *map(cells, rows)],
     }
 
 
 COLUMNS = ("", "score", "difference to alone", "gap closed", "λ", "seeds", "seconds")
 
 
-def _cells(row, best, teacher, count):
-    scores = {run["seed"]: run["score"] for run in row}
-    alone = {run["seed"]: run["score"] for run in best}
-    closed = gap_closed(
-        float(np.mean([*scores.values()])), [*alone.values()], teacher, count
-    )
-    return (
-        title(row[0]),
-        spread([*scores.values()]),
-        "" if row is best else str(difference(scores, alone)),
-        "" if row is best else "–" if closed is None else f"{closed:.0f} %",
-        f"{row[0]['weight']:g}" if row[0]["weight"] else "",
-        str(len(row)),
-        f"{np.mean([run['seconds'] for run in row]):.0f}",
-    )
+def _cells(row, best, teacher, study):
+    scores, alone = scores_of(row), scores_of(best)
+    cells = ["diverged" if len(scores) < len(row) else "", "", ""]
+    if len(scores) == len(row):
+        cells[0] = spread([*scores.values()])
+    if row is not best and alone and len(scores) == len(row):
+        cells[1] = str(difference(scores, alone))
+        # A Matthews correlation has no binomial error, with which to tell a gap.
+        if study.args.metric == "accuracy":
+            count = len(study.parts.test.labels)
+            mean = float(np.mean([*scores.values()]))
+            closed = gap_closed(mean, [*alone.values()], teacher, count)
+            cells[2] = "–" if closed is None else f"{closed:.0f} %"
+    weight = f"{row[0]['weight']:g}" if row[0]["weight"] else ""
+    seconds = np.mean([run["seconds"] for run in row])
+    return (title(row[0]), *cells, weight, str(len(row)), f"{seconds:.0f}")
 
 
 def choose(study: Study) -> dict[str, Any]:
-    """Tries learning rates of the student alone and lambdas, on held-out sentences."""
+    """Tries learning rates and lambdas, on held-out sentences.
+
+    Learning rates are tried for both students alone, and for KD.
+    """
     args, rows = study.args, []
-    mean = lambda runs: f"{np.mean([run['score'] for run in runs]):.2f}"
-    for lr in args.choose_lr:
-        runs = [study.student("alone", None, s, "held_out", lr=lr) for s in args.seeds]
-        rows.append((f"student alone, lr {lr:g}", "", mean(runs)))
-    for (name, layer), weight in itertools.product(variants(args), args.choose):
-        options = {"part": "held_out", "weight": weight}
+
+    def add(name, layer, weight=0.0, **options):
+        options = {"part": "held_out", "weight": weight, **options}
         runs = [study.student(name, layer, s, **options) for s in args.seeds]
-        rows.append((title(runs[0]), f"{weight:g}", mean(runs)))
-    return {"columns": ("", "λ", "score on held-out sentences"), "rows": rows}
+        found = scores_of(runs)
+        mean = f"{np.mean([*found.values()]):.2f}" if len(found) == len(runs) else ""
+        shown = f"{weight:g}" if weight else "", f"{runs[0]['lr']:g}"
+        rows.append((title(runs[0]), *shown, mean or "diverged"))
+
+    for lr in args.choose_lr:
+        add("alone", None, lr=lr)
+        add("alone", None, lr=lr, times=2)
+        if "kd" in args.methods:
+            add("kd", None, args.over["kd"], lr=lr)
+    for (name, layer), weight in itertools.product(variants(args), args.choose):
+        add(name, layer, weight)
+    columns = ("", "λ", "learning rate", "score on held-out sentences")
+    return {"columns": columns, "rows": rows}
 
 
 def caption(study: Study) -> str:
@@ -619,17 +709,18 @@ def caption(study: Study) -> str:
         f"{len(parts.teacher.labels)} labelled sentences; students of its blocks "
         f"{', '.join(map(str, args.layers))}, {len(parts.student.labels)} labelled "
         f"sentences, distilled ones also {len(parts.unlabelled.labels)} without; "
-        f"{args.steps} steps of {args.batch} sentences. All seeds share one teacher. "
-        "Differences are paired by seed, with a 95 % interval, and refer to the better "
-        "of the students alone."
+        f"{args.steps} steps of {args.batch} sentences; learning rate "
+        f"{args.alone_lr:g} alone and {args.lr:g} distilled; λ of KD {args.over['kd']:g} in "
+        "sums. All seeds share one teacher and the same sentences. Differences are "
+        "paired by seed, with a 95 % interval, and refer to the better of the students alone."
     )
 
 
 # ---------------------------------------------------------------------------
 # The command.
 
-# Chosen on held-out sentences of SST-2.
-WEIGHTS = {"kd": 1.0, **{f"{name}@{at}": 1.0 for name in METHODS for at in LAYERS}}
+VARIANTS = [f"{name}@{layer}" for name in METHODS if name != "kd" for layer in LAYERS]
+WEIGHTS = dict.fromkeys(["kd", *VARIANTS], 1.0)  # not tuned; see --choose
 
 
 def _weight(text):
@@ -638,14 +729,21 @@ def _weight(text):
         raise argparse.ArgumentTypeError(
             f"{key!r} is not a method; write METHOD=LAMBDA of {', '.join(WEIGHTS)}"
         )
-    return key, float(number)
+    return key, _not_negative(number)
+
+
+def _not_negative(text):
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return number
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the command line; an error prints one line and exits with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     file = functools.partial(parser.add_argument, type=Path, metavar="FILE")
-    file("--weights", required=True, help="safetensors, with config.json beside it")
+    file("--weights", required=True, help="safetensors; config.json is in its folder")
     file("--tokenizer", required=True, help="tokenizer.json")
     file("--train", required=True, help="sentences and labels, .tsv or .tsv.gz")
     file("--test", required=True, help="sentences of the table")
@@ -664,7 +762,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     count("--teacher-epochs", default=3, help="(%(default)s)")
     count("--steps", default=150, help="updates of a student (%(default)s)")
     count("--seeds", nargs="+", default=[0], help="seeds of students (0)")
-    rate = functools.partial(parser.add_argument, type=float, metavar="RATE")
+    rate = functools.partial(parser.add_argument, type=_not_negative, metavar="RATE")
     rate("--teacher-lr", default=1e-4, help="peak learning rate (%(default)s)")
     rate("--lr", default=1e-4, help="of distilled students (%(default)s)")
     rate("--alone-lr", default=1e-4, help="of students alone (%(default)s)")
@@ -673,14 +771,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--methods", **known, default=list(METHODS), help=", ".join(METHODS) + " (all)")
     over = {"type": _weight, "nargs": "+", "metavar": "METHOD=LAMBDA", "default": []}
     add("--over", **over, help="use these lambdas instead")
-    grid = {"type": float, "nargs": "+", "metavar": "LAMBDA", "default": []}
+    grid = {"type": _not_negative, "nargs": "+", "metavar": "LAMBDA", "default": []}
     add("--choose", **grid, help="compare these lambdas on held-out sentences instead")
     args = parser.parse_args(arguments)
     args.over = {**WEIGHTS, **dict(args.over)}
-    for name in ("teacher_sentences", "sentences", "batch", "steps", "teacher_epochs"):
-        if getattr(args, name) < 1:
+    least = {"teacher_sentences": 1, "sentences": 1, "steps": 1, "teacher_epochs": 1}
+    least |= {"held_out": 1, "batch": 2, "length": 3}
+    for name, number in least.items():
+        if getattr(args, name) < number:
             option = name.replace("_", "-")
-            parser.error(f"--{option} {getattr(args, name)}: choose at least 1")
+            parser.error(f"--{option} {getattr(args, name)}: choose at least {number}")
+    if min(args.seeds) < 0 or min(args.layers) < 1:
+        parser.error("--seeds must be from 0 up, and --layers from 1 up")
     if args.sentences >= args.teacher_sentences:
         parser.error(
             f"--sentences {args.sentences} must be fewer than --teacher-sentences "
@@ -694,18 +796,17 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
 
     def work():
-        study = Study(args)
-        choosing = args.choose or args.choose_lr
-        results = (choose if choosing else compare)(study)
-        results |= {
-            "settings": study.settings,
-            "runs": study.runs,
-            "environment": environment(jax.devices()),
-            "caption": caption(study),
-        }
-        results["command"] = results["environment"]["command"]
-        write_json(study.file, results)
-        say("\n" + report.markdown(results))
+        args.out.mkdir(parents=True, exist_ok=True)
+        with only_one(args.out):
+            study = Study(args)
+            choosing = args.choose or args.choose_lr
+            results = (choose if choosing else compare)(study)
+            results |= {"runs": study.runs, "environment": environment(jax.devices())}
+            results["caption"] = caption(study)
+            results["command"] = results["environment"]["command"]
+            name = "choices.json" if choosing else "results.json"
+            write_json(args.out / name, results)
+            say("\n" + report.markdown(results))
 
     return answer_errors(work)
 

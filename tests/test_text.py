@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import itertools
 import json
 import runpy
 from pathlib import Path
@@ -21,7 +22,10 @@ COUNTS = """
 --teacher-sentences 40 --sentences 16 --held-out 20 --length 4 --batch 8 --layers 2 4
 --teacher-epochs 12 --steps 4 --teacher-lr 0.01 --lr 0.01 --seeds 0 1
 """
-WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "plot", "the", "a"]
+ADJECTIVES = ["bad", "good", "awful", "great"]  # with labels 0, 1, 0, 1
+NOUNS = ["film", "plot", "cast", "score", "tale", "role", "scene", "set", "song"]
+NOUNS += ["show", "star", "joke"]
+WORDS = ["[PAD]", "[UNK]", "the", "a", *ADJECTIVES, *NOUNS]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +36,21 @@ def files(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    sizes = {"vocabulary": 8, "width": 8, "layers": 4, "heads": 2, "hidden": 8}
+    sizes = {"vocabulary": len(WORDS), "width": 8, "layers": 4, "heads": 2, "hidden": 8}
     model = bert.BERT(**sizes, positions=48, dropout=0.0)
     variables = model.init(jax.random.key(0), np.ones((1, 6), np.int32))
     bert.save(folder / "model.safetensors", model, variables)
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(96):
-        label, noun = i % 2, rng.choice(["film", "plot"])
-        words = [rng.choice(["the", "a"]), "good" if label else "bad", noun]
-        lines.append(f"{' '.join(words[: rng.integers(2, 4)])}\t{label}\n")
+    lines = [
+        f"{article} {adjective} {noun}\t{i % 2}\n"
+        for article, (i, adjective), noun in itertools.product(
+            ("the", "a"), enumerate(ADJECTIVES), NOUNS
+        )
+    ]
+    np.random.default_rng(0).shuffle(lines)
     (folder / "test.tsv").write_text("sentence\tlabel\n" + "".join(lines[:32]))
     with gzip.open(folder / "train.tsv.gz", "wt") as file:
-        file.write("sentence\tlabel\n" + "".join(lines[32:]))
+        # A second time, and with the test sentences, which must be left out.
+        file.write("sentence\tlabel\n" + "".join(lines[32:] * 2 + lines[:32]))
     return folder
 
 
@@ -53,28 +59,7 @@ def command(files, tmp_path):
     options = ["--weights", files / "model.safetensors", "--train"]
     options += [files / "train.tsv.gz", "--test", files / "test.tsv"]
     options += ["--tokenizer", files / "tokenizer.json", "--out", tmp_path / "out"]
-    options += [
-        "--teacher-sentences",
-        "40",
-        "--sentences",
-        "16",
-        "--held-out",
-        "20",
-        "--length",
-        "4",
-    ]
-    options += [
-        "--batch",
-        "8",
-        "--layers",
-        "2",
-        "4",
-        "--teacher-epochs",
-        "12",
-        "--steps",
-        "4",
-    ]
-    options += ["--teacher-lr", "0.01", "--lr", "0.01", "--seeds", "0", "1"]
+    options += COUNTS.split()
     return [str(option) for option in options]
 
 
@@ -99,12 +84,18 @@ def test_both_kinds_of_tables_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["a b\n", "x\ty\tz\tw\n", "sentence\tlabel\na\tb\n"]
+    ("content", "message"),
+    [
+        ("a b\n", r"a.tsv, line 1: .* got \['a b'\]; write a header"),
+        ("sentence\tlabel\na\t1\nb\tgood\n", r"line 3: .*'good'"),
+        ("sentence\tlabel\na\t-1\n", "line 2: .*from 0 up"),
+        ("sentence\tlabel\n", "has no sentences"),
+    ],
 )
-def test_other_tables_are_refused(content, tmp_path):
+def test_other_tables_are_refused(content, message, tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text(content)
-    with pytest.raises(UserError, match="a.tsv has neither a header"):
+    with pytest.raises(UserError, match=message):
         text.read_rows(path)
     with pytest.raises(UserError, match="cannot read"):
         text.read_rows(tmp_path / "b.tsv")
@@ -126,13 +117,11 @@ def test_the_parts_have_no_sentence_in_common(files):
     assert np.all(parts.unlabelled.labels == -1)
     teacher = np.concatenate([parts.student.tokens, parts.unlabelled.tokens])
     np.testing.assert_array_equal(parts.teacher.tokens, teacher)
-    train = text.read(args.train, args).tokens
-    everything = np.concatenate([parts.teacher.tokens, parts.held_out.tokens])
-    assert sorted(map(tuple, everything)) == sorted(
-        map(tuple, train[np.random.default_rng(0).permutation(64)[:60]])
-    )
+    everything = [parts.teacher, parts.held_out, parts.test]
+    rows = np.concatenate([part.tokens for part in everything])
+    assert len(np.unique(rows, axis=0)) == len(rows) == 92
     args.held_out = 30
-    with pytest.raises(UserError, match="has 64 sentences, but .* take 70"):
+    with pytest.raises(UserError, match="has 64 different .* take 70"):
         text.split(args)
 
 
@@ -193,9 +182,10 @@ def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
         "matthews",
     ]
     assert text.main([*command, *more]) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "choices.json").read_text())
+    assert not (tmp_path / "out" / "results.json").exists()
     assert {run["part"] for run in results["runs"]} == {"held_out"}
-    assert len(results["rows"]) == 1 + 2 * (1 + 2)
+    assert len(results["rows"]) == 3 + 2 * (1 + 2)
     assert "Matthews" in capsys.readouterr().out
 
 
@@ -205,12 +195,29 @@ def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
         ("--steps 0", "--steps 0: choose at least 1"),
         ("--sentences 40", "fewer than --teacher-sentences 40"),
         ("--over cka=1", "'cka' is not a method"),
+        ("--over kd=-1", "-1 is not a number from 0 up"),
+        ("--held-out 0", "--held-out 0: choose at least 1"),
+        ("--batch 1", "--batch 1: choose at least 2"),
     ],
 )
 def test_wrong_options(command, options, message, capsys):
     with pytest.raises(SystemExit):
         text.parse([*command, *options.split()])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--weights no.safetensors", "no.safetensors: No such file or directory"),
+        ("--layers 2 5", "--layers 5: the teacher has 4 blocks"),
+        ("--length 49", "--length 49: the network has 48 positions"),
+    ],
+)
+def test_wrong_networks_are_one_line(command, files, options, message, capsys):
+    teacher = ["--teacher", str(files / "model.safetensors")]
+    assert text.main([*command, *teacher, *options.split()]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_missing_tokenizer_is_one_line(command, capsys, tmp_path):

@@ -26,7 +26,13 @@ from kddm_jax.networks.torchvision import Tensors, WeightsError
 from kddm_jax.numerics.promotion import implicit_promotion
 
 PADDING = 0  # the token [PAD]
-_normal = nn.initializers.normal(0.02)
+_init = nn.initializers.normal(0.02)
+
+
+def _norm(x: jax.Array, epsilon: float, dtype: Any, name: str) -> jax.Array:
+    # Half precision has too few digits for means of squares.
+    wide = np.promote_types(dtype, jnp.float32)
+    return nn.LayerNorm(epsilon=epsilon, dtype=wide, name=name)(x).astype(dtype)
 
 
 class _Block(nn.Module):
@@ -36,17 +42,19 @@ class _Block(nn.Module):
     hidden: int
     epsilon: float
     dropout: float
+    attention_dropout: float
     dtype: jax.typing.DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
         """Maps tokens `[b, t, c]` with a mask `[b, t]` to tokens of the same shape."""
         dropout = nn.Dropout(self.dropout, deterministic=not train)
-        dense = {"dtype": self.dtype, "kernel_init": _normal}
+        dense = {"dtype": self.dtype, "kernel_init": _init}
         attention = nn.MultiHeadDotProductAttention(
             self.heads,
             **dense,
-            dropout_rate=self.dropout,
+            dropout_rate=self.attention_dropout,
+            broadcast_dropout=False,
             deterministic=not train,
             force_fp32_for_softmax=True,
             name="attention",
@@ -56,12 +64,6 @@ class _Block(nn.Module):
         y = nn.Dense(self.hidden, **dense, name="mlp_in")(x)
         y = nn.Dense(x.shape[-1], **dense, name="mlp_out")(nn.gelu(y, False))
         return _norm(x + dropout(y), self.epsilon, self.dtype, "mlp_norm")
-
-
-def _norm(x: jax.Array, epsilon: float, dtype: Any, name: str) -> jax.Array:
-    # Half precision has too few digits for means of squares.
-    wide = np.promote_types(dtype, jnp.float32)
-    return nn.LayerNorm(epsilon=epsilon, dtype=wide, name=name)(x).astype(dtype)
 
 
 class BERT(nn.Module):
@@ -80,11 +82,11 @@ class BERT(nn.Module):
       layers: number of blocks.
       heads: number of heads of each attention; must divide `width`.
       hidden: number of channels of the perceptrons' hidden layers.
-      positions: longest sequence.
+      positions: length of the longest sequence.
       segments: number of segments; every token is in the first one.
-      epsilon: is added to the variances in LayerNorm.
-      dropout: probability with which training drops an activation, and a weight of
-        attention.
+      epsilon: number added to the variances in LayerNorm.
+      dropout: probability with which training drops an activation.
+      attention_dropout: probability with which training drops a weight of attention.
       dtype: dtype of the computation. Parameters, LayerNorm, features and logits are
         float32 at least; the softmax is float32.
 
@@ -107,6 +109,7 @@ class BERT(nn.Module):
     segments: int = 2
     epsilon: float = 1e-12
     dropout: float = 0.1
+    attention_dropout: float = 0.1
     dtype: jax.typing.DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
@@ -117,7 +120,7 @@ class BERT(nn.Module):
         if self.width % self.heads:
             raise ValueError(
                 f"heads must divide the {self.width} channels of a token, got "
-                f"{self.heads}; the file config.json beside the weights has their "
+                f"{self.heads}; config.json in the folder of the weights has their "
                 'number as "num_attention_heads"'
             )
 
@@ -152,7 +155,7 @@ class BERT(nn.Module):
         dropout = nn.Dropout(self.dropout, deterministic=not train)
 
         def table(size, name):
-            return nn.Embed(size, self.width, embedding_init=_normal, name=name)
+            return nn.Embed(size, self.width, embedding_init=_init, name=name)
 
         with implicit_promotion():  # Flax's attention and dropout need it
             x = table(self.vocabulary, "word_embeddings")(tokens)
@@ -160,12 +163,16 @@ class BERT(nn.Module):
             x += table(self.segments, "segment_embeddings")(jnp.zeros((), jnp.int32))
             x = dropout(_norm(x, self.epsilon, self.dtype, "embeddings_norm"))
             maps = {"embeddings": x}
-            options = self.heads, self.hidden, self.epsilon, self.dropout, self.dtype
             for i in range(1, self.layers + 1):
-                x = _Block(*options, name=f"block{i}")(x, mask, train=train)
+                block = _Block(
+                    *(self.heads, self.hidden, self.epsilon),
+                    *(self.dropout, self.attention_dropout, self.dtype),
+                    name=f"block{i}",
+                )
+                x = block(x, mask, train=train)
                 maps[f"block{i}"] = x
             wide = np.promote_types(self.dtype, jnp.float32)
-            dense = {"dtype": wide, "kernel_init": _normal}
+            dense = {"dtype": wide, "kernel_init": _init}
             first = x[:, 0].astype(wide)
             features = jnp.tanh(nn.Dense(self.width, **dense, name="pooler")(first))
             logits = nn.Dense(self.num_classes, **dense, name="classifier")(
@@ -227,25 +234,32 @@ def _their_name(path: str) -> str:
     return f"encoder.layer.{number}.{_BLOCK[part]}.{_SUFFIX[leaf]}"
 
 
+def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of their tensor for a parameter."""
+    if path.endswith("kernel"):
+        inputs = shape[:-1] if "/out/" in path else shape[:1]
+        return int(np.prod(shape)) // int(np.prod(inputs)), int(np.prod(inputs))
+    return (int(np.prod(shape)),) if path.endswith("bias") else shape
+
+
 def to_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Translates variables of `BERT` to the names of Hugging Face's `BertModel`.
+    """Translates variables to the names of `BertForSequenceClassification`.
 
     Args:
       variables: `{"params": ...}` of a `BERT`.
 
     Returns:
-      Tensors by name, with "classifier.weight" and "classifier.bias".
+      Tensors by name: "classifier.weight", "classifier.bias", and others with "bert.".
     """
     tensors = {}
     flat = traverse_util.flatten_dict(variables["params"], sep="/")
     for path, value in flat.items():
+        out = _their_shape(path, value.shape)
         value = np.asarray(value)
-        if path.endswith("kernel"):
-            inputs = value.shape[:-1] if "/out/" in path else value.shape[:1]
-            value = value.reshape(int(np.prod(inputs)), -1).T
-        elif path.endswith("bias"):
-            value = value.reshape(-1)
-        tensors[_their_name(path)] = np.ascontiguousarray(value)
+        value = value.reshape(out[::-1]).T if path.endswith("kernel") else value
+        name = _their_name(path)
+        prefix = "" if name.startswith("classifier.") else "bert."
+        tensors[prefix + name] = np.ascontiguousarray(value.reshape(out))
     return tensors
 
 
@@ -255,8 +269,8 @@ def from_tensors(
     """Makes a network and its variables from Hugging Face's tensors.
 
     Args:
-      tensors: tensors by name; a prefix "bert." is ignored, and so are tensors of other
-        heads.
+      tensors: tensors by name, with or without the prefix "bert."; tensors of other
+        heads are ignored.
       config: what `config.json` holds; "num_attention_heads" is required.
       num_classes: number of logits. None takes the classifier of the tensors.
         Otherwise, a classifier of another size or none at all becomes one of zeros.
@@ -268,41 +282,55 @@ def from_tensors(
       WeightsError: a tensor is missing or has another shape, or the config describes
         another kind of network.
     """
-    tensors = {name.removeprefix("bert."): value for name, value in tensors.items()}
+    tensors = {_modern(name): np.asarray(value) for name, value in tensors.items()}
     model = _model_of(tensors, config, num_classes)
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))
     flat = {}
     for path, leaf in traverse_util.flatten_dict(like["params"], sep="/").items():
-        name = _their_name(path)
+        name, shape = _their_name(path), _their_shape(path, leaf.shape)
         value = tensors.get(name)
-        size = int(np.prod(leaf.shape))
-        if name.startswith("classifier.") and (value is None or value.size != size):
-            value = np.zeros(size, np.float32)
+        other = value is None or value.shape != shape
+        if name.startswith("classifier.") and num_classes is not None and other:
+            value = np.zeros(shape, np.float32)
         if value is None:
             raise WeightsError(
                 f"the weights have no tensor {name}; they are not those of a BertModel "
                 "with a pooler"
             )
-        if value.size != size:
+        if value.shape != shape:
             raise WeightsError(
-                f"tensor {name} has shape {list(value.shape)}, which does not fit "
-                f"{list(leaf.shape)}; config.json and weights must be of one network"
+                f"tensor {name} has shape {list(value.shape)} and not {list(shape)}; "
+                "config.json and weights must be of one network"
             )
-        value = np.asarray(value, np.float32)
-        if path.endswith("kernel"):
-            value = value.T if value.ndim == 2 else value
-        flat[path] = value.reshape(leaf.shape)
+        value = value.T if path.endswith("kernel") else value
+        flat[path] = np.asarray(value, np.float32).reshape(leaf.shape)
     return model, {"params": traverse_util.unflatten_dict(flat, sep="/")}
+
+
+def _modern(name):
+    """Removes the prefix, and renames the LayerNorms of old files."""
+    name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+    return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+# What `BERT` computes. Other values describe another network.
+_CONFIG = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "pad_token_id": PADDING,
+}
 
 
 def _model_of(tensors, config, num_classes):
     """Recognizes the sizes of a network from the shapes of its tensors."""
-    kind, gelu = config.get("model_type", "bert"), config.get("hidden_act", "gelu")
-    if kind != "bert" or gelu != "gelu":
-        raise WeightsError(
-            f'config.json describes a {kind} with "{gelu}", but this network is a bert '
-            'with "gelu"; take weights of a BertModel'
-        )
+    for name, value in _CONFIG.items():
+        if (found := config.get(name, value)) != value:
+            raise WeightsError(
+                f"config.json has {name} {found!r}, but this network has {value!r}; "
+                "take weights of a BertModel"
+            )
     try:
         heads = config["num_attention_heads"]
         vocabulary, width = tensors["embeddings.word_embeddings.weight"].shape
@@ -332,11 +360,12 @@ def _model_of(tensors, config, num_classes):
         segments=segments,
         epsilon=config.get("layer_norm_eps", 1e-12),
         dropout=config.get("hidden_dropout_prob", 0.1),
+        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
     )
 
 
 def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, Any]]:
-    """Reads a safetensors file, and `config.json` beside it.
+    """Reads a safetensors file, and `config.json` in its folder.
 
     Args:
       path: path of the safetensors file.
@@ -353,9 +382,9 @@ def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, An
         from safetensors.numpy import load_file
 
     path = Path(path)
-    beside = path.with_name("config.json")
+    described = path.with_name("config.json")
     try:
-        config = json.loads(beside.read_text())
+        config = json.loads(described.read_text())
         tensors = load_file(path)
     except FileNotFoundError as error:
         raise WeightsError(
@@ -363,7 +392,9 @@ def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, An
             "network has model.safetensors and config.json"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"cannot read {path} and {beside.name}: {error}") from error
+        raise WeightsError(
+            f"cannot read {path} and {described.name}: {error}"
+        ) from error
     try:
         return from_tensors(tensors, config, num_classes)
     except WeightsError as error:
@@ -371,7 +402,9 @@ def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, An
 
 
 def save(path: Path, model: BERT, variables: Mapping[str, Any]) -> None:
-    """Writes a safetensors file, and `config.json` beside it, as `load` reads them.
+    """Writes a safetensors file, and `config.json` in its folder.
+
+    `load` reads them, and so does `BertForSequenceClassification` of Hugging Face.
 
     Args:
       path: path of the safetensors file.
@@ -382,26 +415,33 @@ def save(path: Path, model: BERT, variables: Mapping[str, Any]) -> None:
         from safetensors.numpy import save as encode
 
     path = Path(path)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(encode(to_tensors(variables), metadata={"format": "pt"}))
-    os.replace(partial, path)
+    labels = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
     config = {
+        **_CONFIG,
         "architectures": ["BertForSequenceClassification"],
-        "model_type": "bert",
         "vocab_size": model.vocabulary,
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "intermediate_size": model.hidden,
-        "hidden_act": "gelu",
         "max_position_embeddings": model.positions,
         "type_vocab_size": model.segments,
         "layer_norm_eps": model.epsilon,
         "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": model.dropout,
-        "pad_token_id": PADDING,
+        "attention_probs_dropout_prob": model.attention_dropout,
+        "id2label": labels,
+        "label2id": {label: int(i) for i, label in labels.items()},
     }
-    path.with_name("config.json").write_text(json.dumps(config, indent=1) + "\n")
+    written = json.dumps(config, indent=1).encode() + b"\n"
+    _write(path.with_name("config.json"), written)
+    _write(path, encode(to_tensors(variables), metadata={"format": "pt"}))
+
+
+def _write(path, content):
+    """Replaces a file at once, so that it is never half of one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def take_layers(

@@ -1,4 +1,4 @@
-"""Tests the BERT encoder: beside PyTorch's layers, its files, padding and sizes."""
+"""Tests the BERT encoder against PyTorch's layers, its files, padding and sizes."""
 
 import importlib.util
 import json
@@ -116,7 +116,9 @@ def test_it_is_the_network_of_pytorch(encoder, tmp_path):
 
     model, variables = encoder
     torch.manual_seed(0)
-    theirs = torch_encoder(bert.to_tensors(variables), model.heads, model.epsilon)
+    tensors = bert.to_tensors(variables)
+    tensors = {name.removeprefix("bert."): value for name, value in tensors.items()}
+    theirs = torch_encoder(tensors, model.heads, model.epsilon)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     bert.save(tmp_path / "model.safetensors", model, variables)  # for config.json
@@ -140,36 +142,42 @@ def test_a_file_is_read_as_it_was_written(encoder, tmp_path):
     bert.save(path, model, variables)
     again, read = bert.load(path)
     assert again == model
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert len(config["id2label"]) == len(config["label2id"]) == 4
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "config.json"}
     assert jax.tree.structure(read) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, read, variables)
 
 
 def test_names_are_those_of_hugging_face(encoder):
-    """The names of a BertForSequenceClassification of one block, without "bert."."""
+    """The names of a BertForSequenceClassification of one block."""
     model, variables = bert.take_layers(*encoder, [2])
     block = "attention.self.query attention.self.key attention.self.value "
     block += "attention.output.dense attention.output.LayerNorm intermediate.dense "
     block += "output.dense output.LayerNorm"
     modules = [f"encoder.layer.0.{name}" for name in block.split()]
-    modules += ["embeddings.LayerNorm", "pooler.dense", "classifier"]
+    modules += ["embeddings.LayerNorm", "pooler.dense"]
+    modules = [*(f"bert.{name}" for name in modules), "classifier"]
     expected = {f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias")}
     for name in ("word", "position", "token_type"):
-        expected.add(f"embeddings.{name}_embeddings.weight")
+        expected.add(f"bert.embeddings.{name}_embeddings.weight")
     tensors = bert.to_tensors(variables)
     assert set(tensors) == expected
-    assert tensors["encoder.layer.0.intermediate.dense.weight"].shape == (20, 12)
-    assert tensors["encoder.layer.0.attention.self.key.weight"].shape == (12, 12)
+    assert tensors["bert.encoder.layer.0.intermediate.dense.weight"].shape == (20, 12)
+    assert tensors["bert.encoder.layer.0.attention.self.key.weight"].shape == (12, 12)
 
 
-def test_prefix_and_other_heads_are_ignored(encoder):
+def test_names_without_a_prefix_and_other_heads(encoder):
+    """As in bert-base-uncased's file: other heads, and gamma and beta in LayerNorms."""
     model, variables = encoder
-    tensors = {
-        f"bert.{name}": value
-        for name, value in bert.to_tensors(variables).items()
-        if "classifier" not in name
-    }
+    tensors = {}
+    for name, value in bert.to_tensors(variables).items():
+        if "classifier" not in name:
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[old.removeprefix("bert.")] = value
     tensors["cls.predictions.bias"] = np.zeros(30)
-    tensors["bert.embeddings.position_ids"] = np.arange(9)
+    tensors["embeddings.position_ids"] = np.arange(9)
     other, read = bert.from_tensors(tensors, {"num_attention_heads": 3}, num_classes=2)
     assert other == model.clone(num_classes=2)
     assert not np.any(read["params"]["classifier"]["kernel"])
@@ -234,6 +242,16 @@ def test_dropout_needs_training_and_a_key(encoder):
     assert np.all(run(0, train=True) != run(1, train=True))
 
 
+def test_every_sentence_has_its_own_dropout(encoder):
+    """Also in attention, where Flax would drop the same weights for all of them."""
+    model, variables = encoder
+    model = model.clone(dropout=0.0, attention_dropout=0.5)
+    twice = jnp.stack([TOKENS[0], TOKENS[0]])
+    keys = {"dropout": jax.random.key(0)}
+    one, other = model.apply(variables, twice, train=True, rngs=keys).logits
+    assert np.all(one != other)
+
+
 def test_half_precision_is_close(encoder):
     model, variables = encoder
     whole = model.apply(variables, TOKENS)
@@ -265,14 +283,19 @@ def test_heads_divide_the_width():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, c: t.pop("pooler.dense.bias"), "no tensor pooler.dense.bias"),
+        (lambda t, c: t.pop("bert.pooler.dense.bias"), "no tensor pooler.dense.bias"),
         (lambda t, c: c.pop("num_attention_heads"), "found no num_attention_heads"),
         (lambda t, c: t.pop("classifier.weight"), "pass num_classes"),
-        (lambda t, c: c.update(model_type="distilbert"), "a distilbert"),
-        (lambda t, c: c.update(hidden_act="relu"), 'with "relu"'),
+        (lambda t, c: c.update(model_type="distilbert"), "model_type 'distilbert'"),
+        (lambda t, c: c.update(hidden_act="relu"), "hidden_act 'relu'"),
+        (lambda t, c: c.update(pad_token_id=1), "pad_token_id 1, but .* has 0"),
         (
-            lambda t, c: t.update({"pooler.dense.bias": np.zeros(5)}),
-            r"pooler.dense.bias has shape \[5\].*\[12\]",
+            lambda t, c: t.update({"bert.pooler.dense.bias": np.zeros(5)}),
+            r"pooler.dense.bias has shape \[5\] and not \[12\]",
+        ),
+        (
+            lambda t, c: t.update({"bert.pooler.dense.weight": np.zeros((6, 24))}),
+            r"pooler.dense.weight has shape \[6, 24\] and not \[12, 12\]",
         ),
     ],
 )
