@@ -130,7 +130,7 @@ def term_of(name: str, *models: resnet.ResNet) -> Term:
 
 
 def teacher_data(width: int) -> dict[str, jax.Array]:
-    """Makes the arrays that distances need from a teacher in addition to its outputs."""
+    """Makes the arrays of a teacher that distances need in addition to outputs."""
     return {
         "class_cost": class_cost(CLASSES),
         "class_means": class_means(CLASSES, 8 * width),

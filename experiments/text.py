@@ -709,10 +709,11 @@ def caption(study: Study) -> str:
         f"{len(parts.teacher.labels)} labelled sentences; students of its blocks "
         f"{', '.join(map(str, args.layers))}, {len(parts.student.labels)} labelled "
         f"sentences, distilled ones also {len(parts.unlabelled.labels)} without; "
-        f"{args.steps} steps of {args.batch} sentences; learning rate "
-        f"{args.alone_lr:g} alone and {args.lr:g} distilled; λ of KD {args.over['kd']:g} in "
-        "sums. All seeds share one teacher and the same sentences. Differences are "
-        "paired by seed, with a 95 % interval, and refer to the better of the students alone."
+        f"{args.steps} steps of {args.batch} sentences. Learning rate "
+        f"{args.alone_lr:g} alone and {args.lr:g} distilled; λ of KD in sums "
+        f"{args.over['kd']:g}. All seeds share one teacher and the same sentences. "
+        "Differences are paired by seed, with a 95 % interval, and refer to the better "
+        "of the students alone."
     )
 
 

@@ -242,6 +242,11 @@ def _their_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (int(np.prod(shape)),) if path.endswith("bias") else shape
 
 
+def _flat(variables: Any) -> dict[str, Any]:
+    """Returns the parameters by their paths."""
+    return dict(traverse_util.flatten_dict(variables["params"], sep="/"))
+
+
 def to_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Translates variables to the names of `BertForSequenceClassification`.
 
@@ -252,8 +257,7 @@ def to_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
       Tensors by name: "classifier.weight", "classifier.bias", and others with "bert.".
     """
     tensors = {}
-    flat = traverse_util.flatten_dict(variables["params"], sep="/")
-    for path, value in flat.items():
+    for path, value in _flat(variables).items():
         out = _their_shape(path, value.shape)
         value = np.asarray(value)
         value = value.reshape(out[::-1]).T if path.endswith("kernel") else value
@@ -286,7 +290,7 @@ def from_tensors(
     model = _model_of(tensors, config, num_classes)
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))
     flat = {}
-    for path, leaf in traverse_util.flatten_dict(like["params"], sep="/").items():
+    for path, leaf in _flat(like).items():
         name, shape = _their_name(path), _their_shape(path, leaf.shape)
         value = tensors.get(name)
         other = value is None or value.shape != shape
