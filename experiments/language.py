@@ -6,8 +6,7 @@
 A causal Transformer reads the sources of Python's standard library character by
 character.  A narrower student of half its depth learns from the same text and from the
 teacher's hidden states or predictions (geometry-aware distillation, arXiv 2509.25253).
-Every character is a sample: outputs are flattened from ``[b, t, ...]`` to
-``[b t, ...]``, which is all that `distill_loss` needs.
+Every character is a sample.
 """
 
 import os
@@ -266,14 +265,14 @@ def make_step(model, teacher, method, *, positions, steps, lr):
     pairs = layer_map(model.depth, teacher.depth) if method else []
 
     def loss_fn(params, teacher_params, text, weight, key):
-        inputs, labels = text[:, :-1], text[:, 1:].reshape(-1)
-        student, guide = per_character(model.apply(params, inputs)), Outputs(None, {})
+        inputs = text[:, :-1]
+        student, guide = model.apply(params, inputs), Outputs(None, {})
         if method:
-            guide = per_character(teacher.apply(teacher_params, inputs))
+            guide = teacher.apply(teacher_params, inputs)
         return distill_loss(
             student.layers,
             guide.layers,
-            labels,
+            text[:, 1:],  # the next characters; each of them is a sample
             student.logits,
             guide.logits,
             distance=method.terms(pairs, positions) if method else (),

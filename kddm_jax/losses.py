@@ -35,7 +35,13 @@ from kddm_jax.numerics.targets import (
     predict_labels,
     without_labels,
 )
-from kddm_jax.numerics.tokens import Mask, check_tokens, read_masks, tokens_of
+from kddm_jax.numerics.tokens import (
+    Mask,
+    all_tokens,
+    check_tokens,
+    read_masks,
+    tokens_of,
+)
 from kddm_jax.terms import Term, as_terms, check_options, lambda_of, term_name
 
 Features = jax.Array | Mapping[str, jax.Array]
@@ -292,7 +298,8 @@ def _check_arrays(student_logits, labels, mask, num_classes):
     """Checks the arrays that all terms share, and returns the labels and masks."""
     if student_logits.ndim != 2:
         raise ValueError(
-            f"student_logits must have shape [n, k], got {list(student_logits.shape)}"
+            "student_logits must have shape [n, k] or [n, t, k], got "
+            f"{list(student_logits.shape)}"
         )
     n, k = student_logits.shape
     mask = read_masks(mask, n)
@@ -354,7 +361,9 @@ def distill_loss(
         cross-entropy and by distances that take labels; other distances use them.  Soft
         labels are float, ``[n, k]``, a probability for each class; distances that take
         labels use the most probable class, and a row of zeros means no label.
-      student_logits: shape ``[n, k]``.
+      student_logits: shape ``[n, k]``.  With ``[n, t, k]``, as of a language model,
+        every token is a sample: labels, logits and layers start with ``[n, t]`` (other
+        layers cannot be compared), and the mask is ``[n, t]`` or ``[n]``.
       teacher_logits: shape ``[n, k]``.  Distances of predictions and the layer
         ``"logits"`` need them.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`
@@ -423,6 +432,12 @@ def distill_loss(
     lam = lambda_of(weight, distance, normalization)
     check_number("task_weight", task_weight, positive=False)
     student_logits = jnp.asarray(student_logits)
+    if student_logits.ndim == 3:
+        student = student_logits, _by_layer(student_features, None)
+        teacher = teacher_logits, _by_layer(teacher_features, None)
+        student, teacher, labels, mask = all_tokens(student, teacher, labels, mask)
+        student_logits, student_features = student
+        teacher_logits, teacher_features = teacher
     labels, read = _check_arrays(student_logits, labels, mask, num_classes)
     (student_logits,) = masks.zeroed(read.samples, student_logits)
     networks = {

@@ -20,6 +20,7 @@ from kddm_jax.numerics.tokens import (
     SAMPLES,
     Mask,
     read_masks,
+    samples_of_tokens,
     tokens_of,
     without_tokens,
 )
@@ -101,13 +102,16 @@ def _check_names(one_name, one, other_name, other):
         )
 
 
-def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
+def teach(
+    teacher_apply: Any, variables: Any, inputs: jax.Array, per_token: bool = False
+) -> Any:
     """Runs the teachers in evaluation mode.
 
     Args:
       teacher_apply: the teacher's apply function, a mapping of them, or None.
       variables: the teacher's variables, or a mapping of them.
       inputs: the images that the student sees.
+      per_token: whether every token is a sample, see `tokens.samples_of_tokens`.
 
     Returns:
       ``(layers, logits)`` of the teacher, or a mapping from names to such pairs.
@@ -115,14 +119,17 @@ def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
     if isinstance(teacher_apply, Mapping):
         _check_names("teacher_apply", teacher_apply, "teacher_variables", variables)
         return {
-            name: teach(apply, variables[name], inputs)
+            name: teach(apply, variables[name], inputs, per_token)
             for name, apply in teacher_apply.items()
         }
     if teacher_apply is None:
         return {}, None
     rngs = rngs_for(teacher_apply, None, None)
     outputs, _ = call(teacher_apply, variables, inputs, train=False, **rngs)
-    return layers_of(outputs), outputs.logits
+    logits, layers = outputs.logits, layers_of(outputs)
+    if per_token:
+        logits, layers = samples_of_tokens(logits, layers)
+    return layers, logits
 
 
 def seen(taught: Taught | Mapping[str, Taught], mask: Mask) -> list[jax.Array]:

@@ -4,7 +4,9 @@ import argparse
 import gzip
 import itertools
 import json
-import runpy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,11 +15,12 @@ import pytest
 import text
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import kddm_jax
 from kddm_jax.experiment import render
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.networks import bert
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(kddm_jax.__file__).parents[1]
 COUNTS = """
 --teacher-sentences 40 --sentences 16 --held-out 20 --length 4 --batch 8 --layers 2 4
 --teacher-epochs 12 --steps 4 --teacher-lr 0.01 --lr 0.01 --seeds 0 1
@@ -230,17 +233,22 @@ def test_a_missing_tokenizer_is_one_line(command, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_example(files, folder_of_a_classifier, monkeypatch, capsys):
+def test_the_example(files, folder_of_a_classifier):
     folder = folder_of_a_classifier
     _, *lines = (files / "test.tsv").read_text().splitlines()
     labelled = [*lines[:30], *(line[:-1] + "-1" for line in lines[30:])]
     (folder / "sentences.tsv").write_text("\n".join(labelled * 2))
     example = ROOT / "examples" / "hugging_face.py"
     assert len(example.read_text().splitlines()) < 80
-    line = [str(example), str(folder), str(folder / "sentences.tsv")]
-    monkeypatch.setattr("sys.argv", line)
-    runpy.run_path(str(example))
-    last = capsys.readouterr().out.splitlines()[-1]
+    done = subprocess.run(
+        [sys.executable, example, folder, folder / "sentences.tsv"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
     assert last.startswith("step 10 of 10: {")
     assert "'kd': " in last
     assert "'procrustes@block2': " in last

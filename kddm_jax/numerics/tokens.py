@@ -157,6 +157,104 @@ def mean_of_tokens(layer: jax.Array, tokens: jax.Array | None) -> jax.Array:
     return jnp.sum(without_tokens(layer, tokens), axis=1) / count[:, None]
 
 
+def samples_of_tokens(
+    logits: jax.Array, layers: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Makes every token a sample, if there are logits for each token.
+
+    Args:
+      logits: shape ``[n, t, k]``; other shapes are returned unchanged.
+      layers: layers ``[n, t, ...]`` by name; layers of other shapes are left out,
+        because they do not belong to tokens.
+
+    Returns:
+      Logits ``[n t, k]``, and layers ``[n t, ...]``.
+
+    Examples:
+      >>> logits, layers = jnp.zeros((2, 3, 5)), {"block": jnp.ones((2, 3, 4))}
+      >>> logits, layers = samples_of_tokens(logits, layers)
+      >>> logits.shape, layers["block"].shape
+      ((6, 5), (6, 4))
+    """
+    if jnp.ndim(logits) != 3:
+        return logits, dict(layers)
+    n, t, _ = logits.shape
+    kept = {name: a for name, a in layers.items() if a.shape[:2] == (n, t)}
+    flat = lambda a: a.reshape(n * t, *a.shape[2:])
+    return flat(logits), {name: flat(layer) for name, layer in kept.items()}
+
+
+def labels_of_tokens(
+    labels: jax.Array, mask: Mask, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the labels and the mask of all tokens, for `samples_of_tokens`.
+
+    Args:
+      labels: int ``[n, t]``, or soft labels, float ``[n, t, k]``.
+      mask: shape ``[n, t]``, or ``[n]`` for all tokens of a sequence, or None.
+      shape: ``(n, t)``.
+
+    Returns:
+      Labels ``[n t]`` or ``[n t, k]``, and a mask ``[n t]`` or None.
+
+    Raises:
+      ValueError: a shape is wrong, or the mask names layers.
+    """
+    n, t = shape
+    if labels.shape[:2] != shape:
+        raise ValueError(
+            f"labels must have shape [n, t]=[{n}, {t}], as logits [n, t, k] have, got "
+            f"{list(labels.shape)}; give each token a label, -1 for none"
+        )
+    labels = labels.reshape(n * t, *labels.shape[2:])
+    if mask is None:
+        return labels, None
+    if isinstance(mask, Mapping) or jnp.shape(mask) not in ((n,), (n, t)):
+        found = "a mapping" if isinstance(mask, Mapping) else list(jnp.shape(mask))
+        raise ValueError(
+            f"with logits [n, t, k], every token is a sample, so mask must have shape "
+            f"[n, t]=[{n}, {t}] or [n], got {found}; mark the tokens to compare"
+        )
+    mask = jnp.asarray(mask)
+    mask = mask if mask.ndim == 2 else mask[:, None]
+    return labels, jnp.broadcast_to(mask, (n, t)).reshape(n * t)
+
+
+Network = tuple[jax.Array | None, Mapping[str, jax.Array]]  # logits and layers
+
+
+def all_tokens(
+    student: Network, teacher: Network, labels: jax.Array, mask: Mask
+) -> tuple[Network, Network, jax.Array, jax.Array | None]:
+    """Makes every token a sample in all arrays of a loss.
+
+    Args:
+      student: logits ``[n, t, k]``, and layers by name.
+      teacher: logits of the same tokens, or None, and layers.
+      labels: as in `labels_of_tokens`.
+      mask: as in `labels_of_tokens`.
+
+    Returns:
+      The same arrays, with one leading axis of ``n t`` samples.
+
+    Raises:
+      ValueError: a shape is wrong, or the mask names layers.
+    """
+    shape = student[0].shape[:2]
+    labels, mask = labels_of_tokens(jnp.asarray(labels), mask, shape)
+    logits, layers = teacher
+    if logits is None:
+        _, layers = samples_of_tokens(jnp.zeros((*shape, 0)), layers)
+        return samples_of_tokens(*student), (None, layers), labels, mask
+    if jnp.ndim(logits) != 3 or logits.shape[:2] != shape:
+        raise ValueError(
+            f"teacher_logits must have shape [n, t, k]=[{shape[0]}, {shape[1]}, k], as "
+            f"student_logits do, got {list(jnp.shape(logits))}; pass those of the same "
+            "tokens"
+        )
+    return samples_of_tokens(*student), samples_of_tokens(*teacher), labels, mask
+
+
 def marked(
     mask: jax.Array | None, several: Sequence[jax.Array | None]
 ) -> jax.Array | None:
