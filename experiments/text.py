@@ -491,11 +491,6 @@ class Study:
         self.runs = self._done()
         self._write()
         self.teacher = self._teacher()
-        if max(args.layers) > self.teacher.model.layers:
-            raise UserError(
-                f"--layers {max(args.layers)}: the teacher has "
-                f"{self.teacher.model.layers} blocks; name some of them"
-            )
         self.start = Network(*bert.take_layers(*self.teacher, args.layers))
         say("teacher: its outputs")
         sentences = _joined(self.parts.student, self.parts.unlabelled)
@@ -521,7 +516,7 @@ class Study:
         args, parts = self.args, self.parts
         classes = 1 + int(max(p.labels.max() for p in (parts.teacher, parts.test)))
         path = args.teacher or args.out / "teacher" / "model.safetensors"
-        if path.exists():
+        if args.teacher or path.exists():
             teacher = read_network(path)
         else:
             start = read_network(args.weights, classes)
@@ -549,6 +544,17 @@ class Study:
             raise UserError(
                 f"--length {self.args.length}: the network has {model.positions} "
                 "positions; choose at most as many"
+            )
+        if max(self.args.layers) > model.layers:
+            raise UserError(
+                f"--layers {max(self.args.layers)}: the teacher has {model.layers} "
+                "blocks; name some of them"
+            )
+        largest = max(int(part.tokens.max()) for part in self.parts)
+        if largest >= model.vocabulary:
+            raise UserError(
+                f"--tokenizer gives token {largest}, but the network knows "
+                f"{model.vocabulary} tokens; pass the tokenizer of its weights"
             )
 
     def score(self, network: Network, part: str) -> float:
@@ -734,9 +740,12 @@ def _weight(text):
 
 
 def _not_negative(text):
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
     return number
 
 

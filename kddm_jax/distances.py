@@ -248,14 +248,14 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             feature_gram,
             title="feature Gram",
             weights=_either(1.0),
-            complexity="n d min(n, d)",
+            complexity="n² d",
             promises=_GEOMETRY,
         ),
         "cka": Distance(
             cka,
             title="CKA",
             weights=_either(1.0),
-            complexity="n d min(n, d)",
+            complexity="n² d",
             promises=_GEOMETRY,
         ),
         # RepDistiller's weight of FitNets, which learns its regressor.
@@ -271,7 +271,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
             similarity_preserving,
             title="SP",
             weights=_either(3000.0),
-            complexity="n d min(n, d)",
+            complexity="n² d",
             promises=frozenset({"zero", "symmetric", "rotation", "widths"}),
         ),
         # RepDistiller's weight for a mean over n² pairs; this is one over n = 64.

@@ -86,7 +86,8 @@ def _compared(features, terms, side, n):
             what = "logits" if layer == LOGITS else "features"
             raise ValueError(
                 f"{side}_{what} must have a row for each of the {n} labels, got "
-                f"{features[layer].shape[0]}; pass all arrays of the same batch"
+                f"{features[layer].shape[0]}; pass all arrays of the same batch, and "
+                "with logits [n, t, k] layers [n, t, ...]"
             )
     return {layer: features[layer] for layer in layers}
 
@@ -362,8 +363,8 @@ def distill_loss(
         labels are float, ``[n, k]``, a probability for each class; distances that take
         labels use the most probable class, and a row of zeros means no label.
       student_logits: shape ``[n, k]``.  With ``[n, t, k]``, as of a language model,
-        every token is a sample: labels, logits and layers start with ``[n, t]`` (other
-        layers cannot be compared), and the mask is ``[n, t]`` or ``[n]``.
+        every token is a sample: labels, logits and compared layers start with ``[n,
+        t]``, and the mask is ``[n, t]`` or ``[n]``.
       teacher_logits: shape ``[n, k]``.  Distances of predictions and the layer
         ``"logits"`` need them.
       distance: a key of `DISTANCES`, a `Distance`, a callable of ``(x, y)``, a `Term`

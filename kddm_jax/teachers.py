@@ -102,16 +102,13 @@ def _check_names(one_name, one, other_name, other):
         )
 
 
-def teach(
-    teacher_apply: Any, variables: Any, inputs: jax.Array, per_token: bool = False
-) -> Any:
+def teach(teacher_apply: Any, variables: Any, inputs: jax.Array) -> Any:
     """Runs the teachers in evaluation mode.
 
     Args:
       teacher_apply: the teacher's apply function, a mapping of them, or None.
       variables: the teacher's variables, or a mapping of them.
       inputs: the images that the student sees.
-      per_token: whether every token is a sample, see `tokens.samples_of_tokens`.
 
     Returns:
       ``(layers, logits)`` of the teacher, or a mapping from names to such pairs.
@@ -119,27 +116,36 @@ def teach(
     if isinstance(teacher_apply, Mapping):
         _check_names("teacher_apply", teacher_apply, "teacher_variables", variables)
         return {
-            name: teach(apply, variables[name], inputs, per_token)
+            name: teach(apply, variables[name], inputs)
             for name, apply in teacher_apply.items()
         }
     if teacher_apply is None:
         return {}, None
     rngs = rngs_for(teacher_apply, None, None)
     outputs, _ = call(teacher_apply, variables, inputs, train=False, **rngs)
-    logits, layers = outputs.logits, layers_of(outputs)
-    if per_token:
-        logits, layers = samples_of_tokens(logits, layers)
-    return layers, logits
+    return layers_of(outputs), outputs.logits
 
 
-def seen(taught: Taught | Mapping[str, Taught], mask: Mask) -> list[jax.Array]:
+def seen(
+    taught: Taught | Mapping[str, Taught],
+    mask: Mask,
+    shape: tuple[int, int] | None = None,
+) -> list[jax.Array]:
     """Lists the features, if there are any, and the logits of all teachers.
 
     Args:
       taught: from `teach`.
       mask: as in `distill_loss`; where it is zero, the arrays are zero.
+      shape: ``(n, t)`` if every token is a sample, with a mask ``[n t]``.
     """
     every = [*taught.values()] if isinstance(taught, Mapping) else [taught]
+    if shape is not None:
+        flat = [samples_of_tokens((logits, layers), shape) for layers, logits in every]
+        of_tokens = lambda a: len(a) == shape[0] * shape[1]
+        every = [
+            ({name: a for name, a in layers.items() if of_tokens(a)}, logits)
+            for logits, layers in flat
+        ]
     read = read_masks(mask, len(jax.tree.leaves(every)[0]))
     arrays = []
     for layers, logits in every:

@@ -38,8 +38,8 @@ from kddm_jax.numerics.devices import accuracy_of, average_state
 from kddm_jax.numerics.gradients import all_finite, gradients, updates_of
 from kddm_jax.numerics.mixing import Mix, mix_batch
 from kddm_jax.numerics.promotion import implicit_promotion
-from kddm_jax.numerics.targets import class_labels, is_soft, without_labels
-from kddm_jax.numerics.tokens import labels_of_tokens, read_masks, samples_of_tokens
+from kddm_jax.numerics.targets import class_labels, without_labels
+from kddm_jax.numerics.tokens import labels_of_tokens, read_masks
 from kddm_jax.teachers import check_teachers, loss_of, rngs_for, seen, teach
 
 Variables = Mapping[str, Any]  # nested by module, which Python's types cannot express
@@ -178,8 +178,8 @@ def make_train_step(
     Returns:
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
       (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, this device's share;
-      labels, ``teacher_data`` and ``mask`` are as in `distill_loss`; labels ``[b, t]``
-      make every token a sample.  Metrics are
+      labels, ``teacher_data`` and ``mask`` are as in `distill_loss`; with
+      logits ``[b, t, k]`` every token is a sample.  Metrics are
       scalars, equal on all devices: ``loss``; each term; ``accuracy`` on the global
       batch's labelled images before the update; ``finite``, which is False if loss or
       gradient is not finite (the step then returns the old state); and with a teacher
@@ -196,14 +196,12 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = augment_batch(augment, key, images, axis_name)
         labels = jnp.asarray(labels)
-        per_token = labels.ndim - is_soft(labels) == 2
-        if per_token:
-            labels, mask = labels_of_tokens(labels, mask, labels.shape[:2])
-        if mask is not None and labels.ndim > 0:
+        soft = jnp.issubdtype(labels.dtype, jnp.floating)
+        if mask is not None and labels.ndim - soft == 1:
             labels = without_labels(labels, read_masks(mask, len(labels)).samples)
         if mix is not None:
             inputs, labels = mix_batch(mix, key, inputs, labels, axis_name)
-        guide = teach(teacher_apply, teacher_variables, inputs, per_token)
+        guide = teach(teacher_apply, teacher_variables, inputs)
         lam = state.weight if weight is None else weight
         if weight_schedule is not None:
             with implicit_promotion():
@@ -213,8 +211,7 @@ def make_train_step(
             variables = {"params": params, "batch_stats": state.batch_stats}
             rngs = rngs_for(student_apply, key, axis_name)
             outputs, new = call(student_apply, variables, inputs, train=True, **rngs)
-            found = outputs.logits, layers_of(outputs)
-            return samples_of_tokens(*found) if per_token else found, new
+            return (outputs.logits, layers_of(outputs)), new
 
         def objective(outputs):
             return loss_of(
@@ -236,10 +233,16 @@ def make_train_step(
             grads = jax.lax.pmean(grads, axis_name)
             batch_stats = average_state(batch_stats, axis_name)
         new, finite = _update(tx, state, batch_stats, loss, grads)
+        shape = None
+        if logits.ndim == 3:  # every token is a sample, as in the loss
+            shape = logits.shape[:2]
+            logits = logits.reshape(-1, logits.shape[2])
+            labels, mask = labels_of_tokens(labels, mask, shape)
+            labels = without_labels(labels, mask)
         accuracy = accuracy_of(logits, class_labels(labels), axis_name)
         metrics = {"loss": loss, **terms, "accuracy": accuracy, "finite": finite}
         if teacher_apply is not None:
-            metrics["teacher_finite"] = all_finite(seen(guide, mask), axis_name)
+            metrics["teacher_finite"] = all_finite(seen(guide, mask, shape), axis_name)
         return new, metrics
 
     return step

@@ -83,39 +83,53 @@ def test_soft_labels_and_features_alone(arrays):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_step_is_that_of_flat_outputs(arrays, masked):
-    networks, labels, mask = arrays
-    mask = mask if masked else None
+def step_of(networks, labels, mask, shape=lambda a: a, terms=TERMS):
+    """Runs a step whose student returns its parameters, in some shape."""
     (x, s), (y, t) = networks
-    start = {"block": x["block"], "logits": s}
+
+    def student(variables, tokens, *, train):
+        params = jax.tree.map(shape, variables["params"])
+        return Outputs(params["logits"], None, {"block": params["block"]}), {}
+
     tx = optax.sgd(0.1)
+    step = make_train_step(
+        *(student, known_outputs, tx),
+        augment=lambda key, tokens: tokens,
+        distance=terms,
+        axis_name=None,
+    )
+    state = create_state({"params": {"block": x["block"], "logits": s}}, tx)
+    features = jnp.ones((N, 7)) if labels.shape[:2] == (N, T) else None
+    teacher = Outputs(t, features, {"block": y["block"]})
+    inputs = jnp.zeros(labels.shape[:1])
+    return jax.jit(step)(state, teacher, inputs, labels, {}, mask)
 
-    def step_of(shape, labels, mask, y, t):
-        def student(variables, tokens, *, train):
-            params = jax.tree.map(shape, variables["params"])
-            maps = {"block": params["block"]}
-            return Outputs(params["logits"], None, maps), {}
 
-        step = make_train_step(
-            *(student, known_outputs, tx),
-            augment=lambda key, tokens: tokens,
-            distance=TERMS,
-            axis_name=None,
-        )
-        state = create_state({"params": start}, tx)
-        teacher = Outputs(t, None, {"block": y})
-        inputs = jnp.zeros(labels.shape[:1])
-        return jax.jit(step)(state, teacher, inputs, labels, {}, mask)
-
-    found = step_of(lambda a: a, labels, mask, y["block"], t)
-    flat_arrays = map(flat, (labels, mask, y["block"], t))
-    wanted = step_of(flat, *flat_arrays)
+@pytest.mark.parametrize("kind", ["plain", "masked", "soft", "no logits"])
+def test_the_step_is_that_of_flat_outputs(arrays, kind):
+    (student, (y, t)), labels, mask = arrays
+    mask = None if kind == "plain" else mask
+    t = None if kind == "no logits" else t
+    if kind == "soft":
+        labels = jax.nn.one_hot(labels, K)
+    terms = TERMS[1:] if kind == "no logits" else TERMS
+    found = step_of((student, (y, t)), labels, mask, terms=terms)
+    teacher = flat({"block": y["block"]}), flat(t)
+    options = {"shape": flat, "terms": terms}
+    wanted = step_of((student, teacher), flat(labels), flat(mask), **options)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, found[0].params, wanted[0].params)
     jax.tree.map(close, found[1], wanted[1])
     assert found[1]["finite"]
     assert found[1]["teacher_finite"]
+
+
+def test_the_step_sees_a_teacher_that_is_not_finite(arrays):
+    (student, (y, t)), labels, mask = arrays
+    for hidden, finite in ((~mask, True), (mask, False)):
+        broken = jnp.where(hidden[..., None], jnp.nan, t)
+        _, metrics = step_of((student, (y, broken)), labels, mask)
+        assert metrics["teacher_finite"] == finite
 
 
 @pytest.mark.parametrize(
@@ -125,7 +139,7 @@ def test_the_step_is_that_of_flat_outputs(arrays, masked):
         ({"mask": jnp.ones((N, 5))}, r"mask must have shape .*got \[4, 5\]"),
         ({"mask": {"block": jnp.ones((N, T))}}, "got a mapping"),
         ({"teacher": jnp.ones((N, 3, K))}, r"teacher_logits .*got \[4, 3, 5\]"),
-        ({"layer": "pooled"}, "no layer 'pooled'"),
+        ({"layer": "pooled"}, r"student_features must .* \[n, t, \.\.\.\]"),
     ],
 )
 def test_wrong_arrays(arrays, change, message):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import text
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kddm_jax
@@ -198,7 +199,8 @@ def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
         ("--steps 0", "--steps 0: choose at least 1"),
         ("--sentences 40", "fewer than --teacher-sentences 40"),
         ("--over cka=1", "'cka' is not a method"),
-        ("--over kd=-1", "-1 is not a number from 0 up"),
+        ("--over kd=-1", "'-1' is not a number from 0 up"),
+        ("--lr fast", "'fast' is not a number from 0 up"),
         ("--held-out 0", "--held-out 0: choose at least 1"),
         ("--batch 1", "--batch 1: choose at least 2"),
     ],
@@ -209,17 +211,34 @@ def test_wrong_options(command, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def _headless(files):
+    """Writes an encoder without its classifier."""
+    tensors = load_file(files / "model.safetensors")
+    kept = {name: a for name, a in tensors.items() if "classifier" not in name}
+    save_file(kept, files / "headless.safetensors")
+
+
+def test_a_tokenizer_of_other_weights(command, files, tmp_path, capsys):
+    tokenizer = json.loads((files / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["film"] = 99
+    (tmp_path / "other.json").write_text(json.dumps(tokenizer))
+    assert text.main([*command, "--tokenizer", str(tmp_path / "other.json")]) == 2
+    assert "gives token 99, but the network knows 18" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--weights no.safetensors", "no.safetensors: No such file or directory"),
         ("--layers 2 5", "--layers 5: the teacher has 4 blocks"),
         ("--length 49", "--length 49: the network has 48 positions"),
+        ("--teacher headless.safetensors", "headless.safetensors: found no classifier"),
     ],
 )
 def test_wrong_networks_are_one_line(command, files, options, message, capsys):
-    teacher = ["--teacher", str(files / "model.safetensors")]
-    assert text.main([*command, *teacher, *options.split()]) == 2
+    _headless(files)
+    options = options.replace("headless", str(files / "headless"))
+    assert text.main([*command, *options.split()]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

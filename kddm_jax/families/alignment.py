@@ -128,7 +128,7 @@ def feature_gram(
     x, y, mask = _pair_of(x, y, mask)
     if unit_norm:
         x, y = normalized(x, mask), normalized(y, mask)
-    return squared_difference(x, x, y, y)
+    return squared_difference(x, y)
 
 
 def _u_centred(gram, mask):
@@ -160,10 +160,11 @@ def cka(
     .. math:: 1 - \frac{\|R_x^\top R_y\|_F^2}{\|R_x^\top R_x\|_F \|R_y^\top R_y\|_F}
               = \frac12 \Big\|\frac{K_x}{\|K_x\|_F} - \frac{K_y}{\|K_y\|_F}\Big\|_F^2
 
-    Cost: n² d; as `feature_gram` unless debiased, which holds arrays ``[n, n]``.
-    Gradient: that of the value.  Not for: small directions of the teacher.  The largest
-    directions dominate, so the value may be nearly zero for representations of
-    different geometry; `procrustes` and `feature_gram` distinguish those.
+    Cost: n² d.  With ``debiased=True`` it holds arrays ``[n, n]``; otherwise the cost
+    is that of `feature_gram`.  Gradient: that of the value.  Not for: small directions
+    of the teacher.  The largest directions dominate, so the value may be nearly zero
+    for representations of different geometry; `procrustes` and `feature_gram`
+    distinguish those.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -201,7 +202,7 @@ def cka(
     x, y = normalized(x, mask), normalized(y, mask)
     if not debiased:
         x, y = _of_unit_gram(x), _of_unit_gram(y)
-        return squared_difference(x, x, y, y) / 2
+        return squared_difference(x, y) / 2
     grams = []
     for features in (x, y):
         gram = matmul(features, features.T)

@@ -13,7 +13,7 @@ import optax
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import as_released, check_number, check_pair
 from kddm_jax.numerics.divergence import divergence
-from kddm_jax.numerics.grams import squared_difference
+from kddm_jax.numerics.grams import sum_over_rows
 from kddm_jax.numerics.linalg import constant, matmul, safe_sqrt, unit
 
 
@@ -40,9 +40,8 @@ def similarity_preserving(
 
     The features are not centred.
 
-    Cost: n² d; n d² if the widths are equal and n >= 2 d.  No array is ``[n, n]`` for
-    large n.  Gradient: that of the value.  Not for: features far from the origin
-    (large means after a ReLU), whose inner products are nearly equal.
+    Cost: n² d, in blocks of rows.  Gradient: that of the value.  Not for: features far
+    from the origin (large means after a ReLU), whose inner products are nearly equal.
 
     Args:
       x: student features, shape ``[n, d_s]``.
@@ -69,15 +68,17 @@ def similarity_preserving(
     x, y, mask = _pair_of(x, y, mask)
     # A common factor of all features cancels.  Dividing by it avoids overflow.
     x, y = unit(x, axis=(0, 1)), unit(y, axis=(0, 1))
-    pairs = masks.size(mask, x) ** 2
-    return squared_difference(_of_unit_rows(x), x, _of_unit_rows(y), y) / pairs
 
+    def of_rows(rows_x, rows_y):
+        gram_x, gram_y = (
+            unit(matmul(rows, z.T), axis=1) for rows, z in ((rows_x, x), (rows_y, y))
+        )
+        return jnp.sum(jnp.square(gram_x - gram_y))
 
-def _of_unit_rows(x):
-    """Scales the samples so that each row of ``_of_unit_rows(x) x^T`` has norm 1."""
-    squares = jnp.sum(matmul(x, matmul(x.T, x)) * x, axis=1, keepdims=True)
-    known = ~(squares <= jnp.finfo(x.dtype).tiny ** 0.5)  # true for NaN
-    return jnp.where(known, x, 0) / jnp.sqrt(jnp.where(known, squares, 1))
+    # A float, because the square of a large integer would overflow.
+    return (
+        sum_over_rows(of_rows, (x, y)) / jnp.asarray(masks.size(mask, x), x.dtype) ** 2
+    )
 
 
 def _log_conditionals(z, others):

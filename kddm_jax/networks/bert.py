@@ -382,26 +382,25 @@ def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, An
       WeightsError: a file is missing or unreadable, or of another kind of network.
     """
     with extra(".safetensors"):
-        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
     path = Path(path)
     described = path.with_name("config.json")
     try:
-        config = json.loads(described.read_text())
+        config = dict(json.loads(described.read_text()))
         tensors = load_file(path)
     except FileNotFoundError as error:
         raise WeightsError(
             f"{error.filename or path} does not exist; Hugging Face's folder of a "
             "network has model.safetensors and config.json"
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of safetensors, or NumPy's for an unknown dtype
         raise WeightsError(
             f"cannot read {path} and {described.name}: {error}"
         ) from error
     try:
         return from_tensors(tensors, config, num_classes)
-    except WeightsError as error:
+    except ValueError as error:  # of `BERT`, too
         raise WeightsError(f"{path}: {error}") from None
 
 

@@ -1,29 +1,34 @@
 """Compares Gram matrices without an array of all pairs of samples.
 
-The squared distance of two products ``a x^T`` and ``b y^T`` of shape ``[n, n]`` follows
-from products of shape ``[d, d]``, if there are many more samples than features. The
-expanded form ``||a x^T||^2 + ||b y^T||^2 - 2 <a x^T, b y^T>`` would lose its digits for
-a student that is close to its teacher: at a relative difference of 1e-3 it is off by
-5 % in float32. Differences ``A = a - b``, ``D = x - y`` and sums ``B = a + b``,
-``S = x + y`` give products that are as small as the distance:
+``x x^T - y y^T`` has shape ``[n, n]``. If there are many more samples than features,
+its squared norm follows from products ``[d, d]``. The expanded form ``||x^T x||^2 +
+||y^T y||^2 - 2 ||x^T y||^2`` would lose its digits for a student that is close to its
+teacher: at a relative difference of 1e-3 it is off by 5 % in float32. With the
+difference ``D = x - y`` and the sum ``S = x + y``, all products are as small as the
+distance:
 
-  a x^T - b y^T = (A S^T + B D^T) / 2
+  x x^T - y y^T = (D S^T + S D^T) / 2
+
+They are not if the student is a rotation of its teacher. Then the error is that of the
+expanded form, about 1e-7 of ``||x x^T||^2``.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from kddm_jax.numerics.linalg import matmul
+from kddm_jax.numerics.linalg import constant, matmul
 
-ROWS = 512  # of a block
+ROWS = 512  # rows of an [n, n] array that are computed at a time
 
 
 def is_tall(x: jax.Array, y: jax.Array) -> bool:
-    """Returns whether there are at least twice as many samples as features.
+    """Returns whether the widths are equal and at most half the number of samples.
 
     Args:
       x: shape ``[n, d_s]``.
-      y: shape ``[n, d_t]``; the widths must be equal, too.
+      y: shape ``[n, d_t]``.
     """
     return x.shape == y.shape and x.shape[0] >= 2 * x.shape[1]
 
@@ -35,25 +40,46 @@ def gram_norm(x: jax.Array) -> jax.Array:
       x: shape ``[n, d]``.
 
     Returns:
-      Scalar, from the smaller one of ``x x^T`` and ``x^T x``.
+      Scalar, from the smaller of ``x x^T`` and ``x^T x``.
     """
     small = x if x.shape[0] < x.shape[1] else x.T
     return jnp.sum(matmul(small, small.T) ** 2)
 
 
-def squared_difference(
-    a: jax.Array, x: jax.Array, b: jax.Array, y: jax.Array
+def sum_over_rows(
+    of_rows: Callable[..., jax.Array], arrays: Sequence[jax.Array]
 ) -> jax.Array:
-    r"""Computes the squared distance between two products.
+    """Sums a function of some rows over blocks of rows.
 
-    .. math:: \|a x^\top - b y^\top\|_F^2
+    Args:
+      of_rows: function ``of_rows(*rows) -> scalar`` of the same rows of all arrays,
+        which is a sum over rows, and zero for rows of zeros.
+      arrays: each ``[n, ...]``.
+
+    Returns:
+      Scalar.  The derivative computes each block again instead of keeping it.
+
+    Examples:
+      >>> sum_over_rows(lambda rows: jnp.sum(rows**2), [jnp.ones((3, 2))])
+      Array(6., dtype=float32)
+    """
+    n = len(arrays[0])
+    if n <= ROWS:
+        return of_rows(*arrays)
+    pad = lambda a: jnp.pad(a, ((0, -n % ROWS), *[(0, 0)] * (a.ndim - 1)))
+    blocks = [pad(a).reshape(-1, ROWS, *a.shape[1:]) for a in arrays]
+    return jnp.sum(jax.lax.map(jax.checkpoint(lambda rows: of_rows(*rows)), blocks))
+
+
+def squared_difference(x: jax.Array, y: jax.Array) -> jax.Array:
+    r"""Computes the squared distance between two Gram matrices.
+
+    .. math:: \|x x^\top - y y^\top\|_F^2
 
     Cost: n d² if `is_tall`, and otherwise n² d, in blocks of rows.
 
     Args:
-      a: shape ``[n, d_s]``.
       x: shape ``[n, d_s]``.
-      b: shape ``[n, d_t]``, close to ``a`` if ``x`` is close to ``y``.
       y: shape ``[n, d_t]``.
 
     Returns:
@@ -61,26 +87,15 @@ def squared_difference(
 
     Examples:
       >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [1.0]])
-      >>> squared_difference(x, x, y, y)  # of [[1, 2], [2, 4]] and [[1, 1], [1, 1]]
+      >>> squared_difference(x, y)  # of [[1, 2], [2, 4]] and [[1, 1], [1, 1]]
       Array(11., dtype=float32)
     """
     if is_tall(x, y):
-        small_a, small_x, sum_a, sum_x = a - b, x - y, a + b, x + y
-        product = lambda p, q, r, s: jnp.sum(matmul(p.T, q) * matmul(r.T, s))
-        total = product(small_a, small_a, sum_x, sum_x)
-        total += product(sum_a, sum_a, small_x, small_x)
-        total += 2 * product(small_a, sum_a, sum_x, small_x)
-        return jnp.maximum(total / 4, 0)
-
-    def of_rows(rows):
-        return jnp.sum((matmul(rows[0], x.T) - matmul(rows[1], y.T)) ** 2)
-
-    n = len(x)
-    if n <= ROWS:
-        return of_rows((a, b))
-    more = -n % ROWS  # rows of zeros add nothing
-    blocks = [
-        jnp.pad(z, ((0, more), (0, 0))).reshape(-1, ROWS, z.shape[1]) for z in (a, b)
-    ]
-    # The derivative computes a block again instead of keeping it.
-    return jnp.sum(jax.lax.map(jax.checkpoint(of_rows), blocks))
+        small, large = x - y, x + y
+        cross = matmul(large.T, small)
+        squares = matmul(small.T, small) * matmul(large.T, large)
+        total = jnp.sum(squares + cross * cross.T) / 2
+        # Round-off below zero is removed from the value, but keeps its gradient.
+        return total + constant(jnp.maximum(total, 0) - total)
+    difference = lambda a, b: jnp.sum((matmul(a, x.T) - matmul(b, y.T)) ** 2)
+    return sum_over_rows(difference, (x, y))

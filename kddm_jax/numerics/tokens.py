@@ -1,4 +1,4 @@
-"""Reads the mask of a loss, which marks samples, or tokens of some layers.
+"""Reads the mask of a loss, which marks samples or tokens, and makes tokens samples.
 
 A mask of tokens is ``[n, t]`` and belongs to a layer ``[n, t, c]``, such as the output
 of a Transformer's block; a zero means no token.  Masks of several layers are a mapping
@@ -157,31 +157,36 @@ def mean_of_tokens(layer: jax.Array, tokens: jax.Array | None) -> jax.Array:
     return jnp.sum(without_tokens(layer, tokens), axis=1) / count[:, None]
 
 
-def samples_of_tokens(
-    logits: jax.Array, layers: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Makes every token a sample, if there are logits for each token.
+Network = tuple[jax.Array | None, Mapping[str, jax.Array]]  # logits and layers
+
+
+def samples_of_tokens(network: Network, shape: tuple[int, int]) -> Network:
+    """Makes every token a sample in the outputs of a network.
 
     Args:
-      logits: shape ``[n, t, k]``; other shapes are returned unchanged.
-      layers: layers ``[n, t, ...]`` by name; layers of other shapes are left out,
-        because they do not belong to tokens.
+      network: logits ``[n, t, k]`` or None, and layers by name.
+      shape: ``(n, t)``.
 
     Returns:
-      Logits ``[n t, k]``, and layers ``[n t, ...]``.
+      Logits ``[n t, k]``, and layers ``[n t, ...]``.  Layers that do not start with
+      ``[n, t]`` and have a further axis are returned unchanged.
 
     Examples:
-      >>> logits, layers = jnp.zeros((2, 3, 5)), {"block": jnp.ones((2, 3, 4))}
-      >>> logits, layers = samples_of_tokens(logits, layers)
+      >>> network = jnp.zeros((2, 3, 5)), {"block": jnp.ones((2, 3, 4))}
+      >>> logits, layers = samples_of_tokens(network, (2, 3))
       >>> logits.shape, layers["block"].shape
       ((6, 5), (6, 4))
     """
-    if jnp.ndim(logits) != 3:
-        return logits, dict(layers)
-    n, t, _ = logits.shape
-    kept = {name: a for name, a in layers.items() if a.shape[:2] == (n, t)}
-    flat = lambda a: a.reshape(n * t, *a.shape[2:])
-    return flat(logits), {name: flat(layer) for name, layer in kept.items()}
+    n, t = shape
+
+    def flat(array):
+        if array.ndim < 3 or array.shape[:2] != (n, t):
+            return array
+        return array.reshape(n * t, *array.shape[2:])
+
+    logits, layers = network
+    flat_logits = None if logits is None else flat(logits)
+    return flat_logits, {name: flat(layer) for name, layer in layers.items()}
 
 
 def labels_of_tokens(
@@ -220,9 +225,6 @@ def labels_of_tokens(
     return labels, jnp.broadcast_to(mask, (n, t)).reshape(n * t)
 
 
-Network = tuple[jax.Array | None, Mapping[str, jax.Array]]  # logits and layers
-
-
 def all_tokens(
     student: Network, teacher: Network, labels: jax.Array, mask: Mask
 ) -> tuple[Network, Network, jax.Array, jax.Array | None]:
@@ -240,19 +242,16 @@ def all_tokens(
     Raises:
       ValueError: a shape is wrong, or the mask names layers.
     """
-    shape = student[0].shape[:2]
-    labels, mask = labels_of_tokens(jnp.asarray(labels), mask, shape)
-    logits, layers = teacher
-    if logits is None:
-        _, layers = samples_of_tokens(jnp.zeros((*shape, 0)), layers)
-        return samples_of_tokens(*student), (None, layers), labels, mask
-    if jnp.ndim(logits) != 3 or logits.shape[:2] != shape:
+    n, t = student[0].shape[:2]
+    labels, mask = labels_of_tokens(jnp.asarray(labels), mask, (n, t))
+    logits = teacher[0]
+    if logits is not None and (jnp.ndim(logits) != 3 or logits.shape[:2] != (n, t)):
         raise ValueError(
-            f"teacher_logits must have shape [n, t, k]=[{shape[0]}, {shape[1]}, k], as "
-            f"student_logits do, got {list(jnp.shape(logits))}; pass those of the same "
-            "tokens"
+            f"teacher_logits must have shape [n, t, k]=[{n}, {t}, k], as those of the "
+            f"student, got {list(jnp.shape(logits))}; pass those of the same tokens"
         )
-    return samples_of_tokens(*student), samples_of_tokens(*teacher), labels, mask
+    student, teacher = (samples_of_tokens(one, (n, t)) for one in (student, teacher))
+    return student, teacher, labels, mask
 
 
 def marked(

@@ -86,6 +86,25 @@ def test_unequal_widths_go_in_blocks(fn, monkeypatch):
     np.testing.assert_allclose(gradient, whole[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-2])
+def test_a_rotated_student(noise):
+    """Round-off is 1e-7 of the products, and a value is never negative."""
+    x, y = features(200, 12, 1.0)
+    rng = np.random.default_rng(1)
+    turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    x = jnp.asarray(np.asarray(y) @ turn + noise * rng.normal(size=y.shape), y.dtype)
+    value, gradient = jax.value_and_grad(feature_gram)(x, y)
+    expected = definition("feature_gram", x, y, np.ones(200, bool))
+    assert value == pytest.approx(expected, rel=1e-2, abs=1e-7)
+    assert value >= 0
+    assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_more_samples_than_the_root_of_an_int32():
+    x = jnp.ones((47_000, 1)).at[0].set(2)
+    assert jax.eval_shape(similarity_preserving, x, x).shape == ()
+
+
 @pytest.mark.parametrize("width", [None, 7])
 @pytest.mark.parametrize("fn", DISTANCES)
 def test_no_array_of_all_pairs(fn, width, monkeypatch):
