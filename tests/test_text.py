@@ -223,7 +223,7 @@ def test_a_tokenizer_of_other_weights(command, files, tmp_path, capsys):
     tokenizer["model"]["vocab"]["film"] = 99
     (tmp_path / "other.json").write_text(json.dumps(tokenizer))
     assert text.main([*command, "--tokenizer", str(tmp_path / "other.json")]) == 2
-    assert "gives token 99, but the network knows 18" in capsys.readouterr().err
+    assert "gives token 99, but the network knows 20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ may contain anything, including NaN.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ def mean_of_tokens(layer: jax.Array, tokens: jax.Array | None) -> jax.Array:
     return jnp.sum(without_tokens(layer, tokens), axis=1) / count[:, None]
 
 
-Network = tuple[jax.Array | None, Mapping[str, jax.Array]]  # logits and layers
+Network = tuple[Any, Mapping[str, jax.Array]]  # logits or None, and layers
 
 
 def samples_of_tokens(network: Network, shape: tuple[int, int]) -> Network:
