@@ -958,7 +958,10 @@ MESSAGES = {
     ),
     "a weight that is no number": ({"weight": "1"}, "weight must be .*got '1'"),
     "label values": ({"num_classes": 2}, "labels must lie below num_classes=2"),
-    "logits": ({"s": LABELS}, r"student_logits must have shape \[n, k\], got \[16\]"),
+    "logits": (
+        {"s": LABELS},
+        r"student_logits must have shape \[n, k\] or \[n, t, k\], got \[16\]",
+    ),
     "groups without an axis": (
         {"group_size": 2},
         "group_size=2 groups the devices of an axis, but axis_name is None; pass",
