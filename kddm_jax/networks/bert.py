@@ -9,7 +9,6 @@ token 0, Hugging Face's `[PAD]`; no token attends to it.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from kddm_jax.adapters import Outputs, check_positive
-from kddm_jax.extras import extra
 from kddm_jax.networks.torchvision import Tensors, WeightsError
+from kddm_jax.networks.weights import read_safetensors, safetensors_bytes, write
 from kddm_jax.numerics.promotion import implicit_promotion
 
 PADDING = 0  # the token [PAD]
@@ -381,25 +380,20 @@ def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, An
     Raises:
       WeightsError: a file is missing or unreadable, or of another kind of network.
     """
-    with extra(".safetensors"):
-        from safetensors.numpy import load_file
-
     path = Path(path)
     described = path.with_name("config.json")
+    for file in (described, path):
+        if not file.is_file():
+            raise WeightsError(
+                f"{file} does not exist; Hugging Face's folder of a network has "
+                "model.safetensors and config.json"
+            )
     try:
         config = dict(json.loads(described.read_text()))
-        tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{error.filename or path} does not exist; Hugging Face's folder of a "
-            "network has model.safetensors and config.json"
-        ) from None
-    except Exception as error:  # of safetensors, or NumPy's for an unknown dtype
-        raise WeightsError(
-            f"cannot read {path} and {described.name}: {error}"
-        ) from error
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{described} is damaged: {error}; get it again") from error
     try:
-        return from_tensors(tensors, config, num_classes)
+        return from_tensors(read_safetensors(path), config, num_classes)
     except ValueError as error:  # of `BERT`, too
         raise WeightsError(f"{path}: {error}") from None
 
@@ -413,10 +407,10 @@ def save(path: Path, model: BERT, variables: Mapping[str, Any]) -> None:
       path: path of the safetensors file.
       model: the network.
       variables: its `{"params": ...}`.
-    """
-    with extra(".safetensors"):
-        from safetensors.numpy import save as encode
 
+    Raises:
+      WeightsError: a file cannot be written.
+    """
     path = Path(path)
     labels = {str(i): f"LABEL_{i}" for i in range(model.num_classes)}
     config = {
@@ -435,16 +429,8 @@ def save(path: Path, model: BERT, variables: Mapping[str, Any]) -> None:
         "id2label": labels,
         "label2id": {label: int(i) for i, label in labels.items()},
     }
-    written = json.dumps(config, indent=1).encode() + b"\n"
-    _write(path.with_name("config.json"), written)
-    _write(path, encode(to_tensors(variables), metadata={"format": "pt"}))
-
-
-def _write(path, content):
-    """Replaces a file at once, so that it is never half of one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write(path.with_name("config.json"), json.dumps(config, indent=1).encode() + b"\n")
+    write(path, safetensors_bytes(to_tensors(variables)))
 
 
 def take_layers(

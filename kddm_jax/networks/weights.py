@@ -47,7 +47,12 @@ def _torch(suffix: str):
     return torch
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def read_safetensors(path: Path) -> Tensors:
+    """Reads the tensors of a ``.safetensors`` file by name.
+
+    Raises:
+      WeightsError: the file is damaged.
+    """
     with extra(".safetensors"):
         from safetensors.numpy import load_file
 
@@ -115,7 +120,8 @@ def _read_torch(path: Path) -> Tensors:
         ) from error
 
 
-def _safetensors_bytes(tensors: Tensors) -> bytes:
+def safetensors_bytes(tensors: Tensors) -> bytes:
+    """Returns the content of a ``.safetensors`` file."""
     with extra(".safetensors"):
         from safetensors.numpy import save
 
@@ -140,7 +146,7 @@ class _Format(NamedTuple):
 
 
 _FORMATS: Mapping[str, _Format] = {
-    ".safetensors": _Format(_read_safetensors, _safetensors_bytes),
+    ".safetensors": _Format(read_safetensors, safetensors_bytes),
     ".npz": _Format(_read_npz, _npz_bytes),
     ".pth": _Format(_read_torch, _torch_bytes),
     ".pt": _Format(_read_torch, _torch_bytes),
@@ -222,7 +228,15 @@ def save(path: Path, variables: Variables, *, overwrite: bool = False) -> None:
     path = Path(path)
     encode = _format(path).encode
     _refuse(path, overwrite)
-    content = encode(to_torchvision(variables))
+    write(path, encode(to_torchvision(variables)))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes or replaces a file, atomically.
+
+    Raises:
+      WeightsError: the file cannot be written.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         try:

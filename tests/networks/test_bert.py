@@ -315,7 +315,12 @@ def test_unreadable_files(encoder, tmp_path):
         bert.load(path)
     bert.save(path, *encoder)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="cannot read .*model.safetensors"):
+    with pytest.raises(
+        WeightsError, match="model.safetensors: damaged: .*; get it again"
+    ):
+        bert.load(path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(WeightsError, match="config.json is damaged: "):
         bert.load(path)
     path.unlink()
     with pytest.raises(WeightsError, match="model.safetensors does not exist"):
