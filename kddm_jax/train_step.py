@@ -178,12 +178,11 @@ def make_train_step(
     Returns:
       ``step(state, teacher_variables, images, labels, teacher_data={}, mask=None) ->
       (state, metrics)``.  Images are uint8 ``[b, h, w, c]``, this device's share;
-      labels, ``teacher_data`` and ``mask`` are as in `distill_loss`; with
-      logits ``[b, t, k]`` every token is a sample.  Metrics are
-      scalars, equal on all devices: ``loss``; each term; ``accuracy`` on the global
-      batch's labelled images before the update; ``finite``, which is False if loss or
-      gradient is not finite (the step then returns the old state); and with a teacher
-      ``teacher_finite``.
+      labels, ``teacher_data`` and ``mask`` are as in `distill_loss`; with logits ``[b,
+      t, k]`` every token is a sample.  Metrics are scalars, equal on all devices:
+      ``loss``; each term; ``accuracy`` on the labelled samples of the global batch
+      before the update; ``finite``, which is False if loss or gradient is not finite
+      (the step then returns the old state); and with a teacher ``teacher_finite``.
 
     Raises:
       ValueError: there is a distance but no teacher, or teachers and distances have

@@ -285,3 +285,19 @@ DEGENERATE: Mapping[str, Callable[[], Batch]] = {
     "student much smaller": lambda: make_batch(8, 12).map(lambda z: 1e-4 * z, "x"),
     "student much larger": lambda: make_batch(8, 12).map(lambda z: 1e4 * z, "x"),
 }
+
+
+def largest_array(fn, *arrays):
+    """Returns the size of the largest array of a program, including its loops."""
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
+            inner = jax.tree.leaves(
+                tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+            )
+            for parameter in (getattr(p, "jaxpr", p) for p in inner):
+                if hasattr(parameter, "eqns"):
+                    yield from sizes(parameter)
+
+    return max(sizes(jax.make_jaxpr(jax.value_and_grad(fn))(*arrays).jaxpr))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_pair
-from kddm_jax.numerics.grams import gram_norm, squared_difference
+from kddm_jax.numerics.grams import squared_difference, squared_gram_norm
 from kddm_jax.numerics.linalg import (
     cross_nuclear_norm,
     matmul,
@@ -213,7 +213,7 @@ def cka(
 
 def _of_unit_gram(x):
     """Scales features so that the norm of ``x x^T`` is 1, unless they are zero."""
-    squares = gram_norm(x)
+    squares = squared_gram_norm(x)
     known = ~(squares <= jnp.finfo(x.dtype).tiny ** 0.5)  # true for NaN
     return jnp.where(known, x, 0) / jnp.where(known, squares, 1) ** 0.25
 

@@ -75,10 +75,8 @@ def similarity_preserving(
         )
         return jnp.sum(jnp.square(gram_x - gram_y))
 
-    # A float, because the square of a large integer would overflow.
-    return (
-        sum_over_rows(of_rows, (x, y)) / jnp.asarray(masks.size(mask, x), x.dtype) ** 2
-    )
+    n = jnp.asarray(masks.size(mask, x), x.dtype)  # an int's square might overflow
+    return sum_over_rows(of_rows, (x, y)) / n**2
 
 
 def _log_conditionals(z, others):

@@ -33,7 +33,7 @@ def is_tall(x: jax.Array, y: jax.Array) -> bool:
     return x.shape == y.shape and x.shape[0] >= 2 * x.shape[1]
 
 
-def gram_norm(x: jax.Array) -> jax.Array:
+def squared_gram_norm(x: jax.Array) -> jax.Array:
     """Computes the squared Frobenius norm of ``x x^T``.
 
     Args:
@@ -54,7 +54,7 @@ def sum_over_rows(
     Args:
       of_rows: function ``of_rows(*rows) -> scalar`` of the same rows of all arrays,
         which is a sum over rows, and zero for rows of zeros.
-      arrays: each ``[n, ...]``.
+      arrays: each ``[n, d]``.
 
     Returns:
       Scalar.  The derivative computes each block again instead of keeping it.
@@ -66,8 +66,8 @@ def sum_over_rows(
     n = len(arrays[0])
     if n <= ROWS:
         return of_rows(*arrays)
-    pad = lambda a: jnp.pad(a, ((0, -n % ROWS), *[(0, 0)] * (a.ndim - 1)))
-    blocks = [pad(a).reshape(-1, ROWS, *a.shape[1:]) for a in arrays]
+    pad = lambda a: jnp.pad(a, ((0, -n % ROWS), (0, 0)))
+    blocks = [pad(a).reshape(-1, ROWS, a.shape[1]) for a in arrays]
     return jnp.sum(jax.lax.map(jax.checkpoint(lambda rows: of_rows(*rows)), blocks))
 
 

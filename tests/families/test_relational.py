@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import class_means, make_batch
+from helpers import class_means, largest_array, make_batch
 
 import kddm_jax
 
@@ -102,22 +102,6 @@ def test_opposite_samples_are_finite():
         found, grad = compiled("pkt")(jnp.asarray(x, dtype), jnp.asarray(y, dtype))
         assert 1 < found < 100
         assert np.isfinite(grad).all()
-
-
-def largest_array(fn, *arrays):
-    """Returns the size of the largest array of a program, including its loops."""
-
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
-            inner = jax.tree.leaves(
-                tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-            )
-            for parameter in (getattr(p, "jaxpr", p) for p in inner):
-                if hasattr(parameter, "eqns"):
-                    yield from sizes(parameter)
-
-    return max(sizes(jax.make_jaxpr(jax.value_and_grad(fn))(*arrays).jaxpr))
 
 
 @pytest.mark.parametrize("name", [*RELATIONS, "contrastive"])

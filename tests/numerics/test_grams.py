@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import largest_array
 
 from kddm_jax import cka, feature_gram, similarity_preserving
 from kddm_jax.numerics import grams
@@ -111,18 +112,4 @@ def test_no_array_of_all_pairs(fn, width, monkeypatch):
     """Neither value nor gradient has an array [n, n]."""
     monkeypatch.setattr(grams, "ROWS", 16)
     x, y = features(100, 12, 1.0, width=width)
-    sizes = []
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            sizes.extend(np.prod(v.aval.shape, dtype=int) for v in equation.outvars)
-            for inner in jax.tree.leaves(
-                tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-            ):
-                if hasattr(inner, "eqns"):
-                    visit(inner)
-                elif hasattr(inner, "jaxpr"):
-                    visit(inner.jaxpr)
-
-    visit(jax.make_jaxpr(jax.value_and_grad(fn))(x, y).jaxpr)
-    assert max(sizes) <= 112 * 16
+    assert largest_array(fn, x, y) <= 112 * 16
