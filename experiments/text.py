@@ -66,7 +66,7 @@ class Sentences(NamedTuple):
     tokens: np.ndarray
     labels: np.ndarray
 
-    def take(self, rows: np.ndarray | slice) -> "Sentences":
+    def take(self, rows: np.ndarray) -> "Sentences":
         """Returns some of the sentences."""
         return Sentences(self.tokens[rows], self.labels[rows])
 
@@ -327,15 +327,8 @@ class Job(NamedTuple):
 
 
 def make_optimizer(steps: int, lr: float) -> optax.GradientTransformation:
-    """Makes AdamW with a warm-up of a tenth of the steps and a linear decay."""
-    rise = max(steps // 10, 1)
-    rate = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, lr, rise),
-            optax.linear_schedule(lr, 0.0, max(steps - rise, 1)),
-        ],
-        [rise],
-    )
+    """Makes AdamW with a warm-up of a tenth of the steps and a cosine decay."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, steps // 10, steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 
 
@@ -408,10 +401,7 @@ def train(
     model = start.model
     variables = jax.tree.map(jnp.array, dict(start.variables))
     if job.projected:
-        shape = {"first": (1, model.width), "tokens": (1, 1, model.width)}[
-            job.projected
-        ]
-        layer = {job.projected: jax.ShapeDtypeStruct(shape, jnp.float32)}
+        layer = {job.projected: jax.ShapeDtypeStruct((1, model.width), jnp.float32)}
         projectors = projectors_of(model, job.projected)
         new = init_projectors(jax.random.key(job.seed), projectors, layer)
         # Student and teacher begin with the same coordinates.
@@ -776,7 +766,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     rate("--teacher-lr", default=1e-4, help="peak learning rate (%(default)s)")
     rate("--lr", default=1e-4, help="of distilled students (%(default)s)")
     rate("--alone-lr", default=1e-4, help="of students alone (%(default)s)")
-    rate("--choose-lr", nargs="+", default=[], help="compare these held out instead")
+    rate(
+        "--choose-lr",
+        nargs="+",
+        default=[],
+        help="compare these on held-out sentences instead",
+    )
     known = {"nargs": "+", "choices": list(METHODS), "metavar": "METHOD"}
     add("--methods", **known, default=list(METHODS), help=", ".join(METHODS) + " (all)")
     over = {"type": _weight, "nargs": "+", "metavar": "METHOD=LAMBDA", "default": []}
