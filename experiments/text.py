@@ -111,14 +111,14 @@ def read_rows(path: Path) -> list[tuple[str, int]]:
     return rows
 
 
-def read(path: Path, args: argparse.Namespace) -> Sentences:
-    """Reads sentences as tokens, at most ``--length`` each.
+def read(path: Path, tokenizer: Path, length: int) -> Sentences:
+    """Reads sentences as tokens, at most ``length`` each.
 
     Raises:
       UserError: a file is unreadable, or `tokenizers` is not installed.
     """
     rows = read_rows(path)
-    encode = _tokenizer(args.tokenizer, args.length)
+    encode = _tokenizer(tokenizer, length)
     tokens = [found.ids for found in encode([sentence for sentence, _ in rows])]
     labels = np.array([label for _, label in rows], np.int32)
     return Sentences(np.array(tokens, np.int32), labels)
@@ -168,11 +168,13 @@ def split(args: argparse.Namespace) -> Split:
     Raises:
       UserError: a file is unreadable or has too few sentences.
     """
-    train, test = read(args.train, args), read(args.test, args)
-    tokens = np.concatenate([test.tokens, train.tokens])
+    longer = max(args.length, args.test_length)
+    train = read(args.train, args.tokenizer, args.length)
+    whole, test = (read(p, args.tokenizer, longer) for p in (args.train, args.test))
+    tokens = np.concatenate([test.tokens, whole.tokens])
     _, first = np.unique(tokens, axis=0, return_index=True)
     new = np.sort(first[first >= len(test.tokens)]) - len(test.tokens)
-    train = train.take(new)
+    train, whole = train.take(new), whole.take(new)
     count = args.teacher_sentences + args.held_out
     if len(train.labels) < count:
         raise UserError(
@@ -188,7 +190,7 @@ def split(args: argparse.Namespace) -> Split:
         teacher=train.take(rows),
         student=train.take(labelled),
         unlabelled=unlabelled._replace(labels=np.full_like(unlabelled.labels, -1)),
-        held_out=train.take(held_out),
+        held_out=whole.take(held_out),
         test=test,
     )
 
@@ -530,11 +532,13 @@ class Study:
         return teacher
 
     def _check(self, model):
-        if self.args.length > model.positions:
-            raise UserError(
-                f"--length {self.args.length}: the network has {model.positions} "
-                "positions; choose at most as many"
-            )
+        for option in ("length", "test_length"):
+            length = getattr(self.args, option)
+            if length > model.positions:
+                raise UserError(
+                    f"--{option.replace('_', '-')} {length}: the network has "
+                    f"{model.positions} positions; choose at most as many"
+                )
         if max(self.args.layers) > model.layers:
             raise UserError(
                 f"--layers {max(self.args.layers)}: the teacher has {model.layers} "
@@ -756,7 +760,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     count("--teacher-sentences", default=2000, help="with labels (%(default)s)")
     count("--sentences", default=500, help="the student's labels (%(default)s)")
     count("--held-out", default=1000, help="sentences to choose on (%(default)s)")
-    count("--length", default=48, help="longest sentence in tokens (%(default)s)")
+    count("--length", default=24, help="tokens of a training sentence (%(default)s)")
+    count("--test-length", default=48, help="of one to score; longer are cut (48)")
     count("--layers", nargs="+", default=[2, 4, 6], help="the student's blocks (2 4 6)")
     count("--batch", default=32, help="sentences of a step (%(default)s)")
     count("--teacher-epochs", default=3, help="(%(default)s)")
@@ -781,7 +786,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.over = {**WEIGHTS, **dict(args.over)}
     least = {"teacher_sentences": 1, "sentences": 1, "steps": 1, "teacher_epochs": 1}
-    least |= {"held_out": 1, "batch": 2, "length": 3}
+    least |= {"held_out": 1, "batch": 2, "length": 3, "test_length": 3}
     for name, number in least.items():
         if getattr(args, name) < number:
             option = name.replace("_", "-")

@@ -111,6 +111,7 @@ def test_the_parts_have_no_sentence_in_common(files):
         test=files / "test.tsv",
         tokenizer=files / "tokenizer.json",
         length=4,
+        test_length=4,
         teacher_sentences=40,
         sentences=16,
         held_out=20,
@@ -127,6 +128,18 @@ def test_the_parts_have_no_sentence_in_common(files):
     args.held_out = 30
     with pytest.raises(UserError, match="has 64 different .* take 70"):
         text.split(args)
+
+
+def test_scored_sentences_are_longer(files):
+    names = {"train": "train.tsv.gz", "test": "test.tsv", "tokenizer": "tokenizer.json"}
+    paths = {key: files / name for key, name in names.items()}
+    counts = {"teacher_sentences": 40, "sentences": 16, "held_out": 20}
+    args = argparse.Namespace(**paths, **counts, length=2, test_length=3)
+    parts = text.split(args)
+    # Cut to two words, most sentences would be equal.
+    assert len(np.unique(parts.teacher.tokens, axis=0)) < 16
+    assert len(np.unique(parts.held_out.tokens, axis=0)) == 20
+    assert parts.test.tokens.shape == (32, 3)
 
 
 def test_half_of_a_batch_has_no_labels():
@@ -232,6 +245,7 @@ def test_a_tokenizer_of_other_weights(command, files, tmp_path, capsys):
         ("--weights no.safetensors", "no.safetensors: No such file or directory"),
         ("--layers 2 5", "--layers 5: the teacher has 4 blocks"),
         ("--length 49", "--length 49: the network has 48 positions"),
+        ("--test-length 50", "--test-length 50: the network has 48 positions"),
         ("--teacher headless.safetensors", "headless.safetensors: found no classifier"),
     ],
 )
