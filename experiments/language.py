@@ -47,6 +47,7 @@ from kddm_jax import (
     procrustes,
 )
 from kddm_jax.experiment.report import table as report
+from kddm_jax.experiment.report.accuracies import difference
 from kddm_jax.losses import cross_entropy
 
 CHARACTERS = 128  # ASCII; any other character becomes "?"
@@ -388,20 +389,55 @@ def make_teacher(args, text) -> Network:
     )
 
 
-def make_student(args, text, teacher, *, width, seed, key=None, weight=0.0) -> Network:
-    """Trains a student by the method ``key``; None is the student alone."""
-    learning = f"{key}, lambda {weight:g}" if key else "alone"
+def make_student(
+    args, text, teacher, *, width, seed, key="alone", weight=0.0
+) -> Network:
+    """Trains a student by the method ``key``, or one of `ALONE`."""
+    learning = f"{key}, lambda {weight:g}" if key in METHODS else key
     return train(
         args,
         text,
         Transformer(args.depth // 2, width),
         name=f"student {learning}, width {width}, seed {seed}",
-        steps=args.steps,
+        steps=equal_steps(args, width) if key == "longer" else args.steps,
         seed=seed,
-        method=METHODS[key] if key else None,
+        method=METHODS.get(key),
         weight=weight,
         teacher=teacher,
     )
+
+
+def equal_steps(args: argparse.Namespace, width: int) -> int:
+    """Computes the steps of a student alone with the operations of a distilled run.
+
+    Counts are those of XLA for one step. They contain the teacher's forward pass. The
+    most expensive method decides.
+
+    Raises:
+      SystemExit: if XLA does not count operations on this backend.
+    """
+    student = Transformer(args.depth // 2, width)
+    guide = Transformer(args.depth, args.width)
+    text = jax.ShapeDtypeStruct((args.batch, args.context + 1), jnp.int32)
+    options = {"positions": args.positions, "steps": args.steps, "lr": args.lr}
+
+    def operations(method):
+        tx, step = make_step(student, guide if method else None, method, **options)
+
+        def arguments(text):
+            key = jax.random.key(0)
+            params, teacher = (m.init(key, text[:, :-1]) for m in (student, guide))
+            state = params, tx.init(params), jnp.zeros((), jnp.int32)
+            return state, teacher if method else {}, text, 1.0, key
+
+        lowered = step.lower(*jax.eval_shape(arguments, text))
+        return (lowered.cost_analysis() or {}).get("flops")
+
+    counts = [operations(METHODS[key]) for key in args.methods]
+    alone = operations(None)
+    if not alone or None in counts:
+        raise SystemExit("error: XLA counts no operations here; use a CPU")
+    return round(args.steps * max([alone, *counts]) / alone)
 
 
 def compare(args, text) -> dict[str, object]:
@@ -411,20 +447,14 @@ def compare(args, text) -> dict[str, object]:
     runs = [_measured(teacher, teacher, test, method="teacher")]
     said = dict(args.weights)
     weights = {key: said.get(key, METHODS[key].weight) for key in args.methods}
-    weights = {"alone": 0.0, **weights}
+    weights = {**dict.fromkeys(ALONE, 0.0), **weights}
     for width, seed in itertools.product(args.student_widths, args.seeds):
         for name, weight in weights.items():
+            about = {"seed": seed, "weight": weight}
             student = make_student(
-                args,
-                text["training"],
-                teacher,
-                width=width,
-                seed=seed,
-                key=None if name == "alone" else name,
-                weight=weight,
+                args, text["training"], teacher, width=width, key=name, **about
             )
-            labels = {"method": name, "seed": seed, "weight": weight}
-            runs.append(_measured(student, teacher, test, **labels))
+            runs.append(_measured(student, teacher, test, method=name, **about))
     return {"runs": runs, **table(runs), "caption": caption(args, text)}
 
 
@@ -482,21 +512,19 @@ def table(runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
     for run in runs:
         groups.setdefault((run["width"], run["method"]), []).append(run)
     mean = lambda key, name: float(np.mean([run[name] for run in groups[key]]))
-    teacher = runs[0]["bits"]
     rows = []
     for width, method in groups:
-        key, closed, weight = (width, method), "", ""
+        key, gain, weight = (width, method), "", ""
         if method in METHODS:
-            alone = mean((width, "alone"), "bits")
-            share = (alone - mean(key, "bits")) / (alone - teacher)
-            closed = f"{100 * share:.0f} %" if alone > teacher else "–"
+            alone = min(((width, one) for one in ALONE), key=lambda k: mean(k, "bits"))
+            gain = _difference(groups[key], groups[alone])
             weight = f"{groups[key][0]['weight']:g}"
         rows.append(
             (
                 METHODS[method].title if method in METHODS else TITLES[method],
                 str(width),
                 _spread([run["bits"] for run in groups[key]]),
-                *(closed, weight),
+                *(gain, weight),
                 *(f"{mean(key, name):.3f}" for name in ("procrustes", "cka")),
                 *(f"{mean(key, name):.0f}" for name in ("seconds", "cpu_seconds")),
             )
@@ -504,11 +532,24 @@ def table(runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
     return {"columns": COLUMNS, "rows": rows}
 
 
+ALONE = ("alone", "longer")
 COLUMNS = (
-    *("", "width", "bits per character", "gap closed", "λ"),
+    *("", "width", "bits per character", "difference to alone", "λ"),
     *("D_P² to teacher", "1 − CKA to teacher", "seconds", "CPU seconds"),
 )
-TITLES = {"teacher": "teacher", "alone": "student alone"}
+TITLES = {
+    "teacher": "teacher",
+    "alone": "student alone",
+    "longer": "student alone, compute of a distilled run",
+}
+
+
+def _difference(row, alone):
+    """Formats the mean difference of bits, paired by seed, with its interval."""
+    bits = [{run["seed"]: run["bits"] for run in runs} for runs in (row, alone)]
+    found = difference(*bits)
+    ends = ", ".join(f"{end:+.3f}" for end in found.interval or ())
+    return f"{found.mean:+.3f}" + (f" [{ends}]" if ends else "")
 
 
 def _spread(values):
@@ -527,7 +568,9 @@ def caption(args: argparse.Namespace, text: Mapping[str, np.ndarray]) -> str:
         f"{digest.hexdigest()[:12]}); teacher of {args.depth} blocks, "
         f"{args.teacher_steps:,} steps, students of {args.depth // 2}, "
         f"{args.steps:,} steps; {seeds} seed{'s' if seeds > 1 else ''}; "
-        f"{jax.devices()[0].platform} ({os.cpu_count()} cores), JAX {jax.__version__}."
+        f"{jax.devices()[0].platform} ({os.cpu_count()} cores), JAX {jax.__version__}. "
+        "All seeds share one teacher. Differences are paired by seed, with a 95 % "
+        "interval, and refer to the better of the students alone."
     )
 
 

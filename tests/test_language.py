@@ -218,18 +218,37 @@ def record(method, bits, seed=0, width=8):
 
 def test_table():
     runs = [record("teacher", 2.0, width=16)]
-    runs += [record("alone", bits, seed) for seed, bits in enumerate((3.0, 3.2))]
-    runs += [record("cka", bits, seed) for seed, bits in enumerate((2.8, 2.85))]
+    bits = {"alone": (3.0, 3.2), "longer": (2.9, 2.95), "cka": (2.8, 2.86)}
+    runs += [
+        record(key, b, i) for key, pair in bits.items() for i, b in enumerate(pair)
+    ]
     rows = language.table(runs)["rows"]
+    rest, longer = ("0.250", "0.125", "10", "12"), language.TITLES["longer"]
     assert rows == [
-        ("teacher", "16", "2.000", "", "", "0.250", "0.125", "10", "12"),
-        ("student alone", "8", "3.100 ± 0.141", "", "", "0.250", "0.125", "10", "12"),
-        ("CKA", "8", "2.825 ± 0.035", "25 %", "10", "0.250", "0.125", "10", "12"),
+        ("teacher", "16", "2.000", "", "", *rest),
+        ("student alone", "8", "3.100 ± 0.141", "", "", *rest),
+        (longer, "8", "2.925 ± 0.035", "", "", *rest),
+        # Differences of -0.1 and -0.09; t of one degree of freedom is 12.706.
+        ("CKA", "8", "2.830 ± 0.042", "-0.095 [-0.159, -0.031]", "10", *rest),
     ]
     assert all(len(row) == len(language.COLUMNS) for row in rows)
-    # A teacher that is no better than the student has no gap to close.
-    runs[0]["bits"] = 4.0
-    assert [row[3] for row in language.table(runs)["rows"]] == ["", "", "–"]
+    one = [run for run in runs if run["seed"] == 0]
+    assert language.table(one)["rows"][-1][3] == "-0.100"
+
+
+def test_equal_compute_counts_teacher_and_distance():
+    tiny = language.parse(["--fast", "--steps", "100", "--methods", "kd"])
+    steps = language.equal_steps(tiny, 8)
+    # Per character, a block of width d has 12 d² products and the head 128 d. A
+    # training step takes three forward passes. The teacher has 4 blocks of width 16.
+    student, teacher = (
+        depth * 12 * width**2 + 128 * width for depth, width in ((2, 8), (4, 16))
+    )
+    assert steps == pytest.approx(100 * (1 + teacher / (3 * student)), rel=0.25)
+    several = language.parse(["--fast", "--steps", "100", "--methods", "kd", "cka"])
+    assert language.equal_steps(several, 8) >= steps
+    alone = language.parse(["--fast", "--steps", "100", "--methods"])
+    assert language.equal_steps(alone, 8) == 100
 
 
 # -------------------------------------------------------------------- the command
@@ -339,7 +358,7 @@ def test_language(tmp_path, monkeypatch):
     line = ("--seeds", "0", "1", "--weights", "cka=0.25")
     results, page, printed = run(tmp_path, *line)
     names = [run["method"] for run in results["runs"]]
-    assert names == ["teacher", *(["alone", *language.METHODS] * 2)]
+    assert names == ["teacher", *([*language.ALONE, *language.METHODS] * 2)]
     for record in results["runs"]:
         numbers = [value for value in record.values() if isinstance(value, float)]
         assert np.isfinite(numbers).all()
