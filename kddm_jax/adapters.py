@@ -66,7 +66,7 @@ class Layers(NamedTuple):
     """Holds the layers of torchvision's networks with their options.
 
     Attributes:
-      conv: makes a convolution without bias, padded as in torch, by
+      conv: makes a convolution, padded as in torch and without bias by default, by
         `conv(features, kernel, stride, name=...)`; further options are those of
         `flax.linen.Conv`.
       norm: makes a `flax.linen.BatchNorm` by `norm(name=...)`.
@@ -76,7 +76,9 @@ class Layers(NamedTuple):
     norm: ModuleDef
 
 
-def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
+def _conv(
+    features: int, kernel: int, stride: int, *, use_bias: bool = False, **options: Any
+) -> nn.Conv:
     # Padding is explicit, because with stride 2 "SAME" differs from torch by one pixel.
     pad = (kernel - 1) // 2
     return nn.Conv(
@@ -84,7 +86,7 @@ def _conv(features: int, kernel: int, stride: int, **options: Any) -> nn.Conv:
         (kernel, kernel),
         strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
-        use_bias=False,
+        use_bias=use_bias,
         kernel_init=conv_init,
         conv_general_dilated=conv_general_dilated,
         **options,

@@ -812,6 +812,19 @@ def depthwise(x, kernel, stride):
     return y[:, ::stride, ::stride]
 
 
+def convolve(x, kernel, stride):
+    """Convolves `[b, h, w, c]` with (k - 1) / 2 zeros around, as a sum over taps."""
+    size, pad = kernel.shape[0], (kernel.shape[0] - 1) // 2
+    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    h, w = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
+    y = np.zeros((x.shape[0], h, w, kernel.shape[3]))
+    for i in range(h):
+        for j in range(w):
+            a, b = i * stride, j * stride
+            y[:, i, j] = np.tensordot(padded[:, a : a + size, b : b + size], kernel, 3)
+    return y
+
+
 def batch_norm(x, params, stats, train):
     """Uses the batch's mean and (biased) variance in training, else running ones."""
     mean = x.mean((0, 1, 2)) if train else stats["mean"]

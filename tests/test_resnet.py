@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from flax import linen as nn
 from jax import lax
 
@@ -123,18 +124,6 @@ def test_names_of_maps(network, counts):
 # An independent forward pass in float64 by NumPy; a convolution is a sum over taps.
 
 
-def numpy_conv(x, kernel, stride):
-    size, pad = kernel.shape[0], (kernel.shape[0] - 1) // 2
-    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    h, w = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
-    y = np.zeros((x.shape[0], h, w, kernel.shape[3]))
-    for i in range(h):
-        for j in range(w):
-            a, b = i * stride, j * stride
-            y[:, i, j] = np.tensordot(padded[:, a : a + size, b : b + size], kernel, 3)
-    return y
-
-
 def numpy_norm(x, params, stats, train):
     mean = x.mean((0, 1, 2)) if train else stats["mean"]
     var = x.var((0, 1, 2)) if train else stats["var"]
@@ -153,11 +142,11 @@ def numpy_pool(x):
 
 def numpy_block(x, params, stats, stride, train):
     norm = lambda x, name: numpy_norm(x, params[name], stats[name], train)
-    y = norm(numpy_conv(x, params["conv1"]["kernel"], stride), "bn1")
-    y = norm(numpy_conv(np.maximum(y, 0), params["conv2"]["kernel"], 1), "bn2")
+    y = norm(reference.convolve(x, params["conv1"]["kernel"], stride), "bn1")
+    y = norm(reference.convolve(np.maximum(y, 0), params["conv2"]["kernel"], 1), "bn2")
     if "downsample_0" in params:
         kernel = params["downsample_0"]["kernel"]
-        x = norm(numpy_conv(x, kernel, stride), "downsample_1")
+        x = norm(reference.convolve(x, kernel, stride), "downsample_1")
     return np.maximum(x + y, 0)
 
 
@@ -165,7 +154,7 @@ def numpy_resnet9(variables, images, stem, train):
     variables = jax.tree.map(np.float64, variables)
     params, stats = variables["params"], variables["batch_stats"]
     x = np.float64(images)
-    x = numpy_conv(x, params["conv1"]["kernel"], 2 if stem == "imagenet" else 1)
+    x = reference.convolve(x, params["conv1"]["kernel"], 2 if stem == "imagenet" else 1)
     x = np.maximum(numpy_norm(x, params["bn1"], stats["bn1"], train), 0)
     if stem == "imagenet":
         x = numpy_pool(x)
@@ -260,7 +249,7 @@ def test_training_updates_batch_stats():
     ):
         assert not np.array_equal(new, old)
     # The new statistics have a weight of one tenth.
-    x = numpy_conv(
+    x = reference.convolve(
         np.float64(images), np.float64(variables["params"]["conv1"]["kernel"]), 1
     )
     old = variables["batch_stats"]["bn1"]

@@ -15,6 +15,7 @@ from every_term import ARRAYS, PARAMS, TERMS, loss_of
 
 from kddm_jax import DISTANCES, adapters, distances, quality
 from kddm_jax.data.augment import make_augment
+from kddm_jax.networks.cifar import WRN16x2
 from kddm_jax.networks.mlp import MLP
 from kddm_jax.networks.mobilenet import MobileNetV2
 from kddm_jax.networks.projectors import (
@@ -22,6 +23,7 @@ from kddm_jax.networks.projectors import (
     DenseProjector,
     ThreeLayerProjector,
 )
+from kddm_jax.networks.vgg import VGG8
 from kddm_jax.networks.vit import ViT
 from kddm_jax.resnet import ResNet9
 from kddm_jax.train_step import create_state, make_eval_step, make_train_step
@@ -79,6 +81,8 @@ def test_what_is_computed_from_a_teacher():
 
 NETWORKS = {
     "resnet": partial(ResNet9, width=4),
+    "preactivation": partial(WRN16x2, width=4),
+    "vgg": partial(VGG8, width=2),
     "mobilenet": partial(MobileNetV2, width=0.25),
     "vit": partial(ViT, patch=8, width=4, layers=1, heads=2),
     "mlp": partial(MLP, hidden=(8, 8)),

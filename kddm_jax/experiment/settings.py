@@ -36,7 +36,8 @@ KD2M = ("w2", "cw2", "jw2", "w2_gaussian", "cw2_gaussian", "kl_gaussian")
 HELPFUL = ("l2", "cw2", "kd")
 MODELS = (
     *("ResNet9", "ResNet18", "ResNet34", "MobileNetV2", "ViT"),
-    *("TeacherMLP", "StudentMLP"),
+    *("TeacherMLP", "StudentMLP", "ResNet20", "ResNet32", "ResNet56", "ResNet110"),
+    *("ResNet8x4", "ResNet32x4", "WRN16x2", "WRN40x1", "WRN40x2", "VGG8", "VGG13"),
 )
 NETWORK = Choices(*MODELS, own="a function of yours as module:function")
 
@@ -103,10 +104,11 @@ class Networks:
     distances that can compare a batch with features of other images work, such as cw2
     and cw2_gaussian; others are refused. None uses a teacher."""
     teacher_model: Annotated[str, NETWORK, Mark.OF_TEACHER] = "ResNet34"
-    """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP, or
-    module:function. The function is called with num_classes and, if it takes them,
-    stem, width, dtype and axis_name, and gives a Linen module, or with rngs an NNX
-    module."""
+    """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP; for CIFAR
+    ResNet20, ResNet32, ResNet56, ResNet110, ResNet8x4, ResNet32x4, WRN16x2, WRN40x1,
+    WRN40x2, VGG8, VGG13; or module:function. The function is called with num_classes
+    and, if it takes them, stem, width, dtype and axis_name, and gives a Linen module,
+    or with rngs an NNX module."""
     student_model: Annotated[str, NETWORK, Mark.OF_STUDENTS] = "ResNet18"
     """The same for the student."""
     pretrained_teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
@@ -118,10 +120,9 @@ class Networks:
     stem: Annotated[str, Choices("cifar", "imagenet")] = "cifar"
     """First layers of ResNets: cifar (3x3) or imagenet (7x7/2 and max pooling)."""
     width: Annotated[int, POSITIVE] = 64
-    """Width of the networks; 64 is the published width. ResNets: number of channels of
-    the first stage; the features have 8 times this width. MobileNetV2: channels are
-    multiplied by width / 64; the features have width 1280 or more. ViT: tokens and
-    features have 3 times this width."""
+    """Width of the networks; 64 is the published width, and another one multiplies the
+    numbers of channels by width / 64. The features of ResNet9, 18 and 34 have 8 times
+    this width, those of a ViT 3 times, those of MobileNetV2 width 1280 or more."""
     teacher_width: Annotated[int | None, POSITIVE, Mark.NAMED_OTHERWISE] = None
     """Width of the teacher; None uses the student's."""
     dtype: Annotated[str, Choices("float32", "bfloat16")] = "float32"

@@ -14,7 +14,7 @@ from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import embedding, table
 from kddm_jax.experiment.settings import weight_of
-from kddm_jax.experiment.training import methods
+from kddm_jax.experiment.training import methods, models
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -43,6 +43,17 @@ def make(name, *line, student=STUDENT, teacher=TEACHER):
     method = methods.make(settings, name, student, teacher)
     methods.check(name, method, student, teacher, 8)
     return method
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"), [("WRN16x2", "stage2_block2"), ("VGG8", "block3")]
+)
+def test_fitnet_has_repdistillers_layers(network, layer):
+    """Compares with f2 of wrn.py and vgg.py, whose first block is the zeroth."""
+    model = models.build(network, num_classes=10, width=4)
+    shapes = models.shapes(network, model, (8, 8, 1), 8)
+    (term,) = make("fitnet", student=shapes, teacher=shapes).distance
+    assert term.layers == (layer, layer)
 
 
 def test_fitnet_is_the_mean_squared_difference_at_the_second_stage():

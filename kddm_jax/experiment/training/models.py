@@ -15,22 +15,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from kddm_jax import adapters
+from kddm_jax import adapters, resnet
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.networks.mlp import StudentMLP, TeacherMLP
-from kddm_jax.networks.mobilenet import MobileNetV2
-from kddm_jax.networks.vit import ViT
-from kddm_jax.resnet import ResNet9, ResNet18, ResNet34
+from kddm_jax.networks import cifar, mlp, mobilenet, vgg, vit
 
 # The names that `settings.MODELS` lists.
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = {
-    "ResNet9": ResNet9,
-    "ResNet18": ResNet18,
-    "ResNet34": ResNet34,
-    "MobileNetV2": MobileNetV2,
-    "ViT": ViT,
-    "TeacherMLP": TeacherMLP,
-    "StudentMLP": StudentMLP,
+    network.__name__: network
+    for network in (
+        *(resnet.ResNet9, resnet.ResNet18, resnet.ResNet34),
+        *(mobilenet.MobileNetV2, vit.ViT, mlp.TeacherMLP, mlp.StudentMLP),
+        *(cifar.ResNet20, cifar.ResNet32, cifar.ResNet56, cifar.ResNet110),
+        *(cifar.ResNet8x4, cifar.ResNet32x4),
+        *(cifar.WRN16x2, cifar.WRN40x1, cifar.WRN40x2, vgg.VGG8, vgg.VGG13),
+    )
 }
 
 
