@@ -1,4 +1,4 @@
-"""Crops, flips, turns and zooms an image at random, and normalizes it.
+"""Crops, flips, turns and resizes an image at random, and normalizes it.
 
 Each function takes one image ``[h, w, c]``, after a key if it is random; batch it with
 ``jax.vmap``.  Images stay ``uint8`` until they are normalized.  The crop therefore
@@ -62,6 +62,66 @@ def random_crop(key: jax.Array, image: jax.Array, *, padding: int = 4) -> jax.Ar
     rows = top + jnp.arange(h, dtype=top.dtype)
     columns = left + jnp.arange(w, dtype=left.dtype)
     return padded[rows[:, None], columns[None, :]]
+
+
+def random_resized_crop(
+    key: jax.Array, image: jax.Array, *, smallest_area: float
+) -> jax.Array:
+    """Enlarges a random part of an image to the image's size.
+
+    Area and aspect ratio are drawn as by torchvision's ``RandomResizedCrop``: the share
+    of the area is uniform on ``[smallest_area, 1]``, the logarithm of width over height
+    on ``[log 3/4, log 4/3]``. If the part is larger than the image, both are drawn
+    again, and after ten times the whole image is taken. Its position is uniform, and
+    its sides are not rounded to pixels. Pixels are interpolated linearly.
+
+    Args:
+      key: random key.
+      image: image, shape ``[h, w, c]``, ``uint8`` or floating.
+      smallest_area: smallest share of the area, in ``(0, 1]``.
+
+    Returns:
+      The part, shape ``[h, w, c]``, dtype of ``image`` (``uint8`` is rounded).
+
+    Raises:
+      ValueError: ``image`` does not have rank 3, or ``smallest_area`` is out of range.
+
+    Examples:
+      >>> image = jnp.full((8, 8, 1), 7, jnp.uint8)
+      >>> part = random_resized_crop(jax.random.key(0), image, smallest_area=0.08)
+      >>> part.shape, np.unique(part)
+      ((8, 8, 1), array([7], dtype=uint8))
+    """
+    _check_image(image)
+    _check_area(smallest_area)
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    size = jnp.array(image.shape[:2], jnp.float32)  # height and width
+    area = jax.random.uniform(area_key, (10,), minval=smallest_area) * jnp.prod(size)
+    limit = np.log(4 / 3).astype(np.float32)
+    ratio = jax.random.uniform(ratio_key, (10,), minval=-limit, maxval=limit)
+    ratio = jnp.exp(ratio / 2)  # square root of width over height
+    parts = jnp.sqrt(area)[:, None] * jnp.stack([1 / ratio, ratio], axis=1)  # [10, 2]
+    fits = jnp.all(parts <= size[None], axis=1)
+    part = jnp.where(jnp.any(fits), parts[jnp.argmax(fits)], size)
+    corner = jax.random.uniform(place_key, (2,)) * (size - part)
+    # Two products with matrices for each channel: at 224 pixels 0.14 GFLOP, 4 % of the
+    # forward pass of a ResNet18 (7 of 167 ms for an image on one CPU core).
+    enlarged = jax.image.scale_and_translate(
+        image.astype(jnp.float32),
+        image.shape,
+        (0, 1),
+        scale=size / part,
+        translation=-corner * size / part,
+        method="linear",
+    )
+    if jnp.issubdtype(image.dtype, jnp.integer):
+        enlarged = jnp.round(enlarged)
+    return enlarged.astype(image.dtype)
+
+
+def _check_area(smallest_area: float) -> None:
+    if not 0 < smallest_area <= 1:
+        raise ValueError(f"smallest_area must be > 0 and <= 1, got {smallest_area}")
 
 
 def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -221,8 +281,9 @@ def distort(
     degrees: float = 0.0,
     shift: float = 0.0,
     zoom: float = 0.0,
+    smallest_area: float = 1.0,
 ) -> jax.Array:
-    """Applies a random affine map, crop and flip, except those that are 0 or False.
+    """Applies a random affine map, crops and a flip, except those that change nothing.
 
     Args:
       key: random key.
@@ -232,6 +293,8 @@ def distort(
       degrees: ``degrees`` of `random_affine`.
       shift: ``shift`` of `random_affine`.
       zoom: ``zoom`` of `random_affine`.
+      smallest_area: ``smallest_area`` of `random_resized_crop`, which is left out if it
+        is 1.
 
     Returns:
       The image, shape ``[h, w, c]``, dtype of ``image``.
@@ -251,6 +314,9 @@ def distort(
         image = random_affine(
             affine_key, image, degrees=degrees, shift=shift, zoom=zoom
         )
+    if smallest_area != 1:
+        area_key, crop_key = jax.random.split(crop_key)
+        image = random_resized_crop(area_key, image, smallest_area=smallest_area)
     image = random_crop(crop_key, image, padding=padding)
     return random_flip(flip_key, image) if flip else image
 
@@ -264,9 +330,10 @@ def make_augment(
     degrees: float = 0.0,
     shift: float = 0.0,
     zoom: float = 0.0,
+    smallest_area: float = 1.0,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Callable[..., jax.Array]:
-    """Makes a function that applies affine map, crop, flip and normalization.
+    """Makes a function that applies affine map, crops, flip and normalization.
 
     Args:
       mean: mean per channel, shape ``[c]``, in ``[0, 1]`` units.
@@ -277,6 +344,8 @@ def make_augment(
       degrees: ``degrees`` of `random_affine`, which is left out if all three are 0.
       shift: ``shift`` of `random_affine`.
       zoom: ``zoom`` of `random_affine`.
+      smallest_area: ``smallest_area`` of `random_resized_crop`, which is left out if it
+        is 1.
       dtype: floating dtype of the result, which is computed in ``float32``.
 
     Returns:
@@ -300,6 +369,7 @@ def make_augment(
     _check_statistics(mean, std)
     _check_padding(padding)
     _check_affine(degrees, shift, zoom)
+    _check_area(smallest_area)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating, got {jnp.dtype(dtype)}")
     options = {
@@ -308,6 +378,7 @@ def make_augment(
         "degrees": degrees,
         "shift": shift,
         "zoom": zoom,
+        "smallest_area": smallest_area,
     }
 
     def augment(

@@ -38,7 +38,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Range:
-    """Accepts numbers of a range, and None.
+    """Accepts numbers of a range, tuples of them, and None.
 
     Attributes:
       wanted: describes the range, for the message.
@@ -48,9 +48,11 @@ class Range:
     wanted: str
     contains: Callable[[float], bool]
 
-    def check(self, name: str, value: float | None) -> None:
+    def check(self, name: str, value: float | tuple[float, ...] | None) -> None:
         """Raises a `UserError` if the value is not accepted."""
-        if value is None or self.contains(value):
+        if value is None:
+            return
+        if all(map(self.contains, value if isinstance(value, tuple) else (value,))):
             return
         option = f"--{name.replace('_', '-')}"
         raise UserError(f"{option} must be {self.wanted}, got {value}")

@@ -91,6 +91,9 @@ class Augmentation:
     """Largest random displacement, as a fraction of the image's height and width."""
     zoom: Annotated[float, SHARE] = 0.0
     """Largest random change of scale; 0.1 scales by a factor between 0.9 and 1.1."""
+    smallest_area: Annotated[float, PART] = 1.0
+    """Smallest share of the area that a random resized crop keeps, such as 0.08 for
+    ImageNet; 1 leaves the crop out."""
 
 
 @dataclass(frozen=True)
@@ -219,12 +222,15 @@ class Optimizer:
     lr_end: Annotated[float, NOT_NEGATIVE] = 1e-4
     """Learning rate at the end of the cosine."""
     schedule: Annotated[
-        str, Choices("cosine-epoch", "cosine", "onecycle", "constant")
+        str, Choices("cosine-epoch", "cosine", "onecycle", "step", "constant")
     ] = "cosine-epoch"
     """Schedule of the learning rate: cosine-epoch (a cosine that changes once per
     epoch, as in the released code), cosine (changes at every step, after --warmup),
     onecycle (rises along a cosine over the first 30 % of the steps, then falls almost
-    to zero), constant (as in the released baseline)."""
+    to zero), step (falls to a tenth at --drops), constant (as in the released
+    baseline)."""
+    drops: Annotated[tuple[float, ...], SHARE] = (0.3, 0.6, 0.9)
+    """Shares of the steps after which the rate falls to a tenth (step only)."""
     warmup: Annotated[float, SHARE] = 0.0
     """Share of the steps over which the rate rises from zero (cosine only)."""
     momentum: Annotated[float, SHARE] = 0.9

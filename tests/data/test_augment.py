@@ -15,6 +15,7 @@ from kddm_jax.data.augment import (
     random_affine,
     random_crop,
     random_flip,
+    random_resized_crop,
 )
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -272,6 +273,14 @@ ERRORS = {
         r"got \[1, 4, 4, 3\]",
     ),
     "negative padding": (lambda k: random_crop(k, FLOAT, padding=-1), "got -1"),
+    "part of a batch": (
+        lambda k: random_resized_crop(k, FLOAT[None], smallest_area=0.5),
+        r"got \[1, 4, 4, 3\]",
+    ),
+    "area above one": (
+        lambda k: random_resized_crop(k, FLOAT, smallest_area=1.1),
+        "got 1.1",
+    ),
     "padding of half": (lambda k: random_crop(k, FLOAT, padding=0.5), "got 0.5"),
     "normalise int": (lambda k: normalize(BYTES.astype(int), MEAN, STD), "got int32"),
     "mean of one": (lambda k: normalize(BYTES, (0.5,), STD), r"mean .*=\[3\].*\[1\]"),
@@ -300,6 +309,7 @@ RECIPE_ERRORS = {
     "all zero": ({"mean": MEAN, "std": (0.0,) * 3}, "positive in some channel"),
     "negative": ({"mean": MEAN, "std": (1.0, -1.0, 1.0)}, "std >= 0"),
     "nan": ({"mean": (float("nan"),), "std": (1.0,)}, "must be finite"),
+    "area": ({"mean": MEAN, "std": STD, "smallest_area": 0}, "> 0 and <= 1, got 0"),
     "padding": ({"mean": MEAN, "std": STD, "padding": -1}, "padding .* got -1"),
     "dtype": ({"mean": MEAN, "std": STD, "dtype": jnp.uint8}, "floating, got uint8"),
 }
@@ -440,6 +450,78 @@ def test_recipe_with_an_affine_map_is_affine_then_normalise():
     np.testing.assert_allclose(
         recipe(key, image), normalize(moved, (0.5,), (0.25,)), rtol=1e-6
     )
+
+
+def boxes(n, size, smallest_area):
+    """Draws parts, and reads top, left, height and width of each from two ramps."""
+    ramps = jnp.stack(
+        jnp.meshgrid(*(jnp.arange(s, dtype=jnp.float32) for s in size), indexing="ij"),
+        axis=-1,
+    )
+    fn = partial(random_resized_crop, smallest_area=smallest_area)
+    rows, columns = np.moveaxis(np.float64(draw(fn, n, ramps)), -1, 0)
+    found = []
+    for ramp, pixels in ((rows[:, :, 0], size[0]), (columns[:, 0], size[1])):
+        middle = pixels // 2  # the ends of a ramp are not interpolated
+        step = ramp[:, middle] - ramp[:, middle - 1]
+        found += [ramp[:, middle] + 0.5 - (middle + 0.5) * step, step * pixels]
+    top, height, left, width = found
+    return top, left, height, width
+
+
+def test_parts_are_those_of_torchvision():
+    """Tests area, aspect ratio and place of parts of a square."""
+    top, left, height, width = boxes(2000, (16, 16), 0.25)
+    assert min(top.min(), left.min()) > -1e-3
+    assert max((top + height).max(), (left + width).max()) < 16 + 1e-3
+    share, ratio = height * width / 16**2, width / height
+    assert 0.25 - 1e-3 < share.min() < 0.27
+    assert share.max() > 0.95
+    assert 3 / 4 - 1e-3 < ratio.min() < 0.77
+    assert 1.3 < ratio.max() < 4 / 3 + 1e-3
+    # All parts with at most 9/16 of the area fit, so they are uniform. The deviation of
+    # the mean of 1000 parts is 0.003 of the area, and 0.005 of the ratio's logarithm.
+    small = share < 0.5
+    assert np.mean(share[small]) == pytest.approx(0.375, abs=0.012)
+    assert np.mean(np.log(ratio[small])) == pytest.approx(0, abs=0.02)
+    place = (top / (16 - height))[small]
+    assert np.mean(place) == pytest.approx(0.5, abs=0.04)
+    assert np.std(place) == pytest.approx(12**-0.5, abs=0.03)
+    assert abs(np.corrcoef(top[small], left[small])[0, 1]) < 0.15
+
+
+def test_a_part_that_never_fits_is_the_whole_image():
+    """No part of this area and ratio fits into an image of one row of pixels."""
+    image = jnp.arange(9.0).reshape(1, 9, 1)
+    fn = partial(random_resized_crop, smallest_area=0.9)
+    np.testing.assert_allclose(draw(fn, 20, image), jnp.stack([image] * 20), rtol=1e-6)
+
+
+def test_parts_are_enlarged_as_by_pillow():
+    pillow = pytest.importorskip("PIL.Image")
+    image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    fn = partial(random_resized_crop, smallest_area=0.08)
+    found = np.asarray(draw(fn, 8, jnp.asarray(image)))
+    assert found.dtype == np.uint8
+    for pixels, top, left, height, width in zip(
+        found, *boxes(8, (12, 12), 0.08), strict=True
+    ):
+        box = np.clip((left, top, left + width, top + height), 0, 12)
+        wanted = pillow.fromarray(image).resize((12, 12), pillow.BILINEAR, tuple(box))
+        # Pillow rounds to 8 bits after each axis.
+        np.testing.assert_allclose(pixels, np.float32(wanted), atol=1.5)
+
+
+def test_recipe_with_a_part_is_a_part_then_crop():
+    image = np.random.default_rng(0).integers(1, 256, (12, 12, 3), dtype=np.uint8)
+    key, image = jax.random.key(5), jnp.asarray(image)
+    part_key, crop_key = jax.random.split(jax.random.split(key)[0])
+    part_of = jax.jit(partial(random_resized_crop, smallest_area=0.2))
+    part = part_of(part_key, image)
+    assert not np.array_equal(part, image)
+    recipe = partial(distort, smallest_area=0.2, padding=3, flip=False)
+    cropped = random_crop(crop_key, part, padding=3)
+    np.testing.assert_array_equal(jax.jit(recipe)(key, image), cropped)
 
 
 def test_training_needs_a_key():

@@ -634,6 +634,8 @@ MISTAKES = {
     "no images": ("--student-images 0", ["--student-images", "positive", "0"]),
     "image size": ("--image-size 0", ["--image-size", "positive", "0"]),
     "rate": ("--lr nan", ["--lr", "positive", "nan"]),
+    "drops": ("--drops 0.5 1", ["--drops", "0.5, 1", "< 1"]),
+    "area": ("--smallest-area 0", ["--smallest-area", "> 0 and <= 1"]),
     "warmup": ("--warmup 2", ["--warmup", "2", "< 1"]),
     "padding": ("--padding -1", ["--padding", "-1", ">= 0"]),
     "decay": ("--weight-decay -1", ["--weight-decay", "-1", ">= 0"]),

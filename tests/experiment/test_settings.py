@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -181,6 +181,12 @@ def test_schedules():
     assert found == pytest.approx([0.0, 0.25, 0.5, 0.3, 0.1])
     found = rates("--schedule", "cosine-epoch", steps=[0, 9, 20, 29])
     assert found == pytest.approx([0.5, 0.5, 0.3, 0.3])
+    step = ("--schedule", "step", "--drops", "0.75", "0.25")
+    found = rates(*step, steps=[0, 9, 10, 29, 30, 39])
+    assert found == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+    # Both drops of a run that is too short for them happen at one step.
+    found = rates("--schedule", "step", "--drops", "0.5", "0.501", steps=[19, 20])
+    assert found == pytest.approx([0.5, 0.005])
     found = rates("--schedule", "onecycle", steps=[0, 6, 12, 26, 40])
     assert found == pytest.approx([0.02, 0.26, 0.5, 0.25, 2e-6], rel=1e-4)
 
@@ -402,17 +408,17 @@ def test_ranges_are_checked(name, numbers):
 
 
 def test_every_number_has_a_range():
-    """Two numbers are checked elsewhere: with other settings, or to be finite."""
+    """Three are checked elsewhere: with other settings, or to be finite."""
     numbers = {
         name
         for kind in settings_module.GROUPS.values()
         for name, hint in get_type_hints(kind).items()
-        if {int, float} & {hint, *get_args(hint)} and get_origin(hint) is not tuple
+        if {int, float} & {hint, *get_args(hint)}
     }
     assert "lr" in numbers
     assert "views" in numbers
     ranged = {name for name, _ in noted(options.Range)}
-    assert ranged == numbers - {"process", "weight"}
+    assert ranged == numbers - {"process", "seeds", "weight"}
 
 
 def test_choices_are_those_of_the_library():

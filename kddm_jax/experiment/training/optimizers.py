@@ -26,6 +26,11 @@ def make_schedule(settings: Optimizer, steps_per_epoch: int, epochs: int):
         return optax.cosine_onecycle_schedule(
             total, settings.lr, pct_start=0.3, div_factor=25.0, final_div_factor=1e4
         )
+    if settings.schedule == "step":
+        count = len(settings.drops) + 1
+        rates = [optax.constant_schedule(settings.lr * 0.1**i) for i in range(count)]
+        boundaries = [round(share * total) for share in sorted(settings.drops)]
+        return optax.join_schedules(rates, boundaries)
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0 if settings.warmup else settings.lr,
