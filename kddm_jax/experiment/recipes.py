@@ -154,8 +154,64 @@ def feature_only(dataset: str) -> Settings:
     )
 
 
+def crd(dataset: str) -> Settings:
+    """Returns the settings of CRD's and DKD's tables on CIFAR-100 (arXiv 1910.10699).
+
+    RepDistiller and mdistiller use them for networks without depthwise convolutions.
+    Choose the pair by ``--teacher-model`` and ``--student-model``.
+    """
+    optimizer = replace(
+        SGD,
+        nesterov=False,
+        schedule="step",
+        drops=(0.625, 0.75, 0.875),  # after 150, 180 and 210 epochs
+        teacher_epochs=240,
+        epochs=240,
+        batch_size=AtMost(64),
+        lr=0.05,
+        weight_decay=5e-4,
+    )
+    return Settings(
+        Data(dataset),
+        augmentation(dataset),
+        Networks(teacher_model="ResNet56", student_model="ResNet20"),
+        Method(HELPFUL, normalization="unit"),
+        optimizer,
+        Run("crd"),
+    )
+
+
+def imagenet(dataset: str) -> Settings:
+    """Returns torchdistill's settings for ResNet34 to ResNet18 on ImageNet.
+
+    mdistiller's are the same with twice the batch and the rate (batches of 512, 0.2).
+    Images are cached as squares of 224 pixels, and random parts of these are enlarged;
+    torchdistill takes the parts from the original images.
+    """
+    optimizer = replace(
+        SGD,
+        nesterov=False,
+        schedule="step",
+        drops=(0.3, 0.6, 0.9),
+        teacher_epochs=100,
+        epochs=100,
+        batch_size=AtMost(256),
+        lr=0.1,
+        weight_decay=1e-4,
+    )
+    return Settings(
+        Data(dataset, image_size=224),
+        augmentation(dataset, Augmentation(padding=0, smallest_area=0.08)),
+        Networks(stem="imagenet"),
+        Method(HELPFUL, normalization="unit"),
+        optimizer,
+        Run("imagenet"),
+    )
+
+
 RECIPES: Mapping[str, Callable[[str], Settings]] = {
-    recipe.__name__: recipe for recipe in (paper, strong, laptop, feature_only)
+    recipe.__name__: recipe
+    for recipe in (paper, strong, laptop, feature_only, crd, imagenet)
 }
 
 

@@ -254,8 +254,8 @@ class Run:
     """Sets where, how fast and how often to run; does not change a run's result."""
 
     recipe: str = "laptop"
-    """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop
-    or feature_only."""
+    """Name of the recipe, which sets the defaults of all groups: paper, strong, laptop,
+    feature_only, crd or imagenet."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds. For each seed, one student is trained without distillation, one
     with --equal-compute, and one for each distance."""

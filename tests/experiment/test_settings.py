@@ -53,6 +53,40 @@ def test_paper_recipe_is_the_papers():
     assert (found.data.train_images, found.data.student_images) == (None, None)
 
 
+def test_crd_recipe_is_repdistillers():
+    """Compares with the defaults of RepDistiller's train_student.py."""
+    found = parse(["--dataset", "cifar100", "--recipe", "crd"])
+    optimizer = found.optimizer
+    assert (optimizer.epochs, optimizer.teacher_epochs) == (240, 240)
+    assert (optimizer.batch_size, optimizer.optimizer) == (64, "sgd")
+    assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)
+    assert optimizer.weight_decay == 5e-4
+    assert found.augmentation == settings_module.Augmentation(padding=4, flip=True)
+    steps = 50_000 // 64
+    schedule = optimizers.make_schedule(optimizer, steps, 240)
+    for epoch, before in {150: 0.05, 180: 5e-3, 210: 5e-4}.items():
+        rates = [float(schedule(epoch * steps + i)) for i in (-1, 0)]
+        assert rates == pytest.approx([before, before / 10])
+
+
+def test_imagenet_recipe_is_torchdistills():
+    """Compares with kd-resnet18_from_resnet34.yaml."""
+    found = parse(["--dataset", "imagenet2012", "--recipe", "imagenet"])
+    networks, optimizer = found.networks, found.optimizer
+    assert (networks.teacher_model, networks.student_model) == ("ResNet34", "ResNet18")
+    assert (networks.stem, found.data.image_size) == ("imagenet", 224)
+    assert (optimizer.batch_size, optimizer.epochs, optimizer.lr) == (256, 100, 0.1)
+    assert (optimizer.weight_decay, optimizer.momentum) == (1e-4, 0.9)
+    assert not optimizer.nesterov
+    assert found.augmentation == settings_module.Augmentation(
+        padding=0, smallest_area=0.08
+    )
+    schedule = optimizers.make_schedule(optimizer, 5004, 100)
+    for epoch, before in {30: 0.1, 60: 0.01, 90: 1e-3}.items():
+        rates = [float(schedule(epoch * 5004 + i)) for i in (-1, 0)]
+        assert rates == pytest.approx([before, before / 10])
+
+
 @pytest.mark.parametrize("form", ["--lr 0.5", "--lr=0.5"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_command_line_comes_last(recipe, form):
