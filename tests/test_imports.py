@@ -34,7 +34,8 @@ networks, checkpoint, data < experiment.machine
 experiment.machine < experiment.published < experiment.settings
 experiment.machine < experiment.options < experiment.settings < experiment.checks
 experiment.checks < experiment.recipes < experiment.training
-experiment.training < experiment.report < experiment.study < experiment < __main__
+experiment.training < experiment.report < experiment.log < experiment.study
+experiment.study < experiment < __main__
 """
 # Imported only when they are needed.
 HEAVY = ("ott", "jaxopt", "tensorflow", "tensorflow_datasets", "torch", "sklearn")

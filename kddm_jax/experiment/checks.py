@@ -173,3 +173,27 @@ def _check_seeds(settings):
     outside = [seed for seed in seeds if not 0 <= seed < 2**32]
     _require(not outside, f"--seeds must be in [0, 2**32), got {outside}")
     _require(len(set(seeds)) == len(seeds), f"--seeds names one twice: {seeds}")
+
+
+def layer_pairs(settings: Settings) -> list[tuple[str, str, float]]:
+    """Parses ``--layers`` into (student's layer, teacher's layer, weight)."""
+    found = []
+    for text in settings.method.layers:
+        student, colon, rest = text.partition(":")
+        teacher, _, weight = rest.partition(":")
+        try:
+            number = float(weight) if weight else 1.0
+        except ValueError:
+            number = -1.0
+        if not (student and colon and teacher) or not number >= 0:
+            raise UserError(
+                f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
+                "such as stage4_block2:stage4_block3:0.5"
+            )
+        if student in (pair[0] for pair in found):
+            raise UserError(
+                f"--layers names the student's layer {student!r} twice; name one "
+                "teacher's layer for each"
+            )
+        found.append((student, teacher, number))
+    return found

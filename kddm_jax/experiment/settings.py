@@ -290,6 +290,9 @@ class Run:
     """What to do after a step whose loss or gradient is not finite: stop; or skip,
     which counts such steps in the history and warns. Either way, the step does not
     change the parameters."""
+    log: Annotated[str | None, Choices(None, "tensorboard"), Mark.NOT_SHOWN] = None
+    """Log metrics and features of every run to its folder, also for another program:
+    tensorboard (needs the extra tensorboard). None writes no such log."""
     embedding: Annotated[str, Choices("pca", "tsne", "none"), Mark.NOT_SHOWN] = "pca"
     """Method for the picture of the features in report.html: pca, tsne (slower) or
     none."""
@@ -430,30 +433,6 @@ UNIT_WEIGHT = 10.0  # of feature_only, whose distance of unit features is at mos
 def by_quality(settings: Settings) -> bool:
     """Returns whether the teacher's layers are chosen by quality."""
     return settings.method.layers == (RELEASED,)
-
-
-def layer_pairs(settings: Settings) -> list[tuple[str, str, float]]:
-    """Parses ``--layers`` into (student's layer, teacher's layer, weight)."""
-    found = []
-    for text in settings.method.layers:
-        student, colon, rest = text.partition(":")
-        teacher, _, weight = rest.partition(":")
-        try:
-            number = float(weight) if weight else 1.0
-        except ValueError:
-            number = -1.0
-        if not (student and colon and teacher) or not number >= 0:
-            raise UserError(
-                f"--layers {text!r}: write STUDENT:TEACHER or STUDENT:TEACHER:WEIGHT, "
-                "such as stage4_block2:stage4_block3:0.5"
-            )
-        if student in (pair[0] for pair in found):
-            raise UserError(
-                f"--layers names the student's layer {student!r} twice; name one "
-                "teacher's layer for each"
-            )
-        found.append((student, teacher, number))
-    return found
 
 
 def parts_of(name: str) -> tuple[str, ...]:

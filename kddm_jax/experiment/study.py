@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kddm_jax.experiment.log import Log, check_log
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.terminal import Reporter
@@ -42,12 +43,14 @@ class Study:
       teacher: the trained teacher.
       runs: the students' runs, in the order of the plan.
       reporter: shows the progress of a run.
+      log: logs the runs for another program, if the settings ask for it.
     """
 
     problem: Problem
     teacher: Teacher
     runs: tuple[Run, ...]
     reporter: Reporter
+    log: Log
 
     def train(
         self,
@@ -65,8 +68,10 @@ class Study:
           The run's result, as in its ``result.json``.
         """
         problem = self.problem
+        report = self.log.reporting(self.reporter)
+        observe = self.log.observing(run, self.teacher, observe)
         return train.train(
-            *(problem, run, problem.student, self.teacher, self.reporter), observe
+            *(problem, run, problem.student, self.teacher, report), observe
         )
 
     def say(self, line: str) -> None:
@@ -109,6 +114,7 @@ def open(
     out = default_out(settings, suffix)
 
     # --- all checks, before anything is trained or written ---------------------
+    processes.first(lambda: check_log(settings))
     problem = _read(settings, out)
     source = find_teacher(problem)
     runs.check_distances(problem, source.model)
@@ -123,12 +129,14 @@ def open(
         reporter = Reporter(console, live)
         stack.enter_context(reporter.progress)
         console = reporter.progress.console
-        teacher = load_teacher(source, reporter)
+        log = stack.enter_context(contextlib.closing(Log(problem)))
+        teacher = load_teacher(source, log.reporting(reporter))
         console.print(f"teacher: {teacher.accuracy:.2f} %")
         quality = from_teacher.prepare(problem, teacher, _draw_quality)
         if quality is not None:
             table.show_quality(quality, console)
-        yield Study(problem, teacher, tuple(plan(problem, teacher.digest)), reporter)
+        planned = tuple(plan(problem, teacher.digest))
+        yield Study(problem, teacher, planned, reporter, log)
 
 
 def _read(settings, out):

@@ -31,15 +31,19 @@ def plain(text: object) -> str:
     return str(text).replace("$", r"\$")
 
 
-def save(figure, path: Path) -> Path:
-    """Writes a figure as a small PNG and closes it."""
+def pixels(figure) -> np.ndarray:
+    """Renders a figure as uint8 pixels ``[h, w, 3]`` and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
     plt.close(figure)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def save(figure, path: Path) -> Path:
+    """Writes a figure as a small PNG and closes it."""
+    picture = Image.fromarray(pixels(figure))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = (
-        Image.open(buffer).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-    )
+    picture = picture.quantize(COLOURS, dither=Image.Dither.NONE)
     picture.save(path, optimize=True)
     return path
 

@@ -10,9 +10,9 @@ be rotated and have axes of their own. A repeated command reads the points from
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -22,8 +22,8 @@ from kddm_jax import checkpoint, data
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.settings import ALONE, FEATURE_ONLY, Settings
-from kddm_jax.experiment.training import methods, models, runs
-from kddm_jax.experiment.training.outputs import features_of
+from kddm_jax.experiment.training import methods, runs
+from kddm_jax.experiment.training.outputs import Network, features_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.teacher import Teacher, variables_of
 
@@ -92,13 +92,6 @@ def _as_json(points):
     )
 
 
-class Network(NamedTuple):
-    """Contains a network in the form that `features_of` takes."""
-
-    model: models.Network
-    variables: object
-
-
 def _first_seeds(problem, teacher, results) -> Iterator[tuple[runs.Run, Mapping]]:
     """Yields the first run of each name, and its result."""
     seen = set()
@@ -126,15 +119,30 @@ def _networks(problem, teacher, results) -> Iterator[tuple[str, str, object]]:
         yield run.name, run.title, network
 
 
-def _compute(problem, teacher, results):
-    """Computes the panels and describes them."""
-    settings, parts = problem.settings, problem.parts
-    count = min(IMAGES, len(parts.eval_labels))
-    chosen = np.sort(data.balanced_subset(parts.eval_labels, count, seed=0))
-    panels: list[dict[str, Any]] = []
+def chosen_images(problem: Problem) -> np.ndarray:
+    """Returns the indices of the evaluation images whose features are shown."""
+    labels = problem.parts.eval_labels
+    count = min(IMAGES, len(labels))
+    return np.sort(data.balanced_subset(labels, count, seed=0))
+
+
+def panels_of(
+    problem: Problem, networks: Iterable[tuple[str, str, np.ndarray]]
+) -> dict[str, Any]:
+    """Maps features of some networks to the plane, with a panel for each.
+
+    Args:
+      problem: the data, the devices and the settings.
+      networks: name of the run, title, and features ``[n, d]`` of the chosen images;
+        the teacher, if there is one, comes first. A network whose features are not
+        finite or too few has no panel.
+
+    Returns:
+      A dictionary with ``classes``, ``labels`` and ``panels``, as in `find`.
+    """
+    settings, panels = problem.settings, []
     followed = np.zeros((0, 0))
-    for name, title, network in _networks(problem, teacher, results):
-        features = features_of(problem, network, "features", parts.eval_images, chosen)
+    for name, title, features in networks:
         if name == "teacher":
             followed = features
         if min(features.shape) < 2 or len(features) < FEWEST:
@@ -156,9 +164,21 @@ def _compute(problem, teacher, results):
         )
     return {
         "classes": list(problem.dataset.class_names),
-        "labels": parts.eval_labels[chosen].tolist(),
+        "labels": problem.parts.eval_labels[chosen_images(problem)].tolist(),
         "panels": panels,
     }
+
+
+def _compute(problem, teacher, results):
+    """Computes the panels of all networks of a study."""
+    images, chosen = problem.parts.eval_images, chosen_images(problem)
+    return panels_of(
+        problem,
+        (
+            (name, title, features_of(problem, network, "features", images, chosen))
+            for name, title, network in _networks(problem, teacher, results)
+        ),
+    )
 
 
 def find(

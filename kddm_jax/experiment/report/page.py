@@ -112,7 +112,7 @@ def solver_curves(results: Mapping[str, Any]):
 
 
 MOST_NAMED = 20  # largest number of classes in a legend
-COLUMNS = 4  # number of panels side by side
+COLUMNS = 4  # largest number of panels side by side
 
 
 def features(embedding: Mapping[str, Any]):
@@ -125,9 +125,10 @@ def features(embedding: Mapping[str, Any]):
       The figure.
     """
     labels, shown = np.asarray(embedding["labels"]), embedding["panels"]
-    names, lines = embedding["classes"], -(-len(shown) // COLUMNS)
+    columns = max(1, min(COLUMNS, len(shown)))
+    names, lines = embedding["classes"], -(-len(shown) // columns)
     figure, axes = plt.subplots(
-        *(lines, COLUMNS),
+        *(lines, columns),
         figsize=(12, 3.2 * lines),
         layout="constrained",
         squeeze=False,

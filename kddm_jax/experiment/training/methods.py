@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from kddm_jax import DISTANCES, Bank, Distance, Term, distill_loss
 from kddm_jax.distances import get_distance
+from kddm_jax.experiment.checks import layer_pairs
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.settings import (
@@ -24,7 +25,6 @@ from kddm_jax.experiment.settings import (
     Settings,
     by_quality,
     change,
-    layer_pairs,
     parts_of,
     weight_of,
 )

@@ -47,6 +47,13 @@ def compute(program: Callable, variables, images: np.ndarray):
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
+class Network(NamedTuple):
+    """Contains a network in the form that `features_of` takes."""
+
+    model: models.Network
+    variables: object
+
+
 def features_of(problem: Problem, network, layer: str, images, chosen):
     """Computes a layer's features ``[n, d]`` of the chosen images, on the host."""
 

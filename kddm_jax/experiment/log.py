@@ -1,0 +1,202 @@
+"""Logs runs to their folders, for other programs such as TensorBoard.
+
+`Log` collects what is logged: the numbers of each epoch, the norms of the features of
+student and teacher, and a picture of the features at the end. A `Backend` writes it by
+three functions, for numbers, for a histogram and for a picture; an entry of `BACKENDS`
+adds another one. Only the first process logs. A step is the number of updates made.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import Settings
+from kddm_jax.experiment.training.outputs import Network, features_of
+from kddm_jax.experiment.training.problems import Problem
+from kddm_jax.experiment.training.runs import Run
+from kddm_jax.experiment.training.train import Teacher
+
+
+class Backend(Protocol):
+    """Writes the log of one run.
+
+    A backend is made by ``Backend(folder, step)``. What an interrupted command logged
+    in this folder at this step or later must not show any more.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Opens the log."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers by name to the disk, with everything before them."""
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Writes the distribution of numbers ``[n]``."""
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes a picture, uint8 ``[h, w, 3]``."""
+
+    def close(self) -> None:
+        """Ends the log."""
+
+
+class TensorBoard:
+    """Writes event files of TensorBoard."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        # The names of files have a time in seconds; a suffix keeps them apart.
+        suffix = f".step-{step:08d}"
+        self.writer = SummaryWriter(
+            str(folder), purge_step=step, filename_suffix=suffix
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers by name to the disk, with everything before them."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Writes the distribution of numbers ``[n]``."""
+        self.writer.add_histogram(name, values, step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes a picture, uint8 ``[h, w, 3]``."""
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Ends the log."""
+        self.writer.close()
+
+
+# By the value of --log: the backend and the package that it needs.
+BACKENDS: Mapping[str, tuple[Callable[[Path, int], Backend], str]] = {
+    "tensorboard": (TensorBoard, "tensorboardX"),
+}
+
+
+def check_log(settings: Settings) -> None:
+    """Raises a `UserError` if a package that the log needs is not installed."""
+    kind = settings.run.log
+    if kind is None:
+        return
+    _, package = BACKENDS[kind]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--log {kind} needs {package}; install the extra: "
+            f'pip install "kddm-jax[{kind}]"'
+        )
+
+
+class Log:
+    """Logs the runs of a study, one after the other, if the settings ask for it.
+
+    `reporting` and `observing` wrap the functions that `train.train` calls. A run's log
+    is opened at its first epoch and closed at its last, or when another run begins.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        kind = problem.settings.run.log
+        self.problem, self.folder, self.backend = problem, None, None
+        self.of_teacher = None  # its features, which are computed once
+        self.make = BACKENDS[kind][0] if kind and processes.index() == 0 else None
+
+    def _open(self, run: Run, step: int) -> Backend:
+        folder = run.folder(self.problem.out)
+        if self.make is None:
+            raise RuntimeError("this process does not log")
+        if self.backend is None or folder != self.folder:
+            self.close()
+            self.folder, self.backend = folder, self.make(folder, step)
+        return self.backend
+
+    def close(self) -> None:
+        """Closes the log of the last run."""
+        if self.backend is not None:
+            self.backend.close()
+        self.backend = None
+
+    def reporting(self, report: Callable[..., None]) -> Callable[..., None]:
+        """Adds the numbers of each epoch to a function that reports progress.
+
+        Args:
+          report: as in `train.train`, which calls it with an epoch's record before it
+            writes the epoch's checkpoint.
+
+        Returns:
+          A function of the same arguments.
+        """
+        if self.make is None:
+            return report
+
+        def logged(run, *, done, total, metrics, **shown):
+            report(run, done=done, total=total, metrics=metrics, **shown)
+            if "epoch" in metrics:
+                values = {k: v for k, v in metrics.items() if k != "epoch"}
+                self._open(run, done).scalars(done, values)
+                if done == total:
+                    self.close()
+
+        return logged
+
+    def observing(
+        self, run: Run, teacher: Teacher, observe: Callable[[int, object], None]
+    ) -> Callable[[int, object], None]:
+        """Adds norms and picture of features to a function that observes a student.
+
+        Args:
+          run: the student's run.
+          teacher: the teacher.
+          observe: as in `train.train`.
+
+        Returns:
+          A function of the same arguments.
+        """
+        if self.make is None:
+            return observe
+        optimizer = run.settings.optimizer
+        steps = len(run.indices) // optimizer.batch_size
+
+        def logged(epoch, variables):
+            observe(epoch, variables)
+            if epoch == run.epochs or epoch and epoch % optimizer.eval_every == 0:
+                self._log_features(run, epoch, epoch * steps, teacher, variables)
+
+        return logged
+
+    def _log_features(self, run, epoch, step, teacher, variables):
+        """Logs norms of features, and after the last epoch a picture of them."""
+        from kddm_jax.experiment.report import embedding  # imports scikit-learn
+
+        problem, log = self.problem, self._open(run, step)
+        images, chosen = problem.parts.eval_images, embedding.chosen_images(problem)
+        of = lambda network: features_of(problem, network, "features", images, chosen)
+        student = of(Network(problem.student, variables))
+        found = {"student": student}
+        if teacher.model is not None:
+            if self.of_teacher is None:
+                self.of_teacher = of(teacher)
+            found = {"teacher": self.of_teacher, "student": student}
+        for who, features in found.items():
+            norms = np.linalg.norm(features, axis=1)
+            norms = norms[np.isfinite(norms)]
+            if norms.size:
+                log.histogram(step, f"feature_norm/{who}", norms)
+        if epoch == run.epochs and problem.settings.run.embedding != "none":
+            titles = {"teacher": ("teacher",) * 2, "student": (run.name, run.title)}
+            networks = [(*titles[who], features) for who, features in found.items()]
+            _log_picture(log, step, embedding.panels_of(problem, networks))
+
+
+def _log_picture(log, step, found):
+    from kddm_jax.experiment.report import curves, page  # import Matplotlib
+
+    if found["panels"]:
+        log.image(step, "features", curves.pixels(page.features(found)))

@@ -1,0 +1,175 @@
+"""Tests that ``--log tensorboard`` writes what the run measures, in every epoch once.
+
+Event files are read here and not by TensorBoard, which is large. `events` hides what an
+interrupted command wrote, as TensorBoard does.
+"""
+
+import contextlib
+import struct
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from commands import KEEP, SMALL, call, unwanted_training
+from tensorboardX.proto import event_pb2
+
+from kddm_jax.experiment import log as log_module
+from kddm_jax.experiment.machine import processes, records
+from kddm_jax.experiment.machine.errors import RunError
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.training import train
+
+STEPS = 128 // 32
+LINE = (*SMALL, *KEEP, "--distances", "l2", "--epochs", 3, "--eval-every", 2)
+LINE = (*LINE, "--log", "tensorboard")
+
+
+def events(folder):
+    """Returns ``{tag: {step: [value, ...]}}`` of a run's event files."""
+    found = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])  # then a checksum of four bytes
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = {
+                    tag: {s: v for s, v in values.items() if s < event.step}
+                    for tag, values in found.items()
+                }
+            for value in event.summary.value:
+                steps = found.setdefault(value.tag, {})
+                steps.setdefault(event.step, []).append(value)
+    return found
+
+
+def numbers(found):
+    """Returns the scalars as ``{step: {tag: value}}``; each must occur once."""
+    by_step = {}
+    for tag, steps in found.items():
+        for step, values in steps.items():
+            if values[0].HasField("simple_value"):
+                (value,) = values
+                by_step.setdefault(step, {})[tag] = value.simple_value
+    return by_step
+
+
+def assert_logs_history(run, found):
+    history = records.read_json(run / "result.json")["history"]
+    expected = {
+        STEPS * record["epoch"]: {k: v for k, v in record.items() if k != "epoch"}
+        for record in history
+    }
+    logged = numbers(found)
+    assert {*logged} == {*expected}
+    for step, values in expected.items():
+        assert logged[step] == pytest.approx(values, rel=1e-6)  # float32
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """Returns the folder of a study whose student l2 was interrupted in epoch 3.
+
+    Its only checkpoint was then that of epoch 1.
+    """
+    out = tmp_path_factory.mktemp("logged")
+    with pytest.MonkeyPatch.context() as patch:
+        end, due = train._end_epoch, train.Progress.due
+        named = lambda progress: progress.title.startswith("l2")
+
+        def fail(problem, run, model, variables, progress, *rest):
+            if named(progress) and progress.epoch == 2:
+                raise RunError("interrupted")
+            return end(problem, run, model, variables, progress, *rest)
+
+        patch.setattr(train, "_end_epoch", fail)
+        once = lambda progress, seconds: named(progress) and progress.step == STEPS
+        patch.setattr(train.Progress, "due", once)
+        assert call(*LINE, "--out", out) == 1
+        assert {*numbers(events(out / "l2" / "seed1"))} == {STEPS, 2 * STEPS}
+        patch.setattr(train, "_end_epoch", end)
+        patch.setattr(train.Progress, "due", due)
+        assert call(*LINE, "--out", out) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["teacher/seed0", "student/seed1", "l2/seed1"])
+def test_numbers_are_those_of_the_history(logged, run):
+    found = events(logged / run)
+    assert_logs_history(logged / run, found)
+    assert {"loss", "accuracy", "test_accuracy", "lr"} < {*found}
+    assert ("l2" in found) == (run == "l2/seed1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["student/seed1", "l2/seed1"])
+def test_features_are_logged_where_students_are_evaluated(logged, run):
+    found = events(logged / run)
+    for who in ("student", "teacher"):
+        histograms = found[f"feature_norm/{who}"]
+        assert {*histograms} == {2 * STEPS, 3 * STEPS}  # epoch 2 and the last
+        for values in histograms.values():
+            (value,) = values
+            assert value.histo.num == 100  # all test images
+            assert value.histo.min >= 0
+    student = found["feature_norm/student"]
+    sums = [values[0].histo.sum for values in student.values()]
+    assert sums[0] != sums[1]
+    ((step, (picture,)),) = found["features"].items()
+    assert step == 3 * STEPS
+    assert picture.image.encoded_image_string.startswith(b"\x89PNG")
+    assert picture.image.width > picture.image.height > 100
+
+
+def made_by(**settings):
+    """Returns what the log needs to know of a study."""
+    line = (word for pair in settings.items() for word in (f"--{pair[0]}", pair[1]))
+    return SimpleNamespace(settings=parse([*map(str, line)]), out=settings.get("out"))
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    """The second command goes on from the checkpoint of epoch 1."""
+    run, shown = SimpleNamespace(folder=lambda out: out / "run"), []
+    report = lambda run, **numbers: shown.append(numbers["done"])
+    problem = made_by(log="tensorboard", out=tmp_path)
+    for first, loss in ((1, 0.5), (2, 0.25)):
+        with contextlib.closing(log_module.Log(problem)) as log:
+            logged = log.reporting(report)
+            more = {"total": 30, "speed": 1.0}
+            for epoch in range(first, 4):
+                step = {"loss": np.ones(1)}  # within an epoch
+                logged(run, epoch=epoch - 1, done=10 * epoch - 5, metrics=step, **more)
+                record = {"epoch": epoch, "loss": loss}
+                logged(run, epoch=epoch - 1, done=10 * epoch, metrics=record, **more)
+    losses = {
+        step: values["loss"]
+        for step, values in numbers(events(tmp_path / "run")).items()
+    }
+    assert losses == {10: 0.5, 20: 0.25, 30: 0.25}
+    assert shown == [5, 10, 15, 20, 25, 30, 15, 20, 25, 30]
+
+
+def test_without_the_package_nothing_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", unwanted_training)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    out = tmp_path / "out"
+    assert call(*LINE, "--out", out) == 2
+    assert capsys.readouterr().err == (
+        "error: --log tensorboard needs tensorboardX; install the extra: "
+        'pip install "kddm-jax[tensorboard]"\n'
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("index", "kind"), [(1, "tensorboard"), (0, None)])
+def test_others_and_other_processes_log_nothing(index, kind, monkeypatch):
+    """They call the functions of the command, unchanged."""
+    monkeypatch.setattr(processes, "index", lambda: index)
+    log = log_module.Log(made_by(log=kind))
+    report, observe = object(), object()
+    assert log.reporting(report) is report
+    assert log.observing(None, None, observe) is observe
+    log.close()
