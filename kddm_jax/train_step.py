@@ -35,6 +35,7 @@ from kddm_jax.numerics.batches import (
 )
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
 from kddm_jax.numerics.devices import accuracy_of, average_state
+from kddm_jax.numerics.evaluation import evaluation_sums
 from kddm_jax.numerics.gradients import all_finite, gradients, updates_of
 from kddm_jax.numerics.mixing import Mix, mix_batch
 from kddm_jax.numerics.promotion import implicit_promotion
@@ -323,6 +324,7 @@ def make_eval_step(
     apply: ApplyFn,
     *,
     normalize: Callable[[jax.Array], jax.Array],
+    top: int | None = None,
     axis_name: str | None = AXIS,
 ) -> Callable[..., Metrics]:
     """Makes a function that evaluates a network on one device's share of a batch.
@@ -330,6 +332,8 @@ def make_eval_step(
     Args:
       apply: apply function of the network.
       normalize: function ``uint8 image -> float image`` of one image.
+      top: for top-5 accuracy, 5: the result then has ``correct_top``, the number of
+        images whose label is among the ``top`` largest logits.  None leaves it out.
       axis_name: name of the mapped axis; None for a single device without pmap.
 
     Returns:
@@ -342,16 +346,7 @@ def make_eval_step(
         labels = check_labels(labels, count_samples(images))
         inputs, rngs = jax.vmap(normalize)(images), rngs_for(apply, None, axis_name)
         outputs, _ = call(apply, variables, inputs, train=False, **rngs)
-        valid = labels >= 0
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            outputs.logits, jnp.where(valid, labels, 0)
-        )
-        hits = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32) == labels
-        sums = {
-            "count": jnp.sum(valid),
-            "correct": jnp.sum(hits & valid),
-            "loss": jnp.sum(jnp.where(valid, losses, 0)),
-        }
+        sums = evaluation_sums(outputs.logits, labels, top)
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     return evaluate

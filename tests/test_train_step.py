@@ -675,6 +675,24 @@ def test_evaluation_counts(count):
     np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_counts_the_largest_logits(count):
+    """Sorts all logits; padding is not counted."""
+    labels = np.arange(N, dtype=np.int32) % 4
+    labels[[0, 3, 9, 15]] = -1
+    evaluate = parallel(
+        make_eval_step(TEACHER_APPLY, normalize=NORMALIZE, top=2),
+        in_axes=(None, 0, 0),
+        devices=DEVICES[:count],
+    )
+    sums = evaluate(on_all(TEACHER, count), *shard((IMAGES, labels), count))
+    assert_shards_equal(sums, count)
+    logits = np.asarray(Net().apply(TEACHER, jax.vmap(NORMALIZE)(IMAGES)).logits)
+    largest = np.argsort(-logits, axis=1)[:, :2]
+    expected = sum(label in row for label, row in zip(labels, largest, strict=True))
+    assert sums["correct"] < sums["correct_top"] == expected < sums["count"] == 12
+
+
 def test_evaluation_without_an_axis():
     evaluate = make_eval_step(TEACHER_APPLY, normalize=NORMALIZE, axis_name=None)
     sums = jax.jit(evaluate)(TEACHER, IMAGES, np.full(N, -1))

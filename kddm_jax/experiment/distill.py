@@ -52,6 +52,7 @@ def _summary(opened, results, seconds):
             "model": teacher.name,
             "width": teacher.width,
             "accuracy": teacher.accuracy,
+            **({} if teacher.top5 is None else {"top5": teacher.top5}),
             "best_accuracy": trained and trained["best_accuracy"],
             "digest": teacher.digest,
             "pretrained": trained and trained["settings"].get("pretrained"),

@@ -929,7 +929,7 @@ def test_given_teacher_is_read_once(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoint, "restore_arrays", lambda path: read.append(path) or restore(path)
     )
-    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: {"accuracy": 12.5})
     line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
     problem = problems.prepare(parse([*map(str, line)]), tmp_path)
     source = find_teacher(problem)
@@ -1046,7 +1046,7 @@ def test_converted_teacher_is_taken(trained, tmp_path, monkeypatch):
     """Converting to a file and back gives the same arrays."""
     weights.convert(trained / "digits", tmp_path / "a.safetensors")
     weights.convert(tmp_path / "a.safetensors", tmp_path / "converted")
-    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: {"accuracy": 12.5})
     found = []
     for folder in (trained / "digits", tmp_path / "converted"):
         line = (*TINY, "--compilation-cache", "None", "--teacher", folder)

@@ -112,6 +112,19 @@ def test_markdown():
     assert table.markdown(small_results()) == GOLDEN
 
 
+def test_top_5_accuracy_is_shown_where_it_was_measured():
+    """By hand: the mean of 94 and 96 is 95, their deviation sqrt(2)."""
+    results = small_results()
+    results["teacher"]["top5"] = 98.5
+    for run, top5 in zip(results["runs"], (90.0, 92.0, 94.0, 96.0), strict=True):
+        run["top5"] = top5
+    place = table.columns(results).index("top-5 %")
+    cells = [row[place] for row in table.table(results)]
+    assert cells == ["91.00 ± 1.41", "98.50", "95.00 ± 1.41"]
+    del results["runs"][2]["top5"]  # a run of an earlier version
+    assert table.table(results)[2][place] == ""
+
+
 def test_a_grid_of_version_0_2_0_is_refused(tmp_path, capsys):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps({"held_out_accuracy": {"w2": {"1": 60.0}}}))

@@ -27,7 +27,7 @@ from kddm_jax.experiment.report.rows import Row, all_unlabelled, reference, rows
 from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
 
 COLUMNS = (
-    *("", "accuracy %", "difference to alone", "gap closed"),
+    *("", "accuracy %", "top-5 %", "difference to alone", "gap closed"),
     *("λ", "normalization", "learning rate", "seeds", "seconds"),
 )
 TITLES = 20  # narrowest column of titles on a terminal, in characters
@@ -35,12 +35,20 @@ TITLES = 20  # narrowest column of titles on a terminal, in characters
 
 def columns(results: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the names of the table's columns, those of `COLUMNS` that it needs."""
-    keys = [row.key for row in rows(results)]
-    optional = {
-        "normalization": {key.normalization for key in keys} - {""},
-        "learning rate": {key.rate for key in keys} - {""},
+    found = rows(results)
+    keys = [row.key for row in found]
+    needed = {
+        "top-5 %": any(_top5(row) for row in found),
+        "normalization": len({key.normalization for key in keys} - {""}) > 1,
+        "learning rate": len({key.rate for key in keys} - {""}) > 1,
     }
-    return tuple(c for c in COLUMNS if c not in optional or len(optional[c]) > 1)
+    return tuple(c for c in COLUMNS if needed.get(c, True))
+
+
+def _top5(row):
+    """Returns a row's top-5 accuracy; "" if runs have none, as with few classes."""
+    found = [run["top5"] for run in row.runs if "top5" in run]
+    return spread(found) if len(found) == len(row.runs) else ""
 
 
 def _compared(row, alone, results):
@@ -65,6 +73,7 @@ def _cells(row: Row, alone: Row, results) -> dict[str, str]:
     return {
         "": row.title,
         "accuracy %": spread([*row.accuracy.values()]),
+        "top-5 %": _top5(row),
         **_compared(row, alone, results),
         "λ": row.key.weight,
         "normalization": row.key.normalization,
@@ -93,6 +102,7 @@ def table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         {
             "": "teacher",
             "accuracy %": f"{teacher['accuracy']:.2f}",
+            "top-5 %": f"{teacher['top5']:.2f}" if "top5" in teacher else "",
             "seconds": f"{spent:.0f}" if spent is not None else "",
         },
     )

@@ -21,6 +21,7 @@ from kddm_jax.experiment.training import methods, models, pretrained, views
 from kddm_jax.experiment.training.statistics import Statistics
 
 EVAL_BATCH = 500
+MANY_CLASSES = 20  # from which on top-5 accuracy says something
 
 
 @dataclass(frozen=True)
@@ -400,12 +401,19 @@ def _check_images(problem):
             )
 
 
-def evaluate(problem: Problem, model: models.Network, variables) -> float:
-    """Measures the accuracy on the evaluation images, in percent."""
+def evaluate(problem: Problem, model: models.Network, variables) -> dict[str, float]:
+    """Measures accuracies on the evaluation images, in percent.
+
+    Returns:
+      ``accuracy``, and for `MANY_CLASSES` or more also ``top5``, the share of images
+      whose class is among the five largest logits.
+    """
+    top = 5 if problem.num_classes >= MANY_CLASSES else None
     if model not in problem.programs:
         step = train_step.make_eval_step(
             models.network_apply(model),
             normalize=lambda image: problem.normalize(None, image),
+            top=top,
         )
         problem.programs[model] = train_step.parallel(
             step,
@@ -415,7 +423,7 @@ def evaluate(problem: Problem, model: models.Network, variables) -> float:
     images, labels = problem.parts.eval_images, problem.parts.eval_labels
     devices, mine = len(problem.devices), processes.mine(problem.devices)
     size = -(-min(EVAL_BATCH, len(labels)) // devices) * devices
-    correct = 0
+    correct, among = 0, 0
     for start in range(0, len(labels), size):
         if processes.count() == 1:  # several processes stop together, within an epoch
             signals.check()
@@ -428,4 +436,6 @@ def evaluate(problem: Problem, model: models.Network, variables) -> float:
         )
         counts = problem.programs[model](variables, *shares)
         correct += int(counts["correct"])
-    return 100 * correct / len(labels)
+        among += int(counts.get("correct_top", 0))
+    found = {"accuracy": 100 * correct / len(labels)}
+    return found if top is None else {**found, "top5": 100 * among / len(labels)}

@@ -247,8 +247,9 @@ def load_teacher(source: Source | Stored, report) -> Teacher:
         run = runs.teacher_run(problem)
         result = train.train(problem, run, model, None, report)
     replicated = train_step.replicate(source.variables, problem.devices)
-    accuracy = problems.evaluate(problem, model, replicated)
+    measured = problems.evaluate(problem, model, replicated)
     return Teacher(
-        *(model, source.width, replicated, source.digest, accuracy, result),
+        *(model, source.width, replicated, source.digest, measured["accuracy"], result),
         name=models.name_of(model),
+        top5=measured.get("top5"),
     )

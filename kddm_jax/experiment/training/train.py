@@ -37,6 +37,7 @@ class Teacher:
       accuracy: accuracy on the evaluation images, in percent.
       result: the result of the teacher's run; None for a given checkpoint.
       name: name of the network in tables.
+      top5: top-5 accuracy, in percent; None if there are few classes.
     """
 
     model: models.Network | None
@@ -46,6 +47,7 @@ class Teacher:
     accuracy: float
     result: dict[str, Any] | None
     name: str = ""
+    top5: float | None = None
 
 
 def most_steps_per_dispatch() -> int:
@@ -247,7 +249,8 @@ def _end_epoch(problem, run, model, variables, progress, lr, final):
         "skipped": progress.tally.skipped,
     }
     if final or epoch % run.settings.optimizer.eval_every == 0:
-        record["test_accuracy"] = problems.evaluate(problem, model, variables)
+        measured = problems.evaluate(problem, model, variables)
+        record |= {f"test_{name}": value for name, value in measured.items()}
     progress.end_epoch(record)
     return record
 
@@ -334,13 +337,15 @@ def train(
 def _result(problem, run, history, timing):
     """Writes and returns the result of a finished run."""
     evaluated = [r for r in history if "test_accuracy" in r]
+    last = evaluated[-1]
     best = max(evaluated, key=lambda r: r["test_accuracy"])
     result = {
         "name": run.name,
         "title": run.title,
         "seed": run.seed,
         "weight": run.weight,
-        "accuracy": evaluated[-1]["test_accuracy"],
+        "accuracy": last["test_accuracy"],
+        **({"top5": last["test_top5"]} if "test_top5" in last else {}),
         "best_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "settings": run.identity,
