@@ -293,6 +293,9 @@ class Run:
     log: Annotated[str | None, Choices(None, "tensorboard"), Mark.NOT_SHOWN] = None
     """Log metrics and features of every run to its folder, also for another program:
     tensorboard (needs the extra tensorboard). None writes no such log."""
+    profile: Annotated[int, NOT_NEGATIVE, Mark.NOT_SHOWN] = 0
+    """Number of training steps of every run that JAX's profiler records, after the
+    first ones, which compile. The trace is written to the run's folder."""
     embedding: Annotated[str, Choices("pca", "tsne", "none"), Mark.NOT_SHOWN] = "pca"
     """Method for the picture of the features in report.html: pca, tsne (slower) or
     none."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from kddm_jax import train_step
 from kddm_jax.experiment.machine import processes, records, signals
+from kddm_jax.experiment.machine.profile import profiling
 from kddm_jax.experiment.settings import ALONE
 from kddm_jax.experiment.training import methods, models, optimizers, placebos, problems
 from kddm_jax.experiment.training.problems import Problem
@@ -292,9 +293,11 @@ def train(
     schedule = optimizers.make_schedule(settings.optimizer, steps, run.epochs)
     tx = optimizers.make_optimizer(settings.optimizer, schedule)
     method = method_of(problem, run.name, settings)
-    folder = run.folder(problem.out) / "checkpoints"
+    folder = run.folder(problem.out)
     state = _fresh(problem, run, model, method, tx)
-    progress = Progress(run.label, folder, _about(problem, run), steps, state)
+    progress = Progress(
+        run.label, folder / "checkpoints", _about(problem, run), steps, state
+    )
     progress.state = train_step.replicate(progress.state, problem.devices)
 
     # --- epochs ------------------------------------------------------------------
@@ -303,7 +306,8 @@ def train(
     program = _train_program(problem, run, method, model, teacher, tx, length)
     taught = _what_teaches(problem, run, method, teacher)
     fixed, speeds = (taught, teacher_data(problem, run)), []
-    with progress.running():
+    profiled = profiling(program, length, folder, settings.run.profile)
+    with progress.running(), profiled as program:
         if progress.step == 0:
             observe(0, without_projectors(progress.state.variables))
         for epoch in range(progress.epoch, run.epochs):
