@@ -2,11 +2,12 @@
 
     kddm report runs/digits-laptop
     kddm report experiments/results/cifar10-paper.json
-    kddm report runs/raw/results.json runs/unit/results.json
+    kddm report runs/raw runs/unit
     kddm report experiments/README.md
 
 For a folder of ``kddm distill``, the command writes table, curves and page again. For
-JSON files, it prints one table. In a Markdown page, it replaces the marked tables.
+several folders, or for JSON files, it prints one table of all and writes nothing. In a
+Markdown page, it replaces the marked tables.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from kddm_jax.experiment.report import table, weights
 from kddm_jax.experiment.report.rows import merge
 
 ABOUT = "Renders tables, curves and pages of finished runs again."
+RESULTS = "results.json"
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -70,7 +72,7 @@ def folder(path: Path) -> None:
     # Jinja2 and Matplotlib are imported only if there is something to draw.
     from kddm_jax.experiment.report import page
 
-    results = read_json(path / "results.json")
+    results = read_json(path / RESULTS)
     known = (path / "embedding.json").exists()
     embedding = read_json(path / "embedding.json") if known else None
     distill.write(results, path)
@@ -89,17 +91,19 @@ def main(arguments: Sequence[str]) -> int:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="folder of results, JSON files of one table, or Markdown page",
+        help="folder of results, folders or JSON files of one table, or Markdown page",
     )
     given = parser.parse_args(arguments)
 
     def work():
-        if files := [path for path in given.paths if path.suffix == ".json"]:
-            print(_rendered(files))
-        for path in given.paths:
-            if path.suffix == ".md":
-                path.write_text(fill(path))
-            elif path.suffix != ".json":
-                folder(path)
+        pages = [path for path in given.paths if path.suffix == ".md"]
+        studies = [path for path in given.paths if path not in pages]
+        if len(studies) == 1 and studies[0].suffix != ".json":
+            folder(studies[0])
+        elif studies:
+            named = lambda path: path if path.suffix == ".json" else path / RESULTS
+            print(_rendered([*map(named, studies)]))
+        for page in pages:
+            page.write_text(fill(page))
 
     return answer_errors(work)

@@ -170,9 +170,13 @@ def test_seeds_of_two_files_are_one_row(tmp_path, capsys):
         "- `python experiments/cifar.py --dataset digits --seeds 0 1`",
         "- `kddm distill --dataset digits --seeds 2`",
     ]
-    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
-    assert render.main(paths) == 0
-    assert capsys.readouterr().out.strip() == "\n".join(text.splitlines()[1:-1])
+    for name, results in (("a", one), ("b", other)):  # a folder is its results.json
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    for names in (("a.json", "b.json"), ("a", "b"), ("a", "b.json")):
+        assert render.main([str(tmp_path / name) for name in names]) == 0
+        assert capsys.readouterr().out.strip() == "\n".join(text.splitlines()[1:-1])
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["results.json"]
 
 
 def test_normalizations_of_two_files_are_two_rows():
