@@ -46,6 +46,10 @@ COMMANDS = {
         "kddm_jax.experiment.render",
         "render tables, curves and pages of finished runs again",
     ),
+    "export": Command(
+        "kddm_jax.experiment.export",
+        "write a trained ResNet as safetensors with torchvision's names",
+    ),
     "convert": Command(
         "kddm_jax.networks.weights",
         "convert ResNet weights between torchvision's names and ours",
