@@ -460,7 +460,7 @@ def read_network(path: Path, classes: int | None = None) -> Network:
 
 
 # Settings that may differ between the runs of a folder; a record has what it needs.
-PER_RUN = {"out", "seeds", "methods", "choose", "choose_lr", "over", "steps"}
+PER_RUN = {"out", "seeds", "methods", "states", "choose", "choose_lr", "over", "steps"}
 PER_RUN |= {"lr", "alone_lr"}
 
 
@@ -624,7 +624,7 @@ def variants(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """Lists methods with the layer that each compares."""
     distances = [name for name in args.methods if name != "kd"]
     kd = [("kd", None)] if "kd" in args.methods else []
-    return [*kd, *itertools.product(distances, LAYERS)]
+    return [*kd, *itertools.product(distances, args.states)]
 
 
 def scores_of(row: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -699,12 +699,13 @@ def choose(study: Study) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def caption(study: Study) -> str:
-    """Describes what a table was measured on."""
+def caption(study: Study, part: str) -> str:
+    """Describes a table of scores on a part of the sentences."""
     args, parts = study.args, study.parts
     metric = {"accuracy": "accuracy %", "matthews": "100 × Matthews correlation"}
     return (
-        f"{metric[args.metric]} of {len(parts.test.labels)} test sentences; "
+        f"{metric[args.metric]} of {len(getattr(parts, part).labels)} "
+        f"{part.replace('_', '-')} sentences; "
         f"{args.train.name}; teacher of {study.teacher.model.layers} blocks, "
         f"{len(parts.teacher.labels)} labelled sentences; students of its blocks "
         f"{', '.join(map(str, args.layers))}, {len(parts.student.labels)} labelled "
@@ -779,6 +780,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     known = {"nargs": "+", "choices": list(METHODS), "metavar": "METHOD"}
     add("--methods", **known, default=list(METHODS), help=", ".join(METHODS) + " (all)")
+    states = {"nargs": "+", "choices": list(LAYERS), "default": list(LAYERS)}
+    add("--states", **states, help="tokens whose hidden states are compared (both)")
     over = {"type": _weight, "nargs": "+", "metavar": "METHOD=LAMBDA", "default": []}
     add("--over", **over, help="use these lambdas instead")
     grid = {"type": _not_negative, "nargs": "+", "metavar": "LAMBDA", "default": []}
@@ -812,7 +815,7 @@ def main(arguments: Sequence[str]) -> int:
             choosing = args.choose or args.choose_lr
             results = (choose if choosing else compare)(study)
             results |= {"runs": study.runs, "environment": environment(jax.devices())}
-            results["caption"] = caption(study)
+            results["caption"] = caption(study, "held_out" if choosing else "test")
             results["command"] = results["environment"]["command"]
             name = "choices.json" if choosing else "results.json"
             write_json(args.out / name, results)

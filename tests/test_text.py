@@ -180,6 +180,11 @@ def test_students_learn_and_the_command_resumes(command, tmp_path, capsys):
     assert again["runs"] == results["runs"]
     assert (tmp_path / "out" / "teacher" / "model.safetensors").read_bytes() == before
 
+    assert text.main([*command, "--states", "first", "--methods", "procrustes"]) == 0
+    less = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert less["runs"] == results["runs"]
+    assert [row[0] for row in less["rows"][3:]] == ["Procrustes + KD, first token"]
+
     assert text.main([*command, "--sentences", "10"]) == 2
     assert "other settings (sentences)" in capsys.readouterr().err
 
@@ -203,7 +208,7 @@ def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
     assert not (tmp_path / "out" / "results.json").exists()
     assert {run["part"] for run in results["runs"]} == {"held_out"}
     assert len(results["rows"]) == 3 + 2 * (1 + 2)
-    assert "Matthews" in capsys.readouterr().out
+    assert "Matthews correlation of 20 held-out sentences" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
