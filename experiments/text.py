@@ -168,9 +168,9 @@ def split(args: argparse.Namespace) -> Split:
     Raises:
       UserError: a file is unreadable or has too few sentences.
     """
-    longer = max(args.length, args.test_length)
     train = read(args.train, args.tokenizer, args.length)
-    whole, test = (read(p, args.tokenizer, longer) for p in (args.train, args.test))
+    files = args.train, args.test
+    whole, test = (read(path, args.tokenizer, args.test_length) for path in files)
     tokens = np.concatenate([test.tokens, whole.tokens])
     _, first = np.unique(tokens, axis=0, return_index=True)
     new = np.sort(first[first >= len(test.tokens)]) - len(test.tokens)
@@ -794,6 +794,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name) < number:
             option = name.replace("_", "-")
             parser.error(f"--{option} {getattr(args, name)}: choose at least {number}")
+    if args.test_length < args.length:
+        parser.error(
+            f"--test-length {args.test_length} must be at least --length {args.length}"
+        )
     if min(args.seeds) < 0 or min(args.layers) < 1:
         parser.error("--seeds must be from 0 up, and --layers from 1 up")
     if args.sentences >= args.teacher_sentences:

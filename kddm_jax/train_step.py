@@ -337,9 +337,9 @@ def make_eval_step(
       axis_name: name of the mapped axis; None for a single device without pmap.
 
     Returns:
-      ``g(variables, images, labels) -> {"count", "correct", "loss"}``, sums over the
-      images of all devices (the loss is the summed cross-entropy in nats).  Images with
-      label -1 are padding and are not counted.
+      ``g(variables, images, labels) -> {"count", "correct", "loss"}``, with ``top``
+      also "correct_top": sums over the images of all devices (the loss is the summed
+      cross-entropy in nats).  Images with label -1 are padding and are not counted.
     """
 
     def evaluate(variables, images, labels):

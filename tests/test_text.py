@@ -221,6 +221,7 @@ def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
         ("--lr fast", "'fast' is not a number from 0 up"),
         ("--held-out 0", "--held-out 0: choose at least 1"),
         ("--batch 1", "--batch 1: choose at least 2"),
+        ("--test-length 3", "--test-length 3 must be at least --length 4"),
     ],
 )
 def test_wrong_options(command, options, message, capsys):
@@ -249,7 +250,10 @@ def test_a_tokenizer_of_other_weights(command, files, tmp_path, capsys):
     [
         ("--weights no.safetensors", "no.safetensors: No such file or directory"),
         ("--layers 2 5", "--layers 5: the teacher has 4 blocks"),
-        ("--length 49", "--length 49: the network has 48 positions"),
+        (
+            "--length 49 --test-length 49",
+            "--length 49: the network has 48 positions",
+        ),
         ("--test-length 50", "--test-length 50: the network has 48 positions"),
         ("--teacher headless.safetensors", "headless.safetensors: found no classifier"),
     ],

@@ -121,7 +121,8 @@ class Networks:
     pretrained_student: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Weights from which every student starts, as for --pretrained-teacher."""
     stem: Annotated[str, Choices("cifar", "imagenet")] = "cifar"
-    """First layers of ResNets: cifar (3x3) or imagenet (7x7/2 and max pooling)."""
+    """First layers of ResNet9, 18 and 34 and MobileNetV2: cifar (small strides) or
+    imagenet (7x7/2 and max pooling in ResNets). Other networks ignore it."""
     width: Annotated[int, POSITIVE] = 64
     """Width of the networks; 64 is the published width, and another one multiplies the
     numbers of channels by width / 64. The features of ResNet9, 18 and 34 have 8 times

@@ -37,7 +37,7 @@ class PreActivationBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[b, h, w, c]` to `[b, h / stride, w / stride, features]`."""
         y = relu(self.norm(name="bn1")(x))
-        if x.shape[-1] != self.features:
+        if x.shape[-1] != self.features or self.stride != 1:
             x = self.conv(self.features, 1, self.stride, name="downsample_0")(y)
         y = self.conv(self.features, 3, self.stride, name="conv1")(y)
         y = relu(self.norm(name="bn2")(y))

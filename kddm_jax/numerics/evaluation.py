@@ -23,12 +23,20 @@ def evaluation_sums(
     Returns:
       ``count``, ``correct``, ``loss`` (nats) and ``correct_top``, all scalars.
 
+    Raises:
+      ValueError: ``top`` is not from 1 to k.
+
     Examples:
       >>> logits = jnp.array([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]])
       >>> sums = evaluation_sums(logits, jnp.array([2, 2, -1]), top=2)
       >>> int(sums["count"]), int(sums["correct"]), int(sums["correct_top"])
       (2, 0, 1)
     """
+    if top is not None and not 1 <= top <= logits.shape[-1]:
+        raise ValueError(
+            f"top must be from 1 to the number of classes, {logits.shape[-1]}, got "
+            f"{top}; lower it, or leave it out"
+        )
     valid = labels >= 0
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(valid, labels, 0)

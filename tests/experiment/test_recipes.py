@@ -36,7 +36,12 @@ def test_commands_of_the_page():
     (crd,) = re.findall(r'crd="kddm distill (.*)"', text)
     lines = re.findall(r"^ *\$crd (.*)$", text, re.MULTILINE)
     found = [parse([*shlex.split(crd), *shlex.split(line)]) for line in lines]
-    assert len({settings.run.out for settings in found}) == len(found) == 7
+    outs = {settings.run.out for settings in found}
+    assert len(outs) == len(found) == 7
+    for settings in found:
+        if given := settings.networks.teacher:
+            assert given.name == "seed0"
+            assert given.parents[1] in outs
     named = {settings.networks.teacher_model for settings in found}
     named |= {settings.networks.student_model for settings in found}
     cifar = {name for name in models.NETWORKS if re.match(r"WRN|VGG|.*\dx4", name)}

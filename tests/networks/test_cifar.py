@@ -31,7 +31,9 @@ COUNTS = {
 QUICK = (cifar.ResNet20, cifar.ResNet8x4, cifar.WRN16x2, vgg.VGG8, vgg.VGG13)
 TINY = {
     "residual": cifar.CifarResNet(width=4, blocks=1, channels=(16, 32, 64, 64)),
-    "preactivation": cifar.CifarResNet(width=4, blocks=2, preactivation=True),
+    "preactivation": cifar.CifarResNet(
+        width=4, blocks=2, channels=(16, 16, 16, 32), preactivation=True
+    ),
     "vgg": vgg.VGG(width=2, convolutions=2),
 }
 

@@ -206,12 +206,13 @@ def conditions(results: Mapping[str, Any]) -> str:
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     names = (teacher["model"], settings["student_model"])
     widths = (teacher["width"], settings["width"])
-    residual = [name.startswith("ResNet") for name in names]
+    scaled = [name.startswith(("ResNet", "WRN", "VGG")) for name in names]
     pair = [
         f"{name} (width {width})" if of_width else name
-        for name, width, of_width in zip(names, widths, residual, strict=True)
+        for name, width, of_width in zip(names, widths, scaled, strict=True)
     ]
-    stem = f", {settings['stem']} stem" if any(residual) else ""
+    stemmed = {"ResNet9", "ResNet18", "ResNet34"} & {*names}
+    stem = f", {settings['stem']} stem" if stemmed else ""
     return (
         f"{settings['dataset']}, recipe {settings['recipe']}: "
         f"{pair[0]} to {pair[1]}{stem}; accuracy after the last epoch on "

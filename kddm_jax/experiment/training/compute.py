@@ -30,7 +30,7 @@ from kddm_jax.experiment.training.problems import Problem
 FORWARD_PASSES = 3  # of a training step, in units of the forward pass
 
 
-def _on_the_host():
+def on_the_host():
     """Traces for a CPU if there is one, so that all machines count the same program."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
@@ -55,7 +55,7 @@ def operations(who: str, model: models.Network, image: tuple, batch: int) -> flo
     """
     images = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
     apply = models.network_apply(model)
-    with _on_the_host():
+    with on_the_host():
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
         forward = jax.jit(lambda v, x: apply(v, x, train=False)[0])
         try:

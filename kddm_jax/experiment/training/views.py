@@ -100,6 +100,8 @@ class Views:
     def _file(self, problem, teacher, layers) -> Path:
         """Returns the outputs' file, named by a hash of everything they depend on."""
         options = asdict(self.settings.augmentation)
+        if options["smallest_area"] == 1:  # files of version 0.2 do not know the crop
+            del options["smallest_area"]
         made = {
             **options,
             "teacher": teacher.digest,
