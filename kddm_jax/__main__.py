@@ -40,7 +40,7 @@ COMMANDS = {
     ),
     "outputs": Command(
         "kddm_jax.experiment.outputs",
-        "store statistics of a teacher, from which students train without it",
+        "store outputs or statistics of a teacher, to train students without it",
     ),
     "report": Command(
         "kddm_jax.experiment.render",

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+BATCH = 500  # images that `fixed_views` draws at once
+
 
 def _check_image(image: jax.Array) -> None:
     if image.ndim != 3:
@@ -319,6 +321,40 @@ def distort(
         image = random_resized_crop(area_key, image, smallest_area=smallest_area)
     image = random_crop(crop_key, image, padding=padding)
     return random_flip(flip_key, image) if flip else image
+
+
+def fixed_views(images: np.ndarray, count: int, **options: Any) -> np.ndarray:
+    """Draws augmented copies of images, which are the same at each call.
+
+    Args:
+      images: images, uint8 ``[n, h, w, c]``.
+      count: number of copies V of each image.
+      **options: options of `distort`.
+
+    Returns:
+      The copies, uint8 ``[n V, h, w, c]``, on the host; copy v of image i is at
+      ``i V + v``, and is drawn with the key ``fold_in(key(0), i V + v)``.
+
+    Examples:
+      >>> images = np.ones((3, 8, 8, 1), np.uint8)
+      >>> fixed_views(images, 2, padding=1).shape
+      (6, 8, 8, 1)
+    """
+
+    @jax.jit
+    def draw(images, positions):
+        def one(image, position):
+            key = jax.random.fold_in(jax.random.key(0), position)
+            return distort(key, image, **options)
+
+        return jax.vmap(one)(images, positions)
+
+    positions = np.arange(len(images) * count)
+    views = np.empty((len(positions), *images.shape[1:]), np.uint8)
+    for start in range(0, len(positions), BATCH):
+        part = positions[start : start + BATCH]
+        views[part] = draw(images[part // count], part)
+    return views
 
 
 def make_augment(

@@ -116,17 +116,24 @@ def _check_placebo(settings):
 def _check_teacher(settings):
     networks = settings.networks
     teacher, pretrained = networks.teacher, networks.pretrained_teacher
-    statistics = networks.teacher_statistics
-    for option, value in (
-        ("--teacher", teacher),
-        ("--pretrained-teacher", pretrained),
-        ("--placebo", settings.method.placebo),
+    outputs, placebo = networks.teacher_outputs, settings.method.placebo
+    others = {"--teacher": teacher, "--pretrained-teacher": pretrained}
+    more = {"--teacher-outputs": outputs, "--placebo": placebo}
+    for option, file, replaced in (
+        ("--teacher-statistics", networks.teacher_statistics, {**others, **more}),
+        ("--teacher-outputs", outputs, others),
     ):
-        _require(
-            statistics is None or value is None,
-            f"--teacher-statistics {statistics} replaces the teacher; leave out either "
-            f"it or {option} {value}",
-        )
+        for other, value in replaced.items():
+            _require(
+                file is None or value is None,
+                f"{option} {file} replaces the teacher; leave out either it or {other} "
+                f"{value}",
+            )
+    _require(
+        outputs is None or settings.data.views is not None,
+        f"--teacher-outputs {outputs} has outputs on fixed views, but there are none; "
+        "add --views, as when the file was made",
+    )
     _require(
         teacher is None or pretrained is None,
         f"--teacher {teacher} is trained already; leave out either it or "

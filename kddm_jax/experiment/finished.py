@@ -102,10 +102,11 @@ def load(
         data_dir=data_dir or settings.run.data_dir,
         teacher=given,
         teacher_statistics=None,  # whose teacher is the given one
+        teacher_outputs=None,
         compilation_cache=cache if cache and cache.is_dir() else None,
         devices=1,  # regardless of the number that it was trained on
         **dict.fromkeys(("distance_group", "coordinator", "processes", "process")),
     )
     problem = problems.prepare(settings, folder)
-    source: Any = find_teacher(problem)  # a network, as there are no statistics
+    source: Any = find_teacher(problem)  # a network, as there is no file
     return Finished(problem, results, source)

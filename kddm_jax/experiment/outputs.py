@@ -1,15 +1,20 @@
-"""Implements ``kddm outputs``, which stores statistics of a teacher's features.
+"""Implements ``kddm outputs``, which stores a teacher's outputs or their statistics.
 
+    kddm outputs -- --dataset cifar10 --teacher RUN --views 4 --out runs/outputs
     kddm outputs --statistics gaussian -- --dataset cifar10 --teacher RUN \
         --normalization unit --out runs/outputs
 
 Settings of ``kddm distill`` follow after ``--``. The command trains the teacher, or
-reads the one of ``--teacher``, computes its features of its training images (with
-``--views``, of fixed views of them), and writes a file from which ``kddm distill
---teacher-statistics FILE`` trains students without the teacher.
+reads the one of ``--teacher``, and writes a file from which students are trained
+without the teacher. ``kddm distill --teacher-outputs FILE`` reads outputs on fixed
+views of the students' images. ``kddm distill --teacher-statistics FILE`` reads
+statistics of the features of the teacher's training images (with ``--views``, of fixed
+views of them).
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,8 @@ from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.settings import Settings, change
-from kddm_jax.experiment.training import models, statistics, views
+from kddm_jax.experiment.settings import Settings, change, layer_pairs
+from kddm_jax.experiment.training import methods, models, statistics, stored, views
 from kddm_jax.experiment.training.outputs import outputs_of
 from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.train import Teacher
@@ -81,6 +86,22 @@ def _rows(kind, by_class, count):
     return {"features": np.concatenate(chosen), "labels": labels, **shares}
 
 
+def _about(problem, teacher):
+    """Returns what files of both kinds say about the data and the teacher."""
+    settings = problem.settings.data
+    return {
+        "dataset": settings.dataset,
+        "classes": [str(name) for name in problem.dataset.class_names],
+        "views": settings.views,
+        "held_out": settings.held_out,
+        "teacher": teacher.digest,
+        "model": models.name_of(teacher.model),
+        "width": teacher.width,
+        "accuracy": teacher.accuracy,
+        "eval_images": len(problem.parts.eval_labels),
+    }
+
+
 def compute(
     problem: Problem, teacher: Teacher, kind: str, count: int | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -103,8 +124,7 @@ def compute(
         raise RuntimeError("statistics need a teacher; open the study without others")
     images, labels = _seen(problem)
     found = outputs_of(problem, model, teacher.variables, images).features
-    settings, dataset = problem.settings, problem.settings.data
-    normalization = settings.method.normalization
+    normalization = problem.settings.method.normalization
     x = jnp.asarray(found)
     rows = np.asarray(normalize([x, x], [x, x], normalization)[1], np.float64)
     by_class = [rows[labels == c] for c in range(problem.num_classes)]
@@ -118,16 +138,8 @@ def compute(
         "kind": kind,
         "count": count,
         "normalization": normalization,
-        "dataset": dataset.dataset,
-        "classes": [str(name) for name in problem.dataset.class_names],
         "images": len(problem.parts.teacher),
-        "views": dataset.views,
-        "held_out": dataset.held_out,
-        "teacher": teacher.digest,
-        "model": models.name_of(model),
-        "width": teacher.width,
-        "accuracy": teacher.accuracy,
-        "eval_images": len(problem.parts.eval_labels),
+        **_about(problem, teacher),
     }
     floats = {
         name: array.astype(np.float32) if array.dtype.kind == "f" else array
@@ -136,14 +148,38 @@ def compute(
     return floats, about
 
 
-def _write(path, arrays, about):
-    """Writes the file; refuses to replace statistics that are not the same."""
-    if path.exists() and statistics.read(path).about != about:
+def _exists(path, read, about):
+    """Returns whether the file exists; raises if it has other content."""
+    if not path.exists():
+        return False
+    if read(path).about != about:
         raise UserError(
-            f"{path} has statistics of another teacher or other settings; choose "
+            f"{path} was made from another teacher or with other settings; choose "
             "another --out, or delete it"
         )
+    return True
+
+
+def _write(path, arrays, about):
+    _exists(path, statistics.read, about)
     statistics.write(path, arrays, about)
+
+
+def _open(settings, console, check: Callable[[Problem], None] = lambda problem: None):
+    """Opens a study that has a teacher and no students."""
+    networks = settings.networks
+    for option, file in (
+        ("--teacher-statistics", networks.teacher_statistics),
+        ("--teacher-outputs", networks.teacher_outputs),
+    ):
+        if file is not None:
+            raise UserError(
+                f"kddm outputs makes a file from a teacher; pass --teacher instead of "
+                f"{option} {file}"
+            )
+    settings = change(settings, distances=(), placebo=None)
+    none = lambda problem, digest: ()
+    return study.open(settings, console, suffix="-outputs", plan=none, check=check)
 
 
 def store(settings: Settings, kind: str, count: int | None, console: Console) -> Path:
@@ -164,9 +200,7 @@ def store(settings: Settings, kind: str, count: int | None, console: Console) ->
         a class has too few images.
     """
     _check(settings, kind, count)
-    settings = change(settings, distances=(), placebo=None)
-    plan = lambda problem, digest: ()  # no students
-    with study.open(settings, console, suffix="-outputs", plan=plan) as opened:
+    with _open(settings, console) as opened:
         problem = opened.problem
         arrays, about = compute(problem, opened.teacher, kind, count)
         words = [kind, *([str(count)] if count else [])]
@@ -185,11 +219,6 @@ def _check(settings, kind, count):
         )
     if count is not None and count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
-    if settings.networks.teacher_statistics is not None:
-        raise UserError(
-            "kddm outputs computes statistics from a teacher; pass --teacher instead "
-            "of --teacher-statistics"
-        )
     if settings.method.normalization == "teacher":
         raise UserError(
             "--normalization teacher divides the student's features by the teacher's "
@@ -198,19 +227,105 @@ def _check(settings, kind, count):
         )
 
 
+def _maps(settings):
+    """Returns the teacher's maps that ``--layers`` names."""
+    named = {layer for _, layer, _ in layer_pairs(settings)}
+    return tuple(sorted(named - {"features", "logits"}))
+
+
+def _check_outputs(settings, half, top):
+    """Checks what can be checked without data; returns the check that needs it."""
+    if settings.data.views is None:
+        raise UserError(
+            "kddm outputs stores outputs on fixed views; add --views, such as --views "
+            "4, after --, or pass --statistics"
+        )
+    if top is not None and top < 1:
+        raise UserError(f"--top must be at least 1, got {top}")
+
+    def check(problem):
+        for name in _maps(settings):
+            methods.check_layer("--layers", "teacher", name, problem.shapes[1])
+        if top is not None and top >= problem.num_classes:
+            raise UserError(
+                f"--top {top}: the teacher has {problem.num_classes} logits; lower it, "
+                "or leave it out to store all"
+            )
+
+    return check
+
+
+def _about_outputs(problem, teacher, half, top):
+    views, settings = problem.views, problem.settings
+    maps = problem.shapes[1]["maps"]
+    return {
+        **_about(problem, teacher),
+        "images": len(views.indices),
+        "source": views.source,
+        "augmentation": asdict(settings.augmentation),
+        "drawn": views.drawn,
+        "dtype": settings.networks.dtype,
+        "stored": [*_maps(settings)],
+        "layers": {name: [*shape.shape[1:]] for name, shape in maps.items()},
+        "half": half,
+        "top": top,
+    }
+
+
+def store_outputs(
+    settings: Settings, half: bool, top: int | None, console: Console
+) -> Path:
+    """Computes a teacher's outputs on fixed views and writes them to a file.
+
+    Args:
+      settings: settings of ``kddm distill``, of which the data, the augmentation, the
+        teacher and ``--layers`` are used.
+      half: whether to store float16.
+      top: number of the largest logits that are stored; None stores all.
+      console: console that prints the lines.
+
+    Returns:
+      The file, ``outputs-<V>-views[-half][-top<K>].npz`` in the folder of results.
+
+    Raises:
+      UserError: as in `study.open`; there are no views, or too few classes; the
+        teacher has no such layer; or a number is too large for float16.
+    """
+    check = _check_outputs(settings, half, top)
+    with _open(settings, console, check) as opened:
+        problem, teacher = opened.problem, opened.teacher
+        views: Any = problem.views
+        about = _about_outputs(problem, teacher, half, top)
+        words = [f"outputs-{about['views']}-views", *["half"] * half]
+        words += [f"top{top}"] if top else []
+        path = problem.out / f"{'-'.join(words)}.npz"
+
+        def make():
+            if not _exists(path, stored.read, about):
+                outputs = views.compute(problem, teacher, _maps(settings))
+                arrays = stored.pack(outputs, half=half, top=top)
+                arrays["indices"] = views.indices
+                statistics.write(path, arrays, about)
+
+        processes.first(make)
+    console.print(str(path))
+    return path
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
     """Makes the parser of the command's own options."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Stores statistics of a teacher, from which students can learn.",
+        description="Stores a teacher's outputs on fixed views, or statistics of its "
+        "features, from which students can learn without the teacher.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--statistics",
-        required=True,
         choices=statistics.KINDS,
-        help="gaussian: mean and covariance of each class; diagonal: mean and "
-        "variances; means; centroids: k-means in each class; rows: features of images",
+        help="store statistics of features instead of outputs; gaussian: mean and "
+        "covariance of each class; diagonal: mean and variances; means; centroids: "
+        "k-means in each class; rows: features of images",
     )
     parser.add_argument(
         "--count",
@@ -218,21 +333,48 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=f"number of centroids or rows of each class (default: {COUNT})",
     )
     parser.add_argument(
+        "--half", action="store_true", help="store outputs as float16, not float32"
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        metavar="K",
+        help="store only the K largest logits of each image; students then spread the "
+        "remaining probability evenly over the other classes",
+    )
+    parser.add_argument(
         "settings", nargs="*", help="settings of kddm distill, after --"
     )
     return parser
 
 
+def _check_options(given):
+    """Refuses options of the other kind of file."""
+    if given.statistics is None and given.count is not None:
+        raise UserError(f"--count {given.count} is for --statistics; leave it out")
+    if given.statistics is not None and (given.half or given.top is not None):
+        option = "--half" if given.half else f"--top {given.top}"
+        raise UserError(
+            f"{option} is for outputs; leave out either it or --statistics "
+            f"{given.statistics}"
+        )
+
+
 def main(arguments: list[str], prog: str = "kddm outputs") -> int:
     """Runs the command and returns its exit status."""
     given = _parser(prog).parse_args(arguments)
-    counted = given.statistics in statistics.COUNTED
-    count = COUNT if counted and given.count is None else given.count
+    kind, count = given.statistics, given.count
+    if kind in statistics.COUNTED and count is None:
+        count = COUNT
 
     def work():
+        _check_options(given)
         settings = parse(given.settings, prog)
         run = settings.run
         processes.start(run.coordinator, run.processes, run.process)
-        store(settings, given.statistics, count, console())
+        if kind is None:
+            store_outputs(settings, given.half, given.top, console())
+        else:
+            store(settings, kind, count, console())
 
     return answer_errors(work)

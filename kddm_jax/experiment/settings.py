@@ -106,6 +106,9 @@ class Networks:
     """File made by kddm outputs, from which students learn without a teacher. Only
     distances that can compare a batch with features of other images work, such as cw2
     and cw2_gaussian; others are refused. None uses a teacher."""
+    teacher_outputs: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
+    """File made by kddm outputs with a teacher's outputs on --views, from which
+    students learn without its network. None uses a teacher."""
     teacher_model: Annotated[str, NETWORK, Mark.OF_TEACHER] = "ResNet34"
     """ResNet9, ResNet18, ResNet34, MobileNetV2, ViT, TeacherMLP, StudentMLP; for CIFAR
     ResNet20, ResNet32, ResNet56, ResNet110, ResNet8x4, ResNet32x4, WRN16x2, WRN40x1,

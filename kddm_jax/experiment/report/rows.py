@@ -48,8 +48,8 @@ PLACEBOS = {
 # A table shows these, or they do not change a run's last epoch. The teacher is compared
 # by its digest, a file of pretrained weights by its digest in the runs, and the images
 # of students and of the evaluation by their numbers, because None means all.
-SHOWN = ("normalization", "placebo", "placebo_share", "statistics", "lr", "layers")
-SHOWN += ("projector", "unlabelled_images", "predicted_labels")
+SHOWN = ("normalization", "placebo", "placebo_share", "statistics", "outputs", "lr")
+SHOWN += ("layers", "projector", "unlabelled_images", "predicted_labels")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
 IMAGES = {"student_images", "test_images"}
 MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
@@ -66,8 +66,8 @@ class Key(NamedTuple):
 
     Attributes:
       name: name of the runs.
-      remarks: what the control destroys, or the statistics of a teacher that the
-        student learns from; "" if there are neither.
+      remarks: what the control destroys, or the statistics or reduced outputs of a
+        teacher that the student learns from; "" if there are none.
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
@@ -147,8 +147,9 @@ def _remarks(method):
         words.append(PLACEBOS.get(placebo) or placebo)
     if placebo and share not in (None, 1):  # runs of earlier versions have no share
         words[0] += f" for {100 * share:g} % of images"
-    if method["statistics"]:
-        words.append(f"from {method['statistics']}")
+    for kind in ("statistics", "outputs"):
+        if method[kind]:
+            words.append(f"from {method[kind]}")
     return ", ".join(words)
 
 

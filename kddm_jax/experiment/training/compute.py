@@ -7,7 +7,8 @@ the compute of
 
     E (1 + F_T / (3 F_S)),  with V views of each image  E + V F_T / (3 F_S)
 
-epochs of a student alone. With N unlabelled images besides n labelled ones, a step has
+epochs of a student alone. From a file of the teacher's outputs or statistics, F_T is 0.
+With N unlabelled images besides n labelled ones, a step has
 twice as many images, and there are views of n + N images:
 
     2 E (1 + F_T / (3 F_S)),  with V views  2 E + (1 + N / n) V F_T / (3 F_S)
@@ -83,18 +84,18 @@ def longer_epochs(problem: Problem) -> int:
     Raises:
       UserError: XLA does not know the operations of a network.
     """
-    if problem.statistics is not None:  # no teacher runs
-        return problem.settings.optimizer.epochs
+    settings, image = problem.settings, problem.dataset.train_images.shape[1:]
+    batch, epochs = settings.optimizer.batch_size, settings.optimizer.epochs
+    # In units of an epoch of a student alone, which sees the labelled images once.
+    labelled, unlabelled = len(problem.parts.student), len(problem.parts.unlabelled)
+    shown = 2 * epochs if unlabelled else epochs
+    if problem.statistics is not None or problem.outputs is not None:
+        return shown  # no teacher runs
     if problem.longer_epochs is None:
         if problem.teacher is None:
             raise RuntimeError("the teacher is unknown; open the study by study.open")
-        settings, image = problem.settings, problem.dataset.train_images.shape[1:]
-        batch, epochs = settings.optimizer.batch_size, settings.optimizer.epochs
         teacher = operations("teacher", problem.teacher, image, batch)
         student = operations("student", problem.student, image, batch)
-        # In units of an epoch of a student alone, which sees the labelled images once.
-        labelled, unlabelled = len(problem.parts.student), len(problem.parts.unlabelled)
-        shown = 2 * epochs if unlabelled else epochs
         views = settings.data.views
         passes = views * (1 + unlabelled / labelled) if views else shown
         more = passes * teacher / (FORWARD_PASSES * student)

@@ -173,7 +173,8 @@ def _projector(kind: str, x, y) -> nn.Module:
     return PROJECTORS[kind](y.shape[-1], grid=grid, **options)
 
 
-def _check_layer(option: str, who: str, name: str, shapes: Shapes):
+def check_layer(option: str, who: str, name: str, shapes: Shapes):
+    """Returns the shape of a layer; raises a `UserError` if the network has none."""
     layers = {**layers_of(shapes), "logits": shapes["logits"]}
     if name not in layers:
         raise UserError(
@@ -186,8 +187,8 @@ def _terms(settings, chosen, make_term, x: Shapes, y: Shapes):
     """Makes a term for each pair of layers, and the projectors that they need."""
     terms, projectors = [], {}
     for student, teacher, weight in chosen:
-        of_student = _check_layer("--layers", "student", student, x)
-        of_teacher = _check_layer("--layers", "teacher", teacher, y)
+        of_student = check_layer("--layers", "student", student, x)
+        of_teacher = check_layer("--layers", "teacher", teacher, y)
         terms.append(make_term(student, teacher, weight, of_teacher))
         if settings.method.projector is not None and student != "logits":
             kind = settings.method.projector

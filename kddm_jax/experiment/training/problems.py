@@ -19,6 +19,7 @@ from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import AtMost, Settings, change, flat
 from kddm_jax.experiment.training import methods, models, pretrained, views
 from kddm_jax.experiment.training.statistics import Statistics
+from kddm_jax.experiment.training.stored import StoredOutputs
 
 EVAL_BATCH = 500
 MANY_CLASSES = 20  # from which on top-5 accuracy says something
@@ -157,6 +158,7 @@ class Problem:
     chosen_layers: tuple[str, ...] = ()
     of_teacher: dict[str, np.ndarray] = field(default_factory=dict)
     statistics: Statistics | None = None
+    outputs: StoredOutputs | None = None
 
     @property
     def channels(self) -> int:

@@ -31,23 +31,37 @@ from kddm_jax.experiment.settings import (
     renamed,
     weight_of,
 )
-from kddm_jax.experiment.training import compute, methods, models, placebos, pretrained
+from kddm_jax.experiment.training import (
+    compute,
+    methods,
+    models,
+    placebos,
+    pretrained,
+    stored,
+)
 from kddm_jax.experiment.training.problems import Problem
 
 TITLES = {LONGER: "student alone, compute of a distilled run"}
 
 
-def _shapes_of_statistics(problem, count):
-    """Returns shapes like those of a network that has features only."""
+def _shapes_without_network(problem, count):
+    """Returns the shapes of stored outputs, or of features only for statistics."""
+    if problem.outputs is not None:
+        return problem.outputs.shapes(count)
     width = problem.statistics.bank.features.shape[1]
     features = jax.ShapeDtypeStruct((count, width), jnp.float32)
     return {"features": features, "logits": None, "maps": {}, "modules": ()}
 
 
+def _check_stored(problem, name, method):
+    if problem.outputs is not None:
+        stored.check_method(problem.settings, problem.outputs, name, method)
+
+
 def check_distances(problem: Problem, teacher: models.Network | None) -> None:
     """Traces every method on the real shapes, to find errors before any training.
 
-    Without a network as the teacher, the problem has statistics of one.
+    Without a network as the teacher, the problem has statistics or outputs of one.
     """
     settings, problem.teacher = problem.settings, teacher
     image = problem.dataset.train_images.shape[1:]
@@ -57,7 +71,7 @@ def check_distances(problem: Problem, teacher: models.Network | None) -> None:
         models.shapes(name, student, image, count),
         models.shapes("teacher", teacher, image, count)
         if teacher is not None
-        else _shapes_of_statistics(problem, count),
+        else _shapes_without_network(problem, count),
     )
     placebo, share = settings.method.placebo, settings.method.placebo_share
     if placebo is not None and placebo in placebos.OF_OTHERS:
@@ -65,10 +79,12 @@ def check_distances(problem: Problem, teacher: models.Network | None) -> None:
         placebos.partners(placebo, labels, share)
     for name in settings.method.distances:
         if name == FEATURE_ONLY and by_quality(settings):
+            _check_stored(problem, name, None)
             methods.check_choice_of_layers(settings, *problem.shapes)
             placebos.check(settings, name, None)
             continue  # its layers are chosen when the teacher is trained
         method = method_of(problem, name)
+        _check_stored(problem, name, method)
         bank = problem.statistics and problem.statistics.bank
         methods.check(name, method, *problem.shapes, problem.compared_images, bank)
         placebos.check(settings, name, method)
@@ -226,9 +242,11 @@ def student_run(
         if len(parts := parts_of(name)) > 1:
             more["weights"] = {part: weight_of(settings, part) for part in parts}
         more["distance_source"] = methods.digest(name)
-        if problem.statistics is not None:
-            more["statistics"] = problem.statistics.words
-            more["statistics_digest"] = problem.statistics.digest
+        for kind in ("statistics", "outputs"):
+            found = getattr(problem, kind)
+            words = found and found.words  # "" if outputs are those of the network
+            more[kind] = words or None
+            more[f"{kind}_digest"] = found.digest if words else None
         whole = settings.method.distance_group in (None, len(problem.devices))
         more["group_images"] = None if whole else problem.compared_images
         if teacher_digest is not None:
@@ -262,7 +280,9 @@ def student_runs(problem: Problem, teacher_digest: str | None) -> Iterator[Run]:
       The runs.
     """
     settings = problem.settings
-    longer = settings.run.equal_compute and problem.statistics is None
+    longer = settings.run.equal_compute and (
+        compute.longer_epochs(problem) > settings.optimizer.epochs
+    )
     alone = ("student", LONGER) if longer else ("student",)
     for name in (*alone, *settings.method.distances):
         for seed in settings.run.seeds:

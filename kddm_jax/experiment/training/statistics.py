@@ -15,11 +15,13 @@ All classes count alike in distances that do not take labels. With ``--normaliza
 unit``, features are scaled to length one before anything is computed.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,7 @@ def words(kind: str, count: int | None) -> str:
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    """Writes a file of statistics, which replaces another one only when it is whole."""
+    """Writes a file of arrays, which replaces another one only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -77,19 +79,39 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> N
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def reading(option: str, path: Path, command: str) -> Iterator[None]:
+    """Turns the errors of reading a file into a `UserError`.
+
+    Args:
+      option: the option that names the file.
+      path: the file.
+      command: the command that writes such files.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option} {path}: {error.strerror}; pass a file that {command} wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{option} {path} is damaged or no file of {command}; write it again"
+        ) from error
+
+
+def _reading(path):
+    return reading("--teacher-statistics", path, "kddm outputs --statistics")
+
+
 def load(path: Path) -> bytes:
     """Reads the bytes of a file of statistics.
 
     Raises:
       UserError: the file cannot be read.
     """
-    try:
+    with _reading(path):
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"--teacher-statistics {path}: {error.strerror}; pass a file that kddm "
-            "outputs --statistics wrote"
-        ) from error
 
 
 def parse(path: Path, content: bytes) -> Statistics:
@@ -105,17 +127,12 @@ def parse(path: Path, content: bytes) -> Statistics:
     Raises:
       UserError: the file is damaged or something else.
     """
-    try:
+    with _reading(path):
         with np.load(io.BytesIO(content)) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
         bank = _bank(about["kind"], arrays)
         about = {name: about[name] for name in ABOUT}
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--teacher-statistics {path} is damaged or no file of kddm outputs "
-            "--statistics; write it again"
-        ) from error
     return Statistics(bank, about, hashlib.sha256(content).hexdigest()[:16])
 
 

@@ -1,6 +1,7 @@
-"""Finds the teacher, which is a given checkpoint or a run of this command."""
+"""Finds the teacher: a given checkpoint, a run of this command, or a file of either."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,14 @@ import numpy as np
 from kddm_jax import checkpoint, train_step
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.training import models, problems, runs, train
-from kddm_jax.experiment.training.statistics import Statistics, load, parse
+from kddm_jax.experiment.training import (
+    models,
+    problems,
+    runs,
+    statistics,
+    stored,
+    train,
+)
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.networks.projectors import without_projectors
 
@@ -103,64 +110,74 @@ class Source:
 
 @dataclass(frozen=True)
 class Stored:
-    """Describes statistics of a teacher, which take the teacher's place.
+    """Describes a file made from a teacher, which takes the teacher's place.
 
     Attributes:
-      problem: the data, the devices and the settings.
-      statistics: the statistics.
+      given: the file.
+      about: what the file says about the teacher.
       model: None, because there is no network.
       trained: True, because there is nothing to train.
     """
 
-    problem: problems.Problem
-    statistics: Statistics
+    given: Path
+    about: Mapping[str, Any]
     model: None = None
     trained: bool = True
 
     @property
-    def given(self) -> Path | None:
-        """Returns the file of the statistics."""
-        return self.problem.settings.networks.teacher_statistics
-
-    @property
     def digest(self) -> str:
-        """Returns the digest of the teacher, from which the statistics were made."""
-        return self.statistics.about["teacher"]
+        """Returns the digest of the teacher, from which the file was made."""
+        return self.about["teacher"]
 
 
-def _check_statistics(problem, found):
-    """Checks that statistics fit the data and the settings."""
-    settings, about = problem.settings, found.about
-    path = settings.networks.teacher_statistics
+def _check_data(problem, file, about):
+    """Checks that a file is of this data and contains none that is held out."""
+    settings = problem.settings
     classes = [str(name) for name in problem.dataset.class_names]
     if about["dataset"] != settings.data.dataset or about["classes"] != classes:
         raise UserError(
-            f"--teacher-statistics {path} is of {about['dataset']} with "
-            f"{len(about['classes'])} classes, this data is {settings.data.dataset} "
-            f"with {len(classes)}; pass statistics of the same classes"
+            f"{file} is of {about['dataset']} with {len(about['classes'])} classes, "
+            f"this data is {settings.data.dataset} with {len(classes)}; pass a file of "
+            "the same data"
         )
     kept, wanted = about["held_out"], settings.data.held_out
     if wanted and kept != wanted and not settings.run.teacher_saw_held_out:
         raise UserError(
-            f"--held-out {wanted}: --teacher-statistics {path} was made with held_out="
-            f"{kept} and may contain these images; make a file with --held-out "
-            f"{wanted}, or pass --teacher-saw-held-out"
+            f"--held-out {wanted}: {file} was made with held_out={kept} and may "
+            f"contain these images; make a file with --held-out {wanted}, or pass "
+            "--teacher-saw-held-out"
         )
-    made, asked = about["normalization"], settings.method.normalization
+
+
+def _find_statistics(problem, path):
+    content = processes.first(lambda: np.frombuffer(statistics.load(path), np.uint8))
+    found = statistics.parse(path, np.asarray(content).tobytes())
+    file, about = f"--teacher-statistics {path}", found.about
+    _check_data(problem, file, about)
+    made, asked = about["normalization"], problem.settings.method.normalization
     if made != asked:
         raise UserError(
-            f"--teacher-statistics {path} was made with --normalization {made}, this "
-            f"command says {asked}; pass --normalization {made}, or make another file"
+            f"{file} was made with --normalization {made}, this command says {asked}; "
+            f"pass --normalization {made}, or make another file"
         )
-
-
-def _find_statistics(problem):
-    path = problem.settings.networks.teacher_statistics
-    content = processes.first(lambda: np.frombuffer(load(path), np.uint8))
-    found = parse(path, np.asarray(content).tobytes())
-    _check_statistics(problem, found)
     problem.statistics = found
-    return Stored(problem, found)
+    return Stored(path, about)
+
+
+def _find_outputs(problem, path):
+    content: Any = processes.first(lambda: stored.load(path))
+    found = stored.parse(path, content)
+    file = f"{stored.OPTION} {path}"
+    _check_data(problem, file, found.about)
+    stored.check_views(problem.views, found)
+    size = sum(array.nbytes for array in jax.tree.leaves(found.outputs))
+    if size > problem.memory / 4:
+        raise UserError(
+            f"{file}: the outputs take {size / 1e9:.1f} GB, a quarter of the memory is "
+            f"{problem.memory / 4e9:.1f} GB; make a file of fewer --views or --layers"
+        )
+    problem.outputs = found
+    return Stored(path, found.about)
 
 
 def _check_converted(problem, path, meta):
@@ -180,11 +197,13 @@ def _check_converted(problem, path, meta):
 def find_teacher(problem: problems.Problem) -> Source | Stored:
     """Finds the teacher's architecture, width and, if given, its checkpoint.
 
-    If there are statistics of a teacher, they are read instead.
+    If there are statistics or outputs of a teacher, they are read instead.
     """
     settings = problem.settings
-    if settings.networks.teacher_statistics is not None:
-        return _find_statistics(problem)
+    if (path := settings.networks.teacher_statistics) is not None:
+        return _find_statistics(problem, path)
+    if (path := settings.networks.teacher_outputs) is not None:
+        return _find_outputs(problem, path)
     given = settings.networks.teacher
     if given is None:
         width = problem.teacher_width
@@ -233,9 +252,9 @@ def known_digest(source: Source | Stored) -> str | None:
 
 
 def load_teacher(source: Source | Stored, report) -> Teacher:
-    """Trains the teacher, or reads the given checkpoint or statistics."""
+    """Trains the teacher, or reads the given checkpoint or file."""
     if isinstance(source, Stored):
-        about = source.statistics.about
+        about = source.about
         return Teacher(
             *(None, about["width"], None, source.digest, about["accuracy"], None),
             name=about["model"],

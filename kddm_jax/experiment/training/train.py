@@ -28,10 +28,10 @@ LOOK_SECONDS = 0.1  # between reads of metrics; a read at each small step costs 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Contains a trained teacher, or what a file of statistics says about one.
+    """Contains a trained teacher, or what a file says about one.
 
     Attributes:
-      model: the network; None if there are only statistics of it.
+      model: the network; None if there is only a file made from it.
       width: width of the network.
       variables: variables of the network, on the devices; None like the network.
       digest: digest of the variables; students of another teacher are other runs.
@@ -77,7 +77,10 @@ def _what_teaches(problem, run, method, teacher):
     share = run.settings.method.placebo_share
     key = ("outputs", named, placebo, share)
     if key not in problem.programs:
-        outputs = problem.views.outputs(problem, teacher, named)
+        if problem.outputs is not None:
+            outputs = problem.outputs.of(named)
+        else:
+            outputs = problem.views.outputs(problem, teacher, named)
         if placebo is not None:
             labels = problem.dataset.train_labels[problem.seen]  # also of unlabelled
             views = problem.views.count

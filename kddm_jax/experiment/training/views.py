@@ -27,6 +27,11 @@ from kddm_jax.experiment.training import models
 BATCH = 500
 
 
+def _outputs(arrays: dict[str, Any]) -> adapters.Outputs:
+    logits, features = arrays.pop("logits"), arrays.pop("features")
+    return adapters.Outputs(logits, features, arrays)
+
+
 @dataclass
 class Views:
     """Contains fixed views of the students' training images.
@@ -52,22 +57,19 @@ class Views:
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
         """Draws the views and their labels; view v of image i is at ``i V + v``."""
         options = asdict(self.settings.augmentation)
+        chosen = self.images[self.indices]
+        views = augment.fixed_views(chosen, self.count, **options)
+        return views, self.labels[np.repeat(self.indices, self.count)]
 
-        @jax.jit
-        def draw(images, positions):
-            def one(image, position):
-                key = jax.random.fold_in(jax.random.key(0), position)
-                return augment.distort(key, image, **options)
+    @cached_property
+    def source(self) -> str:
+        """Hashes the images of which these are views."""
+        return hashlib.sha256(self.images[self.indices].tobytes()).hexdigest()
 
-            return jax.vmap(one)(images, positions)
-
-        repeated = np.repeat(self.indices, self.count)
-        views = np.empty((len(repeated), *self.images.shape[1:]), np.uint8)
-        for start in range(0, len(repeated), BATCH):
-            part = repeated[start : start + BATCH]
-            positions = np.arange(start, start + len(part))
-            views[start : start + BATCH] = draw(self.images[part], positions)
-        return views, self.labels[repeated]
+    @cached_property
+    def drawn(self) -> str:
+        """Hashes the views."""
+        return hashlib.sha256(self.pair[0].ravel().data).hexdigest()
 
     def order(self, order: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Draws a view of each image of an epoch and returns the views' indices."""
@@ -80,9 +82,11 @@ class Views:
 
     def outputs(self, problem, teacher, layers: tuple[str, ...]):
         """Computes the teacher's outputs on all views, or reads the saved outputs."""
-        found: Any = processes.first(lambda: self._kept(problem, teacher, layers))
-        logits, features = found.pop("logits"), found.pop("features")
-        return adapters.Outputs(logits, features, found)
+        return _outputs(processes.first(lambda: self._kept(problem, teacher, layers)))
+
+    def compute(self, problem, teacher, layers: tuple[str, ...]):
+        """Computes the teacher's outputs on all views in this process."""
+        return _outputs(self._compute(problem, teacher, layers))
 
     def _kept(self, problem, teacher, layers):
         path = self._file(problem, teacher, layers)
@@ -109,7 +113,7 @@ class Views:
             "dtype": self.settings.networks.dtype,
             "views": self.count,
             "layers": layers,
-            "images": hashlib.sha256(self.images[self.indices].tobytes()).hexdigest(),
+            "images": self.source,
         }
         digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
         return Path(problem.out) / "teacher-outputs" / f"{digest}.npz"

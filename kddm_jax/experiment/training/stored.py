@@ -1,0 +1,268 @@
+"""Writes and reads a teacher's outputs on fixed views of the students' images.
+
+From such a file, students learn without the teacher's network as they do with it. Its
+arrays have a row for each view; view v of image i is row ``i V + v``:
+
+  features   pooled features, [n V, d]
+  maps/NAME  a map, [n V, h, w, c]
+  logits     logits of all k classes, [n V, k]; or instead of them
+  top        the K largest logits, [n V, K]
+  classes    their classes, [n V, K]
+  rest       log-sum-exp of the other logits, [n V]
+
+The other logits are then read as equal, which leaves the probabilities of the K classes
+as they were. ``indices`` are the places of the n images in the training set.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kddm_jax import adapters
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.settings import RELEASED
+from kddm_jax.experiment.training import methods, statistics
+
+OPTION = "--teacher-outputs"
+MAP = "maps/"  # begins the names of maps in a file
+# What a file says about its outputs and the teacher.
+ABOUT = ("dataset", "classes", "images", "source", "views", "augmentation", "drawn")
+ABOUT += ("dtype", "half", "top", "stored", "layers", "held_out", "teacher", "model")
+ABOUT += ("width", "accuracy", "eval_images")
+
+
+@dataclass(frozen=True)
+class StoredOutputs:
+    """Contains the outputs of a teacher that were read from a file.
+
+    Attributes:
+      outputs: logits, pooled features and the stored maps, float32, on the host.
+      about: what the file says about the outputs and the teacher.
+      digest: digest of the file.
+    """
+
+    outputs: adapters.Outputs
+    about: dict[str, Any]
+    digest: str
+
+    @property
+    def words(self) -> str:
+        """Describes in a table what is not as in the network; "" if nothing is."""
+        return words(self.about["half"], self.about["top"])
+
+    def of(self, layers: tuple[str, ...]) -> adapters.Outputs:
+        """Returns the outputs with these maps only."""
+        maps = {name: self.outputs.maps[name] for name in layers}
+        return self.outputs._replace(maps=maps)
+
+    def shapes(self, count: int) -> methods.Shapes:
+        """Returns the shapes of all of the network's outputs for a batch of images."""
+        shape = lambda own: jax.ShapeDtypeStruct((count, *own), jnp.float32)
+        return {
+            "features": shape(self.outputs.features.shape[1:]),
+            "logits": shape(self.outputs.logits.shape[1:]),
+            "maps": {name: shape(own) for name, own in self.about["layers"].items()},
+            "modules": (),
+        }
+
+
+def words(half: bool, top: int | None) -> str:
+    """Describes what a file has less than the network's outputs."""
+    found = [f"the {top} largest logits"] if top else []
+    return " and ".join(found + ["float16 outputs"] * half)
+
+
+# ---------------------------------------------------------------------------
+# The arrays of a file.
+
+
+def _largest(logits, top):
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    best, others = order[..., :top], order[..., top:]
+    return {
+        "top": np.take_along_axis(logits, best, -1),
+        "classes": best.astype(np.min_scalar_type(logits.shape[-1] - 1)),
+        "rest": np.logaddexp.reduce(np.take_along_axis(logits, others, -1), axis=-1),
+    }
+
+
+def _halve(name, array):
+    largest = np.abs(array).max(initial=0)
+    if largest > np.finfo(np.float16).max:
+        raise UserError(
+            f"--half: the largest number of {name} is {largest:g}, more than float16 "
+            "can hold; leave --half out"
+        )
+    return array.astype(np.float16)
+
+
+def pack(
+    outputs: adapters.Outputs, *, half: bool = False, top: int | None = None
+) -> dict[str, np.ndarray]:
+    """Makes the arrays of a file from a teacher's outputs.
+
+    Args:
+      outputs: logits ``[n, k]``, features ``[n, d]`` and maps.
+      half: whether to store float16.
+      top: number of the largest logits of each image that are stored, less than k; None
+        stores all.
+
+    Returns:
+      The arrays, by their names in the file.
+
+    Raises:
+      UserError: a number is too large for float16.
+    """
+    logits, features = np.asarray(outputs.logits), np.asarray(outputs.features)
+    maps = {MAP + name: np.asarray(array) for name, array in outputs.maps.items()}
+    of_logits = {"logits": logits} if top is None else _largest(logits, top)
+    found = {"features": features, **maps, **of_logits}
+    if half:
+        floating = lambda array: array.dtype.kind == "f"
+        found = {k: _halve(k, a) if floating(a) else a for k, a in found.items()}
+    return found
+
+
+def unpack(arrays: Mapping[str, np.ndarray], num_classes: int) -> adapters.Outputs:
+    """Restores a teacher's outputs from the arrays of a file.
+
+    Args:
+      arrays: arrays that `pack` made, such as those of an open file of ``np.load``.
+      num_classes: number of classes k.
+
+    Returns:
+      The outputs, float32. If the file has the K largest logits only, the others are
+      equal, with the log-sum-exp that they had.
+    """
+    read = lambda name: np.asarray(arrays[name]).astype(np.float32, copy=False)
+    if "logits" in arrays:
+        logits = read("logits")
+    else:
+        top, rest = read("top"), read("rest")
+        rest = rest - np.log(np.float32(num_classes - top.shape[-1]))
+        logits = np.repeat(rest[..., None], num_classes, axis=-1)
+        np.put_along_axis(logits, np.asarray(arrays["classes"], np.int64), top, -1)
+    maps = {n.removeprefix(MAP): read(n) for n in arrays if n.startswith(MAP)}
+    outputs: Any = adapters.Outputs(logits, read("features"), maps)  # type: ignore
+    return outputs
+
+
+# ---------------------------------------------------------------------------
+# Reading.
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a file as it is.
+
+    Args:
+      path: the file, which `statistics.write` wrote.
+
+    Returns:
+      Its ``arrays``, the JSON text ``about``, and its ``digest``.
+
+    Raises:
+      UserError: the file cannot be read, is damaged or something else.
+    """
+    with statistics.reading(OPTION, path, "kddm outputs"):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            file.seek(0)
+            with np.load(file) as content:
+                arrays = {name: content[name] for name in content.files}
+        about = str(arrays.pop("about"))
+        return {"arrays": arrays, "about": about, "digest": digest}
+
+
+def parse(path: Path, found: Mapping[str, Any]) -> StoredOutputs:
+    """Restores the outputs of a file that `load` read; raises as it does."""
+    with statistics.reading(OPTION, path, "kddm outputs"):
+        about = json.loads(found["about"])
+        about = {name: about[name] for name in ABOUT}
+        outputs = unpack(found["arrays"], len(about["classes"]))
+    return StoredOutputs(outputs, about, found["digest"])
+
+
+def read(path: Path) -> StoredOutputs:
+    """Reads a file of outputs; raises as `load` does."""
+    return parse(path, load(path))
+
+
+# ---------------------------------------------------------------------------
+# Checks before training.
+
+
+def check_method(settings, found: StoredOutputs, name: str, method) -> None:
+    """Raises if a method takes more from the teacher than its stored outputs.
+
+    Args:
+      settings: the settings of the command.
+      found: the stored outputs.
+      name: name of the method.
+      method: the method; None for one that chooses among the teacher's layers.
+
+    Raises:
+      UserError: the method needs the teacher's network, or a map that is not stored.
+    """
+    file = f"{OPTION} {settings.networks.teacher_outputs}"
+    if method is None:
+        raise UserError(
+            f"{name} with --layers {RELEASED} measures the layers of the teacher's "
+            f"network, which {file} does not hold; name the layers"
+        )
+    if arrays := methods.needed_arrays(name):
+        raise UserError(
+            f"{name} needs {' and '.join(arrays)}, computed by the teacher's network, "
+            f"which {file} does not hold; leave {name} out"
+        )
+    maps = found.outputs.maps
+    if missing := sorted({*methods.teacher_layers(method)} - {*maps}):
+        raise UserError(
+            f"{name} compares the teacher's {', '.join(missing)}, but {file} has "
+            f"{', '.join(maps) or 'no maps'}; make a file with --layers "
+            f"STUDENT:{missing[0]}"
+        )
+
+
+def check_views(views, found: StoredOutputs) -> None:
+    """Raises if the outputs are not those on the views of this command.
+
+    Args:
+      views: the views of the students' images.
+      found: the stored outputs.
+
+    Raises:
+      UserError: number, augmentation, images or pixels of the views differ.
+    """
+    about, settings = found.about, views.settings
+    file = f"{OPTION} {settings.networks.teacher_outputs}"
+    same = "pass the same --train-images, --student-images and --unlabelled-images"
+    if about["views"] != views.count:
+        raise UserError(
+            f"{file} has {about['views']} views of each image, this command says "
+            f"--views {views.count}; pass --views {about['views']}"
+        )
+    for name, wanted in asdict(settings.augmentation).items():
+        if (made := about["augmentation"][name]) != wanted:
+            raise UserError(
+                f"{file} was made with {name}={made}, this command says {wanted}; pass "
+                "the same augmentation"
+            )
+    if about["images"] != len(views.indices):
+        raise UserError(
+            f"{file} has outputs on {about['images']} images, students see "
+            f"{len(views.indices)}; {same}"
+        )
+    if about["source"] != views.source:
+        raise UserError(f"{file} has outputs on other images than these; {same}")
+    if about["drawn"] != views.drawn:
+        raise UserError(
+            f"{file} has outputs on other views of these images, as another version of "
+            "JAX or another device may draw them; make the file as this command runs"
+        )

@@ -1,0 +1,271 @@
+"""Tests students that learn from a file of a teacher's outputs, and such files."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+from commands import KEEP, SMALL, assert_same_arrays, call, final_arrays, results_of
+
+from kddm_jax import adapters
+from kddm_jax.experiment import outputs
+from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.report import table
+from kddm_jax.experiment.training import statistics, stored
+
+LINE = (*SMALL, *KEEP, "--devices", 1, "--unlabelled-images", 32, "--views", 2)
+LINE = (*LINE, "--student-images", 64, "--normalization", "unit")
+LINE = (*LINE, "--embedding", "none")
+LAYERS = ("--layers", "map:map")
+FORMS = {
+    "outputs-2-views": (),
+    "outputs-2-views-half-top3": ("--half", "--top", 3),
+}
+
+
+def store(own, *arguments):
+    """Runs ``kddm outputs`` in this process."""
+    try:
+        return outputs.main([*map(str, own), "--", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Files of every form, of one teacher."""
+    out = tmp_path_factory.mktemp("stored")
+    for own in FORMS.values():
+        assert store(own, *LINE, *LAYERS, "--out", out) == 0
+    return out
+
+
+def file_of(made, name="outputs-2-views"):
+    return made / f"{name}.npz"
+
+
+def train(out, file, *arguments):
+    return call(*LINE, "--teacher-outputs", file, "--out", out, *arguments)
+
+
+# ----------------------------------------------------------------------- arrays
+
+
+def random_outputs(classes=6):
+    draw = np.random.default_rng(0).normal
+    maps = {"map": draw(size=(5, 2, 2, 3)).astype("f4")}
+    logits = (3 * draw(size=(5, classes))).astype("f4")
+    return adapters.Outputs(logits, draw(size=(5, 4)).astype("f4"), maps)
+
+
+def test_all_logits_in_float32_come_back_bit_by_bit():
+    found = random_outputs()
+    chex.assert_trees_all_equal(stored.unpack(stored.pack(found), 6), found)
+
+
+def test_half_precision_is_rounded_only():
+    found = random_outputs()
+    arrays = stored.pack(found, half=True)
+    assert {array.dtype for array in arrays.values()} == {np.dtype("f2")}
+    back = stored.unpack(arrays, 6)
+    assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype("f4")}
+    chex.assert_trees_all_close(back, found, rtol=2**-11)
+
+
+@pytest.mark.parametrize("top", [1, 3, 5])
+def test_probabilities_of_the_largest_logits_are_exact(top):
+    found = random_outputs()
+    back = stored.unpack(stored.pack(found, top=top), 6)
+    expected, given = (np.asarray(jax.nn.softmax(o.logits)) for o in (found, back))
+    order = np.argsort(-found.logits, axis=1)
+    of_top = lambda array: np.take_along_axis(array, order[:, :top], 1)
+    of_others = lambda array: np.take_along_axis(array, order[:, top:], 1)
+    np.testing.assert_allclose(of_top(given), of_top(expected), rtol=1e-5)
+    np.testing.assert_array_equal(of_top(back.logits), of_top(found.logits))
+    others = of_others(given)
+    np.testing.assert_allclose(others, np.broadcast_to(others[:, :1], others.shape))
+    np.testing.assert_allclose(others.sum(1), of_others(expected).sum(1), rtol=1e-5)
+
+
+def test_a_thousand_classes_have_places():
+    logits = np.arange(2000, dtype="f4").reshape(2, 1000)
+    arrays = stored.pack(adapters.Outputs(logits, logits, {}), top=2)
+    assert arrays["classes"].dtype == np.uint16
+    back = stored.unpack(arrays, 1000)
+    assert back.logits.argmax(1).tolist() == [999, 999]
+
+
+def test_numbers_beyond_float16_are_refused():
+    large = random_outputs()._replace(features=np.float32([[7e4]]))
+    with pytest.raises(UserError, match="features is 70000.*leave --half out"):
+        stored.pack(large, half=True)
+
+
+# ------------------------------------------------------------------------ files
+
+
+def test_files_hold_what_their_name_says(made):
+    whole, less = (dict(np.load(file_of(made, name))) for name in FORMS)
+    rows = 2 * (64 + 32)
+    assert whole["logits"].shape == (rows, 10)
+    assert whole["features"].shape == (rows, 32)
+    flat = whole["maps/map"].reshape(rows, -1)
+    np.testing.assert_array_equal(flat, whole["features"])
+    assert len(np.unique(whole["indices"])) == 96
+    assert "logits" not in less
+    assert less["top"].shape == less["classes"].shape == (rows, 3)
+    np.testing.assert_array_equal(less["features"], whole["features"].astype("f2"))
+    first, second = (stored.read(file_of(made, name)) for name in FORMS)
+    assert first.words == ""
+    assert second.words == "the 3 largest logits and float16 outputs"
+    assert first.about["teacher"] == second.about["teacher"]
+    assert first.digest != second.digest
+
+
+def test_a_file_is_neither_computed_again_nor_replaced(made, monkeypatch, capsys):
+    file = file_of(made)
+    before, changed = file.read_bytes(), file.stat().st_mtime_ns
+    fail = lambda *arguments: pytest.fail("the outputs were computed again")
+    monkeypatch.setattr("kddm_jax.experiment.training.views.Views.compute", fail)
+    assert store((), *LINE, *LAYERS, "--out", made) == 0  # the same again
+    assert store((), *LINE, "--out", made) == 2  # without the map
+    assert "choose another --out" in capsys.readouterr().err
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, changed)
+
+
+# ---------------------------------------------------------------------- students
+
+
+@pytest.mark.parametrize("placebo", [(), ("--placebo", "pairs")])
+def test_a_student_from_the_file_has_the_bits_of_one_from_the_network(
+    made, tmp_path, placebo
+):
+    file = tmp_path / "given.npz"
+    file.write_bytes(file_of(made).read_bytes())
+    more = ("--weight", 1, "--distances", "l2+kd", *LAYERS, *placebo)
+    teacher = made / "teacher" / "seed0"
+    assert call(*LINE, "--teacher", teacher, "--out", tmp_path / "net", *more) == 0
+    assert train(tmp_path / "file", file, *more) == 0
+    assert not (tmp_path / "file" / "teacher").exists()
+    assert not (tmp_path / "file" / "teacher-outputs").exists()
+    for name in ("student", "l2+kd"):
+        runs = (final_arrays(tmp_path / out, name) for out in ("net", "file"))
+        assert_same_arrays(*runs)
+    network, found = (results_of(tmp_path / out) for out in ("net", "file"))
+    for what in ("digest", "accuracy", "model", "width"):
+        assert found["teacher"][what] == network["teacher"][what]
+    runs = zip(network["runs"], found["runs"], strict=True)
+    assert all(run["settings"] == other["settings"] for run, other in runs)
+    assert "from" not in table.markdown(found)
+
+
+def test_runs_from_reduced_outputs_are_others(made, tmp_path, capsys):
+    more = ("--weight", 1, "--distances", "kd")
+    out, file = tmp_path / "out", file_of(made, "outputs-2-views-half-top3")
+    assert train(out, file, *more) == 0
+    found = results_of(out)
+    assert found["runs"][-1]["settings"]["outputs_digest"] == stored.read(file).digest
+    assert "KD, from the 3 largest logits and float16" in table.markdown(found)
+    capsys.readouterr()
+    assert train(out, file_of(made), *more) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--views", 3), "pass --views 2"),
+        (("--views", "None"), "add --views"),
+        (("--padding", 2), "made with padding="),
+        (("--student-images", 96), "on 96 images, students see 128"),
+        (("--student-images", 96, "--unlabelled-images", 0), "other images"),
+        (("--held-out", 100), "--teacher-saw-held-out"),
+        (("--distances", "kdpp"), "class_means"),
+        (("--distances", "wkd_logits"), "class_cost"),
+        (("--distances", "feature_only", *("--layers", "released")), "name the layers"),
+        (("--distances", "l2", "--layers", "map:other"), "no layer 'other'"),
+        (("--teacher", "runs/x"), "--teacher runs/x"),
+        (("--teacher-statistics", "x.npz"), "--teacher-statistics x.npz"),
+        (("--pretrained-teacher", "x.npz"), "--pretrained-teacher x.npz"),
+    ],
+)
+def test_errors_come_before_training(made, tmp_path, capsys, change, words):
+    assert train(tmp_path / "out", file_of(made), "--weight", 1, *change) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite(made, file, drop=(), **about):
+    """Writes a file with other words about its content, or without some arrays."""
+    arrays = dict(np.load(file_of(made)))
+    about = {**json.loads(str(arrays.pop("about"))), **about}
+    kept = {name: array for name, array in arrays.items() if name not in drop}
+    statistics.write(file, kept, about)
+    return file
+
+
+def test_maps_that_are_not_stored_are_refused(made, tmp_path, capsys):
+    file = rewrite(made, tmp_path / "no-map.npz", drop=["maps/map"])
+    for change in (LAYERS, ("--distances", "nst")):
+        assert train(tmp_path / "out", file, "--weight", 1, *change) == 2
+        error = capsys.readouterr().err
+        assert "has no maps; make a file with --layers STUDENT:map" in error
+        assert error.count("\n") == 1
+
+
+def test_files_of_something_else_are_refused(made, tmp_path, capsys):
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(file_of(made).read_bytes()[:-100])
+    flipped = bytearray(file_of(made).read_bytes())
+    flipped[1000] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    other = tmp_path / "other.npz"
+    np.savez(other, features=np.zeros(3))
+    for file, words in (
+        (broken, "damaged"),
+        (tmp_path / "flipped.npz", "damaged"),
+        (other, "no file of kddm outputs"),
+        (tmp_path / "none.npz", "No such file"),
+        (rewrite(made, tmp_path / "a.npz", dataset="mnist"), "is of mnist"),
+        (rewrite(made, tmp_path / "b.npz", drawn="0"), "other views"),
+    ):
+        assert train(tmp_path / "out", file, "--distances", "l2", "--weight", 1) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
+
+def test_outputs_beyond_the_memory_are_refused(made, tmp_path, capsys, monkeypatch):
+    size = sum(a.nbytes for a in jax.tree.leaves(stored.read(file_of(made)).outputs))
+    monkeypatch.setattr(
+        "kddm_jax.experiment.training.problems.Problem.memory", 4 * size - 4
+    )
+    assert train(tmp_path / "out", file_of(made)) == 2
+    assert "GB; make a file of fewer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "change", "words"),
+    [
+        ((), ("--views", "None"), "add --views"),
+        (("--top", 10), (), "has 10 logits; lower it"),
+        (("--top", 0), (), "at least 1"),
+        (("--count", 3), (), "--count 3 is for --statistics"),
+        (("--statistics", "means", "--half"), (), "--half is for outputs"),
+        (("--statistics", "means", "--top", 2), (), "--top 2 is for outputs"),
+        ((), ("--layers", "map:other"), "no layer 'other'"),
+        ((), ("--teacher-outputs", "x.npz"), "pass --teacher instead"),
+    ],
+)
+def test_what_is_not_stored(tmp_path, capsys, own, change, words):
+    assert store(own, *LINE, *change, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
