@@ -174,12 +174,12 @@ def _open(settings, console, check: Callable[[Problem], None] = lambda problem: 
     ):
         if file is not None:
             raise UserError(
-                f"kddm outputs makes a file from a teacher; pass --teacher instead of "
+                "kddm outputs makes a file from a teacher; pass --teacher instead of "
                 f"{option} {file}"
             )
     settings = change(settings, distances=(), placebo=None)
-    none = lambda problem, digest: ()
-    return study.open(settings, console, suffix="-outputs", plan=none, check=check)
+    plan = lambda problem, digest: ()
+    return study.open(settings, console, suffix="-outputs", plan=plan, check=check)
 
 
 def store(settings: Settings, kind: str, count: int | None, console: Console) -> Path:

@@ -170,6 +170,9 @@ def test_runs_from_reduced_outputs_are_others(made, tmp_path, capsys):
     capsys.readouterr()
     assert train(out, file_of(made), *more) == 2
     assert "choose another --out" in capsys.readouterr().err
+    given = ("--teacher", made / "teacher" / "seed0")
+    assert call(*LINE, *given, "--out", out, *more) == 2
+    assert "choose another --out" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------ errors
@@ -181,6 +184,7 @@ def test_runs_from_reduced_outputs_are_others(made, tmp_path, capsys):
         (("--views", 3), "pass --views 2"),
         (("--views", "None"), "add --views"),
         (("--padding", 2), "made with padding="),
+        (("--dtype", "bfloat16"), "made with dtype=float32"),
         (("--student-images", 96), "on 96 images, students see 128"),
         (("--student-images", 96, "--unlabelled-images", 0), "other images"),
         (("--held-out", 100), "--teacher-saw-held-out"),

@@ -7,9 +7,9 @@ the compute of
 
     E (1 + F_T / (3 F_S)),  with V views of each image  E + V F_T / (3 F_S)
 
-epochs of a student alone. From a file of the teacher's outputs or statistics, F_T is 0.
-With N unlabelled images besides n labelled ones, a step has
-twice as many images, and there are views of n + N images:
+epochs of a student alone. If a file has the teacher's outputs or statistics, F_T is 0.
+With N unlabelled images besides n labelled ones, a step has twice as many images, and
+there are views of n + N images:
 
     2 E (1 + F_T / (3 F_S)),  with V views  2 E + (1 + N / n) V F_T / (3 F_S)
 

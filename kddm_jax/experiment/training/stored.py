@@ -238,7 +238,8 @@ def check_views(views, found: StoredOutputs) -> None:
       found: the stored outputs.
 
     Raises:
-      UserError: number, augmentation, images or pixels of the views differ.
+      UserError: the type of the computations, or the number, the augmentation, the
+        images or the pixels of the views differ.
     """
     about, settings = found.about, views.settings
     file = f"{OPTION} {settings.networks.teacher_outputs}"
@@ -248,11 +249,13 @@ def check_views(views, found: StoredOutputs) -> None:
             f"{file} has {about['views']} views of each image, this command says "
             f"--views {views.count}; pass --views {about['views']}"
         )
-    for name, wanted in asdict(settings.augmentation).items():
-        if (made := about["augmentation"][name]) != wanted:
+    known = {**about["augmentation"], "dtype": about["dtype"]}
+    asked = {**asdict(settings.augmentation), "dtype": settings.networks.dtype}
+    for name, wanted in asked.items():
+        if (made := known[name]) != wanted:
             raise UserError(
                 f"{file} was made with {name}={made}, this command says {wanted}; pass "
-                "the same augmentation"
+                "the same, or make another file"
             )
     if about["images"] != len(views.indices):
         raise UserError(

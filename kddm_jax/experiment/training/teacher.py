@@ -164,9 +164,8 @@ def _find_statistics(problem, path):
     return Stored(path, about)
 
 
-def _find_outputs(problem, path):
-    content: Any = processes.first(lambda: stored.load(path))
-    found = stored.parse(path, content)
+def _check_outputs(problem, path, found):
+    """Checks that outputs fit the data, the views and the memory."""
     file = f"{stored.OPTION} {path}"
     _check_data(problem, file, found.about)
     stored.check_views(problem.views, found)
@@ -176,6 +175,12 @@ def _find_outputs(problem, path):
             f"{file}: the outputs take {size / 1e9:.1f} GB, a quarter of the memory is "
             f"{problem.memory / 4e9:.1f} GB; make a file of fewer --views or --layers"
         )
+
+
+def _find_outputs(problem, path):
+    content: Any = processes.first(lambda: stored.load(path))
+    found = stored.parse(path, content)
+    processes.together(lambda: _check_outputs(problem, path, found))
     problem.outputs = found
     return Stored(path, found.about)
 
