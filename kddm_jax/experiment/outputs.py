@@ -23,11 +23,12 @@ import numpy as np
 from rich.console import Console
 
 from kddm_jax.experiment import study
+from kddm_jax.experiment.checks import layer_pairs
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.terminal import answer_errors, console
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.settings import Settings, change, layer_pairs
+from kddm_jax.experiment.settings import Settings, change
 from kddm_jax.experiment.training import methods, models, statistics, stored, views
 from kddm_jax.experiment.training.outputs import outputs_of
 from kddm_jax.experiment.training.problems import Problem
