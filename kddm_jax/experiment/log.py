@@ -3,13 +3,15 @@
 `Log` collects what is logged: the numbers of each epoch, the norms of the features of
 student and teacher, and a picture of the features at the end. A `Backend` writes it by
 three functions, for numbers, for a histogram and for a picture; an entry of `BACKENDS`
-adds another one. Only the first process logs. A step is the number of updates made.
+adds another one. Only the first process writes, inside `processes.first`, so that an
+error ends all processes. A step is the number of updates made.
 """
 
 import importlib.util
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,12 +23,14 @@ from kddm_jax.experiment.training.problems import Problem
 from kddm_jax.experiment.training.runs import Run
 from kddm_jax.experiment.training.train import Teacher
 
+BINS = 30  # of a histogram; NumPy's rules make too many if a value is far away
+
 
 class Backend(Protocol):
     """Writes the log of one run.
 
-    A backend is made by ``Backend(folder, step)``. What an interrupted command logged
-    in this folder at this step or later must not show any more.
+    A backend is made by ``Backend(folder, step)``; the folder exists. Readers of the
+    log must no longer see entries of an interrupted command at this step or later.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -49,31 +53,44 @@ class TensorBoard:
     """Writes event files of TensorBoard."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
+        messages: Any = event_pb2  # type checkers do not find its classes
+        self.event = messages.Event
+        # SummaryWriter hands events to a thread: its flush() does not wait for them,
+        # and an error of the disk ends the thread.
         # The names of files have a time in seconds; a suffix keeps them apart.
-        suffix = f".step-{step:08d}"
-        self.writer = SummaryWriter(
-            str(folder), purge_step=step, filename_suffix=suffix
-        )
+        self.file = EventsWriter(str(folder / "events"), f".step-{step:08d}")
+        self._write(step, session_log={"status": "START"})
+
+    def _write(self, step, **content):
+        event = self.event(wall_time=time.time(), step=step, **content)
+        self.file.write_event(event)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers by name to the disk, with everything before them."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+        # tensorboardX.summary.scalar would change the signs @ and : in names.
+        found = [{"tag": k, "simple_value": v} for k, v in values.items()]
+        self._write(step, summary={"value": found})
+        self.file.flush()
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         """Writes the distribution of numbers ``[n]``."""
-        self.writer.add_histogram(name, values, step)
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.histogram(name, values, BINS))
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Writes a picture, uint8 ``[h, w, 3]``."""
-        self.writer.add_image(name, pixels, step, dataformats="HWC")
+        from tensorboardX import summary
+
+        picture = summary.image(name, pixels, dataformats="HWC")
+        self._write(step, summary=picture)
 
     def close(self) -> None:
         """Ends the log."""
-        self.writer.close()
+        self.file.close()
 
 
 # By the value of --log: the backend and the package that it needs.
@@ -106,12 +123,10 @@ class Log:
         kind = problem.settings.run.log
         self.problem, self.folder, self.backend = problem, None, None
         self.of_teacher = None  # its features, which are computed once
-        self.make = BACKENDS[kind][0] if kind and processes.index() == 0 else None
+        self.make: Any = BACKENDS[kind][0] if kind else None
 
     def _open(self, run: Run, step: int) -> Backend:
         folder = run.folder(self.problem.out)
-        if self.make is None:
-            raise RuntimeError("this process does not log")
         if self.backend is None or folder != self.folder:
             self.close()
             self.folder, self.backend = folder, self.make(folder, step)
@@ -140,11 +155,15 @@ class Log:
             report(run, done=done, total=total, metrics=metrics, **shown)
             if "epoch" in metrics:
                 values = {k: v for k, v in metrics.items() if k != "epoch"}
-                self._open(run, done).scalars(done, values)
-                if done == total:
-                    self.close()
+                processes.first(lambda: self._log_numbers(run, done, total, values))
 
         return logged
+
+    def _log_numbers(self, run, step, last, values):
+        """Logs the numbers of an epoch, and closes the log after the last step."""
+        self._open(run, step).scalars(step, values)
+        if step == last:
+            self.close()
 
     def observing(
         self, run: Run, teacher: Teacher, observe: Callable[[int, object], None]
@@ -167,7 +186,10 @@ class Log:
         def logged(epoch, variables):
             observe(epoch, variables)
             if epoch == run.epochs or epoch and epoch % optimizer.eval_every == 0:
-                self._log_features(run, epoch, epoch * steps, teacher, variables)
+                step = epoch * steps
+                processes.first(
+                    lambda: self._log_features(run, epoch, step, teacher, variables)
+                )
 
         return logged
 

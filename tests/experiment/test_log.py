@@ -133,6 +133,7 @@ def made_by(**settings):
 def test_a_resumed_run_has_every_step_once(tmp_path):
     """The second command goes on from the checkpoint of epoch 1."""
     run, shown = SimpleNamespace(folder=lambda out: out / "run"), []
+    (tmp_path / "run").mkdir()
     report = lambda run, **numbers: shown.append(numbers["done"])
     problem = made_by(log="tensorboard", out=tmp_path)
     for first, loss in ((1, 0.5), (2, 0.25)):
@@ -142,8 +143,10 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
             for epoch in range(first, 4):
                 step = {"loss": np.ones(1)}  # within an epoch
                 logged(run, epoch=epoch - 1, done=10 * epoch - 5, metrics=step, **more)
-                record = {"epoch": epoch, "loss": loss}
+                record = {"epoch": epoch, "loss": loss, "l2:own@2": loss}
                 logged(run, epoch=epoch - 1, done=10 * epoch, metrics=record, **more)
+                written = numbers(events(tmp_path / "run"))  # before the log is closed
+                assert written[10 * epoch]["l2:own@2"] == loss
     losses = {
         step: values["loss"]
         for step, values in numbers(events(tmp_path / "run")).items()
@@ -164,11 +167,30 @@ def test_without_the_package_nothing_is_trained(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("index", "kind"), [(1, "tensorboard"), (0, None)])
-def test_others_and_other_processes_log_nothing(index, kind, monkeypatch):
-    """They call the functions of the command, unchanged."""
-    monkeypatch.setattr(processes, "index", lambda: index)
-    log = log_module.Log(made_by(log=kind))
+def test_every_process_stops_if_the_log_cannot_be_written(tmp_path, monkeypatch):
+    """The others wait in `processes.first`, which raises the first one's error."""
+
+    def fail(fn):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(processes, "first", fail)
+    log = log_module.Log(made_by(log="tensorboard", out=tmp_path))
+    report = log.reporting(lambda run, **numbers: None)
+    report(None, done=5, total=10, metrics={"loss": 1.0})  # within an epoch
+    with pytest.raises(OSError, match="disk full"):
+        report(None, done=10, total=10, metrics={"epoch": 1, "loss": 1.0})
+    optimizer = SimpleNamespace(batch_size=10, eval_every=2)
+    settings = SimpleNamespace(optimizer=optimizer)
+    run = SimpleNamespace(settings=settings, indices=range(100), epochs=3)
+    observe = log.observing(run, None, lambda epoch, variables: None)
+    observe(1, None)
+    with pytest.raises(OSError, match="disk full"):
+        observe(2, None)
+
+
+def test_without_the_option_nothing_is_logged():
+    """The functions of the command are unchanged."""
+    log = log_module.Log(made_by(log=None))
     report, observe = object(), object()
     assert log.reporting(report) is report
     assert log.observing(None, None, observe) is observe

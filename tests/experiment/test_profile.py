@@ -51,6 +51,21 @@ def test_a_trace_ends_with_an_error(tmp_path):
     assert profiled(tmp_path / "next", 1) != []  # the profiler is free again
 
 
+@pytest.mark.parametrize("step", ["start_trace", "stop_trace"])
+def test_a_trace_that_fails_does_not_end_the_block(step, tmp_path, monkeypatch):
+    work = getattr(jax.profiler, step)
+
+    def fail(*arguments, **options):
+        if step == "stop_trace":
+            work()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(jax.profiler, step, fail)
+    with pytest.warns(UserWarning, match=f"no trace in {tmp_path}: disk full") as found:
+        profiled(tmp_path, 1)
+    assert len(found) == 1
+
+
 def test_other_processes_are_not_profiled(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "index", lambda: 1)
     assert profiled(tmp_path, 3) == []

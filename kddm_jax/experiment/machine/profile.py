@@ -1,6 +1,7 @@
 """Profiles some training steps of a run by JAX's profiler."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ def profiling(
 
     The first call is left out, because it compiles. Calls are profiled whole, so there
     may be more steps than asked for. If the block ends early, there are fewer.
+    If a trace cannot be made or written, there is a warning, and the block goes on.
 
     Args:
       program: a function that takes steps, such as one of `train_step.parallel`.
@@ -33,10 +35,21 @@ def profiling(
     # The calls of Python functions fill a trace: writing one with imports took 47 s.
     options.python_tracer_level = 0
 
+    def attempt(call, *arguments, **options):
+        """Calls a function of the profiler and returns whether it worked."""
+        nonlocal left
+        try:
+            call(*arguments, **options)
+        except Exception as error:
+            warnings.warn(f"no trace in {folder}: {error}", stacklevel=2)
+            left = 0
+            return False
+        return True
+
     def stop():
         nonlocal running
         running = False
-        jax.profiler.stop_trace()
+        attempt(jax.profiler.stop_trace)
 
     def profiled(*arguments):
         nonlocal left, running
@@ -48,10 +61,12 @@ def profiling(
                 stop()
         elif left > 0:
             jax.block_until_ready(found)
-            jax.profiler.start_trace(
-                folder, create_perfetto_trace=True, profiler_options=options
+            running = attempt(
+                jax.profiler.start_trace,
+                folder,
+                create_perfetto_trace=True,
+                profiler_options=options,
             )
-            running = True
         return found
 
     try:

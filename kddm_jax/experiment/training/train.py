@@ -310,7 +310,8 @@ def train(
     taught = _what_teaches(problem, run, method, teacher)
     fixed, speeds = (taught, teacher_data(problem, run)), []
     profiled = profiling(program, length, folder, settings.run.profile)
-    with progress.running(), profiled as program:
+    # The trace is written last: after SIGTERM there may be time for a checkpoint only.
+    with profiled as program, progress.running():
         if progress.step == 0:
             observe(0, without_projectors(progress.state.variables))
         for epoch in range(progress.epoch, run.epochs):
