@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "report": Command(
         "kddm_jax.experiment.render",
-        "render tables, curves and pages of finished runs again",
+        "render a finished study again, or print one table of several",
     ),
     "export": Command(
         "kddm_jax.experiment.export",

@@ -6,8 +6,8 @@
     kddm report experiments/README.md
 
 For a folder of ``kddm distill``, the command writes table, curves and page again. For
-several folders, or for JSON files, it prints one table of all and writes nothing. In a
-Markdown page, it replaces the marked tables.
+several folders, for a folder of ``kddm choose-weights``, or for JSON files, it prints
+one table of all and writes nothing. In a Markdown page, it replaces the marked tables.
 """
 
 import argparse
@@ -22,9 +22,17 @@ from kddm_jax.experiment.machine.terminal import answer_errors
 from kddm_jax.experiment.report import table, weights
 from kddm_jax.experiment.report.rows import merge
 
-ABOUT = "Renders tables, curves and pages of finished runs again."
+ABOUT = "Renders a finished study again, or prints one table of several."
 RESULTS = "results.json"
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def _file(path):
+    """Returns the JSON file of a study's folder, or the file itself."""
+    if path.suffix == ".json":
+        return path
+    names = (RESULTS, "weights.json")
+    return next((path / n for n in names if (path / n).exists()), path / RESULTS)
 
 
 def _rendered(paths):
@@ -43,8 +51,8 @@ def _rendered(paths):
         return table.markdown(merge(dict(zip(map(str, paths), files, strict=True))))
     raise UserError(
         f"{' '.join(map(str, paths))}: several files make one table only if all are "
-        "results of kddm distill, or all are grids of kddm choose-weights; render each "
-        "alone"
+        "results of kddm distill, or all are grids of kddm choose-weights; run kddm "
+        "report for each alone"
     )
 
 
@@ -98,11 +106,11 @@ def main(arguments: Sequence[str]) -> int:
     def work():
         pages = [path for path in given.paths if path.suffix == ".md"]
         studies = [path for path in given.paths if path not in pages]
-        if len(studies) == 1 and studies[0].suffix != ".json":
+        files = [*map(_file, studies)]
+        if len(studies) == 1 and files[0] == studies[0] / RESULTS:
             folder(studies[0])
         elif studies:
-            named = lambda path: path if path.suffix == ".json" else path / RESULTS
-            print(_rendered([*map(named, studies)]))
+            print(_rendered(files))
         for page in pages:
             page.write_text(fill(page))
 

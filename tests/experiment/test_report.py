@@ -132,6 +132,22 @@ def test_a_grid_of_version_0_2_0_is_refused(tmp_path, capsys):
     assert f"{path} is a grid of version 0.2.0; render it" in capsys.readouterr().err
 
 
+def test_a_folder_is_its_json_file(tmp_path, capsys):
+    """Folders of ``kddm choose-weights`` have no results.json."""
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for path in folders:
+        path.mkdir()
+    grid = json.dumps({"held_out_accuracy": {}})
+    (folders[0] / "weights.json").write_text(grid)
+    (folders[1] / "results.json").write_text(json.dumps(small_results()))
+    said = lambda *paths: (render.main([*map(str, paths)]), capsys.readouterr().err)
+    for paths in (folders[:1], folders[1::-1]):
+        status, error = said(*paths)
+        assert status == 2
+        assert f"{folders[0] / 'weights.json'} is a grid of version 0.2.0" in error
+    assert f"{folders[2] / 'results.json'} is not readable" in said(folders[2])[1]
+
+
 def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):
     page = tmp_path / "page.md"
     old = "<!-- table: a.json b.json -->\nold\n<!-- /table -->\n"

@@ -255,7 +255,7 @@ def reference(found: Sequence[Row]) -> Row:
 def _refuse(places, what, values) -> NoReturn:
     raise UserError(
         f"{' and '.join(places)} differ in {what} ({values[0]} and {values[1]}), so "
-        "they make no table together; render each alone"
+        "they make no table together; run kddm report for each alone"
     )
 
 
@@ -316,8 +316,8 @@ def _check_row(places, runs):
         raise UserError(
             f"{' and '.join(places)} differ in the accuracy of {title}, seed "
             f"{runs[0]['seed']} ({found[0]:.2f} and {found[1]:.2f} %); copy the folder "
-            f"{folder} of one study into the other and rerun its command, or render "
-            "each alone"
+            f"{folder} of one study into the other and rerun its command, or run "
+            "kddm report for each alone"
         )
 
 

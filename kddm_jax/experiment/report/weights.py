@@ -105,8 +105,8 @@ def _check_alike(*choices):
 def _check_equal(name, one, other):
     if one != other:
         raise UserError(
-            f"grids with {name}={one} and {name}={other} make no table; render each "
-            "alone"
+            f"grids with {name}={one} and {name}={other} make no table; run kddm "
+            "report for each alone"
         )
 
 
