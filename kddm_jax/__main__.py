@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "export": Command(
         "kddm_jax.experiment.export",
-        "write a trained ResNet as safetensors with torchvision's names",
+        "write a trained ResNet9, 18 or 34 as safetensors with torchvision's names",
     ),
     "convert": Command(
         "kddm_jax.networks.weights",

@@ -52,8 +52,9 @@ def export(run: Path, target: Path, *, overwrite: bool = False) -> Architecture:
     name = made.get("teacher_model") or made.get("student_model")
     if name in {*MODELS} - {*NAMED.values()}:
         raise UserError(
-            f"{run} is a {name}, and only ResNets have torchvision's names; read its "
-            "arrays by kddm_jax.checkpoint.restore_arrays"
+            f"{run} is a {name}, and only {', '.join(NAMED.values())} have "
+            "torchvision's names; read its arrays by "
+            "kddm_jax.checkpoint.restore_arrays"
         )
     try:
         return weights.convert(found, target, overwrite=overwrite)
@@ -61,11 +62,21 @@ def export(run: Path, target: Path, *, overwrite: bool = False) -> Architecture:
         raise UserError(str(error)) from error
 
 
+def _unfinished(run):
+    """Returns ", after 3 of 100 epochs", or "" if the newest checkpoint is the last."""
+    found = checkpoint.find(run)
+    meta: Any = checkpoint.read_meta(found) if found else {}
+    made, done = meta.get("run", {}), len(meta.get("history", ()))
+    epochs = made.get("teacher_epochs") or made.get("epochs")
+    return "" if epochs in (None, done) else f", after {done} of {epochs} epochs"
+
+
 def main(arguments: Sequence[str], prog: str = "kddm export") -> int:
     """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Writes a trained ResNet as safetensors with torchvision's names.",
+        description="Writes a trained ResNet9, 18 or 34 as safetensors with "
+        "torchvision's names.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
@@ -77,6 +88,6 @@ def main(arguments: Sequence[str], prog: str = "kddm export") -> int:
 
     def work():
         found = export(given.run, given.to, overwrite=given.force)
-        print(f"{given.run} -> {given.to}: {found}")
+        print(f"{given.run} -> {given.to}: {found}{_unfinished(given.run)}")
 
     return answer_errors(work)

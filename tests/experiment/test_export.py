@@ -14,7 +14,8 @@ def save(folder, network, **run):
     """Saves a checkpoint of a run with random variables, and returns these."""
     image = np.zeros((1, 8, 8, 3), np.float32)
     variables = jax.jit(network.init)(jax.random.key(0), image)
-    meta = {"run": {"dataset": "digits", **run}, "num_classes": 3, "channels": 3}
+    run = {"dataset": "digits", "epochs": 2, **run}
+    meta = {"run": run, "history": [{}, {}], "num_classes": 3, "channels": 3}
     checkpoint.save(folder / "checkpoints", 2, variables, meta)
     return variables
 
@@ -41,6 +42,14 @@ def test_the_file_has_the_runs_arrays(exported, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_run_that_is_not_finished_is_named(tmp_path, capsys):
+    network = ResNet9(num_classes=3, stem="cifar", width=2)
+    path = tmp_path / "teacher.safetensors"
+    save(tmp_path, network, teacher_model="ResNet9", teacher_epochs=100)
+    assert kddm.main(["export", str(tmp_path), "--to", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(" 3 classes, after 2 of 100 epochs\n")
+
+
 def test_a_file_is_replaced_only_if_asked_for(exported, tmp_path, capsys):
     folder, _ = exported
     path = tmp_path / "student.safetensors"
@@ -57,7 +66,11 @@ def test_a_file_is_replaced_only_if_asked_for(exported, tmp_path, capsys):
 MISTAKES = {
     "suffix": ("a.npz", "--to {to} does not end in .safetensors; rename it"),
     "empty": ("a.safetensors", "no checkpoint in {run}; pass a run's folder"),
-    "known": ("a.safetensors", "{run} is a ViT, and only ResNets have"),
+    "known": (
+        "a.safetensors",
+        "{run} is a ViT, and only ResNet9, ResNet18, ",
+    ),
+    "small": ("a.safetensors", "is a ResNet20, and only ResNet9, ResNet18, ResNet34 "),
     "own": ("a.safetensors", "the 4-d tensor conv1.weight is not in "),
 }
 
@@ -65,10 +78,10 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(mistake, tmp_path, capsys):
     run, (name, message) = tmp_path / "run", MISTAKES[mistake]
-    if mistake in ("known", "own"):
+    models = {"known": "ViT", "small": "ResNet20", "own": "nets:Small"}
+    if mistake in models:
         dense = {"params": {"head": {"bias": np.zeros(3, np.float32)}}}
-        model = {"known": "ViT", "own": "nets:Small"}[mistake]
-        meta = {"run": {"dataset": "digits", "student_model": model}}
+        meta = {"run": {"dataset": "digits", "student_model": models[mistake]}}
         checkpoint.save(run / "checkpoints", 2, dense, meta)
     assert kddm.main(["export", str(run), "--to", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
