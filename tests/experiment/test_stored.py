@@ -246,12 +246,14 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
 
 
 def test_outputs_beyond_the_memory_are_refused(made, tmp_path, capsys, monkeypatch):
-    size = sum(a.nbytes for a in jax.tree.leaves(stored.read(file_of(made)).outputs))
+    compared = stored.read(file_of(made)).of(())  # without the stored map
+    size = sum(array.nbytes for array in jax.tree.leaves(compared))
     monkeypatch.setattr(
         "kddm_jax.experiment.training.problems.Problem.memory", 4 * size - 4
     )
-    assert train(tmp_path / "out", file_of(made)) == 2
-    assert "GB; make a file of fewer" in capsys.readouterr().err
+    options = ("--distances", "l2", "--weight", 1)
+    assert train(tmp_path / "out", file_of(made), *options) == 2
+    assert "GB; make a file of fewer --views" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

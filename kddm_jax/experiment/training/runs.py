@@ -55,7 +55,8 @@ def _shapes_without_network(problem, count):
 
 def _check_stored(problem, name, method):
     if problem.outputs is not None:
-        stored.check_method(problem.settings, problem.outputs, name, method)
+        settings, memory = problem.settings, problem.memory
+        stored.check_method(settings, problem.outputs, name, method, memory)
 
 
 def check_distances(problem: Problem, teacher: models.Network | None) -> None:

@@ -27,15 +27,15 @@ import numpy as np
 
 from kddm_jax import adapters
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import RELEASED
+from kddm_jax.experiment.settings import RELEASED, Augmentation
 from kddm_jax.experiment.training import methods, statistics
 
 OPTION = "--teacher-outputs"
 MAP = "maps/"  # begins the names of maps in a file
-# What a file says about its outputs and the teacher.
+# Keys of the description of the outputs and the teacher in a file.
 ABOUT = ("dataset", "classes", "images", "source", "views", "augmentation", "drawn")
 ABOUT += ("dtype", "half", "top", "stored", "layers", "held_out", "teacher", "model")
-ABOUT += ("width", "accuracy", "eval_images")
+ABOUT += ("width", "accuracy", "top5", "eval_images")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StoredOutputs:
 
     Attributes:
       outputs: logits, pooled features and the stored maps, float32, on the host.
-      about: what the file says about the outputs and the teacher.
+      about: description of the outputs and the teacher.
       digest: digest of the file.
     """
 
@@ -74,7 +74,7 @@ class StoredOutputs:
 
 
 def words(half: bool, top: int | None) -> str:
-    """Describes what a file has less than the network's outputs."""
+    """Describes how a file's outputs differ from those of the network."""
     found = [f"the {top} largest logits"] if top else []
     return " and ".join(found + ["float16 outputs"] * half)
 
@@ -198,28 +198,32 @@ def read(path: Path) -> StoredOutputs:
 # Checks before training.
 
 
-def check_method(settings, found: StoredOutputs, name: str, method) -> None:
-    """Raises if a method takes more from the teacher than its stored outputs.
+def check_method(
+    settings, found: StoredOutputs, name: str, method, memory: float
+) -> None:
+    """Raises if a method needs more than the stored outputs, or too much memory.
 
     Args:
       settings: the settings of the command.
       found: the stored outputs.
       name: name of the method.
       method: the method; None for one that chooses among the teacher's layers.
+      memory: memory of a device in bytes, of which outputs may take a quarter.
 
     Raises:
-      UserError: the method needs the teacher's network, or a map that is not stored.
+      UserError: the method needs the teacher's network, or a map that is not stored; or
+        the outputs that it compares are too large.
     """
     file = f"{OPTION} {settings.networks.teacher_outputs}"
     if method is None:
         raise UserError(
             f"{name} with --layers {RELEASED} measures the layers of the teacher's "
-            f"network, which {file} does not hold; name the layers"
+            f"network, which is not in {file}; name the layers"
         )
     if arrays := methods.needed_arrays(name):
         raise UserError(
             f"{name} needs {' and '.join(arrays)}, computed by the teacher's network, "
-            f"which {file} does not hold; leave {name} out"
+            f"which is not in {file}; leave {name} out"
         )
     maps = found.outputs.maps
     if missing := sorted({*methods.teacher_layers(method)} - {*maps}):
@@ -227,6 +231,14 @@ def check_method(settings, found: StoredOutputs, name: str, method) -> None:
             f"{name} compares the teacher's {', '.join(missing)}, but {file} has "
             f"{', '.join(maps) or 'no maps'}; make a file with --layers "
             f"STUDENT:{missing[0]}"
+        )
+    compared = found.of(methods.teacher_layers(method))
+    size = sum(array.nbytes for array in jax.tree.leaves(compared))
+    if size > memory / 4:
+        raise UserError(
+            f"{file}: the outputs that {name} compares take {size / 1e9:.1f} GB, a "
+            f"quarter of the memory is {memory / 4e9:.1f} GB; make a file of fewer "
+            "--views, or compare pooled features"
         )
 
 
@@ -249,7 +261,8 @@ def check_views(views, found: StoredOutputs) -> None:
             f"{file} has {about['views']} views of each image, this command says "
             f"--views {views.count}; pass --views {about['views']}"
         )
-    known = {**about["augmentation"], "dtype": about["dtype"]}
+    # Options that a file of an earlier version lacks had the effect of their defaults.
+    known = {**asdict(Augmentation()), **about["augmentation"], "dtype": about["dtype"]}
     asked = {**asdict(settings.augmentation), "dtype": settings.networks.dtype}
     for name, wanted in asked.items():
         if (made := known[name]) != wanted:

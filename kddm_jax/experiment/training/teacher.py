@@ -114,7 +114,7 @@ class Stored:
 
     Attributes:
       given: the file.
-      about: what the file says about the teacher.
+      about: description of the teacher.
       model: None, because there is no network.
       trained: True, because there is nothing to train.
     """
@@ -165,16 +165,9 @@ def _find_statistics(problem, path):
 
 
 def _check_outputs(problem, path, found):
-    """Checks that outputs fit the data, the views and the memory."""
-    file = f"{stored.OPTION} {path}"
-    _check_data(problem, file, found.about)
+    """Checks that outputs fit the data and the views."""
+    _check_data(problem, f"{stored.OPTION} {path}", found.about)
     stored.check_views(problem.views, found)
-    size = sum(array.nbytes for array in jax.tree.leaves(found.outputs))
-    if size > problem.memory / 4:
-        raise UserError(
-            f"{file}: the outputs take {size / 1e9:.1f} GB, a quarter of the memory is "
-            f"{problem.memory / 4e9:.1f} GB; make a file of fewer --views or --layers"
-        )
 
 
 def _find_outputs(problem, path):
@@ -263,6 +256,7 @@ def load_teacher(source: Source | Stored, report) -> Teacher:
         return Teacher(
             *(None, about["width"], None, source.digest, about["accuracy"], None),
             name=about["model"],
+            top5=about.get("top5"),  # statistics have none
         )
     problem, model, result = source.problem, source.model, None
     if source.given is None:

@@ -64,7 +64,7 @@ class Views:
     @cached_property
     def source(self) -> str:
         """Hashes the images of which these are views."""
-        return hashlib.sha256(self.images[self.indices].tobytes()).hexdigest()
+        return hashlib.sha256(self.images[self.indices].ravel().data).hexdigest()
 
     @cached_property
     def drawn(self) -> str:
