@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from kddm_jax.numerics import masks
-from kddm_jax.numerics.bank import across, check_no_weights
+from kddm_jax.numerics.bank import across, check_no_weights, own_classes
+from kddm_jax.numerics.bures import class_bures
 from kddm_jax.numerics.checks import as_float, as_released, check_choice, check_pair
 from kddm_jax.numerics.classes import class_means, labelled_pair
 from kddm_jax.numerics.linalg import (
+    METHODS,
     cross_nuclear_norm,
     matmul,
     nuclear_norm,
@@ -116,6 +118,31 @@ def _to_bank(x, y, of, covariance, method):
     )
 
 
+def _has_few_classes(x, num_classes, covariance):
+    """Returns whether problems of the classes are smaller than one of all samples."""
+    n, d = jnp.shape(x) if jnp.ndim(x) == 2 else (0, 0)
+    if num_classes is None or covariance == "diag":
+        return num_classes is not None and num_classes <= n
+    # Measured on a CPU for d = 32 to 512: k (n d² + d³) takes the time of n³ here.
+    return n > d and n * n >= num_classes * d * d
+
+
+def _to_own_classes(x, y, of, covariance, method):
+    """Computes CW2(G) from sums over classes; see `class_gaussian_wasserstein`."""
+    weights = of.weights[:, None]
+    # A small difference of student and teacher is the mean of the differences.
+    means = jnp.sum(weights * of.mean(x - y) ** 2)
+    x, y = of.centered(x), of.centered(y)
+    if covariance == "full":
+        check_choice("method", method, METHODS)
+        root = safe_sqrt(of.row_weights[0])[:, None]
+        return means + class_bures(root * x, root * y, of.of_x, method)
+    change = of.mean((x - y) * (x + y))  # of the variances
+    total = safe_sqrt(of.mean(x * x)) + safe_sqrt(of.mean(y * y))
+    change = jnp.where(total > 0, change / jnp.where(total > 0, total, 1), 0)
+    return means + jnp.sum(weights * change**2)
+
+
 def class_gaussian_wasserstein(
     x: jax.Array,
     y: jax.Array,
@@ -197,6 +224,10 @@ def class_gaussian_wasserstein(
         )
         return _to_bank(x, y, of, covariance, method)
     check_no_weights(weights_y)
+    if _has_few_classes(x, num_classes, covariance):
+        few = {"num_classes": num_classes, "reduction": reduction, "mask": mask}
+        x, y, of = own_classes(x, y, labels, **few)
+        return _to_own_classes(x, y, of, covariance, method)
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
     weights = groups.weights[:, None]

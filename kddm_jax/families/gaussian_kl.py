@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kddm_jax.families.gaussian import COVARIANCES
 from kddm_jax.numerics import masks
+from kddm_jax.numerics.bank import own_classes
 from kddm_jax.numerics.checks import (
     DIRECTIONS,
     as_released,
@@ -40,15 +41,27 @@ def _ridge(ridge, y, mask):
     return constant(jnp.maximum(1e-3 * variance, least))
 
 
-def _diagonal_kl(squared_shift, variances_p, variances_q):
+def _excess(change, ratio):
+    """Computes ``change - log(1 + change)`` for a ratio ``1 + change`` of variances."""
+    # Unlike a sum of logarithms, r - 1 - log r does not cancel at r = 1.  Near it, the
+    # series log(1 + t) = 2 artanh s at s = t / (2 + t) is more accurate.
+    near = jnp.abs(change) < 0.01
+    t = jnp.where(near, change, 0)
+    s = t / (2 + t)
+    series = s * (t - 2 * s**2 * (1 / 3 + s**2 / 5))
+    ratio = jnp.where(near, 2, ratio)
+    return jnp.where(near, series, ratio - 1 - jnp.log(ratio))
+
+
+def _diagonal_kl(squared_shift, variances_p, variances_q, change=None):
     """Computes the KL of diagonal Gaussians, summed over the last axis.
 
-    The variances contain the ridge.
+    The variances contain the ridge.  ``change`` is p minus q, if it is known better
+    than the difference of both.
     """
-    # r - 1 - log r does not cancel at p = q, unlike a sum of logarithms.
-    ratio = variances_p / variances_q
-    terms = ratio - 1 - jnp.log(ratio) + squared_shift / variances_q
-    return 0.5 * jnp.sum(terms, axis=-1)
+    change = variances_p - variances_q if change is None else change
+    terms = _excess(change / variances_q, variances_p / variances_q)
+    return 0.5 * jnp.sum(terms + squared_shift / variances_q, axis=-1)
 
 
 def _above_rounding(ridge, *grams):
@@ -238,6 +251,11 @@ def class_gaussian_kl(
     check_choice("direction", direction, DIRECTIONS)
     _check_released_kl(compat, covariance, ridge, direction)
     (reduction,) = as_released(compat, reduction=(reduction, "mean", "sum"))
+    if _has_few_classes(x, num_classes, covariance):
+        few = {"num_classes": num_classes, "reduction": reduction, "mask": mask}
+        x, y, of = own_classes(x, y, labels, **few)
+        ridge = None if compat else _ridge(ridge, y, jnp.any(of.of_x > 0, axis=1))
+        return jnp.sum(of.weights * _of_each_class(x, y, of, covariance, ridge, direction))
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     ridge = _ridge(ridge, y, groups.labelled)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
@@ -254,6 +272,45 @@ def class_gaussian_kl(
     wide = _class_full_kl if x.shape[0] <= x.shape[1] else _class_full_kl_tall
     kernel = _class_diagonal_kl if covariance == "diag" else wide
     return jnp.sum(groups.weights * kernel(shift, p, q, groups, single, ridge))
+
+
+def _has_few_classes(x, num_classes, covariance):
+    """Returns whether an axis of classes is shorter than one of samples."""
+    n, d = jnp.shape(x) if jnp.ndim(x) == 2 else (0, 0)
+    few = num_classes is not None and num_classes <= n
+    return few and (covariance == "diag" or n > d)
+
+
+def _of_each_class(x, y, of, covariance, ridge, direction):
+    """Computes the divergence of each class, ``[k]``; the released one without ridge.
+
+    An absent class has some finite divergence.
+    """
+    # A small difference of student and teacher is the mean of the differences.
+    shift = of.mean(x - y)
+    p, q = _directed([of.centered(x), of.centered(y)], direction)
+    counts = jnp.sum(of.of_x, axis=0)  # [k]
+    absent = (counts == 0).astype(x.dtype)[:, None]
+    if ridge is None:
+        variances = [of.mean(z * z) + absent for z in (p, q)]
+        return _released_kl(shift, *variances)
+    # A class of one sample, and an absent one, takes the samples of all larger classes.
+    single = counts < 2
+    pooled = matmul(of.of_x, (~single).astype(x.dtype)[:, None])  # [n, 1]
+    pooled = pooled / jnp.maximum(jnp.sum(pooled), 1)
+    shares = jnp.where(single[None, :], pooled, of.of_x * of.share_x[:, None])  # [n, k]
+    if covariance == "diag":
+        mean = lambda z: matmul(shares.T, z) + absent
+        variances = [mean(z * z) + ridge for z in (p, q)]
+        change = matmul(shares.T, (p - q) * (p + q))
+        return _diagonal_kl(shift**2, *variances, change)
+
+    def of_class(share, moved):
+        root = jnp.sqrt(share)[:, None]
+        return _full_kl(moved[None, :], root * p, root * q, ridge)[0]
+
+    of_class = jax.checkpoint(of_class)  # keeps no array [n, d] of each class
+    return jax.lax.map(lambda pair: of_class(*pair), (shares.T, shift))
 
 
 def _pooled_factor(centered, single):

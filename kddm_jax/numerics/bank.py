@@ -61,10 +61,18 @@ class Across(NamedTuple):
         own = lambda of: matmul(of, self.weights[:, None])[:, 0]
         return self.share_x * own(self.of_x), self.share_y * own(self.of_y)
 
+    def mean(self, x: jax.Array) -> jax.Array:
+        """Computes the mean of each class in the batch, ``[k, d]``."""
+        return matmul((self.of_x * self.share_x[:, None]).T, x)
+
     def means(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes the mean of each class, ``[k, d]``, in the batch and in the bank."""
-        mean = lambda of, share, z: matmul((of * share[:, None]).T, z)
-        return mean(self.of_x, self.share_x, x), mean(self.of_y, self.share_y, y)
+        return self.mean(x), matmul((self.of_y * self.share_y[:, None]).T, y)
+
+    def centered(self, x: jax.Array) -> jax.Array:
+        """Subtracts the mean of its class from each sample; zeros without a label."""
+        labelled = jnp.sum(self.of_x, axis=1, keepdims=True)
+        return labelled * (x - matmul(self.of_x, self.mean(x)))
 
 
 def check_no_weights(weights_y: jax.Array | None) -> None:
@@ -164,6 +172,46 @@ def across(
     (x,) = masks.filled(jnp.any(of_x > 0, axis=1), x)
     (y,) = masks.filled(jnp.any(of_y > 0, axis=1), y)
     return x, y, Across(of_x, of_y, share_x, share_y, weights)
+
+
+def own_classes(
+    x: jax.Array,
+    y: jax.Array,
+    labels: jax.Array,
+    *,
+    num_classes: int,
+    reduction: str,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Across]:
+    """Finds the classes of a pair of features, with an axis of classes.
+
+    Arrays ``[n, k]`` take the place of the ``[n, n]`` of `classes.labelled_pair`.
+    Traced labels that are not below ``num_classes`` count as no label.
+
+    Args:
+      x: student features, shape ``[n, d]``.
+      y: teacher features of the same samples, shape ``[n, d]``.
+      labels: int, shape ``[n]``; negative labels mean no label.
+      num_classes: number of classes k.
+      reduction: as in `numerics.classes.classes`.
+      mask: shape ``[n]``, zero for no sample, or None.
+
+    Returns:
+      ``(x, y, classes)`` as in `across`.
+
+    Raises:
+      ValueError: a shape, dtype or label is wrong.
+    """
+    x, y = check_pair(x, y, same_rows=True)
+    labels = with_mask(labels, masks.check_mask(mask, x.shape[0]))
+    return across(
+        *(x, y, labels),
+        labels_y=labels,
+        weights_y=None,
+        num_classes=num_classes,
+        reduction=reduction,
+        mask=None,
+    )
 
 
 def gaussian_bank(means: np.ndarray, covariances: np.ndarray) -> Bank:

@@ -12,7 +12,7 @@ The rows of ``x`` ``[n, d]`` and ``y`` ``[m, d]`` are samples.
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import as_float, check_choice
 
+Tree = TypeVar("Tree")
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -152,17 +153,22 @@ class _Polar(NamedTuple):
     isometry: jax.Array
 
 
+def singular_rounding(s: jax.Array) -> jax.Array:
+    """Returns the size up to which singular values ``[..., d]`` count as zero."""
+    return 10 * jnp.finfo(s.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
+
+
 def _polar_svd(matrix):
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     # The singular vectors of (numerically) zero singular values are arbitrary.  If they
     # were kept, half of the gradient would be noise once a few features are dead.  The
     # minimal-norm subgradient leaves them out.
-    cutoff = 10 * jnp.finfo(matrix.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
-    u = jnp.where((s > cutoff)[..., None, :], u, 0)
+    u = jnp.where((s > singular_rounding(s))[..., None, :], u, 0)
     return _Polar(jnp.sum(s, axis=-1), matmul(u, vt))
 
 
-def _polar_newton_schulz(matrix, iterations=36):
+def polar_newton_schulz(matrix: jax.Array, iterations: int = 36) -> _Polar:
+    """Computes the nuclear norm and the isometry by matrix products; `nuclear_norm`."""
     # Each step maps the singular values by x <- 1.5 x - 0.5 x^3, which keeps 0 and
     # moves values in ]0, 1] towards 1.  A singular value of relative size r needs about
     # log(1/r) / log(1.5) steps: 36 steps suffice for r = 1e-6, below which float32 has
@@ -193,7 +199,7 @@ def _norm_svd(matrix):
 
 
 def _norm_newton_schulz(matrix):
-    return _polar_newton_schulz(matrix).norm
+    return polar_newton_schulz(matrix).norm
 
 
 class _Method(NamedTuple):
@@ -215,7 +221,7 @@ class _Method(NamedTuple):
 _METHODS: Mapping[str, _Method] = MappingProxyType(
     {
         "svd": _Method(_norm_svd, _polar_svd, 1),
-        "newton_schulz": _Method(_norm_newton_schulz, _polar_newton_schulz, 2),
+        "newton_schulz": _Method(_norm_newton_schulz, polar_newton_schulz, 2),
     }
 )
 METHODS = ("auto", *_METHODS)
@@ -224,18 +230,34 @@ METHODS = ("auto", *_METHODS)
 # On a GPU an SVD calls cuSOLVER. For a float64 matrix of side 256 it takes 12 ms on an
 # A100 and 82 ms on an RTX 3060 (github.com/tensor4all/tenferro-rs/issues/1720), many
 # times as long as matrix products. On a TPU it is a loop of QR decompositions.
-def _by_method(method, fn, *arrays):
-    """Calls ``fn(_Method, *arrays)``; "auto" chooses by the platform of the program.
+def by_method(
+    method: str, choices: Mapping[str, Callable[..., Tree]], *arrays: jax.Array
+) -> Tree:
+    """Calls a function of ``choices``; "auto" chooses by the platform of the program.
 
     Outside jit, this is the default backend, even if the arrays are on another one.
+
+    Args:
+      method: one of `METHODS`.
+      choices: a function for each method but "auto".
+      *arrays: arguments of the function.
+
+    Returns:
+      What the function returns.
     """
     if method != "auto":
-        return fn(_METHODS[method], *arrays)
-    exact = partial(fn, _METHODS["svd"])
+        return choices[method](*arrays)
     if jnp.result_type(*arrays) == jnp.float64:
-        return exact(*arrays)
-    products = partial(fn, _METHODS["newton_schulz"])
-    return jax.lax.platform_dependent(*arrays, cpu=exact, default=products)
+        return choices["svd"](*arrays)
+    return jax.lax.platform_dependent(
+        *arrays, cpu=choices["svd"], default=choices["newton_schulz"]
+    )
+
+
+def _by_method(method, fn, *arrays):
+    """Calls ``fn(_Method, *arrays)``."""
+    choices = {name: partial(fn, how) for name, how in _METHODS.items()}
+    return by_method(method, choices, *arrays)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
