@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import inspect
 import math
 import statistics
 import time
@@ -35,6 +36,8 @@ def measure(name: str, n: int, classes: int, args) -> dict[str, object]:
     found = {"distance": name, "n": n, "classes": classes}
     batch = distances.make_batch(n, args.d, "unrelated", classes)
     programs = distances.Programs(name)
+    if "num_classes" in inspect.signature(programs.row.fn).parameters:
+        programs.options = {**programs.options, "num_classes": classes}
     try:
         made = programs.make(batch)
     except ValueError as error:  # linear_projection at n <= d + 1

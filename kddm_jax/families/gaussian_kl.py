@@ -87,8 +87,10 @@ def _full_kl(shift, factor_p, factor_q, ridge):
     ridge = _above_rounding(ridge, *grams)
     chol_p, chol_q = (jnp.linalg.cholesky(g + ridge * eye) for g in grams)
     solve = lambda b: jax.scipy.linalg.solve_triangular(chol_q, b, lower=True)
-    logs = jnp.log(jnp.diagonal(chol_q)) - jnp.log(jnp.diagonal(chol_p))
-    common = jnp.sum(solve(chol_p) ** 2) - d + 2 * jnp.sum(logs)
+    # The squares on the diagonal are ratios r, whose r - 1 - log r does not cancel.
+    ratio = (jnp.diagonal(chol_p) / jnp.diagonal(chol_q)) ** 2
+    common = jnp.sum(jnp.tril(solve(chol_p), -1) ** 2)
+    common += jnp.sum(_excess(ratio - 1, ratio))
     return 0.5 * (common + jnp.sum(solve(shift.T) ** 2, axis=0))
 
 
@@ -212,7 +214,8 @@ def class_gaussian_kl(
     A class with one sample has no variance.  On both sides, it gets the pooled
     within-class variance of the classes with at least two samples.
 
-    Cost: n² d.  If full, n² d + n³, or n d³ if there are more samples than features.
+    Cost: n² d, or n k d if there is a ``num_classes`` k of at most n.  If full, n² d +
+    n³; with more samples than features n d³, or k (n d² + d³) with ``num_classes``.
     Gradient: that of the value; the ridge is a constant.  Not for: few samples per
     class in a batch, whose variances are close to zero, unless the weight is tiny (1e-5
     by default).
@@ -221,7 +224,8 @@ def class_gaussian_kl(
       x: student features, shape ``[n, d]``.
       y: teacher features of the same samples, shape ``[n, d]``.
       labels: class labels, int, shape ``[n]``; negative labels have no weight.
-      num_classes: number of classes, used only to check labels that are not traced.
+      num_classes: number of classes k, which makes large batches fast.  Labels must be
+        less; one that is traced is not checked and may count as no label.
       covariance: ``"diag"`` or ``"full"``; see `gaussian_kl` about ``"full"``.
       ridge: as in `gaussian_kl`; None uses the variance of the whole batch.
       direction: as in `gaussian_kl`.
@@ -255,7 +259,8 @@ def class_gaussian_kl(
         few = {"num_classes": num_classes, "reduction": reduction, "mask": mask}
         x, y, of = own_classes(x, y, labels, **few)
         ridge = None if compat else _ridge(ridge, y, jnp.any(of.of_x > 0, axis=1))
-        return jnp.sum(of.weights * _of_each_class(x, y, of, covariance, ridge, direction))
+        values = _of_each_class(x, y, of, covariance, ridge, direction)
+        return jnp.sum(of.weights * values)
     x, y, groups = labelled_pair(x, y, labels, num_classes, reduction, mask)
     ridge = _ridge(ridge, y, groups.labelled)
     mean_x, mean_y = class_means(x, groups), class_means(y, groups)
@@ -301,9 +306,9 @@ def _of_each_class(x, y, of, covariance, ridge, direction):
     shares = jnp.where(single[None, :], pooled, of.of_x * of.share_x[:, None])  # [n, k]
     if covariance == "diag":
         mean = lambda z: matmul(shares.T, z) + absent
-        variances = [mean(z * z) + ridge for z in (p, q)]
+        variances_p, variances_q = (mean(z * z) + ridge for z in (p, q))
         change = matmul(shares.T, (p - q) * (p + q))
-        return _diagonal_kl(shift**2, *variances, change)
+        return _diagonal_kl(shift**2, variances_p, variances_q, change)
 
     def of_class(share, moved):
         root = jnp.sqrt(share)[:, None]

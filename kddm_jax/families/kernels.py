@@ -21,45 +21,58 @@ from kddm_jax.numerics.checks import (
     check_pair,
 )
 from kddm_jax.numerics.classes import class_means, labelled_pair
+from kddm_jax.numerics.grams import map_rows, sum_over_rows
 from kddm_jax.numerics.linalg import (
     constant,
     cost_floor,
+    matmul,
     safe_sqrt,
     squared_distances,
 )
 
 
-def _all_squares(x, y):
-    """Computes the squared distances within x, within y and between them, at least 0.
+def _squares(x, y):
+    """Computes the squared distances ``[n, m]``, at least 0.
 
     A negative square (from round-off) divided by a small bandwidth would make the
     exponential overflow.  A kernel is flat at distance zero, so clipping removes no
-    gradient.  Diagonals keep their round-off, which cancels for identical samples.
+    gradient.
     """
-    pairs = ((x, x), (y, y), (x, y))
-    return [jnp.maximum(squared_distances(*pair), 0) for pair in pairs]
+    return jnp.maximum(squared_distances(x, y), 0)
 
 
-def _distances(squares):
-    """Computes distances from the squares of `_all_squares`.
+def _column(z):
+    return jnp.asarray(z)[:, None]
 
-    A sample has distance 0 from itself.  The root of that square's round-off would
-    change the bandwidth of a class of one sample by 0.1 %.
+
+def _sums_of_distances(x, y, pairs, columns):
+    """Sums, for each sample, its distances to x, to y, and from x to y, ``[n]``.
+
+    ``pairs(*rows)`` is the share of each pair, ``[r, n]``, from rows of ``columns``.
     """
-    within_x, within_y, between = (safe_sqrt(s) for s in squares)
-    apart = lambda z: jnp.where(jnp.eye(len(z), dtype=bool), 0, z)
-    return apart(within_x), apart(within_y), between
+    # A sample has distance 0 from itself.  The root of its square's round-off would
+    # change the bandwidth of a class of one sample by 0.1 %.
+    index = jnp.arange(len(x))
+
+    def of_rows(rows_x, rows_y, at, *rows):
+        apart = lambda z: jnp.where(at == index[None, :], 0, z)
+        distances = lambda a, b: safe_sqrt(_squares(a, b))
+        within = apart(distances(rows_x, x)) + apart(distances(rows_y, y))
+        return jnp.sum(pairs(*rows) * (within + distances(rows_x, y)), axis=1)
+
+    return map_rows(of_rows, (x, y, _column(index), *columns))
 
 
 def _bandwidths(bandwidth, mean_distance, x, y, mask):
     """Returns the given bandwidths or the mean distance, as constants.
 
-    The mean distance is raised to its round-off if it is smaller.
+    The mean distance, a function without arguments, is raised to its round-off if it is
+    smaller.
     """
     if bandwidth is None:
         # Four times the round-off of a distance.
         least = 4 * safe_sqrt(cost_floor(x, y, mask)) + jnp.finfo(x.dtype).tiny ** 0.25
-        return [constant(jnp.maximum(mean_distance, least))]
+        return [constant(jnp.maximum(mean_distance(), least))]
     several = bandwidth if isinstance(bandwidth, list | tuple) else [bandwidth]
     if not several:
         raise ValueError("bandwidth must be a number or several, got none")
@@ -73,6 +86,59 @@ def _rbf(squares, sigmas):
     """Averages the Gaussian kernels of several bandwidths."""
     first, *others = [jnp.exp(-squares / (2 * sigma**2)) for sigma in sigmas]
     return sum(others, first) / len(sigmas) if others else first
+
+
+# The mean of k(x, x') - k(x, y') - k(y, x') + k(y, y') would cancel for a student that
+# is close to its teacher.  With pairs of samples x_j and y_j, D = x - y and S = x + y,
+#   |z - y_j|^2 - |z - x_j|^2 = D_j (2 z - S_j)
+# has the digits of D, and so has the difference of two kernels by expm1.
+def _change(z, x, y, rates):
+    """Computes ``k(z_i, x_j) - k(z_i, y_j)``, ``[r, n]``, averaged over bandwidths.
+
+    ``rates`` ``[r, s]`` are ``1 / 2 sigma^2`` for each row and bandwidth.
+    """
+    small, large = x - y, x + y
+    farther = 2 * matmul(z, small.T) - jnp.sum(small * large, axis=1)[None, :]
+    to_x, away = squared_distances(z, x), farther >= 0
+    nearest = jnp.maximum(jnp.where(away, to_x, to_x + farther), 0)
+    gap = jnp.where(away, -farther, farther)
+    total = jnp.zeros_like(gap)
+    for i in range(rates.shape[1]):
+        rate = rates[:, i : i + 1]
+        total += jnp.exp(-rate * nearest) * jnp.expm1(rate * gap)
+    return jnp.where(away, -total, total) / rates.shape[1]
+
+
+def _paired_discrepancy(x, y, sigmas, pairs, columns):
+    """Sums the discrepancies of all pairs of samples; see `_sums_of_distances`."""
+    n = len(x)
+    rates = [jnp.broadcast_to(1 / (2 * s**2), (n, 1)) for s in sigmas]
+    # Distances are the same from every origin; near the samples they have more digits.
+    origin = constant(jnp.mean(y, axis=0, keepdims=True))
+    x, y = x - origin, y - origin
+
+    def of_rows(rows_x, rows_y, rates, *rows):
+        change = _change(rows_x, x, y, rates) - _change(rows_y, x, y, rates)
+        return jnp.sum(pairs(*rows) * change)
+
+    return sum_over_rows(of_rows, (x, y, jnp.concatenate(rates, axis=1), *columns))
+
+
+def _unpaired_mmd(x, y, bandwidth):
+    """Computes the discrepancy between different numbers of samples."""
+    sums = lambda a, b, of: sum_over_rows(
+        lambda rows, real: jnp.sum(real * of(_squares(rows, b))),
+        (a, jnp.ones((len(a), 1), a.dtype)),
+    )
+    every = ((x, x), (y, y), (x, y))
+    sizes = [len(a) * len(b) for a, b in every]
+    distance = lambda: sum(sums(a, b, safe_sqrt) for a, b in every) / sum(sizes)
+    sigmas = _bandwidths(bandwidth, distance, x, y, None)
+    kernel = lambda squares: _rbf(squares, sigmas)
+    within_x, within_y, between = (
+        sums(a, b, kernel) / size for (a, b), size in zip(every, sizes, strict=True)
+    )
+    return within_x + within_y - 2 * between
 
 
 KERNELS = ("rbf", "linear")
@@ -94,9 +160,10 @@ def mmd(
     This is the biased V-statistic: it averages over all pairs, including pairs of a
     sample with itself.
 
-    Cost: n² d, or n d if linear.  Gradient: that of the value; sigma is a constant.
-    Not for: samples of equal means with the linear kernel, which cannot distinguish
-    them, or distant samples with the rbf kernel, whose value and gradient level off.
+    Cost: n² d, in blocks of rows, or n d if linear.  Gradient: that of the value; sigma
+    is a constant.  Not for: samples of equal means with the linear kernel, which cannot
+    distinguish them, or distant samples with the rbf kernel, whose value and gradient
+    level off.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -130,18 +197,14 @@ def mmd(
     if kernel == "linear":
         return jnp.sum((masks.mean(x, mask) - masks.mean(y, mask)) ** 2)
     x, y = masks.filled(mask, x, y)
-    squares = _all_squares(x, y)
-    if mask is None:
-        total = sum(jnp.sum(d) for d in _distances(squares))
-        distance = total / sum(s.size for s in squares)
-    else:
-        means = [masks.mean_of_pairs(d, mask) for d in _distances(squares)]
-        distance = sum(means) / 3
+    if len(x) != len(y):
+        return _unpaired_mmd(x, y, bandwidth)
+    share = jnp.ones(len(x), x.dtype) if mask is None else mask.astype(x.dtype)
+    share = share / masks.size(mask, x)
+    pairs, columns = lambda rows: rows * share[None, :], [_column(share)]
+    distance = lambda: jnp.sum(_sums_of_distances(x, y, pairs, columns)) / 3
     sigmas = _bandwidths(bandwidth, distance, x, y, mask)
-    within_x, within_y, between = (
-        masks.mean_of_pairs(_rbf(s, sigmas), mask) for s in squares
-    )
-    return within_x + within_y - 2 * between
+    return _paired_discrepancy(x, y, sigmas, pairs, columns)
 
 
 def class_mmd(
@@ -160,8 +223,8 @@ def class_mmd(
 
     .. math:: \sum_c w_c\, MMD^2(x_{|c}, y_{|c})
 
-    Cost: n² d.  Gradient: that of the value; sigma is a constant.  Not for: classes of
-    very different spread, because all classes share one bandwidth.
+    Cost: n² d, in blocks of rows.  Gradient: that of the value; sigma is a constant.
+    Not for: classes of very different spread, because all classes share one bandwidth.
 
     Args:
       x: student features, shape ``[n, d]``.
@@ -204,15 +267,19 @@ def class_mmd(
     if kernel == "linear":
         difference = class_means(x - y, groups)
         return jnp.sum(groups.weights[:, None] * difference**2)
-    squares = _all_squares(x, y)
-    within = lambda pairs: jnp.sum(groups.same * pairs, axis=1)  # [n]
-    total = sum(within(d) for d in _distances(squares))  # [n]
-    if compat is None:
-        mean = jnp.sum(total) / (3 * jnp.maximum(jnp.sum(groups.same), 1))
-    else:  # a mean for each sample's class, [n, 1]
-        mean = class_means((total / (3 * groups.counts))[:, None], groups)
-    sigmas = _bandwidths(bandwidth, mean, x, y, groups.labelled)
-    within_x, within_y, between = (
-        within(_rbf(s, sigmas)) / groups.counts for s in squares
-    )
-    return jnp.sum(groups.weights * (within_x + within_y - 2 * between))
+    labelled = groups.labelled.astype(x.dtype)
+    columns = [_column(groups.labels), _column(labelled)]
+    same = lambda labels, real: real * groups.same_as(labels[:, 0])
+
+    def distance():
+        total = _sums_of_distances(x, y, same, columns)  # [n]
+        if compat is None:
+            pairs = jnp.maximum(jnp.sum(labelled * groups.counts), 1)
+            return jnp.sum(total) / (3 * pairs)
+        # a mean for each sample's class, [n, 1]
+        return class_means(_column(total / (3 * groups.counts)), groups)
+
+    sigmas = _bandwidths(bandwidth, distance, x, y, groups.labelled)
+    weights = _column(groups.weights / groups.counts)
+    weighted = lambda weight, labels, real: weight * same(labels, real)
+    return _paired_discrepancy(x, y, sigmas, weighted, [weights, *columns])

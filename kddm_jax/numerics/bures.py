@@ -34,14 +34,15 @@ def _residuals_svd(rx, ry):
     """Returns the distance, ``R_x - P R_y`` and ``R_y - P^T R_x``."""
     u, s, vt = jnp.linalg.svd(matmul(rx, ry.T))
     turn = matmul(u, vt)
-    # The SVD is orthogonal up to 1e-6.  One step of Newton and Schulz makes W as
-    # orthogonal as its entries allow; the value has 1e-3 of its error without it.
+    # One step of Newton and Schulz removes most of what the SVD's round-off takes from
+    # the orthogonality of W.  At a relative difference of 1e-4, it reduces the error of
+    # the value in float32 from 2e-3 to 2e-4.
     turn = 1.5 * turn - 0.5 * matmul(turn, matmul(turn.T, turn))
     moved = matmul(turn, ry)
     rest = rx - moved
-    # At the minimum, R_x (W R_y)^T is symmetric.  Its product R_x R_y^T hides what is
-    # left to turn; the residual shows it, and divided by sums of singular values gives
-    # the angles.  They halve to quarter the error of a small gradient.
+    # At the minimum, R_x (W R_y)^T is symmetric.  Its antisymmetric part, computed from
+    # the small difference, gives the angles that W still has to turn.  At 1e-4, they
+    # reduce the error of the gradient from 1e-2 to 4e-3.
     skew = matmul(rest, moved.T)
     skew = matmul(u.T, matmul(skew - skew.T, u))
     known = s > singular_rounding(s)

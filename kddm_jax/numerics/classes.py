@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_choice, check_labels, check_pair
+from kddm_jax.numerics.grams import map_rows
 from kddm_jax.numerics.linalg import matmul
 
 
@@ -20,17 +21,27 @@ class Classes(NamedTuple):
 
     Attributes:
       labelled: ``[n]``, True for samples with a label.
-      same: ``[n, n]``, 1 where two samples share a class, else 0.
+      labels: int, ``[n]``.
       counts: ``[n]``, size of each sample's class (1 without a label).
       weights: ``[n]``, ``w_c / n_c`` for a sample of class c, 0 without a label.
       mass: scalar, sum of ``weights``: 1, or the number of classes for "sum".
     """
 
     labelled: jax.Array
-    same: jax.Array
+    labels: jax.Array
     counts: jax.Array
     weights: jax.Array
     mass: jax.Array
+
+    @property
+    def same(self) -> jax.Array:
+        """Returns ``[n, n]``, 1 where two samples share a class, else 0."""
+        return self.same_as(self.labels)
+
+    def same_as(self, labels: jax.Array) -> jax.Array:
+        """Returns ``[r, n]``, 1 where one of r labels is the class of a sample."""
+        same = (labels[:, None] == self.labels[None, :]) & self.labelled[None, :]
+        return same.astype(self.weights.dtype)
 
 
 REDUCTIONS = ("mean", "weighted", "sum")
@@ -57,9 +68,8 @@ def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
     """
     check_choice("reduction", reduction, REDUCTIONS)
     valid = labels >= 0
-    same = (labels[:, None] == labels[None, :]) & valid[:, None] & valid[None, :]
-    same = same.astype(dtype)
-    counts = jnp.maximum(jnp.sum(same, axis=1), 1)
+    alike = lambda rows: jnp.sum((rows == labels[None, :]).astype(dtype), axis=1)
+    counts = jnp.where(valid, map_rows(alike, [labels[:, None]]), 1)  # [n]
     share = valid.astype(dtype) / counts
     present = jnp.maximum(jnp.sum(share), 1)
     total = jnp.maximum(jnp.sum(valid.astype(dtype)), 1)
@@ -68,7 +78,7 @@ def classes(labels: jax.Array, *, reduction: str, dtype: jnp.dtype) -> Classes:
         "weighted": valid.astype(dtype) / total,
         "sum": share,
     }[reduction]
-    return Classes(valid, same, counts, weights, jnp.sum(weights))
+    return Classes(valid, labels, counts, weights, jnp.sum(weights))
 
 
 def class_means(x: jax.Array, groups: Classes) -> jax.Array:
@@ -86,7 +96,8 @@ def class_means(x: jax.Array, groups: Classes) -> jax.Array:
       >>> class_means(jnp.array([[1.0], [3.0], [7.0]]), groups)[:, 0]
       Array([2., 2., 7.], dtype=float32)
     """
-    return matmul(groups.same, x) / groups.counts[:, None]
+    total = lambda labels: matmul(groups.same_as(labels[:, 0]), x)
+    return map_rows(total, [groups.labels[:, None]]) / groups.counts[:, None]
 
 
 def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from kddm_jax.numerics.linalg import constant, matmul
 
-ROWS = 512  # rows of an [n, n] array that are computed at a time
+ROWS = 512  # an [n, n] array of more rows is computed in blocks of a quarter as many
 
 
 def is_tall(x: jax.Array, y: jax.Array) -> bool:
@@ -46,6 +46,39 @@ def squared_gram_norm(x: jax.Array) -> jax.Array:
     return jnp.sum(matmul(small, small.T) ** 2)
 
 
+def map_rows(
+    of_rows: Callable[..., jax.Array], arrays: Sequence[jax.Array]
+) -> jax.Array:
+    """Applies a function to blocks of rows.
+
+    Args:
+      of_rows: function ``of_rows(*rows)`` of the same r rows of all arrays, with a
+        result ``[r, ...]``.
+      arrays: each ``[n, d]``.
+
+    Returns:
+      The results of all rows, ``[n, ...]``.  The derivative computes each block again
+      instead of keeping it.
+
+    Examples:
+      >>> map_rows(lambda rows: jnp.sum(rows, axis=1), [jnp.ones((3, 2))])
+      Array([2., 2., 2.], dtype=float32)
+    """
+    n = len(arrays[0])
+    if n <= ROWS:
+        return of_rows(*arrays)
+    of_block = jax.checkpoint(lambda rows: of_rows(*rows))
+    found = jax.lax.map(of_block, _blocks(arrays))
+    return found.reshape(-1, *found.shape[2:])[:n]
+
+
+def _blocks(arrays):
+    """Returns the arrays as ``[blocks, rows, d]``, with rows of zeros at the end."""
+    size = ROWS // 4
+    pad = lambda a: jnp.pad(a, ((0, -len(a) % size), (0, 0)))
+    return [pad(a).reshape(-1, size, a.shape[1]) for a in arrays]
+
+
 def sum_over_rows(
     of_rows: Callable[..., jax.Array], arrays: Sequence[jax.Array]
 ) -> jax.Array:
@@ -63,12 +96,10 @@ def sum_over_rows(
       >>> sum_over_rows(lambda rows: jnp.sum(rows**2), [jnp.ones((3, 2))])
       Array(6., dtype=float32)
     """
-    n = len(arrays[0])
-    if n <= ROWS:
+    if len(arrays[0]) <= ROWS:
         return of_rows(*arrays)
-    pad = lambda a: jnp.pad(a, ((0, -n % ROWS), (0, 0)))
-    blocks = [pad(a).reshape(-1, ROWS, a.shape[1]) for a in arrays]
-    return jnp.sum(jax.lax.map(jax.checkpoint(lambda rows: of_rows(*rows)), blocks))
+    of_block = jax.checkpoint(lambda rows: of_rows(*rows))
+    return jnp.sum(jax.lax.map(of_block, _blocks(arrays)), axis=0)
 
 
 def squared_difference(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ LABELS = {
 def test_classes_against_a_loop(name, reduction):
     labels = LABELS[name]
     groups = classes(jnp.array(labels), reduction=reduction, dtype=jnp.float32)
-    labelled, *numbers = groups
+    labelled, _, *numbers = groups
     chex.assert_type(numbers, jnp.float32)
     np.testing.assert_array_equal(labelled, np.array(labels) >= 0)
     present = sorted({c for c in labels if c >= 0})
