@@ -397,7 +397,8 @@ def distill_loss(
         or a `Bank` for each ``Term(..., bank=name)``.  The arrays must be equal on all
         devices and get no gradient.
       key: random key; only random distances need it.
-      num_classes: number of classes, used to check labels that are not traced.
+      num_classes: number of classes. Labels that are not traced are checked against it;
+        `cw2_gaussian` and `ckl_gaussian` use it to compute large batches by class.
       axis_name: name of the mapped axis over which the batch is split.
       group_size: number of neighbouring devices along the axis that form a group.
         None computes the distance of the global batch.

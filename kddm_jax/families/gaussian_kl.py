@@ -215,7 +215,7 @@ def class_gaussian_kl(
     within-class variance of the classes with at least two samples.
 
     Cost: n² d, or n k d if there is a ``num_classes`` k of at most n.  If full, n² d +
-    n³; with more samples than features n d³, or k (n d² + d³) with ``num_classes``.
+    n³; with more samples than features n² d², or k (n d² + d³) with ``num_classes``.
     Gradient: that of the value; the ridge is a constant.  Not for: few samples per
     class in a batch, whose variances are close to zero, unless the weight is tiny (1e-5
     by default).
