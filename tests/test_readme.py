@@ -1,11 +1,13 @@
 """Runs the Python of the README and the pages, and tests the README's claims."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from kddm_jax import DISTANCES
+from kddm_jax.experiment.report.accuracies import difference
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -117,6 +119,23 @@ def test_gains_are_those_of_the_table():
     for text in (README, guide, page):
         assert (found := re.findall(GAIN, text))
         assert {*found} <= known
+
+
+def test_differences_between_distances_of_sentences():
+    """They are not in the table, whose differences are to the student alone."""
+    page = (ROOT / "experiments" / "README.md").read_text()
+    results = json.loads((ROOT / "experiments/results/text-sst2.json").read_text())
+
+    def scores(key):
+        test = [run for run in results["runs"] if run["part"] == "test"]
+        return {run["seed"]: run["score"] for run in test if run["method"] == key}
+
+    for title, key in (("Procrustes", "procrustes"), ("feature Gram", "gram")):
+        cells = [title]
+        for other in ("cka", "linear"):
+            mean, (low, high) = difference(scores(key), scores(other))
+            cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_links_of_the_results_lead_somewhere():

@@ -17,7 +17,7 @@ from kddm_jax.experiment.training import methods, problems, runs, train
 @pytest.fixture
 def line(trained, tmp_path, monkeypatch):
     """Settings of a command whose teacher is trained already."""
-    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: {"accuracy": 12.5})
     monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need them
     line = (*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path)
     line = (*line, "--held-out", 100, "--teacher-saw-held-out", "--seeds", 1, 2)

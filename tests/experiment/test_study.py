@@ -28,7 +28,7 @@ def test_every_command_knows_the_class_cost(name, trained, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", train_none)
-    monkeypatch.setattr(problems, "evaluate", lambda *arguments: 12.5)
+    monkeypatch.setattr(problems, "evaluate", lambda *arguments: {"accuracy": 12.5})
     main, first, seeds = COMMANDS[name]
     line = [*SMALL, "--teacher", trained / "small", "--devices", 1, "--out", tmp_path]
     line += ["--distances", "wkd_logits", "--compilation-cache", "None"]
