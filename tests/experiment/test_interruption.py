@@ -514,6 +514,23 @@ def test_two_processes_give_the_same_bits(
 
 
 @pytest.mark.slow
+def test_a_home_that_cannot_be_written_stops_no_run(tmp_path):
+    """The caches of compiled programs and of Matplotlib are there by default."""
+    (tmp_path / "file").touch()
+    home = environ(HOME=str(tmp_path / "file" / "home"))
+    del home["JAX_COMPILATION_CACHE_DIR"]
+    home.pop("XDG_CACHE_HOME", None)
+    options = ("--distances", "l2", "--embedding", "none", "--out", tmp_path / "out")
+    done = command(*SMALL, *options, cwd=tmp_path, env=home)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [run["name"] for run in results_of(tmp_path / "out")["runs"]] == [
+        "student",
+        "l2",
+    ]
+
+
+@pytest.mark.slow
 def test_two_processes_compile_and_give_the_same_bits(tmp_path):
     """As users run it: with optimized programs, which each process compiles itself."""
     names = ("w2", "cw2_gaussian")
