@@ -37,7 +37,8 @@ def _ridge(ridge, y, mask):
     variance = jnp.mean(jnp.sum(weights * (y - mean) ** 2, axis=0))
     # A constant teacher has no variance, so its features set the scale.
     square = jnp.mean(y * y) if mask is None else jnp.mean(masks.mean(y * y, mask))
-    least = jnp.finfo(y.dtype).eps * square + jnp.finfo(y.dtype).tiny ** 0.5
+    # Features of zero have no scale either. The gradient divides by the ridge squared.
+    least = jnp.finfo(y.dtype).eps * square + jnp.finfo(y.dtype).tiny ** (1 / 3)
     return constant(jnp.maximum(1e-3 * variance, least))
 
 

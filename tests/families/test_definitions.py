@@ -356,6 +356,17 @@ def test_default_ridge_is_a_thousandth_of_the_teachers_variance(direction, covar
     close(call("gaussian_kl", x, y, **options), explicit)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_kl_without_variance_has_a_finite_gradient(direction):
+    """The squares of the ridge must not underflow."""
+    x, y = (jnp.full((6, 9), value, jnp.float32) for value in (100.0, 0.0))
+    loss = lambda x: kddm_jax.gaussian_kl(x, y, direction=direction)
+    value, gradient = jax.value_and_grad(loss)(x)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.asarray(gradient) > 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", [(10, 16), (16, 5)])

@@ -261,9 +261,12 @@ def test_assignment_of_classes_in_float32():
     rng = np.random.default_rng(1)
     labels = rng.choice(6, size=(10, 24), p=[0.5, 0.2, 0.1, 0.1, 0.05, 0.05]) - 1
     costs = rng.exponential(size=(10, 24, 24))
-    one = lambda l: classes(l, reduction="weighted", dtype=jnp.float32)
-    groups = jax.vmap(one)(jnp.array(labels))
-    actual = jax.jit(jax.vmap(assign))(jnp.float32(costs), groups.weights, groups.same)
+
+    def one(cost, labels):
+        groups = classes(labels, reduction="weighted", dtype=jnp.float32)
+        return assign(cost, groups.weights, groups.same)
+
+    actual = jax.jit(jax.vmap(one))(jnp.float32(costs), jnp.array(labels))
     for value, label, cost in zip(actual, labels, costs, strict=True):
         total = 0.0
         for c in np.unique(label[label >= 0]):
