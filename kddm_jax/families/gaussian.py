@@ -120,9 +120,11 @@ def _to_bank(x, y, of, covariance, method):
 
 def _has_few_classes(x, num_classes, covariance):
     """Returns whether problems of the classes are smaller than one of all samples."""
-    n, d = jnp.shape(x) if jnp.ndim(x) == 2 else (0, 0)
-    if num_classes is None or covariance == "diag":
-        return num_classes is not None and num_classes <= n
+    if num_classes is None or jnp.ndim(x) != 2:
+        return False
+    n, d = jnp.shape(x)
+    if covariance == "diag":
+        return num_classes <= n
     # Above this, the classes took less time on a CPU for d = 32 to 512, k = 10 and 100.
     return n > d and n * n >= num_classes * d * d
 

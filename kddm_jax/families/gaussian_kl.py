@@ -282,9 +282,10 @@ def class_gaussian_kl(
 
 def _has_few_classes(x, num_classes, covariance):
     """Returns whether an axis of classes is shorter than one of samples."""
-    n, d = jnp.shape(x) if jnp.ndim(x) == 2 else (0, 0)
-    few = num_classes is not None and num_classes <= n
-    return few and (covariance == "diag" or n > d)
+    if num_classes is None or jnp.ndim(x) != 2:
+        return False
+    n, d = jnp.shape(x)
+    return num_classes <= n and (covariance == "diag" or n > d)
 
 
 def _of_each_class(x, y, of, covariance, ridge, direction):

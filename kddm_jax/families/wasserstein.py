@@ -184,7 +184,10 @@ def _by_class(x, y, labels, labels_y, weights_y, num_classes, reduction, mask):
     if labels_y is None:
         check_no_weights(weights_y)
         x, y, own = labelled_pair(x, y, labels, num_classes, reduction, mask)
-        return x, y, (own.weights, own.weights), (own.same,), own.labelled
+        # Without the barrier, XLA computes the mask again for each of its uses: the
+        # entropic value and gradient of 4,096 samples take 271 MB instead of 204 MB.
+        same = jax.lax.optimization_barrier(own.same)
+        return x, y, (own.weights, own.weights), (same,), own.labelled
     x, y, of = across(
         *(x, y, labels),
         labels_y=labels_y,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from kddm_jax.numerics.linalg import constant, matmul
 
-ROWS = 512  # an [n, n] array of more rows is computed in blocks of a quarter as many
+ROWS = 512  # arrays [n, n] with more rows are computed in blocks of ROWS // 4 rows
 
 
 def is_tall(x: jax.Array, y: jax.Array) -> bool:
