@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict, freeze
@@ -125,6 +126,34 @@ def make_layers(
         axis_name=axis_name,
     )
     return Layers(partial(_conv, dtype=dtype), norm)
+
+
+def classify(
+    x: jax.Array,
+    num_classes: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    kernel_init: nn.initializers.Initializer = dense_init,
+    name: str = "fc",
+) -> tuple[jax.Array, jax.Array]:
+    """Averages the last map over positions and classifies the average.
+
+    Both are cheap, so they use float32 at least. Call this in a compact method.
+
+    Args:
+      x: the last map, shape `[b, h, w, d]`.
+      num_classes: number of logits k.
+      dtype: dtype of the network's computation.
+      kernel_init: initializer of the classifier's kernel.
+      name: name of the classifier.
+
+    Returns:
+      Logits `[b, k]` and features `[b, d]`.
+    """
+    dtype = np.promote_types(dtype, jnp.float32)
+    features = jnp.mean(x.astype(dtype), axis=(1, 2))
+    dense = nn.Dense(num_classes, dtype=dtype, kernel_init=kernel_init, name=name)
+    return dense(features), features
 
 
 def check_images(images: jax.Array) -> None:

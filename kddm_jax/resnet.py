@@ -10,7 +10,6 @@ and Flax averages the biased variance. Images are NHWC and already normalized.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import (
@@ -20,7 +19,7 @@ from kddm_jax.adapters import (
     check_images,
     check_positive,
     check_stem,
-    dense_init,
+    classify,
     make_layers,
 )
 from kddm_jax.numerics.maxima import max_pool, relu
@@ -116,12 +115,7 @@ class ResNet(nn.Module):
                 )(x)
                 maps[f"stage{stage}_block{block + 1}"] = x
 
-        # The average and the classifier are cheap, so they use float32 at least.
-        dtype = np.promote_types(self.dtype, jnp.float32)
-        features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
-        logits = nn.Dense(
-            self.num_classes, dtype=dtype, kernel_init=dense_init, name="fc"
-        )(features)
+        logits, features = classify(x, self.num_classes, self.dtype)
         return Outputs(logits, features, maps)
 
 

@@ -10,7 +10,6 @@ and 64, 128 and 256 in the stages. Initialization is as in `kddm_jax.resnet`.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import (
@@ -18,7 +17,7 @@ from kddm_jax.adapters import (
     Outputs,
     check_images,
     check_positive,
-    dense_init,
+    classify,
     make_layers,
 )
 from kddm_jax.numerics.maxima import relu
@@ -123,12 +122,7 @@ class CifarResNet(nn.Module):
         if self.preactivation:
             x = maps["last"] = relu(norm(name="bn1")(x))
 
-        # The average and the classifier are so cheap that they run in float32.
-        dtype = np.promote_types(self.dtype, jnp.float32)
-        features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
-        logits = nn.Dense(
-            self.num_classes, dtype=dtype, kernel_init=dense_init, name="fc"
-        )(features)
+        logits, features = classify(x, self.num_classes, self.dtype)
         return Outputs(logits, features, maps)
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from kddm_jax.adapters import (
@@ -23,6 +22,7 @@ from kddm_jax.adapters import (
     check_images,
     check_positive,
     check_stem,
+    classify,
     make_layers,
 )
 
@@ -188,13 +188,11 @@ class MobileNetV2(nn.Module):
         x = nn.relu6(layers.norm(name=f"features_{len(maps)}_1")(x))
         maps["last"] = x
 
-        # The average and the classifier are so cheap that they run in float32.
-        dtype = np.promote_types(self.dtype, jnp.float32)
-        features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
-        logits = nn.Dense(
+        logits, features = classify(
+            x,
             self.num_classes,
-            dtype=dtype,
+            self.dtype,
             kernel_init=nn.initializers.normal(0.01),
             name="classifier_1",
-        )(features)
+        )
         return Outputs(logits, features, maps)

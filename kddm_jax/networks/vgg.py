@@ -9,10 +9,15 @@ parameters is the published one.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from kddm_jax.adapters import Outputs, check_images, check_positive, make_layers
+from kddm_jax.adapters import (
+    Outputs,
+    check_images,
+    check_positive,
+    classify,
+    make_layers,
+)
 from kddm_jax.numerics.maxima import max_pool, relu
 
 
@@ -82,15 +87,12 @@ class VGG(nn.Module):
                 x = relu(norm(name=f"bn{block}_{i}")(x))
             maps[f"block{block}"] = x
 
-        # The average and the classifier are so cheap that they run in float32.
-        dtype = np.promote_types(self.dtype, jnp.float32)
-        features = jnp.mean(x.astype(dtype), axis=(1, 2))  # [b, d]
-        logits = nn.Dense(
+        logits, features = classify(
+            x,
             self.num_classes,
-            dtype=dtype,
+            self.dtype,
             kernel_init=nn.initializers.normal(0.01),
-            name="fc",
-        )(features)
+        )
         return Outputs(logits, features, maps)
 
 
