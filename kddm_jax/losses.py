@@ -214,7 +214,7 @@ def _options(row, term, given, num_classes):
             f"pass it as teacher_data={{{wrong[0]!r}: ...}}"
         )
     known = inspect.signature(row.fn).parameters
-    if num_classes is not None and "num_classes" in known:
+    if "num_classes" in known:
         options.setdefault("num_classes", num_classes)
     needed = [p.name for p in known.values() if p.kind is p.KEYWORD_ONLY]
     needed = [name for name in needed if known[name].default is inspect.Parameter.empty]
@@ -296,20 +296,21 @@ def _evaluate(term, local, gathered, options, *, normalization, axis_name, group
 
 
 def _check_arrays(student_logits, labels, mask, num_classes):
-    """Checks the arrays that all terms share, and returns the labels and masks."""
+    """Checks what all terms share; returns the labels, the masks and num_classes."""
     if student_logits.ndim != 2:
         raise ValueError(
             "student_logits must have shape [n, k] or [n, t, k], got "
             f"{list(student_logits.shape)}"
         )
     n, k = student_logits.shape
+    num_classes = k if num_classes is None else num_classes
     mask = read_masks(mask, n)
     labels = without_labels(jnp.asarray(labels), mask.samples)
     if is_soft(labels):
         labels = check_targets(labels, n, k)
     else:
-        check_labels(labels, n, num_classes=k if num_classes is None else num_classes)
-    return labels, mask
+        check_labels(labels, n, num_classes=num_classes)
+    return labels, mask, num_classes
 
 
 def distill_loss(
@@ -397,8 +398,9 @@ def distill_loss(
         or a `Bank` for each ``Term(..., bank=name)``.  The arrays must be equal on all
         devices and get no gradient.
       key: random key; only random distances need it.
-      num_classes: number of classes. Labels that are not traced are checked against it;
-        `cw2_gaussian` and `ckl_gaussian` use it to compute large batches by class.
+      num_classes: number of classes; None takes that of the logits. Labels that are not
+        traced are checked against it; `cw2_gaussian` and `ckl_gaussian` use it to
+        compute large batches by class.
       axis_name: name of the mapped axis over which the batch is split.
       group_size: number of neighbouring devices along the axis that form a group.
         None computes the distance of the global batch.
@@ -440,7 +442,7 @@ def distill_loss(
         student, teacher, labels, mask = all_tokens(student, teacher, labels, mask)
         student_logits, student_features = student
         teacher_logits, teacher_features = teacher
-    labels, read = _check_arrays(student_logits, labels, mask, num_classes)
+    labels, read, num_classes = _check_arrays(student_logits, labels, mask, num_classes)
     (student_logits,) = masks.zeroed(read.samples, student_logits)
     networks = {
         "student": _by_layer(student_features, student_logits),

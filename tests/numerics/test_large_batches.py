@@ -13,6 +13,7 @@ from kddm_jax import (
     class_gaussian_kl,
     class_gaussian_wasserstein,
     class_mmd,
+    distill_loss,
     mmd,
 )
 from kddm_jax.numerics import grams
@@ -184,3 +185,14 @@ def test_vmap_and_jvp():
     tangent = jax.jvp(lambda x: fn(x, y, labels), (x,), (jnp.ones_like(x),))[1]
     gradient = jax.grad(lambda x: fn(x, y, labels))(x)
     assert tangent == pytest.approx(float(jnp.sum(gradient)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cw2_gaussian", "ckl_gaussian"])
+def test_the_loss_passes_the_number_of_classes(name):
+    x, y, labels = batch()
+
+    def loss(x, y):
+        logits = jnp.zeros((len(x), K))
+        return distill_loss(x, y, labels, logits, distance=name, weight=1.0)[0]
+
+    assert largest_array(loss, x, y) <= 304 * 16
