@@ -1,15 +1,17 @@
 """Distils a BERT classifier from Hugging Face into every second one of its layers.
 
-    pip install "kddm-jax[text]"
+    pip install -e ".[text]"
     python examples/hugging_face.py FOLDER SENTENCES
 
-FOLDER has the teacher's model.safetensors, config.json and tokenizer.json, as
-`save_pretrained` writes them.  SENTENCES has a sentence, a tab and a label in each
-line; the label -1 means that there is none.  The student learns from the labels, from
-the teacher's predictions, and from the geometry of its last hidden states.  It is
-written to FOLDER/student, where Hugging Face can read it.
+FOLDER has the model.safetensors, config.json and tokenizer.json of a teacher that is
+fine-tuned to classify, as `save_pretrained` and `experiments/text.py` write them.
+SENTENCES has a sentence, a tab and a label in each line, without a header; the label -1
+means that there is none.  The student learns from the labels, from the teacher's
+predictions, and from the geometry of its last hidden states.  It is written to
+FOLDER/student, where Hugging Face can read it.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,3 +70,4 @@ for i in range(steps):
 
 (folder / "student").mkdir(exist_ok=True)
 bert.save(folder / "student" / "model.safetensors", student, state.variables)
+shutil.copy(folder / "tokenizer.json", folder / "student")

@@ -20,6 +20,7 @@ import argparse
 import functools
 import gzip
 import itertools
+import shutil
 import sys
 import time
 import zlib
@@ -523,6 +524,7 @@ class Study:
             say(f"teacher: {seconds:.0f} s")
             path.parent.mkdir(exist_ok=True)
             bert.save(path, *teacher)
+            shutil.copy(args.tokenizer, path.with_name("tokenizer.json"))
         self._check(teacher.model)
         if teacher.model.num_classes < classes:
             raise UserError(

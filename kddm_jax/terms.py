@@ -35,14 +35,15 @@ class Term:
     Attributes:
       distance: a key of `DISTANCES`, a `Distance`, or a callable of ``(x, y)``.
       weight: number ``>= 0`` that multiplies this distance; lambda then multiplies the
-        sum of all terms.
+        sum of all terms.  A Term does not take the catalogue's default lambda.
       layers: ``(student_layer, teacher_layer)``, the layers to compare if features are
         mappings from layer name to array.  None compares ``"features"`` of both
         networks.  ``"logits"`` is the layer of the logits, unless another layer has
         that name.  Distances of predictions do not need layers.
       options: keyword arguments of the distance, as a mapping; stored as sorted pairs.
-      name: name of this term in the dict that `distill_loss` returns; None uses the key
-        of the distance or the function's name.
+      name: name of this term in the dict that `distill_loss` returns.  None uses the
+        key of the distance or the function's name, and with ``layers`` appends ``@``
+        and the student's layer, such as ``"gram@block3"``.
       positions: how a distance of features treats maps ``[n, h, w, c]`` or tokens ``[n,
         t, c]``.  ``"pool"`` averages them over positions.  ``"each"`` makes every
         position a sample with the label of its image; the larger map is first

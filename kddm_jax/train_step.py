@@ -159,7 +159,8 @@ def make_train_step(
         called ``"teacher:term"``.
       tx: the optax optimizer; if its update takes ``value``, it gets the loss.
       augment: function ``(key, image) -> float image`` that augments one uint8 image.
-        Student and teacher get the same augmented image.
+        Student and teacher get the same augmented image.  Inputs that are not images
+        stay as they are with ``lambda key, tokens: tokens``.
       mix: function ``(key, images, labels) -> (images, labels)`` that mixes a device's
         augmented batch, such as `numerics.mixing.make_mix` (label smoothing, mixup).
         Student and teacher get the same mixed images.  None does not mix.

@@ -300,3 +300,5 @@ def test_the_example(files, folder_of_a_classifier):
     place = "word_embeddings", "embedding"
     before, after = (tree["params"][place[0]][place[1]] for tree in (own, variables))
     assert 0 < np.max(np.abs(before - after)) < 0.01
+    tokenizers = (f / "tokenizer.json" for f in (folder, folder / "student"))
+    assert len({file.read_bytes() for file in tokenizers}) == 1

@@ -372,7 +372,7 @@ def load(path: Path, num_classes: int | None = None) -> tuple[BERT, dict[str, An
 
     Args:
       path: path of the safetensors file.
-      num_classes: as in `from_tensors`.
+      num_classes: number of logits.  None takes the classifier of the file.
 
     Returns:
       The network and `{"params": ...}`.

@@ -10,8 +10,37 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from kddm_jax.numerics.devices import unsharded
+
+
+def as_booleans(name: str, mask: jax.Array) -> jax.Array:
+    """Reads a mask, zero for what to leave out.
+
+    Args:
+      name: name of the mask, for the message.
+      mask: any shape.
+
+    Returns:
+      The mask as booleans.
+
+    Raises:
+      ValueError: a number is negative, unless the mask is traced.
+
+    Examples:
+      >>> as_booleans("mask", jnp.array([1.0, 0.0]))
+      Array([ True, False], dtype=bool)
+    """
+    mask = unsharded(jnp.asarray(mask))
+    # Inside a trace, jnp would stage the minimum.
+    if not isinstance(mask, Tracer) and np.asarray(mask).min(initial=0) < 0:
+        raise ValueError(
+            f"{name} must not be negative, got {np.asarray(mask).min()}; pass ones and "
+            "zeros, not the mask that is added to attention scores"
+        )
+    return mask.astype(bool)
 
 
 def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
@@ -25,7 +54,8 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
       The mask as booleans, or None.
 
     Raises:
-      ValueError: the shape is wrong, or there are masks for several layers.
+      ValueError: the shape is wrong, a number is negative, or there are masks for
+        several layers.
 
     Examples:
       >>> check_mask(jnp.array([1.0, 0.0]), 2)
@@ -39,11 +69,13 @@ def check_mask(mask: jax.Array | None, n: int) -> jax.Array | None:
             "masks of tokens are an argument of distill_loss, which pools them"
         )
     if jnp.shape(mask) != (n,):
+        hint = "pass one number for each sample, zero where there is none"
+        if jnp.ndim(mask) == 2:
+            hint += "; for tokens of layers [n, t, c] pass {layer: mask [n, t]}"
         raise ValueError(
-            f"mask must have shape [n]=[{n}], got {list(jnp.shape(mask))}; pass one "
-            "number for each sample, zero where there is none"
+            f"mask must have shape [n]=[{n}], got {list(jnp.shape(mask))}; {hint}"
         )
-    return unsharded(jnp.asarray(mask)).astype(bool)
+    return as_booleans("mask", mask)
 
 
 def _rows(mask, x):

@@ -25,10 +25,13 @@ def _grids_alike(pair):
         )
         pair = [average_pool(as_float("maps", array), grid) for array in pair]
     if pair[0].shape[1:-1] != pair[1].shape[1:-1]:
+        tokens = pair[0].ndim == pair[1].ndim == 3
+        fix = "the same tokens" if tokens else "maps [n, h, w, c]"
         raise ValueError(
             "positions of student and teacher must correspond, got "
-            f"{list(pair[0].shape)} and {list(pair[1].shape)}; give both as "
-            '[n, h, w, c], or use positions="pool"'
+            f"{list(pair[0].shape)} and {list(pair[1].shape)}; give both "
+            f"networks {fix}, or use "
+            'positions="pool"'
         )
     return pair
 

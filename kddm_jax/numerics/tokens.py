@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kddm_jax.numerics.checks import as_float
-from kddm_jax.numerics.devices import unsharded
-from kddm_jax.numerics.masks import check_mask
+from kddm_jax.numerics.masks import as_booleans, check_mask
 
 SAMPLES = "samples"
 
@@ -46,7 +45,7 @@ def read_masks(mask: Mask, n: int) -> Masks:
       token in some layer of the mapping.
 
     Raises:
-      ValueError: a shape is wrong.
+      ValueError: a shape is wrong, or a number is negative.
 
     Examples:
       >>> read_masks({"block1": jnp.array([[1, 1], [0, 0]])}, 2).samples
@@ -64,7 +63,7 @@ def read_masks(mask: Mask, n: int) -> Masks:
                 f"{list(jnp.shape(array))}; pass one number for each token of the "
                 "layer, zero where there is none"
             )
-        tokens[name] = unsharded(jnp.asarray(array)).astype(bool)
+        tokens[name] = as_booleans(f"mask[{name!r}]", array)
     samples = check_mask(mask.get(SAMPLES), n)
     if samples is None and tokens:
         samples = jnp.any(jnp.concatenate([*tokens.values()], axis=1), axis=1)
@@ -218,7 +217,8 @@ def labels_of_tokens(
         found = "a mapping" if isinstance(mask, Mapping) else list(jnp.shape(mask))
         raise ValueError(
             f"with logits [n, t, k], every token is a sample, so mask must have shape "
-            f"[n, t]=[{n}, {t}] or [n], got {found}; mark the tokens to compare"
+            f"[n, t]=[{n}, {t}] or [n], got {found}; pass one mask of the tokens that "
+            "all terms compare"
         )
     mask = jnp.asarray(mask)
     mask = mask if mask.ndim == 2 else mask[:, None]
