@@ -110,7 +110,9 @@ def updates_of(
 def all_finite(tree: Tree, axis_name: str | None = None) -> jax.Array:
     """Returns whether every number of a tree is finite, on all devices of an axis."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    finite = jnp.all(jnp.stack(finite))
+    # A sum, because XLA:CPU would compute a conjunction of all leaves again in the
+    # update of every leaf, which doubles the time to compile a step.
+    finite = jnp.sum(jnp.stack(finite), dtype=jnp.int32) == len(finite)
     if axis_name is None:
         return finite
     return jax.lax.psum((~finite).astype(jnp.int32), axis_name) == 0
