@@ -344,7 +344,10 @@ class Problem:
         """Initializes a network's variables, on the host."""
         key = ("init", model)
         if key not in self.programs:  # tracing and compiling it takes seconds
-            self.programs[key] = jax.jit(model.init)
+            # It runs once, and LLVM's default level takes three times as long.
+            level = {"xla_backend_optimization_level": 1}
+            options = level if jax.default_backend() == "cpu" else None
+            self.programs[key] = jax.jit(model.init, compiler_options=options)
         image = jnp.zeros((1, *self.dataset.train_images.shape[1:]))
         return jax.device_get(self.programs[key](jax.random.key(seed), image))
 
