@@ -1,5 +1,6 @@
 """Runs the Python of the README and the pages, and tests the README's claims."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -126,14 +127,17 @@ def test_differences_between_distances_of_sentences():
     page = (ROOT / "experiments" / "README.md").read_text()
     results = json.loads((ROOT / "experiments/results/text-sst2.json").read_text())
 
-    def scores(key):
+    def scores(*row):
         test = [run for run in results["runs"] if run["part"] == "test"]
-        return {run["seed"]: run["score"] for run in test if run["method"] == key}
+        is_of = lambda run: (run["method"], run["layer"]) == row
+        return {run["seed"]: run["score"] for run in test if is_of(run)}
 
-    for title, key in (("Procrustes", "procrustes"), ("feature Gram", "gram")):
-        cells = [title]
+    names = {"procrustes": "Procrustes", "gram": "feature Gram"}
+    layers = {"first": "first token", "tokens": "all tokens"}
+    for key, layer in itertools.product(names, layers):
+        cells = [f"{names[key]}, {layers[layer]}"]
         for other in ("cka", "linear"):
-            mean, (low, high) = difference(scores(key), scores(other))
+            mean, (low, high) = difference(scores(key, layer), scores(other, layer))
             cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         assert f"| {' | '.join(cells)} |" in page
 
