@@ -234,7 +234,7 @@ def gaussian_bank(means: np.ndarray, covariances: np.ndarray) -> Bank:
       A `Bank` of ``k (d + 1)`` rows, as float32 NumPy arrays, without weights.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: the shapes do not fit, or a covariance has a negative eigenvalue.
 
     References:
       Julier and Uhlmann, Reduced sigma point filters for the propagation of means and
@@ -256,6 +256,13 @@ def gaussian_bank(means: np.ndarray, covariances: np.ndarray) -> Bank:
             f"{list(covariances.shape)}; pass one covariance for each mean"
         )
     values, vectors = np.linalg.eigh(covariances)
+    # Round-off in float32 makes zero eigenvalues negative by 1e-6 of the largest.
+    negative = values < -1e-4 * np.abs(values).max(axis=1, keepdims=True)
+    if negative.any():
+        raise ValueError(
+            "covariances must be positive semidefinite, got the eigenvalue "
+            f"{values[negative].min():g}; pass the covariance matrix of each class"
+        )
     roots = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
     roots = roots @ np.swapaxes(vectors, 1, 2)  # [k, d, d]
     # Columns of an orthogonal matrix whose first one is constant.

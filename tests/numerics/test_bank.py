@@ -203,6 +203,15 @@ def test_a_gaussian_bank_has_the_given_moments(full):
         np.testing.assert_allclose(found, wanted[c], atol=1e-5 * np.abs(wanted).max())
 
 
+def test_covariances_with_negative_eigenvalues_are_refused():
+    covariances = np.stack([np.eye(D), -np.eye(D)])
+    with pytest.raises(ValueError, match="semidefinite, got the eigenvalue -1; pass"):
+        gaussian_bank(np.zeros((2, D)), covariances)
+    # Of rank one in float32; round-off gives eigenvalues below zero.
+    x = RNG.normal(size=(2, 64, 1)).astype(np.float32)
+    gaussian_bank(np.zeros((2, 64)), x @ np.swapaxes(x, 1, 2))
+
+
 # ------------------------------------------------------------------- the loss
 
 
