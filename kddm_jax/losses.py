@@ -42,7 +42,15 @@ from kddm_jax.numerics.tokens import (
     read_masks,
     tokens_of,
 )
-from kddm_jax.terms import Term, as_terms, check_options, lambda_of, term_name
+from kddm_jax.terms import (
+    OF_BANK,
+    Term,
+    as_terms,
+    check_arguments,
+    check_options,
+    lambda_of,
+    term_name,
+)
 
 Features = jax.Array | Mapping[str, jax.Array]
 NOTHING: Mapping[str, jax.Array] = MappingProxyType({})
@@ -159,13 +167,12 @@ def _bank(row, term, batch, normalization, mask):
     if (term.normalization or normalization) == "teacher":
         raise ValueError(
             f'normalization="teacher" of distance {name!r} needs the teacher\'s '
-            'features of the batch, but it has a bank; take "unit" or "standardized", '
-            "and normalize the bank alike"
+            "features of the batch, but it has a bank; take None and divide features "
+            'and bank by the same number, or take "unit" and a bank of unit rows'
         )
     if "labels" in row.inputs:
-        options = {"labels_y": bank.labels, "num_classes": batch["classes"]}
-        weights = {} if bank.weights is None else {"weights_y": bank.weights}
-        return bank.features, {**options, **weights}
+        values = bank.labels, bank.weights, batch["classes"]
+        return bank.features, dict(zip(OF_BANK, values, strict=True))
     if mask is not None:
         raise ValueError(
             f"distance {name!r} with a bank cannot leave out samples by a mask; take a "
@@ -206,25 +213,18 @@ def _arguments(row, term, batch, whole, normalization):
 
 
 def _options(row, term, given, num_classes):
-    """Returns the function's keyword arguments; requires those without a default."""
+    """Returns the function's keyword arguments; requires all that have no default."""
     options = {**dict(row.options), **dict(term.options), **given}
     if wrong := [name for name in options if name in row.inputs]:
         raise ValueError(
             f"{wrong[0]} of distance {term_name(term)!r} is an array, not an option; "
             f"pass it as teacher_data={{{wrong[0]!r}: ...}}"
         )
-    known = inspect.signature(row.fn).parameters
-    if "num_classes" in known:
+    if "num_classes" in inspect.signature(row.fn).parameters:
         options.setdefault("num_classes", num_classes)
-    needed = [p.name for p in known.values() if p.kind is p.KEYWORD_ONLY]
-    needed = [name for name in needed if known[name].default is inspect.Parameter.empty]
-    # `_masked` passes the mask.
-    missing = [name for name in needed if name not in (*options, "mask")]
-    if missing:
-        raise ValueError(
-            f"distance {term_name(term)!r} needs the option {', '.join(missing)}; "
-            "pass it as a keyword, or in Term(..., options={...})"
-        )
+    # `_masked` and `_bank` pass others.
+    later = OF_BANK if term.bank is not None and "labels" in row.inputs else ()
+    check_arguments(term_name(term), row, (*options, "mask", *later))
     return options
 
 

@@ -5,7 +5,7 @@
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from kddm_jax.distances import (
 from kddm_jax.numerics.checks import check_choice, check_number
 from kddm_jax.numerics.normalization import check_normalization
 from kddm_jax.numerics.positions import POSITIONS
+
+# Keyword arguments that a distance with labels gets with a bank.
+OF_BANK = ("labels_y", "weights_y", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,32 @@ def check_bank(name: str, row: Distance) -> None:
             f"no bank; take {', '.join(able)}, or leave bank out"
         )
     options = inspect.signature(row.fn).parameters
-    if "labels" in row.inputs and "labels_y" not in options:
+    if "labels" in row.inputs and not options.keys() >= {*OF_BANK}:
         raise ValueError(
             f"{name} takes labels and has a bank, so it needs the keyword arguments "
-            "labels_y, weights_y and num_classes; add them, or leave bank out"
+            f"{', '.join(OF_BANK)}; add them, or leave bank out"
+        )
+
+
+def check_arguments(name: str, row: Distance, passed: Iterable[str]) -> None:
+    """Raises a ``ValueError`` if an argument of a distance would have no value.
+
+    Args:
+      name: name of the term, for the message.
+      row: the distance.
+      passed: names of the keyword arguments that the function gets.
+    """
+    known = inspect.signature(row.fn).parameters.values()
+    needed = [p for p in known if p.default is p.empty and p.name not in passed]
+    if row.inputs == ("features",) and "labels" in [p.name for p in needed]:
+        raise ValueError(
+            f"distance {name!r} needs labels; wrap it in Distance(fn, "
+            "inputs=('features', 'labels'))"
+        )
+    if missing := [p.name for p in needed if p.kind is p.KEYWORD_ONLY]:
+        raise ValueError(
+            f"distance {name!r} needs the option {', '.join(missing)}; "
+            "pass it as a keyword, or in Term(..., options={...})"
         )
 
 

@@ -899,6 +899,10 @@ MESSAGES = {
         {"distance": Distance(lambda x, y, *, p: x.sum())},
         r"needs the option p; .*options=\{",
     ),
+    "labels of a plain function": (
+        {"distance": lambda x, y, labels: x.sum()},
+        r"needs labels; wrap it in Distance\(fn, inputs=\('features', 'labels'\)\)",
+    ),
     "float labels": (
         {"labels": np.float32(BATCH.labels)},
         "labels must be integers, got float32",

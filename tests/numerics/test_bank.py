@@ -253,7 +253,24 @@ def test_a_mask_leaves_out_samples_of_the_batch():
     np.testing.assert_allclose(terms["cw2"], wanted, rtol=1e-6)
 
 
+def test_a_distance_of_your_own_gets_the_labels_of_its_bank():
+    def shares(x, y, labels, *, labels_y, weights_y, num_classes):
+        assert (len(labels), num_classes) == (N, K)
+        return jnp.sum(y[:, 0] * labels_y) + (0 if weights_y is None else 1000)
+
+    own = Term(Distance(shares, inputs=("features", "labels")), bank="bank")
+    _, terms = loss(own)
+    wanted = np.sum(Y[:, 0] * LABELS_Y)
+    np.testing.assert_allclose(terms["shares"], wanted, rtol=1e-5)
+    _, terms = loss(own, BANK._replace(weights=jnp.asarray(WEIGHTS)))
+    np.testing.assert_allclose(terms["shares"], wanted + 1000, rtol=1e-5)
+
+
 labelled = Distance(lambda x, y, labels: jnp.sum(x), inputs=("features", "labels"))
+no_weights = Distance(
+    lambda x, y, labels, *, labels_y, num_classes: jnp.sum(x),
+    inputs=("features", "labels"),
+)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +279,10 @@ labelled = Distance(lambda x, y, labels: jnp.sum(x), inputs=("features", "labels
         (lambda: Term("l2", bank="bank"), "takes no bank"),
         (lambda: Term("kd", bank="bank"), "takes no bank"),
         (lambda: loss(Term("cw2", bank="other")), "teacher_data={'other'"),
-        (lambda: loss(Term("cw2", bank="bank"), normalization="teacher"), "unit"),
+        (
+            lambda: loss(Term("cw2", bank="bank"), normalization="teacher"),
+            "take None and divide features and bank by the same number, or",
+        ),
         (
             lambda: loss(Term("w2", bank="bank"), BANK._replace(weights=WEIGHTS)),
             "without weights",
@@ -270,6 +290,7 @@ labelled = Distance(lambda x, y, labels: jnp.sum(x), inputs=("features", "labels
         (lambda: loss(Term("w2", bank="bank"), mask=jnp.ones(N)), "takes labels"),
         (lambda: refusal(class_wasserstein, weights_y=-WEIGHTS), "must be >= 0"),
         (lambda: Term(labelled, bank="bank"), "keyword arguments labels_y"),
+        (lambda: Term(no_weights, bank="bank"), "labels_y, weights_y, num_classes; a"),
         (lambda: loss("cw2", weight=1.0), "empty or None"),
         (lambda: refusal(class_wasserstein, solver="exact"), "entropic"),
         (lambda: refusal(class_wasserstein, num_classes=None), "num_classes"),
