@@ -130,11 +130,6 @@ def _check_teacher(settings):
                 f"{value}",
             )
     _require(
-        outputs is None or settings.data.views is not None,
-        f"--teacher-outputs {outputs} has outputs on fixed views, but there are none; "
-        "add --views, as when the file was made",
-    )
-    _require(
         teacher is None or pretrained is None,
         f"--teacher {teacher} is trained already; leave out either it or "
         f"--pretrained-teacher {pretrained}",

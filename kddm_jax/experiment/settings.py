@@ -474,9 +474,12 @@ def weight_of(settings: Settings, distance: str) -> float:
         return 1.0
     defaults = DISTANCES[distance].weights
     if normalization not in defaults:
+        # A file of statistics has one normalization, and None the released weight.
+        fixed = settings.networks.teacher_statistics is not None
         known = (
             f", or --normalization {name} (λ = {weight:g})"
             for name, weight in defaults.items()
+            if name is not None and not fixed
         )
         raise UserError(
             f"{distance} has no default weight with --normalization {normalization}; "

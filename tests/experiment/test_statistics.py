@@ -1,6 +1,7 @@
 """Tests students that learn from statistics of a teacher, and the files of these."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +132,49 @@ def test_errors_come_before_training(made, tmp_path, capsys, change, words):
     assert not (tmp_path / "out").exists()
 
 
+OWN = """
+import jax.numpy as jnp
+from kddm_jax import Distance
+
+def cosine(x, y, labels):
+    return jnp.sum(x * y)
+
+COSINE = Distance(cosine, inputs=("features", "labels"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("COSINE", "needs the keyword arguments labels_y, weights_y, num_classes"),
+        ("cosine", "needs labels; wrap it in Distance(fn, inputs=('features', 'label"),
+    ],
+)
+def test_own_distances_without_a_bank_are_one_line(
+    made, tmp_path, monkeypatch, capsys, name, words
+):
+    (tmp_path / "own_of_labels.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file, given = file_of(made, "gaussian"), ("--distances", f"own_of_labels:{name}")
+    assert train(tmp_path / "out", file, *given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: distance own_of_labels:{name}: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_weight_does_not_lead_to_another_normalization(
+    made, tmp_path, capsys
+):
+    given = ("--distances", "cw2_gaussian")
+    assert train(tmp_path / "out", file_of(made, "gaussian"), *given) == 2
+    assert capsys.readouterr().err == (
+        "error: cw2_gaussian has no default weight with --normalization unit; pass "
+        "--weights cw2_gaussian NUMBER\n"
+    )
+
+
 def test_no_other_normalization_is_tuned(made, tmp_path, capsys):
     given = ("--normalization", "unit", "--teacher-statistics", file_of(made, "means"))
     more = ("--held-out", 100, "--teacher-saw-held-out", "--seeds", 1, 2)
@@ -155,7 +199,10 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
         kept = {name: arrays[name] for name in arrays.files}
     about = {**json.loads(str(kept.pop("about"))), "dataset": "fashion_mnist"}
     statistics.write(fashion, kept, about)
+    of_outputs = tmp_path / "outputs.npz"
+    statistics.write(of_outputs, {}, {"drawn": "0"})
     for file, words in (
+        (of_outputs, "holds outputs; pass it as --teacher-outputs"),
         (broken, "damaged"),
         (empty, "damaged"),
         (array, "damaged"),

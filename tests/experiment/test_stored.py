@@ -11,6 +11,7 @@ from commands import KEEP, SMALL, assert_same_arrays, call, final_arrays, result
 from kddm_jax import adapters
 from kddm_jax.experiment import outputs
 from kddm_jax.experiment.machine.errors import UserError
+from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.training import statistics, stored
 
@@ -117,8 +118,14 @@ def test_files_hold_what_their_name_says(made):
     assert less["top"].shape == less["classes"].shape == (rows, 3)
     np.testing.assert_array_equal(less["features"], whole["features"].astype("f2"))
     first, second = (stored.read(file_of(made, name)) for name in FORMS)
-    assert first.words == ""
-    assert second.words == "the 3 largest logits and float16 outputs"
+    settings = parse(["--normalization", "unit"])
+    assert first.words_for(settings, "kd") == ""
+    words = "the 3 largest logits and float16 outputs"
+    assert second.words_for(settings, "kd") == words
+    assert second.words_for(settings, "l2+kd") == words
+    assert second.words_for(settings, "l2") == "float16 outputs"
+    of_logits = parse(["--layers", "logits:logits"])
+    assert second.words_for(of_logits, "l2") == words
     assert first.about["teacher"] == second.about["teacher"]
     assert first.digest != second.digest
 
@@ -182,7 +189,7 @@ def test_runs_from_reduced_outputs_are_others(made, tmp_path, capsys):
     ("change", "words"),
     [
         (("--views", 3), "pass --views 2"),
-        (("--views", "None"), "add --views"),
+        (("--views", "None"), "holds outputs on 2 fixed views of each image; add --vi"),
         (("--padding", 2), "made with padding="),
         (("--dtype", "bfloat16"), "made with dtype=float32"),
         (("--student-images", 96), "on 96 images, students see 128"),
@@ -231,7 +238,10 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
     (tmp_path / "flipped.npz").write_bytes(flipped)
     other = tmp_path / "other.npz"
     np.savez(other, features=np.zeros(3))
+    of_statistics = tmp_path / "statistics.npz"
+    statistics.write(of_statistics, {}, {"kind": "means"})
     for file, words in (
+        (of_statistics, "holds statistics; pass it as --teacher-statistics"),
         (broken, "damaged"),
         (tmp_path / "flipped.npz", "damaged"),
         (other, "no file of kddm outputs"),

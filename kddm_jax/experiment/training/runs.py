@@ -103,13 +103,20 @@ def method_of(
 
     Returns:
       The method; it has no distance for the teacher and for students alone.
+
+    Raises:
+      UserError: a network or a file has no array that the method compares, or the
+        method cannot be a `Term`.
     """
     settings = settings or problem.settings
     if name in ALONE:
         return methods.Method()
     if name == FEATURE_ONLY and by_quality(settings):
         settings = methods.released(settings, problem.chosen_layers)
-    return methods.make(settings, name, *problem.shapes)
+    try:
+        return methods.make(settings, name, *problem.shapes)
+    except ValueError as error:
+        raise UserError(f"distance {name}: {error}") from error
 
 
 # ---------------------------------------------------------------------------
@@ -243,11 +250,15 @@ def student_run(
         if len(parts := parts_of(name)) > 1:
             more["weights"] = {part: weight_of(settings, part) for part in parts}
         more["distance_source"] = methods.digest(name)
-        for kind in ("statistics", "outputs"):
-            found = getattr(problem, kind)
-            words = found and found.words  # "" if outputs are those of the network
+        statistics, outputs = problem.statistics, problem.outputs
+        read = {
+            "statistics": statistics and statistics.words,
+            # "" if the outputs that it reads are those of the network
+            "outputs": outputs and outputs.words_for(settings, name),
+        }
+        for kind, words in read.items():
             more[kind] = words or None
-            more[f"{kind}_digest"] = found.digest if words else None
+            more[f"{kind}_digest"] = getattr(problem, kind).digest if words else None
         whole = settings.method.distance_group in (None, len(problem.devices))
         more["group_images"] = None if whole else problem.compared_images
         if teacher_digest is not None:

@@ -131,6 +131,11 @@ def parse(path: Path, content: bytes) -> Statistics:
         with np.load(io.BytesIO(content)) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
+        if "drawn" in about:
+            raise UserError(
+                f"--teacher-statistics {path} holds outputs; pass it as "
+                "--teacher-outputs"
+            )
         bank = _bank(about["kind"], arrays)
         about = {name: about[name] for name in ABOUT}
     return Statistics(bank, about, hashlib.sha256(content).hexdigest()[:16])

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kddm_jax import adapters
+from kddm_jax.experiment.checks import layer_pairs
 from kddm_jax.experiment.machine.errors import UserError
-from kddm_jax.experiment.settings import RELEASED, Augmentation
+from kddm_jax.experiment.settings import RELEASED, Augmentation, Settings
 from kddm_jax.experiment.training import methods, statistics
 
 OPTION = "--teacher-outputs"
@@ -52,10 +53,21 @@ class StoredOutputs:
     about: dict[str, Any]
     digest: str
 
-    @property
-    def words(self) -> str:
-        """Describes in a table what is not as in the network; "" if nothing is."""
-        return words(self.about["half"], self.about["top"])
+    def words_for(self, settings: Settings, name: str) -> str:
+        """Describes in a table what a method reads otherwise than from the network.
+
+        Args:
+          settings: the settings of the command.
+          name: name of the method.
+
+        Returns:
+          The description; "" if the method reads what the network gives.
+        """
+        read = {kind for row in methods.entries(name) for kind in row.inputs}
+        read |= {layer for _, layer, _ in layer_pairs(settings)}
+        return words(
+            self.about["half"], self.about["top"] if "logits" in read else None
+        )
 
     def of(self, layers: tuple[str, ...]) -> adapters.Outputs:
         """Returns the outputs with these maps only."""
@@ -184,6 +196,10 @@ def parse(path: Path, found: Mapping[str, Any]) -> StoredOutputs:
     """Restores the outputs of a file that `load` read; raises as it does."""
     with statistics.reading(OPTION, path, "kddm outputs"):
         about = json.loads(found["about"])
+        if "kind" in about:
+            raise UserError(
+                f"{OPTION} {path} holds statistics; pass it as --teacher-statistics"
+            )
         about = {name: about[name] for name in ABOUT}
         outputs = unpack(found["arrays"], len(about["classes"]))
     return StoredOutputs(outputs, about, found["digest"])
@@ -242,19 +258,25 @@ def check_method(
         )
 
 
-def check_views(views, found: StoredOutputs) -> None:
+def check_views(path: Path, views, found: StoredOutputs) -> None:
     """Raises if the outputs are not those on the views of this command.
 
     Args:
-      views: the views of the students' images.
+      path: the file, for messages.
+      views: the views of the students' images; None if there are none.
       found: the stored outputs.
 
     Raises:
-      UserError: the type of the computations, or the number, the augmentation, the
-        images or the pixels of the views differ.
+      UserError: there are no views; or the type of the computations, or the number,
+        the augmentation, the images or the pixels of the views differ.
     """
-    about, settings = found.about, views.settings
-    file = f"{OPTION} {settings.networks.teacher_outputs}"
+    about, file = found.about, f"{OPTION} {path}"
+    if views is None:
+        raise UserError(
+            f"{file} holds outputs on {about['views']} fixed views of each image; add "
+            f"--views {about['views']}"
+        )
+    settings = views.settings
     same = "pass the same --train-images, --student-images and --unlabelled-images"
     if about["views"] != views.count:
         raise UserError(

@@ -167,7 +167,7 @@ def _find_statistics(problem, path):
 def _check_outputs(problem, path, found):
     """Checks that outputs fit the data and the views."""
     _check_data(problem, f"{stored.OPTION} {path}", found.about)
-    stored.check_views(problem.views, found)
+    stored.check_views(path, problem.views, found)
 
 
 def _find_outputs(problem, path):
