@@ -350,7 +350,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         type=int,
         metavar="K",
         help="store only the K largest logits of each image; students then spread the "
-        "remaining probability evenly over the other classes",
+        "remaining probability evenly over the other classes. The K probabilities are "
+        "exact at temperature 1, not at that of kd, which is 4 by default",
     )
     parser.add_argument(
         "settings", nargs="*", help="settings of kddm distill, after --"

@@ -1,15 +1,24 @@
 """Tests the command ``kddm``: subcommands, help, and the error without the extra."""
 
+import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from commands import environ
 
+import kddm_jax
 from kddm_jax import __main__ as kddm
+from kddm_jax.experiment import outputs
 from kddm_jax.experiment.machine import records
+from kddm_jax.experiment.recipes import parse
+from kddm_jax.experiment.settings import parts_of, weight_of
+
+ROOT = Path(kddm_jax.__file__).parents[1]
 
 
 def python(code):
@@ -68,6 +77,35 @@ def test_without_the_extra(line, capsys, monkeypatch):
         'error: kddm needs grain, tyro; install the extra: pip install "kddm-jax'
         '[experiments]"\n'
     )
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*/*.md"))]
+BASH = re.compile("```bash\n(.*?)```", re.S)
+
+
+def commands_of(page):
+    """Returns the words of the commands in the page's blocks."""
+    text = "".join(BASH.findall(page.read_text())).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines()]
+
+
+def test_commands_of_the_pages_are_accepted_and_have_weights():
+    """They start as on the page; only data and files are not there."""
+    found = []
+    for page in PAGES:
+        for program, name, *words in filter(lambda w: len(w) > 1, commands_of(page)):
+            if (program, name) == ("kddm", "outputs"):
+                words = outputs._parser(name).parse_args(words).settings
+            elif (program, name) != ("kddm", "distill"):
+                continue
+            settings = parse(words)
+            parts = map(parts_of, settings.method.distances)
+            if name == "distill":
+                assert all(weight_of(settings, part) for p in parts for part in p)
+            found.append((page.name, name))
+    assert len(found) > 10
+    for page in ("statistics.md", "outputs.md"):
+        assert {(page, "outputs"), (page, "distill")} <= {*found}
 
 
 def test_solvers_have_one_thread():
