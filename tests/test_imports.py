@@ -226,14 +226,14 @@ def test_no_circle_of_folders():
     assert circle(folders(GRAPH)) is None
 
 
-def test_only_transport_imports_ott():
+def test_only_sinkhorn_imports_ott():
     found = {
         module
         for module, path in modules(PACKAGE).items()
         for origin, _ in imported(path.read_text(encoding="utf-8"), module)
         if origin.split(".")[0] in ("ott", "jaxopt")
     }
-    assert found <= {"kddm_jax.numerics.transport"}
+    assert found <= {"kddm_jax.numerics.sinkhorn"}
 
 
 def test_the_package_imports_nothing_around_it():

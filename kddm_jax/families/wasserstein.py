@@ -130,8 +130,7 @@ def wasserstein(
         times the mean squared distance, without differentiating it.  A value below the
         rounding error of the costs is replaced by that rounding error.
       threshold: L1 error of the marginals at which Sinkhorn stops.
-      max_iterations: maximum number of Sinkhorn iterations.  Above ten, iterations
-        run in blocks of ten.
+      max_iterations: maximum number of Sinkhorn iterations.
       compat: ``"released"`` reproduces the released code; it is the same as
         ``solver="exact"``.
       mask: shape ``[n]``; samples whose mask is zero are ignored, whatever their

@@ -1,4 +1,4 @@
-"""Solves optimal transport problems; this is the only file that imports ott.
+"""Solves optimal transport problems.
 
 Each solver takes costs ``C [n, m]`` and weights ``a [n]`` and ``b [m]``.  It returns a
 value with the derivative ``<P, dC>``, where ``P`` is the optimal plan (envelope
@@ -8,9 +8,8 @@ so high that no plan uses it.  The plan then has one block for each class, and t
 longer to compute.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from optax.assignment import hungarian_algorithm
 from kddm_jax.numerics.checks import check_choice, check_count, check_number
 from kddm_jax.numerics.linalg import constant
 from kddm_jax.numerics.promotion import implicit_promotion
+from kddm_jax.numerics.sinkhorn import sinkhorn
 from kddm_jax.numerics.solver import Stats
 from kddm_jax.numerics.varying import call_varying
 
@@ -122,58 +122,6 @@ def _block(cost, same, epsilon):
     return jnp.where(same > 0, cost, 10 * jnp.max(jnp.abs(cost)) + 1e3 * epsilon)
 
 
-@cache
-def _ott():
-    """Imports the parts of ott that are used, when the first problem is solved.
-
-    The import takes 1.5 s.  It loads Matplotlib, which closed forms do not need, and
-    jaxopt, which warns that it is no longer maintained.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "JAXopt is no longer maintained", DeprecationWarning
-        )
-        from ott.geometry.geometry import Geometry
-        from ott.problems.linear.linear_problem import LinearProblem
-        from ott.solvers.linear.acceleration import Momentum
-        from ott.solvers.linear.sinkhorn import Sinkhorn
-    return Geometry, LinearProblem, Momentum, Sinkhorn
-
-
-def _by_ott(cost, a, b, epsilon, *, threshold, max_iterations, symmetric):
-    Geometry, LinearProblem, Momentum, Sinkhorn = _ott()
-    # The symmetric terms of a divergence (x to x, y to y) converge after a few
-    # simultaneous, averaged updates, as in ott.tools.sinkhorn_divergence.
-    options = (
-        {"momentum": Momentum(start=0, value=0.5), "parallel_dual_updates": True}
-        if symmetric
-        else {}
-    )
-    # use_danskin=False avoids ott's stop_gradient; nothing differentiates the solver.
-    solver = Sinkhorn(
-        threshold=threshold,
-        max_iterations=max_iterations,
-        # Number of updates between two checks of the error.
-        inner_iterations=min(10, max_iterations),
-        use_danskin=False,
-        **options,
-    )
-    # ott declares epsilon as a float, but also accepts an array.
-    with implicit_promotion():
-        geometry = Geometry(cost_matrix=cost, epsilon=epsilon)  # pyright: ignore[reportArgumentType]
-        out = solver(LinearProblem(geometry, a=a, b=b))
-        plan = out.matrix
-    error = jnp.maximum(
-        jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)),
-        jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b)),
-    )
-    converged, iterations, value = (
-        jnp.asarray(z, cost.dtype)
-        for z in (out.converged, out.n_iters, out.reg_ot_cost)
-    )
-    return value, Stats(converged, iterations, error), plan
-
-
 def solve_entropic(
     cost: jax.Array,
     a: jax.Array,
@@ -184,7 +132,7 @@ def solve_entropic(
     max_iterations: int,
     symmetric: bool = False,
 ) -> tuple[jax.Array, Stats, jax.Array]:
-    """Solves an entropic transport problem with ott's Sinkhorn iteration.
+    """Solves an entropic transport problem by Sinkhorn's iteration.
 
     Args:
       cost: costs, shape ``[n, m]``.
@@ -200,7 +148,7 @@ def solve_entropic(
       ``(value, stats, plan)``; none of them has a derivative rule.
     """
     solve = partial(
-        _by_ott,
+        sinkhorn,
         threshold=threshold,
         max_iterations=max_iterations,
         symmetric=symmetric,
@@ -419,8 +367,7 @@ def transport_cost(
         `mean_cost`, as a constant.  All terms of the divergence use the same epsilon.
         It is raised to the round-off of the largest cost if it is smaller.
       threshold: L1 error of the marginals below which Sinkhorn's iteration stops.
-      max_iterations: largest number of iterations; above ten, it is rounded up to a
-        multiple of ten.
+      max_iterations: largest number of iterations.
       floor: smallest epsilon that None may choose, the round-off of the costs.
 
     Returns:

@@ -1,0 +1,72 @@
+"""Compares the stabilised iteration with ott's Sinkhorn and beyond its range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import sinkhorn_plan
+
+from kddm_jax.numerics import sinkhorn as module
+from kddm_jax.numerics.sinkhorn import sinkhorn
+
+
+def points_cost(n, m, seed=0, spread=1.0):
+    """Makes squared distances of points, of which the last ones are ``spread`` away."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(n, 3)), rng.normal(size=(m, 3))
+    x[-1], y[-1] = spread * x[-1], spread * y[-1]
+    return np.sum((x[:, None] - y[None]) ** 2, axis=2), x
+
+
+def by_ott(cost, a, b, epsilon, symmetric):
+    geometry = module._geometry()  # also filters the warning of jaxopt
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.acceleration import Momentum
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    options = {"momentum": Momentum(value=0.5), "parallel_dual_updates": True}
+    solver = Sinkhorn(
+        threshold=1e-11, max_iterations=20_000, **(options if symmetric else {})
+    )
+    problem = LinearProblem(geometry(cost_matrix=cost, epsilon=epsilon), a=a, b=b)
+    out = solver(problem)
+    return out.reg_ot_cost, out.matrix
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_agrees_with_ott(symmetric, x64):
+    cost, x = points_cost(7, 9)
+    a, b = (np.random.default_rng(1).uniform(0.5, 2, size) for size in (7, 9))
+    a[2] = b[4] = 0  # no mass
+    a, b = a / a.sum(), b / b.sum()
+    if symmetric:
+        cost, b = np.sum((x[:, None] - x[None]) ** 2, axis=2), a
+    epsilon = jnp.asarray(0.02 * cost.mean())
+    arrays = jnp.asarray(cost), jnp.asarray(a), jnp.asarray(b), epsilon
+    value, stats, plan = sinkhorn(
+        *arrays, threshold=1e-11, max_iterations=20_000, symmetric=symmetric
+    )
+    expected, expected_plan = by_ott(*arrays, symmetric)
+    assert stats.converged == 1
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    np.testing.assert_allclose(plan, expected_plan, atol=1e-9)
+
+
+def test_scalings_out_of_range_are_absorbed():
+    """In float32, one of two problems under vmap has scalings of exp(1000)."""
+    costs = np.stack([points_cost(8, 8, spread=spread)[0] for spread in (1.0, 20.0)])
+    a = np.full(8, 1 / 8)
+    epsilon = 0.5
+    solve = lambda cost: sinkhorn(
+        *(cost, jnp.float32(a), jnp.float32(a), jnp.float32(epsilon)),
+        threshold=1e-4,
+        max_iterations=2000,
+    )
+    values, stats, plans = jax.vmap(solve)(jnp.float32(costs))
+    for i, cost in enumerate(costs):
+        plan = sinkhorn_plan(cost, epsilon)
+        entropy = np.sum(plan * np.log(np.maximum(64 * plan, 1e-300)))
+        expected = np.sum(plan * cost) + epsilon * entropy
+        np.testing.assert_allclose(values[i], expected, rtol=1e-4)
+        np.testing.assert_allclose(plans[i], plan, atol=1e-4)
+    np.testing.assert_array_equal(stats.converged, 1)
