@@ -138,9 +138,12 @@ def sinkhorn(
     def unfinished(state):
         return (state.error > threshold) & (state.count < max_iterations)
 
+    def with_scalings(f, g, last):
+        return f + epsilon * jnp.log(last.u), g + epsilon * jnp.log(last.v)
+
     def absorb(state):
-        f, g, done = state
-        f, g = _absorbed(f, g, geometry, a, b, symmetric)
+        done = state[2]
+        f, g = _absorbed(*with_scalings(*state), geometry, a, b, symmetric)
         kernel = geometry.transport_from_potentials(f, g)
         ones, seen = (jnp.ones_like(a), jnp.ones_like(b)), jnp.sum(kernel, axis=0)
         error = _column_error(ones[1], seen, b)  # NaN, which ends the loop, if C is
@@ -150,16 +153,18 @@ def sinkhorn(
             lambda state: _updated(state, kernel, a, b, symmetric),
             first,
         )
-        return f + epsilon * jnp.log(last.u), g + epsilon * jnp.log(last.v), last
+        return f, g, last
 
     with implicit_promotion():
-        zeros = jnp.zeros_like(a), jnp.zeros_like(b)
+        zeros, ones = (tuple(jnp.full_like(z, i) for z in (a, b)) for i in (0, 1))
         infinite = jnp.asarray(jnp.inf, cost.dtype)
-        start = Scalings(*zeros, zeros[1], infinite, jnp.asarray(0), jnp.asarray(True))
+        start = Scalings(*ones, zeros[1], infinite, jnp.asarray(0), jnp.asarray(True))
         f, g, last = jax.lax.while_loop(
             lambda state: unfinished(state[2]), absorb, (*zeros, start)
         )
-        plan = geometry.transport_from_potentials(f, g)
+        # Scalings make up for the round-off of potentials, which is large over epsilon.
+        plan = last.u[:, None] * geometry.transport_from_potentials(f, g) * last.v
+        f, g = with_scalings(f, g, last)
     # The dual value; KL between the masses is zero up to the error.
     mean = lambda weights, dual: jnp.sum(
         jnp.where(weights > 0, weights * (dual - epsilon * jnp.log(weights)), 0)
