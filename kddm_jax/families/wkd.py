@@ -33,8 +33,85 @@ def _tolerance(dtype):
     return jnp.finfo(dtype).eps ** 0.58
 
 
+def _kept_share(p, column, u, v, kernel):
+    """Computes the part of the diagonal of M^T M (below) within a class, ``[n, k]``.
+
+    They are nearly 1 where student and teacher agree: a class keeps its mass.
+    """
+    kept = u * jnp.diagonal(kernel)[None, :] * v
+    product = jnp.maximum(p * column, jnp.finfo(p.dtype).tiny)
+    return jnp.minimum(kept**2 / product, 1 - 1 / 64)
+
+
+def _extrapolated(step, steps, changes, weights):
+    """Extrapolates a fixed-point step from the last two (Anderson acceleration).
+
+    ``steps`` and ``changes`` are the last two moves and the changes of step that they
+    caused.  The combination that leaves the smallest step is chosen for each image.
+    """
+    dot = lambda a, b: jnp.sum(weights * a * b, axis=1, keepdims=True)
+    one, two = changes
+    a, b, c = dot(one, one), dot(one, two), dot(two, two)
+    # The ridge limits how much round-off grows; without changes, shares are zero.
+    ridge = 1e-4 * (a + c) + jnp.finfo(step.dtype).tiny
+    a, c = a + ridge, c + ridge
+    first, second = dot(one, step), dot(two, step)
+    determinant = a * c - b * b
+    usable = determinant > 0
+    over = lambda z: jnp.where(usable, z / jnp.where(usable, determinant, 1), 0)
+    shares = over(c * first - b * second), over(a * second - b * first)
+    for share, move, change in zip(shares, steps, changes, strict=True):
+        step = step - share * (move + change)
+    return step
+
+
+# The dual is maximized over log v, with u optimal for v.  In units of q, its Hessian is
+# I - M^T M (below) with a diagonal of about 1 - kept share.  Steps along the gradient,
+# divided by this diagonal and extrapolated from the last two, need 5 to 10 iterations
+# for costs without structure, where Sinkhorn needs 15 to 500.
+def _fast_scalings(p, q, kernel, most=60):
+    """Computes scalings as `_scalings` does; not every image may converge."""
+    tiny, tolerance = jnp.finfo(p.dtype).tiny, _tolerance(p.dtype)
+    bounded = lambda step: jnp.clip(step, -3, 3)
+
+    def finished(log_v):
+        v = jnp.where(q > 0, jnp.exp(log_v), 0)
+        u = jnp.where(p > 0, p / jnp.maximum(matmul(v, kernel.T), tiny), 0)
+        seen = matmul(u, kernel)
+        error = jnp.sum(jnp.abs(v * seen - q), axis=1, keepdims=True)
+        return log_v, u, v, seen, error
+
+    def update(state):
+        (log_v, u, v, seen, error), steps, changes, last, count = state
+        column = v * seen
+        share = _kept_share(p, column, u, v, kernel)
+        ratio = jnp.where(q > 0, q / jnp.maximum(column, tiny), 1)
+        step = bounded(jnp.log(ratio) / (1 - share))
+        # There is no last step at first, and no move that it could have caused.
+        changes = changes[1], jnp.where(count > 0, step - last, 0)
+        weights = q * (1 - share)
+        move = bounded(_extrapolated(step, steps, changes, weights))
+        moving = error > tolerance
+        now = finished(log_v + move)
+        pairs = zip(now, state[0], strict=True)
+        now = tuple(jnp.where(moving, new, old) for new, old in pairs)
+        return now, (steps[1], move), changes, step, count + 1
+
+    def unfinished(state):
+        return jnp.any(state[0][4] > tolerance) & (state[4] < most)
+
+    zero = jnp.zeros_like(p)
+    start = jnp.log(jnp.maximum(q, tiny) / jnp.sum(kernel, axis=0)[None, :])
+    first = finished(start), (zero, zero), (zero, zero), zero, 0
+    (_, *found), *_, count = jax.lax.while_loop(unfinished, update, first)
+    return *found, count + 1
+
+
 def _scalings(p, q, kernel):
-    """Computes u and v such that diag(u) K diag(v) has marginals p and q, per image."""
+    """Computes u and v such that diag(u) K diag(v) has marginals p and q, per image.
+
+    Images that do not converge quickly start again with Sinkhorn's iteration.
+    """
     tiny, tolerance = jnp.finfo(p.dtype).tiny, _tolerance(p.dtype)
 
     def relaxed(old, mass, product):
@@ -61,9 +138,12 @@ def _scalings(p, q, kernel):
     def unfinished(state):
         return jnp.any(state[3] > tolerance) & (state[4] < MOST_ITERATIONS)
 
-    u, v = (p > 0).astype(p.dtype), (q > 0).astype(p.dtype)
-    infinite = jnp.full_like(p[:, :1], jnp.inf)
-    first = (u, v, matmul(u, kernel), infinite, 0)
+    u, v, seen, error, count = _fast_scalings(p, q, kernel)
+    met = error <= tolerance
+    u = jnp.where(met, u, (p > 0).astype(p.dtype))
+    v = jnp.where(met, v, (q > 0).astype(p.dtype))
+    seen = jnp.where(met, seen, jnp.sum(kernel, axis=0)[None, :])
+    first = (u, v, seen, jnp.where(met, error, jnp.inf), count)
     u, v, _, error, count = jax.lax.while_loop(unfinished, update, first)
     error, count = jnp.max(error), jnp.asarray(count, p.dtype)
     return u, v, Stats((error <= tolerance).astype(p.dtype), count, error)
@@ -74,8 +154,9 @@ def _scalings(p, q, kernel):
 # The matrix is symmetric, so dV = <alpha, dp> + <beta, dq> with
 #   p alpha + P beta = (P C) 1,  P^T alpha + q beta = (P C)^T 1.
 # Eliminating alpha, with y = sqrt(q) beta:  (I - M^T M) y = rhs,  M = P / sqrt(p q^T).
-# The matrix is singular only along sqrt(q), and well enough conditioned for ten steps
-# of conjugate gradients.  p and q are the plan's own marginals: all this is exact.
+# The matrix is singular only along sqrt(q).  Divided on both sides by the root of its
+# diagonal, about 1 - kept share, it is well enough conditioned for a few steps of
+# conjugate gradients.  p and q are the plan's own marginals: all this is exact.
 @jax.custom_jvp
 def _plan_cost(p, q, cost, kernel):
     u, v, stats = _scalings(p, q, kernel)
@@ -100,17 +181,21 @@ def _sensitivities(u, v, cost, kernel):
     )
     row_cost, column_cost = moved / reached, matmul(u, prices) / seen
     root_p, root_q = jnp.sqrt(u * reached), jnp.sqrt(v * seen)
-    left, right = jnp.sqrt(u / reached), jnp.sqrt(v / seen)  # M = left K right
+    share = _kept_share(u * reached, v * seen, u, v, kernel)
+    scale = 1 / jnp.sqrt(1 - share)
+    null = root_q / scale
+    left, right = jnp.sqrt(u / reached), scale * jnp.sqrt(v / seen)  # M = left K right
     transposed = lambda z: right * matmul(left * z, kernel)
 
     def without_null(y):
-        share = jnp.sum(root_q * y, axis=1, keepdims=True)
-        return y - root_q * share / jnp.sum(root_q**2, axis=1, keepdims=True)
+        part = jnp.sum(null * y, axis=1, keepdims=True)
+        return y - null * part / jnp.sum(null**2, axis=1, keepdims=True)
 
     def apply(y):
-        return without_null(y - transposed(left * matmul(right * y, kernel.T)))
+        moved = transposed(left * matmul(right * y, kernel.T))
+        return without_null(scale**2 * y - moved)
 
-    rhs = without_null(root_q * column_cost - transposed(root_p * row_cost))
+    rhs = without_null(scale * root_q * column_cost - transposed(root_p * row_cost))
     least = _tolerance(u.dtype) * jnp.max(jnp.abs(cost))
     y = _conjugate_gradients(apply, rhs, least)
     alpha = row_cost - matmul(right * y, kernel.T) / reached
