@@ -47,7 +47,8 @@ def _extrapolated(step, steps, changes, weights):
     """Extrapolates a fixed-point step from the last two (Anderson acceleration).
 
     ``steps`` and ``changes`` are the last two moves and the changes of step that they
-    caused.  The combination that leaves the smallest step is chosen for each image.
+    caused.  The combination that leaves the smallest step is chosen for each image
+    (Walker and Ni, Anderson acceleration for fixed-point iterations, 2011).
     """
     dot = lambda a, b: jnp.sum(weights * a * b, axis=1, keepdims=True)
     one, two = changes

@@ -112,7 +112,7 @@ def sinkhorn(
     .. math:: K = e^{(f + g - C) / \epsilon}, \quad
               v \leftarrow b / K^\top u, \quad u \leftarrow a / K v
 
-    Cost: one to two exponentials of ``[n, m]`` for each absorption, and two products
+    Cost: up to three exponentials of ``[n, m]`` for each absorption, and two products
     of ``[n, m]`` with a vector for each iteration.
 
     Args:
@@ -129,7 +129,7 @@ def sinkhorn(
 
     Examples:
       >>> half, options = jnp.full(2, 0.5), {"threshold": 1e-3, "max_iterations": 100}
-      >>> sinkhorn(1 - jnp.eye(2), half, half, jnp.array(0.1), **options)[2]
+      >>> sinkhorn(1 - jnp.eye(2), half, half, jnp.array(5e-3), **options)[2]
       Array([[0.5, 0. ], [0. , 0.5]], dtype=float32)
     """
     # ott declares epsilon as a float, but also accepts an array.
@@ -147,7 +147,7 @@ def sinkhorn(
         kernel = geometry.transport_from_potentials(f, g)
         ones, seen = (jnp.ones_like(a), jnp.ones_like(b)), jnp.sum(kernel, axis=0)
         error = _column_error(ones[1], seen, b)  # NaN, which ends the loop, if C is
-        first = Scalings(*ones, seen, error, done.count + 1, done.fits | True)
+        first = Scalings(*ones, seen, error, done.count + 1, jnp.ones_like(done.fits))
         last = jax.lax.while_loop(
             lambda state: unfinished(state) & state.fits,
             lambda state: _updated(state, kernel, a, b, symmetric),
@@ -156,9 +156,10 @@ def sinkhorn(
         return f, g, last
 
     with implicit_promotion():
-        zeros, ones = (tuple(jnp.full_like(z, i) for z in (a, b)) for i in (0, 1))
+        zeros, ones = (jnp.zeros_like(a), jnp.zeros_like(b)), jnp.ones_like(b)
         infinite = jnp.asarray(jnp.inf, cost.dtype)
-        start = Scalings(*ones, zeros[1], infinite, jnp.asarray(0), jnp.asarray(True))
+        first = jnp.asarray(0), jnp.asarray(True)
+        start = Scalings(jnp.ones_like(a), ones, zeros[1], infinite, *first)
         f, g, last = jax.lax.while_loop(
             lambda state: unfinished(state[2]), absorb, (*zeros, start)
         )
