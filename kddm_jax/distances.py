@@ -106,6 +106,11 @@ def _either(weight):
     return {None: weight, "teacher": weight}
 
 
+def _cosines(weight):
+    """Gives "unit" the same default, too, because cosines ignore the rows' lengths."""
+    return {**_either(weight), "unit": weight}
+
+
 def _any(weight: float) -> dict[str | None, float]:
     """Gives all the same default, because predictions and maps are not normalized."""
     return dict.fromkeys(NORMALIZATIONS, weight)
@@ -117,13 +122,14 @@ def _any(weight: float) -> dict[str | None, float]:
 # and "standardized" were chosen on 5,000 held-out images of CIFAR-10 with 2 seeds, for
 # students of 2,000 labels that train to the end
 # (experiments/results/cifar10-2000-weights.json); entries without one have not been
-# shown to help with it. The other defaults from "w2" to "l2" were chosen on 300
-# held-out digits with 3 seeds, for students that train for 60 steps (commits 541f024
-# and, for "mmd_rbf" and "cmmd_rbf", 8bedf6c have the numbers). Between 1e-2 and 1 most
-# entries are flat within a standard error of one point. "w2" has the smallest of these
-# numbers because it pairs across classes, and "jw2" and "kl_gaussian" because at 1 the
-# students had only 19 and 57 %. The defaults after "l2" were not measured; their
-# sources are named above the entries.
+# shown to help with it; "pkt" and "contrastive" do not change with "unit", because they
+# compare cosines. The other defaults from "w2" to "l2" were chosen on 300 held-out
+# digits with 3 seeds, for students that train for 60 steps (commits 541f024 and, for
+# "mmd_rbf" and "cmmd_rbf", 8bedf6c have the numbers). Between 1e-2 and 1 most entries
+# are flat within a standard error of one point. "w2" has the smallest of these numbers
+# because it pairs across classes, and "jw2" and "kl_gaussian" because at 1 the students
+# had only 19 and 57 %. The defaults after "l2" were not measured; their sources are
+# named above the entries.
 DISTANCES: Mapping[str, Distance] = MappingProxyType(
     {
         "w2": Distance(
@@ -278,7 +284,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "pkt": Distance(
             pkt,
             title="PKT",
-            weights=_either(30_000 / 64),
+            weights=_cosines(30_000 / 64),
             complexity="n² d",
             promises=frozenset({"zero", "rotation", "widths"}),
         ),
@@ -301,7 +307,7 @@ DISTANCES: Mapping[str, Distance] = MappingProxyType(
         "contrastive": Distance(
             contrastive,
             title="InfoNCE",
-            weights=_either(0.8),
+            weights=_cosines(0.8),
             complexity="n² d",
             promises=frozenset({"rotation"}),
         ),

@@ -84,8 +84,9 @@ class Distance:
       diagnose: function of the same arguments as ``fn`` that returns ``(value, {name:
         scalar})``.  With several devices, the smallest "converged" and the largest
         values of the others are reported.
-      weights: default of lambda for each ``normalization`` of `distill_loss`.  For a
-        normalization without a default, the caller must pass a number.
+      weights: default of lambda for each ``normalization`` of `distill_loss` and of the
+        command.  For a normalization without a default, the caller must pass a number;
+        the command uses 1 for a distance of your own that has no defaults at all.
     """
 
     fn: Callable[..., jax.Array]

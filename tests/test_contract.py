@@ -564,6 +564,17 @@ def test_default_weights_are_those_of_a_unit(name, x64):
         assert teacher is not None
 
 
+@parametrize([name for name, row in DISTANCES.items() if "features" in row.inputs])
+def test_distances_of_directions_have_a_default_for_unit_rows(name, x64):
+    """Rows of unit length give the same value if the rows' lengths do not matter."""
+    row, batch = DISTANCES[name], make_batch(16, 5)
+    rng = np.random.default_rng(0)  # the two sides have different lengths
+    other = batch.map(lambda z: rng.uniform(0.5, 2, (16, 1)) * z, "x", "y")
+    before, after = (value(name, b, jnp.float64) for b in (batch, other))
+    if np.isclose(before, after, rtol=1e-6):
+        assert row.weights["unit"] == row.weights[None]
+
+
 @ROWS
 def test_diagnosis_has_the_same_value(name):
     row, batch = DISTANCES[name], make_batch()

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-from kddm_jax.distances import DISTANCES
-from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import (
     NOT_NEGATIVE,
     PART,
@@ -147,10 +145,11 @@ class Method:
     each has its own lambda. The published methods fitnet, wkd and kd++ have their own
     terms, layers and projectors, which other options do not change."""
     weight: Annotated[float | None, Mark.NAMED_OTHERWISE] = None
-    """Lambda of every distance that --weights does not name. None uses the catalogue's
-    default for --normalization (an error if there is none), or without normalization
-    1e-4, as in the released code. feature_only uses 10 with --normalization unit and
-    otherwise 1. A published method uses 1."""
+    """Lambda of every distance that --weights does not name. None uses the distance's
+    default for the given --normalization, and is an error if there is none. Exceptions:
+    --recipe paper without normalization uses 1e-4, as the released code does;
+    feature_only uses 10 with --normalization unit and otherwise 1; a published method,
+    and a distance of yours without weights=, use 1."""
     weights: Annotated[dict[str, float] | None, Mark.NAMED_OTHERWISE] = None
     """Lambda of single distances, such as: --weights w2 1e-4 cw2 1e-3. The distances of
     a sum are named one by one: for l2+kd, --weights l2 10 kd 1."""
@@ -433,10 +432,6 @@ def identity(settings: Settings, name: str) -> dict[str, Any]:
     }
 
 
-RELEASED_WEIGHT = 1e-4
-UNIT_WEIGHT = 10.0  # of feature_only, whose distance of unit features is at most 4
-
-
 def by_quality(settings: Settings) -> bool:
     """Returns whether the teacher's layers are chosen by quality."""
     return settings.method.layers == (RELEASED,)
@@ -448,41 +443,3 @@ def parts_of(name: str) -> tuple[str, ...]:
     A published method is one part, with one lambda for all of its terms.
     """
     return (name,) if name in PUBLISHED else tuple(name.split("+"))
-
-
-def weight_of(settings: Settings, distance: str) -> float:
-    """Returns lambda of a distance from --weights, --weight, or its default.
-
-    It is 1 for a sum of distances, in which each has its own lambda.
-    """
-    if len(parts_of(distance)) > 1:
-        return 1.0
-    weights = settings.method.weights or {}
-    if distance in weights:
-        return weights[distance]
-    if settings.method.weight is not None:
-        return settings.method.weight
-    normalization = settings.method.normalization
-    if distance in PUBLISHED:
-        return 1.0
-    if distance == FEATURE_ONLY:
-        unit = normalization == "unit" and not by_quality(settings)
-        return UNIT_WEIGHT if unit else 1.0
-    if normalization is None:
-        return RELEASED_WEIGHT
-    if distance not in DISTANCES:
-        return 1.0
-    defaults = DISTANCES[distance].weights
-    if normalization not in defaults:
-        # A file of statistics has one normalization, and None the released weight.
-        fixed = settings.networks.teacher_statistics is not None
-        known = (
-            f", or --normalization {name} (λ = {weight:g})"
-            for name, weight in defaults.items()
-            if name is not None and not fixed
-        )
-        raise UserError(
-            f"{distance} has no default weight with --normalization {normalization}; "
-            f"pass --weights {distance} NUMBER{''.join(known)}"
-        )
-    return defaults[normalization]

@@ -23,7 +23,7 @@ from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import curves, embedding, table
-from kddm_jax.experiment.settings import change, weight_of
+from kddm_jax.experiment.settings import change
 from kddm_jax.experiment.training import (
     from_teacher,
     methods,
@@ -33,6 +33,7 @@ from kddm_jax.experiment.training import (
     runs,
     train,
 )
+from kddm_jax.experiment.training.lookup import weight_of
 from kddm_jax.experiment.training.train import Teacher
 from kddm_jax.train_step import create_state, make_train_step
 
@@ -480,6 +481,7 @@ def huber(x, y):
     return jnp.mean(jnp.where(r < 1, r * r / 2, r - 0.5))
 
 ROW = Distance(huber, title="Huber")
+WEIGHTED = Distance(huber, weights={"unit": 1000.0})
 NUMBER = 3
 """
 
@@ -512,6 +514,17 @@ def test_own_distance_is_found_by_module_and_name(own):
     }.items():
         with pytest.raises(UserError, match=text):
             methods.find(name)
+
+
+def test_own_distance_has_its_own_default_weight(own):
+    name = "own_distances:WEIGHTED"
+    of = lambda *line: weight_of(parse(["--distances", name, *line]), name)
+    assert of("--normalization", "unit") == 1000.0
+    assert of("--normalization", "unit", "--weight", "2") == 2.0
+    with pytest.raises(UserError, match=r"no default .* teacher; .* unit \(λ = 1000"):
+        of("--normalization", "teacher")
+    for plain in ("own_distances:ROW", "own_distances:huber"):
+        assert weight_of(parse(["--normalization", "unit"]), plain) == 1.0
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import embedding, table
-from kddm_jax.experiment.settings import weight_of
 from kddm_jax.experiment.training import methods, models
+from kddm_jax.experiment.training.lookup import weight_of
 
 of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -21,8 +21,9 @@ from kddm_jax.experiment import settings as settings_module
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.options import Mark
 from kddm_jax.experiment.recipes import RECIPES, parse
-from kddm_jax.experiment.settings import Settings, change, flat, weight_of
+from kddm_jax.experiment.settings import Settings, change, flat
 from kddm_jax.experiment.training import models, optimizers, problems, runs
+from kddm_jax.experiment.training.lookup import weight_of
 from kddm_jax.networks import projectors
 
 
@@ -132,15 +133,30 @@ def test_weights_come_before_weight_before_the_catalogue():
     assert weight_of(found, "w2") == 0.0
     found = parse(["--distances", "l2", "cw2", "--normalization", "unit"])
     assert [weight_of(found, name) for name in ("l2", "cw2")] == [10.0, 10.0]
-    # The catalogue's weights are for normalized features; others use the released
-    # weight.
-    found = parse([*line, "--normalization", "None"])
-    assert weight_of(found, "cw2") == settings_module.RELEASED_WEIGHT == 1e-4
 
 
-@pytest.mark.parametrize("normalization", ["unit", "centered", "standardized"])
+def test_only_the_paper_recipe_has_the_released_weight():
+    """Elsewhere, raw features have the catalogue's default."""
+    line = ["--dataset", "cifar10", "--normalization", "None"]
+    for name in ("pkt", "dkd", "attention"):
+        expected = DISTANCES[name].weights[None]
+        for recipe in ("crd", "laptop", "strong"):
+            assert weight_of(parse([*line, "--recipe", recipe]), name) == expected
+        assert weight_of(parse([*line, "--recipe", "paper"]), name) == 1e-4
+    assert weight_of(parse([*line, "--recipe", "paper"]), "w2") == 1e-4
+
+
+def test_the_losses_of_repdistiller_have_defaults():
+    found = parse(["--dataset", "cifar100", "--recipe", "crd"])
+    names = ("kd", "attention", "pkt", "dkd", "similarity")
+    assert [weight_of(found, name) for name in names[:4]] == [1.0, 15.625, 468.75, 1.0]
+    with pytest.raises(UserError, match="similarity has no default"):
+        weight_of(found, "similarity")  # its rows of the Gram matrix change
+
+
+@pytest.mark.parametrize("normalization", ["unit", "centered", "standardized", None])
 def test_a_normalization_without_default_weights_asks_for_one(normalization):
-    line = ["--distances", "w2", "kd", "nst", "--normalization", normalization]
+    line = ["--distances", "w2", "kd", "nst", "--normalization", str(normalization)]
     found = parse(line)
     with pytest.raises(UserError) as error:
         weight_of(found, "w2")

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kddm_jax import DISTANCES, Bank, Distance, Term, distill_loss
-from kddm_jax.distances import get_distance
 from kddm_jax.experiment.checks import layer_pairs
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.published import PUBLISHED
@@ -26,9 +25,9 @@ from kddm_jax.experiment.settings import (
     by_quality,
     change,
     parts_of,
-    weight_of,
 )
 from kddm_jax.experiment.training import models
+from kddm_jax.experiment.training.lookup import find, weight_of
 from kddm_jax.networks.projectors import (
     PROJECTORS,
     add_projectors,
@@ -70,31 +69,6 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     projectors: Mapping[str, nn.Module] = field(default_factory=dict)
     head: tuple[str, ...] | None = None
-
-
-def find(name: str) -> Distance:
-    """Finds a distance in the catalogue or in a module of the user.
-
-    Args:
-      name: a key of the catalogue, or ``module:NAME`` of a `Distance` or a function of
-        ``(x, y)``.
-
-    Returns:
-      The distance.
-
-    Raises:
-      UserError: the distance does not exist.
-    """
-    if name in DISTANCES:
-        return DISTANCES[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return get_distance(getattr(models.load_module(module), attribute))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"distance {name!r}: {error}; the module is looked for in the working "
-            "folder and among the installed packages"
-        ) from error
 
 
 def entries(name: str) -> tuple[Distance, ...]:

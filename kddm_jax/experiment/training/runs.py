@@ -29,7 +29,6 @@ from kddm_jax.experiment.settings import (
     identity,
     parts_of,
     renamed,
-    weight_of,
 )
 from kddm_jax.experiment.training import (
     compute,
@@ -39,6 +38,7 @@ from kddm_jax.experiment.training import (
     pretrained,
     stored,
 )
+from kddm_jax.experiment.training.lookup import weight_of
 from kddm_jax.experiment.training.problems import Problem
 
 TITLES = {LONGER: "student alone, compute of a distilled run"}
