@@ -66,6 +66,23 @@ class Finished:
         return model, variables_of(problem, path, model)
 
 
+def results_of(folder: Path) -> Path:
+    """Returns the file of a folder's results.
+
+    Raises:
+      UserError: there is none, because the command has not finished, or no folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; pass --out of kddm distill")
+    path = folder / "results.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} has no results.json: it is not finished; run its command "
+            "(kddm distill) to the end"
+        )
+    return path
+
+
 def load(
     folder: Path, *, data_dir: Path | None = None, teacher: Path | None = None
 ) -> Finished:
@@ -83,13 +100,7 @@ def load(
     Raises:
       UserError: the command has not finished, or the teacher has no checkpoint.
     """
-    path = folder / "results.json"
-    if not path.exists():
-        raise UserError(
-            f"{folder} has no results.json: it is not finished; run its command "
-            "(kddm distill) to the end"
-        )
-    results = records.read_json(path)
+    results = records.read_json(results_of(folder))
     settings = from_json(results["settings"])
     cache = settings.run.compilation_cache
     given = teacher or settings.networks.teacher or runs.folder_of(folder, "teacher", 0)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kddm_jax.experiment import distill
+from kddm_jax.experiment.finished import results_of
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.records import read_json
 from kddm_jax.experiment.machine.terminal import answer_errors
@@ -31,8 +32,9 @@ def _file(path):
     """Returns the JSON file of a study's folder, or the file itself."""
     if path.suffix == ".json":
         return path
-    names = (RESULTS, "weights.json")
-    return next((path / n for n in names if (path / n).exists()), path / RESULTS)
+    if not (path / RESULTS).exists() and (path / "weights.json").exists():
+        return path / "weights.json"
+    return results_of(path)
 
 
 def _rendered(paths):

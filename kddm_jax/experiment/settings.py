@@ -98,7 +98,7 @@ class Augmentation:
 class Networks:
     """Chooses teacher and student."""
 
-    teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE, Mark.NOT_SHOWN] = None
+    teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Checkpoint, or run folder, of a trained teacher; None trains one."""
     teacher_statistics: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """File made by kddm outputs, from which students learn without a teacher. Only
@@ -275,18 +275,18 @@ class Run:
     are never trained on them."""
     devices: Annotated[int | None, POSITIVE] = None
     """Number of devices of all processes together; None uses all."""
-    coordinator: Annotated[str | None, Mark.OWN] = None
+    coordinator: Annotated[str | None, Mark.OWN, Mark.NOT_SHOWN] = None
     """HOST:PORT of the first process, if there are several, one on each host. None
     detects Cloud TPU and Slurm, and otherwise runs a single process."""
-    processes: Annotated[int | None, POSITIVE] = None
+    processes: Annotated[int | None, POSITIVE, Mark.NOT_SHOWN] = None
     """Number of processes; 1 runs a single process, even on Cloud TPU or Slurm."""
-    process: Annotated[int | None, Mark.OWN] = None
+    process: Annotated[int | None, Mark.OWN, Mark.NOT_SHOWN] = None
     """Index of this process, starting at 0."""
-    stream_above: Annotated[float | None, NOT_NEGATIVE] = None
+    stream_above: Annotated[float | None, NOT_NEGATIVE, Mark.NOT_SHOWN] = None
     """If the training images take more than this many megabytes, they stay in host
     memory and are sent to the devices batch by batch, ahead of time; None uses a
     quarter of the device's memory."""
-    checkpoint_seconds: Annotated[float, NOT_NEGATIVE] = 30.0
+    checkpoint_seconds: Annotated[float, NOT_NEGATIVE, Mark.NOT_SHOWN] = 30.0
     """Minimum number of seconds between checkpoints. A checkpoint is always written at
     the end of a run and on SIGTERM."""
     on_nonfinite: Annotated[str, Choices("stop", "skip")] = "stop"

@@ -394,10 +394,14 @@ def test_many_classes_have_no_legend():
 
 def test_a_page_of_nothing_is_one_line(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
-    for folder in (tmp_path / "nowhere", tmp_path):
+    missing, broken = tmp_path / "nowhere", tmp_path
+    for folder, said in (
+        (missing, f"{missing} is not a folder"),
+        (broken, f"{broken / 'results.json'} is not readable"),
+    ):
         assert render.main([str(folder)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {folder / 'results.json'} is not readable")
+        assert error.startswith(f"error: {said}")
         assert error.count("\n") == 1
 
 

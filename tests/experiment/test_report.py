@@ -112,6 +112,25 @@ def test_markdown():
     assert table.markdown(small_results()) == GOLDEN
 
 
+def test_the_command_has_what_changes_results():
+    """Folders of the machine are left out, but not that the teacher was given."""
+    results = small_results()
+    results["settings"] |= {
+        "teacher": "/home/me/runs/teacher/seed0",
+        "data_dir": "/data",
+        "checkpoint_seconds": 5.0,
+        "stream_above": 100.0,
+        "coordinator": "host:1234",
+        "processes": 2,
+        "process": 1,
+        "log": "tensorboard",
+        "profile": 20,
+        "lr": 0.5,
+    }
+    found = table.command_of(results).removeprefix("python experiments/cifar.py ")
+    assert found == "--dataset digits --seeds 0 1 --teacher CHECKPOINT --lr 0.5"
+
+
 def test_top_5_accuracy_is_shown_where_it_was_measured():
     """By hand: the mean of 94 and 96 is 95, their deviation sqrt(2)."""
     results = small_results()
@@ -145,7 +164,11 @@ def test_a_folder_is_its_json_file(tmp_path, capsys):
         status, error = said(*paths)
         assert status == 2
         assert f"{folders[0] / 'weights.json'} is a grid of version 0.2.0" in error
-    assert f"{folders[2] / 'results.json'} is not readable" in said(folders[2])[1]
+    for paths in (folders[2:], folders[1:]):
+        status, error = said(*paths)
+        assert (status, error.count("\n")) == (2, 1)
+        assert f"{folders[2]} has no results.json: it is not finished" in error
+    assert "is not a folder" in said(tmp_path / "absent")[1]
 
 
 def test_a_page_that_cannot_be_rendered_is_left(tmp_path, capsys):

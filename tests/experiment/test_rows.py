@@ -331,6 +331,22 @@ def test_learning_rates_and_layers_distinguish_rows():
     assert "learning rate" in table.columns(results)
 
 
+def test_weight_decays_of_two_files_are_rows():
+    """Such as KD with RepDistiller's weights, which has another weight decay."""
+    rate = lambda lr, decay: {"lr": lr, "weight_decay": decay}
+    one = study(made("kd", {0: 84.0, 1: 85.0}), **rate(0.05, 5e-4))
+    other = study(made("kd", {0: 86.0, 1: 86.5}), **rate(0.05, 5e-3))
+    merged = rows.merge({"a.json": one, "b.json": other})
+    assert [(row.title, row.key.decay) for row in rows.rows(merged)] == [
+        ("student, weight decay 0.0005", "0.0005"),
+        ("student, weight decay 0.005", "0.005"),
+        ("KD, weight decay 0.0005", "0.0005"),
+        ("KD, weight decay 0.005", "0.005"),
+    ]
+    assert cells(merged, "weight decay", "accuracy %")[-1] == ("0.005", "86.25 ± 0.35")
+    assert "weight decay" not in table.columns(one)
+
+
 def test_a_student_alone_of_fewer_seeds_is_no_reference():
     """Its one seed may be lucky, and would leave one pair of each method."""
     results = small_results()

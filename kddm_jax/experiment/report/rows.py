@@ -1,9 +1,9 @@
 """Groups runs into the rows of a table, for one study or for several.
 
-A row is a method with its normalization, lambda, learning rate, layers and, if it is a
-control, placebo. The runs of a row differ in their seed only. `rows` groups the runs of
-a study. `merge` joins studies that differ only in their seeds and in what the rows
-show.
+A row is a method with its normalization, lambda, learning rate, weight decay, layers
+and, if it is a control, placebo. The runs of a row differ in their seed only. `rows`
+groups the runs of a study. `merge` joins studies that differ only in their seeds and in
+what the rows show.
 """
 
 import json
@@ -49,7 +49,8 @@ PLACEBOS = {
 # by its digest, a file of pretrained weights by its digest in the runs, and the images
 # of students and of the evaluation by their numbers, because None means all.
 SHOWN = ("normalization", "placebo", "placebo_share", "statistics", "outputs", "lr")
-SHOWN += ("layers", "projector", "unlabelled_images", "predicted_labels")
+SHOWN += ("weight_decay", "layers", "projector")
+SHOWN += ("unlabelled_images", "predicted_labels")
 MAY_DIFFER = marked(Mark.NAMED_OTHERWISE) | marked(Mark.OF_TEACHER)
 IMAGES = {"student_images", "test_images"}
 MAY_DIFFER |= {*SHOWN, *IMAGES, "eval_every"}
@@ -71,6 +72,7 @@ class Key(NamedTuple):
       normalization: normalization of the features; "" if no features are compared.
       weight: lambda; "" for a student alone.
       rate: peak learning rate; "" if it was not recorded.
+      decay: weight decay; "" if it was not recorded.
       layers: the values of ``--layers`` and ``--projector``; "" if no features or maps
         are compared.
       unlabelled: the student's unlabelled images; "" if it has none.
@@ -81,6 +83,7 @@ class Key(NamedTuple):
     normalization: str = ""
     weight: str = ""
     rate: str = ""
+    decay: str = ""
     layers: str = ""
     unlabelled: str = ""
 
@@ -170,10 +173,11 @@ def all_unlabelled(found: Sequence["Row"]) -> str:
 def _key(run, settings):
     name = run["name"]
     method, words, layers = _method(run, settings), "", ""
-    rate = "" if method["lr"] is None else f"{method['lr']:g}"
+    numbers = (method["lr"], method["weight_decay"])
+    rate, decay = ("" if number is None else f"{number:g}" for number in numbers)
     if name in STUDENTS_ALONE:  # the compute of a distilled run depends on its images
         unlabelled = _unlabelled(method) if name == LONGER else ""
-        return Key(name, rate=rate, unlabelled=unlabelled)
+        return Key(name, rate=rate, decay=decay, unlabelled=unlabelled)
     if _compares(name, "features", "maps"):
         layers = " ".join(method["layers"] or ())
         pairs = method["layers"] or ("features",)
@@ -184,7 +188,7 @@ def _key(run, settings):
         words = NORMALIZATIONS.get(method["normalization"], method["normalization"])
     if name == FEATURE_ONLY and layers == RELEASED:
         words = NORMALIZATIONS[None]  # that loss transforms nothing
-    shown = _remarks(method), words, _weight(run), rate, layers
+    shown = _remarks(method), words, _weight(run), rate, decay, layers
     return Key(name, *shown, _unlabelled(method))
 
 
@@ -198,6 +202,8 @@ def _title(title, key, keys):
         words.append(f"λ = {key.weight}")
     if len({other.rate for other in same if other[:4] == key[:4]}) > 1:
         words.append(f"learning rate {key.rate}")
+    if len({other.decay for other in same if other[:5] == key[:5]}) > 1:
+        words.append(f"weight decay {key.decay}")
     if len({other.layers for other in same}) > 1 and key.layers:
         words.append(f"layers {key.layers}")
     alone = key.name in STUDENTS_ALONE

@@ -28,7 +28,7 @@ from kddm_jax.experiment.settings import FILES, PLACES, as_json, renamed
 
 COLUMNS = (
     *("", "accuracy %", "top-5 %", "difference to alone", "gap closed"),
-    *("λ", "normalization", "learning rate", "seeds", "seconds"),
+    *("λ", "normalization", "learning rate", "weight decay", "seeds", "seconds"),
 )
 TITLES = 20  # narrowest column of titles on a terminal, in characters
 
@@ -41,6 +41,7 @@ def columns(results: Mapping[str, Any]) -> tuple[str, ...]:
         "top-5 %": any(_top5(row) for row in found),
         "normalization": len({key.normalization for key in keys} - {""}) > 1,
         "learning rate": len({key.rate for key in keys} - {""}) > 1,
+        "weight decay": len({key.decay for key in keys} - {""}) > 1,
     }
     return tuple(c for c in COLUMNS if needed.get(c, True))
 
@@ -78,6 +79,7 @@ def _cells(row: Row, alone: Row, results) -> dict[str, str]:
         "λ": row.key.weight,
         "normalization": row.key.normalization,
         "learning rate": row.key.rate,
+        "weight decay": row.key.decay,
         "seeds": str(len(row.runs)),
         "seconds": f"{np.mean([run['timing']['seconds'] for run in row.runs]):.0f}",
     }
@@ -258,6 +260,8 @@ def command(
             words += [str(part) for pair in value.items() for part in pair]
         elif isinstance(value, list | tuple):
             words += [str(part) for part in value]
+        elif name == "teacher":  # the last parts of its path say nothing
+            words.append("CHECKPOINT")
         elif name in FILES:
             words.append(Path(value).name)
         else:

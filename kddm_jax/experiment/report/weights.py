@@ -17,7 +17,7 @@ from kddm_jax.experiment.report.table import machine
 # Method and normalization, then lambda, of the runs of a grid.
 Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
 # Settings that a candidate replaces, and those that do not change its result.
-OF_A_CANDIDATE = (MAY_DIFFER | {"weight_decay"}) - {
+OF_A_CANDIDATE = MAY_DIFFER - {
     "layers",
     "placebo",
     "placebo_share",
