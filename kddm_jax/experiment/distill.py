@@ -88,11 +88,14 @@ def _warn_of_weak_teacher(summary, console):
     teacher = summary["teacher"]["accuracy"]
     alone = max(reference(rows(summary)).accuracy.values())
     if teacher <= alone:
+        paper = (
+            " The paper recipe needs ImageNet weights (--pretrained-teacher, "
+            "--pretrained-student); without them use --recipe strong."
+        )
         console.print(
             f"The teacher ({teacher:.2f} %) is no better than the student "
-            f"alone ({alone:.2f} %): there is nothing to distil. The paper recipe "
-            "needs ImageNet weights (--pretrained-teacher, --pretrained-student); "
-            "without them use --recipe strong."
+            f"alone ({alone:.2f} %): there is nothing to distil."
+            f"{paper if summary['settings']['recipe'] == 'paper' else ''}"
         )
 
 

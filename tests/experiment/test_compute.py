@@ -151,6 +151,16 @@ def test_a_teacher_worse_than_the_longer_run_is_weak(accuracy):
     )
 
 
+@pytest.mark.parametrize("recipe", ["paper", "crd"])
+def test_imagenet_weights_are_advice_for_the_paper_recipe(recipe):
+    file, results = io.StringIO(), results_with_longer(95.0)
+    results["settings"]["recipe"] = recipe
+    distill._warn_of_weak_teacher(results, Console(file=file))
+    assert ("needs ImageNet weights" in " ".join(file.getvalue().split())) == (
+        recipe == "paper"
+    )
+
+
 def test_equal_compute_from_end_to_end(trained, tmp_path, monkeypatch):
     """Trains, renders and resumes; teacher and student are of one shape."""
     out = tmp_path / "out"
