@@ -80,9 +80,10 @@ class Augmentation:
     """Changes training images at random."""
 
     padding: Annotated[int, NOT_NEGATIVE] = 4
-    """Pixels of padding of the random crop."""
+    """Pixels of padding of the random crop. The default depends on the data set; pass
+    --dataset together with --help to see it."""
     flip: bool = True
-    """Flip images horizontally at random."""
+    """Flip images horizontally at random. The default depends on the data set, too."""
     degrees: Annotated[float, NOT_NEGATIVE] = 0.0
     """Largest angle of the random rotation."""
     shift: Annotated[float, SHARE] = 0.0
