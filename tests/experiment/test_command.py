@@ -16,7 +16,8 @@ from kddm_jax import __main__ as kddm
 from kddm_jax.experiment import outputs
 from kddm_jax.experiment.machine import records
 from kddm_jax.experiment.recipes import parse
-from kddm_jax.experiment.settings import parts_of, weight_of
+from kddm_jax.experiment.settings import parts_of
+from kddm_jax.experiment.training.lookup import weight_of
 
 ROOT = Path(kddm_jax.__file__).parents[1]
 
