@@ -40,6 +40,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import roofline
 
 from kddm_jax.distances import DISTANCES
 
@@ -123,14 +124,8 @@ def class_means(classes: int, d: int) -> jax.Array:
 
 def arrays_of(jaxpr) -> Iterator[int]:
     """Yields the sizes of all arrays of a program, including loops and calls."""
-    for equation in jaxpr.eqns:
+    for equation in roofline.equations(jaxpr):
         yield from (getattr(v.aval, "size", 0) for v in equation.outvars)
-        for parameter in jax.tree.leaves(
-            tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from arrays_of(inner)
 
 
 class Programs:

@@ -395,6 +395,175 @@ def test_open_loops_are_those_of_unknown_length(ahead):
     assert len(ahead.OPEN_LOOP.findall(text)) == 1
 
 
+def test_operations_and_bytes_of_a_product_are_counted():
+    import roofline
+
+    n, d = 64, 32
+    x = jax.ShapeDtypeStruct((n, d), jnp.float32)
+    counts = roofline.count(lambda x, y: x @ y.T, x, x)
+    assert counts == (2 * n * n * d, 4 * (2 * n * d + n * n), 1)
+
+
+def test_the_body_of_a_loop_is_counted_as_often_as_it_runs():
+    import roofline
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    product = lambda x: x @ x / 2
+    seven = lambda x: jax.lax.fori_loop(0, 7, lambda _, x: product(x), x)
+    unknown = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 5, jax.jit(seven), x)
+    once = roofline.count(product, x)
+    for fn, times in ((seven, 7), (unknown, 21)):
+        counts = roofline.count(fn, x, passes=3)
+        assert counts.operations == pytest.approx(times * once.operations, rel=1e-3)
+        assert counts.bytes >= times * once.bytes  # and copies
+        assert counts.kernels >= times * once.kernels
+
+
+def test_decompositions_are_counted_and_named():
+    import roofline
+
+    x = jax.ShapeDtypeStruct((3, 20, 8), jnp.float32)
+    plain = roofline.count(lambda x: x + 1, x).operations
+    factor = lambda x: jnp.linalg.qr(x)[0]
+    assert roofline.decompositions(factor, x) == ["qr"]
+    assert roofline.decompositions(lambda x: x + 1, x) == []
+    textbook = 3 * (4 * 20 * 8**2 - 4 / 3 * 8**3)
+    # XLA gives -1 for a call that it cannot count.
+    counted = roofline.count(factor, x).operations
+    assert counted == pytest.approx(textbook, rel=1e-3)
+    assert plain == 3 * 20 * 8
+
+
+def test_kernels_are_those_outside_fusions():
+    import roofline
+
+    text = """HloModule jit_fn
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %add.1 = f32[2]{0} add(%p, %p)
+}
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add.2 = f32[] add(%a, %b)
+}
+%body (s: (f32[2], s32[])) -> (f32[2], s32[]) {
+  %g = f32[2]{0} get-tuple-element(%s), index=0
+  %f = f32[2]{0} fusion(%g), kind=kLoop, calls=%fused
+  ROOT %t = (f32[2]{0}, s32[]) tuple(%f, %f)
+}
+ENTRY %main (x: f32[2]) -> f32[] {
+  %x = f32[2]{0} parameter(0)
+  %w = (f32[2]{0}, /*index=1*/s32[]) while(%x), condition=%cond, body=%body
+  %c = f32[2]{0} call(%x), to_apply=%body
+  ROOT %r = f32[] reduce(%x), dimensions={0}, to_apply=%sum
+}
+"""
+    assert roofline.kernels(text) == 2  # the fusion and the reduction
+
+
+def test_shares_are_those_of_a_roofline():
+    import roofline
+
+    device = roofline.Device(bfloat16=100.0, float32=10.0, bandwidth=5.0)
+    step = roofline.Counts(operations=1000.0, bytes=1e9, kernels=4)  # 10 s
+    by_operations = roofline.Counts(operations=20.0, bytes=5.0, kernels=3)  # 2 s
+    by_bytes = roofline.Counts(operations=20.0, bytes=20.0, kernels=3)  # 4 s
+    assert roofline.share(by_operations, step, device) == pytest.approx(0.2)
+    assert roofline.share(by_bytes, step, device) == pytest.approx(0.4)
+    launched = (4 + 3 * roofline.LAUNCH) / 10
+    assert roofline.share_with_launches(by_bytes, step, device) == launched
+    tiny = step._replace(operations=0.0)  # as long as its launches
+    assert roofline.share_with_launches(by_bytes, tiny, device) == pytest.approx(
+        (4 + 3 * roofline.LAUNCH) / (4 * roofline.LAUNCH)
+    )
+
+
+def shares(distance, batch, h200, tpu, **more):
+    """Makes a row of predicted shares."""
+    found = {"H200": h200, "TPU v5e": tpu}
+    row = {"distance": distance, "batch": batch, "decomposed": []}
+    return {**row, "shares": found, "launched": h200, **more}
+
+
+def test_shares_above_five_percent_are_marked(ahead):
+    rows = [
+        shares("l2", 128, 0.001, 0.05),
+        shares("l2", 4096, 0.0123, 0.05),  # at the goal, not above it
+        shares("w2", 128, 0.049, 0.2, decomposed=["qr"]),
+        shares("w2", 4096, 0.0512, 1.234, decomposed=["qr"]),
+        {"distance": "linear_projection", "batch": 128, "note": "n ≤ d + 1"},
+        shares("linear_projection", 4096, 0.01, 0.01, decomposed=["svd"]),
+    ]
+    assert [ahead.over(row) for row in rows[:4]] == [
+        [], [], ["TPU v5e"], ["H200", "TPU v5e"]
+    ]  # fmt: skip
+    head, lines = table(ahead.shares_table(rows, [128, 4096]))
+    assert head[1:5] == ["H200, 128", "H200, 4,096", "TPU v5e, 128", "TPU v5e, 4,096"]
+    assert lines[0][1:5] == ["0.1 %", "1.2 %", "5 %", "5 %"]
+    assert lines[1][1:5] == ["4.9 %", "**5.1 %**", "**20 %**", "**123 %**"]
+    assert [line[-1] for line in lines] == ["–", "H200, TPU v5e", "–"]
+    assert [line[-2] for line in lines] == ["–", "qr", "svd"]
+    assert lines[2][1:3] == ["n ≤ d + 1", "1 %"]
+
+
+def test_measured_shares_stand_beside_predicted_ones(ahead):
+    """Joins rows of `step.measure`, as an accelerator would give them."""
+    timed = lambda distance, batch, extra, framework="JAX": {
+        "framework": framework,
+        "distance": distance,
+        "batch": batch,
+        "ms_per_step": 10.0 * batch + (extra or 0.0),
+        "distance_ms": extra,
+    }
+    measured = [
+        timed("none", 1, None),
+        timed("l2", 1, 0.5),
+        timed("l2", 1, 5.0, "PyTorch compile"),
+        timed("none", 2, None),
+        timed("l2", 2, 4.0),
+        {"framework": "JAX", "distance": "nst", "batch": 1, "note": "needs maps"},
+    ]
+    rows = [shares(name, b, 0.01, 0.01) for name in ("l2", "nst") for b in (1, 2)]
+    found = ahead.joined(rows, measured)
+    assert [row["measured"] for row in found] == [0.05, 0.2, None, None]
+    head, lines = table(ahead.shares_table(found, [1, 2]))
+    at = head.index("measured, 1")
+    assert [line[at : at + 2] for line in lines] == [["5 %", "**20 %**"], ["–", "–"]]
+    assert "measured, 1" not in ahead.shares_table(rows, [1, 2])
+
+
+def test_the_page_has_the_share_of_every_distance(ahead):
+    page = (BENCHMARKS / "README.md").read_text()
+    below = page.partition("<!-- shares -->")[2].strip()
+    head, lines = table(below.partition("\n\n")[0])
+    assert [line[0] for line in lines] == [*DISTANCES, *ahead.CHEAPER]
+    for line in lines:
+        for device in ahead.roofline.DEVICES:
+            cells = [c for h, c in zip(head, line, strict=True) if h.startswith(device)]
+            marked = any("**" in cell for cell in cells[: len(ahead.SIZES)])
+            assert marked == (device in line[-1]), line
+
+
+@pytest.mark.bench
+def test_shares_ahead(tmp_path):
+    text, report = run(
+        "ahead.py --batch-size 8 16 --width 2 --distances none l2 cw2 nst wkd_logits "
+        "linear_projection",
+        tmp_path / "ahead.json",
+    )
+    names = ["l2", "cw2", "nst", "wkd_logits", "linear_projection"]
+    names += ["wkd_logits/iterations", "cw2/entropic"]
+    head, lines = table("| distance" + text.partition("| distance")[2])
+    assert [line[0] for line in lines[: len(names)]] == names
+    rows = {(row["distance"], row["batch"]): row for row in report["rows"]}
+    assert rows["linear_projection", 16]["note"] == "n ≤ d + 1"
+    assert all(rows[name, 16]["counts"]["operations"] > 0 for name in names[:4])
+    assert rows["cw2", 16]["passes"] >= 1
+    entropic = rows["cw2/entropic", 16]["counts"]
+    assert entropic["bytes"] < rows["cw2", 16]["counts"]["bytes"]
+    step = [report["steps"][size]["operations"] for size in ("8", "16")]
+    assert step[1] == pytest.approx(2 * step[0], rel=0.02)
+
+
 @pytest.mark.bench
 def test_ahead_without_a_compiler():
     if find_spec("libtpu"):
