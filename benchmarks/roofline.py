@@ -74,7 +74,8 @@ def count(fn: Callable, *args: jax.ShapeDtypeStruct, passes: float = 1) -> Count
     Args:
       fn: function of ``args``.
       *args: shapes and dtypes, in any tree.
-      passes: number of passes of every loop whose length the data determine.
+      passes: number of passes of every loop whose length the data determine.  A loop
+        around such a loop, as that of Sinkhorn's absorptions, is counted once.
 
     Returns:
       The counts, with every loop's body as often as it runs.
@@ -135,7 +136,9 @@ def _loops(jaxpr, passes: float) -> Iterator[tuple[tuple, float]]:
         if equation.primitive.name == "scan":
             yield (found["jaxpr"],), found["length"]
         elif equation.primitive.name == "while":
-            yield (found["body_jaxpr"], found["cond_jaxpr"]), passes
+            body = found["body_jaxpr"]
+            inner = any(e.primitive.name == "while" for e in equations(body.jaxpr))
+            yield (body, found["cond_jaxpr"]), 1 if inner else passes
         else:
             for inner in _inner(equation):
                 yield from _loops(inner, passes)

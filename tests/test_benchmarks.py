@@ -412,7 +412,8 @@ def test_the_body_of_a_loop_is_counted_as_often_as_it_runs():
     seven = lambda x: jax.lax.fori_loop(0, 7, lambda _, x: product(x), x)
     unknown = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 5, jax.jit(seven), x)
     once = roofline.count(product, x)
-    for fn, times in ((seven, 7), (unknown, 21)):
+    around = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, unknown, x)
+    for fn, times in ((seven, 7), (unknown, 21), (around, 21)):
         counts = roofline.count(fn, x, passes=3)
         assert counts.operations == pytest.approx(times * once.operations, rel=1e-3)
         assert counts.bytes >= times * once.bytes  # and copies
