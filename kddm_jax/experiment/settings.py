@@ -46,6 +46,10 @@ class AtMost(int):
     The batch size is also lowered to fit the number of devices.
     """
 
+    def __hash__(self) -> int:
+        """Differs from an int's, as tyro caches types by the hash of their default."""
+        return hash((AtMost, int(self)))
+
 
 @dataclass(frozen=True)
 class Data:

@@ -100,9 +100,10 @@ def test_commands_of_the_pages_are_accepted_and_have_weights():
             elif (program, name) != ("kddm", "distill"):
                 continue
             settings = parse(words)
-            parts = map(parts_of, settings.method.distances)
+            parts = {p for d in settings.method.distances for p in parts_of(d)}
+            known = {part for part in parts if ":" not in part}  # no module own.py here
             if name == "distill":
-                assert all(weight_of(settings, part) for p in parts for part in p)
+                assert all(weight_of(settings, part) for part in known)
             found.append((page.name, name))
     assert len(found) > 10
     for page in ("statistics.md", "outputs.md"):

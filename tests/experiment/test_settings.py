@@ -530,3 +530,9 @@ def test_identity_is_everything_but_the_run():
     assert "head" in found
     others = {*settings_module.identity(settings, "w2")}
     assert others == found - marked[Mark.OF_FEATURE_ONLY]
+
+
+def test_a_recipes_numbers_have_a_type_of_their_own():
+    """tyro keeps the types of defaults by their hash: 64 is not "at most 64"."""
+    assert hash(settings_module.AtMost(64)) != hash(64)
+    assert {settings_module.AtMost(64): 1} == {settings_module.AtMost(64): 1}
