@@ -13,6 +13,7 @@ References:
   distillation, 2025 (arXiv 2504.01757).
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -445,8 +446,10 @@ def get_distance(distance: str | Distance | Callable[..., jax.Array]) -> Distanc
         return distance
     if isinstance(distance, str):
         if distance not in DISTANCES:
+            near = difflib.get_close_matches(distance, DISTANCES, n=1)
+            guess = f", did you mean {near[0]!r}?" if near else ";"
             raise ValueError(
-                f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}"
+                f"unknown distance {distance!r}{guess} known: {', '.join(DISTANCES)}"
             )
         return DISTANCES[distance]
     if callable(distance):

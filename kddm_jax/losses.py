@@ -309,7 +309,7 @@ def _check_arrays(student_logits, labels, mask, num_classes):
     if is_soft(labels):
         labels = check_targets(labels, n, k)
     else:
-        check_labels(labels, n, num_classes=num_classes)
+        check_labels(labels, n, num_classes=num_classes, rows_of="student_logits")
     return labels, mask, num_classes
 
 

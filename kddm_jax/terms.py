@@ -60,7 +60,8 @@ class Term:
 
     Raises:
       ValueError: the weight is not a number ``>= 0``, an option is an array, a choice
-        is unknown, or a distance without features has a normalization.
+        is unknown, the distance does not have an option, or a distance without features
+        has a normalization.
 
     Examples:
       >>> Term("w2", weight=0.5, options={"solver": "exact"}).options
@@ -99,6 +100,7 @@ class Term:
             )
         if self.bank is not None:
             check_bank(name, row)
+        check_names(name, row, dict(self.options))
 
 
 def check_bank(name: str, row: Distance) -> None:
@@ -159,6 +161,37 @@ def term_name(term: Term) -> str:
     return name if term.layers is None else f"{name}@{term.layers[0]}"
 
 
+# Keyword arguments that the loss passes.
+_OF_LOSS = ("mask", "labels_y", "weights_y")
+
+
+def check_names(name: str, row: Distance, options: Mapping[str, Any]) -> None:
+    """Checks that a distance has options of these names.
+
+    Args:
+      name: name of the term, for the message.
+      row: the distance.
+      options: the options by name.
+
+    Raises:
+      ValueError: the distance's function does not take an option.
+    """
+    if not options:
+        return
+    known = inspect.signature(row.fn).parameters
+    wrong = [key for key in options if key not in known and key not in row.inputs]
+    if not wrong or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    able = [
+        p.name
+        for p in known.values()
+        if p.kind is p.KEYWORD_ONLY or p.default is not p.empty
+    ]
+    able = ", ".join(key for key in able if key not in _OF_LOSS)
+    has = f"its options are {able}" if able else "it has no options"
+    raise ValueError(f"distance {name!r} has no option {wrong[0]!r}; {has}")
+
+
 def is_one(distance: object) -> bool:
     """Returns whether this is a single distance rather than Terms."""
     return isinstance(distance, str | Distance) or callable(distance)
@@ -210,10 +243,13 @@ def lambda_of(weight: Any, distance: Any, normalization: str | None) -> Any:
 
 
 def check_options(distance: object, options: Mapping[str, Any]) -> None:
-    """Rejects options given together with Terms, and arrays other than scalars."""
+    """Rejects options given together with Terms, unknown ones, and arrays."""
     if options and not is_one(distance):
         raise ValueError(
             f"got the option {', '.join(options)}, but Terms have options of their "
             "own; write Term(..., options={...})"
         )
     hashable_options({name: o for name, o in options.items() if np.ndim(o)})
+    if options:
+        (term,) = as_terms(distance)
+        check_names(term_name(term), get_distance(term.distance), options)

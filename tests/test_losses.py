@@ -879,6 +879,13 @@ MESSAGES = {
         "paired_l2 has no default weight with normalization=None; pass a number",
     ),
     "unknown": ({"distance": "emd"}, r"unknown distance 'emd'; known: .*w2.*cw2.*l2"),
+    "misspelt": ({"distance": "cw3"}, "unknown distance 'cw3', did you mean 'cw2'"),
+    "misspelt option": (
+        {"distance": "cw2", "epsilom": 1.0},
+        r"'cw2' has no option 'epsilom'; its options are .*epsilon",
+    ),
+    "no options": ({"distance": "l2", "epsilon": 1.0}, "'l2' has no option 'epsilon'"),
+    "axis": ({"axis_name": "b"}, "axis_name='b' is not the axis .*axis_name=None"),
     "type": ({"distance": 3}, "must be a key of DISTANCES.*got int"),
     "widths": ({"x": BATCH.x[:, :4]}, "4 and 6; .*kddm_jax.networks.projectors"),
     "teacher's logits": ({"distance": "jw2"}, "'jw2' needs teacher_logits, got None"),

@@ -134,6 +134,23 @@ def as_float(name: str, x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
+def check_samples(name: str, array: jax.Array) -> None:
+    """Checks that a batch is not empty.
+
+    Args:
+      name: name of the argument, for the message.
+      array: shape ``[n, ...]``.
+
+    Raises:
+      ValueError: n is zero.
+    """
+    if array.ndim and not len(array):
+        raise ValueError(
+            f"{name} must have at least one sample, got shape {list(array.shape)}; "
+            "skip empty batches"
+        )
+
+
 def check_pair(
     x: jax.Array,
     y: jax.Array,
@@ -159,6 +176,7 @@ def check_pair(
     """
     x, y = as_float(names[0], x), as_float(names[1], y)
     for name, array in zip(names, (x, y), strict=True):
+        check_samples(name, array)
         if array.ndim != 2 or 0 in array.shape:
             raise ValueError(
                 f"{name} must have shape [samples, features], got {list(array.shape)}; "
@@ -191,6 +209,7 @@ def check_labels(
     *,
     num_classes: int | None = None,
     name: str = "labels",
+    rows_of: str = "the other arrays",
 ) -> jax.Array:
     """Checks class labels, and their values unless they are traced.
 
@@ -200,6 +219,7 @@ def check_labels(
       num_classes: number of classes, which all labels must be below; None checks no
         values.
       name: name of the argument, for the message.
+      rows_of: name of the array with n rows, for the message.
 
     Returns:
       The labels.
@@ -208,6 +228,12 @@ def check_labels(
       ValueError: the labels have a wrong shape, dtype or value.
     """
     labels = unsharded(jnp.asarray(labels))
+    check_samples(name, labels)
+    if labels.ndim == 1 and len(labels) != n:
+        raise ValueError(
+            f"{name} must have shape [n]=[{n}], got [{len(labels)}], because {rows_of} "
+            f"have {n} rows; pass arrays of the same batch"
+        )
     if labels.shape != (n,):
         # For a single column, argmax would make every label 0.
         column = labels.shape == (n, 1)

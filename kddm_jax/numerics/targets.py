@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from kddm_jax.numerics import masks
+from kddm_jax.numerics.checks import check_samples
 from kddm_jax.numerics.classes import with_mask
 from kddm_jax.numerics.devices import unsharded
 
@@ -126,6 +127,7 @@ def check_targets(targets: jax.Array, n: int, k: int) -> jax.Array:
     Raises:
       ValueError: the shape is wrong, or a number is negative.
     """
+    check_samples("labels", targets)
     if targets.shape != (n, k):
         raise ValueError(
             f"soft labels must have shape [n, k]=[{n}, {k}], as the logits, got "

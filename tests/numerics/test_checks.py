@@ -12,7 +12,12 @@ MESSAGES = {
     "not a string": (lambda: checks.check_choice("kernel", 3, ("rbf",)), "kernel.*3"),
     "ints": (lambda: checks.as_float("x", jnp.ones(3, int)), "x must be floating, got"),
     "rank": (lambda: checks.check_pair(X[0], X), r"x must have shape .*\[3\].*pool"),
-    "empty": (lambda: checks.check_pair(X, X[:0]), r"y must have shape .*\[0, 3\]"),
+    "empty": (lambda: checks.check_pair(X, X[:0]), r"y must have at.*\[0, 3\]"),
+    "no labels": (lambda: checks.check_labels(X[:0, 0], 0), "labels must have at"),
+    "rows of labels": (
+        lambda: checks.check_labels(jnp.arange(3), 4, rows_of="student_logits"),
+        r"\[n\]=\[4\], got \[3\], because student_logits have 4 rows",
+    ),
     "projectors": (lambda: checks.check_pair(X, X[:, :2]), "3 and 2.*projectors"),
     "rows": (lambda: checks.check_pair(X, X[:2], same_rows=True), "4 and 2 rows"),
     "one-hot": (lambda: checks.check_labels(X, 4), r"\[n\]=\[4\].*\[4, 3\].*argmax"),
