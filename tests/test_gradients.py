@@ -21,7 +21,11 @@ from helpers import (
 
 import kddm_jax
 from kddm_jax import DISTANCES, Distance
-from kddm_jax.testing import assert_distance_gradients, assert_loss_gradients
+from kddm_jax.testing import (
+    assert_distance_gradients,
+    assert_finite_gradients,
+    assert_loss_gradients,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -451,3 +455,17 @@ def test_newton_schulz_gradient_is_as_good_as_stated(shape):
     got = gradient("gaussian_wasserstein", batch.x, batch.y, method="newton_schulz")
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
     assert error < 5e-3, error
+
+
+def test_finite_helper_fails_on_a_root_at_zero_that_jit_hides():
+    """Compiled with optimizations, means of equal samples differ in the last digit."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    distance = jax.jit(lambda x, y: jnp.linalg.norm(x.mean(0) - y.mean(0)))
+    fewer = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        with pytest.raises(AssertionError):
+            assert_finite_gradients(distance, x, x)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", fewer)
+    assert_finite_gradients(lambda x, y: jnp.sum((x - y) ** 2), x, x)
