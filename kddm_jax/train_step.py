@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kddm_jax.distances import Distance
 from kddm_jax.losses import NOTHING, Term
+from kddm_jax.numerics import axes
 from kddm_jax.numerics.batches import (
     augment_batch,
     call,
@@ -34,7 +35,7 @@ from kddm_jax.numerics.batches import (
     layers_of,
 )
 from kddm_jax.numerics.checks import check_choice, check_labels, check_number
-from kddm_jax.numerics.devices import accuracy_of, average_state
+from kddm_jax.numerics.devices import accuracy_of, average_state, unsharded
 from kddm_jax.numerics.evaluation import evaluation_sums
 from kddm_jax.numerics.gradients import all_finite, gradients, updates_of
 from kddm_jax.numerics.mixing import Mix, mix_batch
@@ -196,7 +197,7 @@ def make_train_step(
     def step(state, teacher_variables, images, labels, teacher_data=NOTHING, mask=None):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = augment_batch(augment, key, images, axis_name)
-        labels = jnp.asarray(labels)
+        labels = unsharded(jnp.asarray(labels))
         soft = jnp.issubdtype(labels.dtype, jnp.floating)
         if mask is not None and labels.ndim - soft == 1:
             labels = without_labels(labels, read_masks(mask, len(labels)).samples)
@@ -246,7 +247,7 @@ def make_train_step(
             metrics["teacher_finite"] = all_finite(seen(guide, mask, shape), axis_name)
         return new, metrics
 
-    return step
+    return axes.with_axis(step, axis_name)
 
 
 def known_outputs(
@@ -318,7 +319,7 @@ def scan_steps(step: Callable, *, known: bool = False) -> Callable:
         state, metrics = body(state, indices[0])
         return state, jax.tree.map(lambda m: jnp.expand_dims(m, 0), metrics)
 
-    return scanned
+    return axes.with_axis(scanned, axes.axis_of(step))
 
 
 def make_eval_step(
@@ -344,13 +345,14 @@ def make_eval_step(
     """
 
     def evaluate(variables, images, labels):
-        labels = check_labels(labels, count_samples(images))
+        axes.check_axis(axis_name)
+        labels = check_labels(labels, count_samples(images), rows_of="images")
         inputs, rngs = jax.vmap(normalize)(images), rngs_for(apply, None, axis_name)
         outputs, _ = call(apply, variables, inputs, train=False, **rngs)
-        sums = evaluation_sums(outputs.logits, labels, top)
+        sums = evaluation_sums(unsharded(outputs.logits), labels, top)
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
-    return evaluate
+    return axes.with_axis(evaluate, axis_name)
 
 
 def replicate(tree: Tree, devices: Devices | None = None) -> Tree:
@@ -395,7 +397,8 @@ def shard(batch: Tree, devices: int) -> Tree:
         if array.shape[0] % devices:
             raise ValueError(
                 f"batch of {array.shape[0]} does not divide among {devices} devices; "
-                f"choose a multiple of {devices}"
+                f"choose a multiple of {devices}, drop the rest of a last batch, or "
+                "fill it up and pass mask"
             )
         return array.reshape(devices, -1, *array.shape[1:])
 
@@ -445,6 +448,7 @@ def _by_shard_map(fn, in_axes, donate, devices):
         return jax.tree.map(put, tree)
 
     def mapped(*arguments):
+        axes.check_arguments(arguments, in_axes)
         return program(*map(placed, arguments, shardings))
 
     mapped.lower = program.lower  # as under pmap
@@ -483,8 +487,10 @@ def parallel(
       also takes ``jax.ShapeDtypeStruct`` for arrays.
 
     Raises:
-      ValueError: ``how`` is unknown.
+      ValueError: ``how`` is unknown, or ``fn`` is a step of this module with another
+        ``axis_name``.
     """
     check_choice("how", how, MAPPINGS)
+    axes.check_mapped(fn, AXIS)
     devices = jax.devices() if devices is None else list(devices)
     return MAPPINGS[how](fn, tuple(in_axes), donate, devices)

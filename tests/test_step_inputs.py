@@ -209,3 +209,12 @@ def test_outputs_of_another_kind(case):
 @pytest.mark.parametrize("wrong", [[0, 1, 2, 3], (0, 1), 3, np.float32(1)])
 def test_shard_of_what_is_no_array(wrong):
     assert_refused(lambda: train_step.shard((IMAGES, wrong), 2), "np.asarray", "got ")
+
+
+def test_an_empty_batch():
+    with pytest.raises(ValueError, match="images must have at least one sample"):
+        train(IMAGES[:0], LABELS[:0])
+    x, labels = jnp.ones((0, 3)), jnp.zeros(0, int)
+    for targets in (labels, x):
+        with pytest.raises(ValueError, match="labels must have at least one sample"):
+            distill_loss(x, x, targets, x, distance="l2", weight=1.0)

@@ -245,6 +245,54 @@ def test_unknown_mapping():
         parallel(lambda x: x, in_axes=(0,), how="vmap")
 
 
+def test_shard_map_takes_as_many_arguments_as_axes():
+    """Each argument without an axis would be dropped."""
+    double = lambda x, y: jax.lax.psum(x * y, AXIS)
+    mapped = parallel(double, in_axes=(None, 0), how="shard_map")
+    with pytest.raises(ValueError, match="got 3 arguments, but in_axes.* for 2;"):
+        mapped(jnp.ones(3), jnp.ones((2, 3)), jnp.ones(3))
+
+
+def test_parallel_refuses_steps_without_its_axis():
+    evaluate = make_eval_step(STUDENT_APPLY, normalize=NORMALIZE, axis_name=None)
+    step = make_step(axis_name=None)
+    for fn in (step, scan_steps(step), make_step(axis_name="other"), evaluate):
+        with pytest.raises(ValueError, match="maps the axis 'batch', but the step"):
+            parallel(fn, in_axes=(None, None, 0, 0))
+
+
+def test_steps_name_an_axis_that_is_not_mapped():
+    evaluate = make_eval_step(STUDENT_APPLY, normalize=NORMALIZE)
+    state = create_state(STUDENT, TX)
+    with pytest.raises(ValueError, match="axis_name='batch' is not the axis"):
+        jax.eval_shape(make_step(), state, TEACHER, IMAGES, LABELS)
+    with pytest.raises(ValueError, match="axis_name='batch' is not the axis"):
+        jax.eval_shape(evaluate, STUDENT, IMAGES, LABELS)
+
+
+def test_step_on_an_explicit_mesh_is_that_of_one_device():
+    """Images, labels and the mask are sharded in a plain jit."""
+    options = {"axis_name": None, "distance": "w2_gaussian"}
+    step = jax.jit(make_step(linen_apply(Net()), **options))
+    mask = np.arange(N) < N - 3
+    state = create_state(STUDENT, TX, weight=0.05, seed=7)
+    expected = step(state, TEACHER, IMAGES, LABELS, {}, mask)
+    kind = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(kind,), devices=DEVICES[:2])
+    place = lambda tree, *spec: jax.device_put(
+        tree, jax.NamedSharding(mesh, jax.P(*spec))
+    )
+    state, teacher = place((state, TEACHER))
+    images, labels, mask = place((IMAGES, LABELS, mask), "b")
+    found = step(state, teacher, images, labels, {}, mask)
+    assert_close(jax.device_get(found), jax.device_get(expected))
+    evaluate = jax.jit(
+        make_eval_step(linen_apply(Net()), normalize=NORMALIZE, axis_name=None)
+    )
+    sums = evaluate(jax.device_get(TEACHER), IMAGES, LABELS)
+    assert_close(jax.device_get(evaluate(teacher, images, labels)), sums)
+
+
 def test_augmentation_does_not_depend_on_the_number_of_devices():
     """It changes between images, steps and seeds."""
     same = np.broadcast_to(IMAGES[:1], IMAGES.shape)
@@ -713,7 +761,9 @@ def test_shard():
 
 
 def test_shard_refuses_an_uneven_batch():
-    with pytest.raises(ValueError, match="batch of 6 does not divide among 4 devices"):
+    with pytest.raises(
+        ValueError, match="batch of 6 does not divide among 4 devices.*drop.*mask"
+    ):
         shard(np.zeros((6, 2)), 4)
 
 

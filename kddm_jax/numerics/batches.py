@@ -11,6 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kddm_jax.numerics.axes import check_axis
+from kddm_jax.numerics.checks import check_samples
+from kddm_jax.numerics.devices import shard_rows, unsharded
+
 
 def count_samples(images: Any) -> int:
     """Returns the length of the leading axis of images.
@@ -19,7 +23,8 @@ def count_samples(images: Any) -> int:
       images: an array, or a mapping of arrays, ``[n, ...]``.
 
     Raises:
-      ValueError: images are not arrays, or arrays have different numbers of images.
+      ValueError: images are not arrays, arrays have different numbers of images, or
+        there are no images.
     """
     if isinstance(images, list | tuple):
         raise ValueError(
@@ -38,6 +43,7 @@ def count_samples(images: Any) -> int:
             f"images must be as many in all arrays of the mapping, got {counts}; the "
             "leading axis of each counts the samples"
         )
+    check_samples("images", arrays[0])
     return counts[0]
 
 
@@ -56,12 +62,19 @@ def augment_batch(
       axis_name: name of the mapped axis, or None.
 
     Returns:
-      The augmented images, ``[n, ...]``.
+      The augmented images, ``[n, ...]``; on an explicit mesh, every device augments
+      all images, and gets its rows of the result.
+
+    Raises:
+      ValueError: no surrounding function maps the axis.
     """
+    check_axis(axis_name)
     n = count_samples(images)
     start = 0 if axis_name is None else jax.lax.axis_index(axis_name) * n
     fold = lambda position: jax.random.fold_in(key, position)
-    return jax.vmap(augment)(jax.vmap(fold)(start + jnp.arange(n)), images)
+    keys = jax.vmap(fold)(start + jnp.arange(n))
+    whole = jax.tree.map(unsharded, images)
+    return shard_rows(jax.vmap(augment)(keys, whole), jax.tree.leaves(images)[0])
 
 
 def check_leaf(array: Any) -> None:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from kddm_jax.numerics.axes import check_axis
+
 Groups = list[list[int]] | None
 Tree = TypeVar("Tree")  # any PyTree of arrays; the result has the same structure
 
@@ -37,8 +39,23 @@ def unsharded(x: jax.Array) -> jax.Array:
     return jax.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
+def shard_rows(tree: Tree, like: jax.Array) -> Tree:
+    """Shards leading axes over an explicit mesh, as the leading axis of an array is.
+
+    Args:
+      tree: tree of arrays ``[n, ...]``, which are not sharded.
+      like: array ``[n, ...]``; without an explicit mesh, the tree is returned as it is.
+    """
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return tree
+    rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    return jax.tree.map(lambda array: jax.reshard(array, rows), tree)
+
+
 def groups_of(axis_name: str | None, group_size: int | None) -> Groups:
     """Makes the groups of ``group_size`` neighbours that gather from each other."""
+    check_axis(axis_name)
     if group_size is None:
         return None
     if axis_name is None:
@@ -127,6 +144,7 @@ def average_state(state: Tree, axis_name: Any) -> Tree:
 
 def accuracy_of(logits: jax.Array, labels: jax.Array, axis_name: Any) -> jax.Array:
     """Computes the accuracy on the labelled images of all devices."""
+    logits, labels = unsharded(logits), unsharded(labels)
     predicted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     hits = jnp.sum(predicted == labels.astype(jnp.int32))  # never for a negative label
     counts = jnp.stack([hits, jnp.sum(labels >= 0)]).astype(jnp.float32)
