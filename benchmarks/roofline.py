@@ -51,7 +51,7 @@ DEVICES = {
 
 
 class Counts(NamedTuple):
-    """Holds what a program does.
+    """Contains the operations, bytes and kernels of a program.
 
     Attributes:
       operations: floating-point operations.

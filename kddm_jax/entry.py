@@ -86,7 +86,8 @@ class Distance:
         values of the others are reported.
       weights: default of lambda for each ``normalization`` of `distill_loss` and of the
         command.  For a normalization without a default, the caller must pass a number;
-        the command uses 1 for a distance of your own that has no defaults at all.
+        the command uses 1 for a distance of your own that has no defaults at all, or
+        1e-4 in the paper's recipe.
     """
 
     fn: Callable[..., jax.Array]

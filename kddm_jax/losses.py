@@ -171,8 +171,7 @@ def _bank(row, term, batch, normalization, mask):
             'and bank by the same number, or take "unit" and a bank of unit rows'
         )
     if "labels" in row.inputs:
-        values = bank.labels, bank.weights, batch["classes"]
-        return bank.features, dict(zip(OF_BANK, values, strict=True))
+        return bank.features, {"labels_y": bank.labels, "weights_y": bank.weights}
     if mask is not None:
         raise ValueError(
             f"distance {name!r} with a bank cannot leave out samples by a mask; take a "
@@ -222,7 +221,7 @@ def _options(row, term, given, num_classes):
         )
     if "num_classes" in inspect.signature(row.fn).parameters:
         options.setdefault("num_classes", num_classes)
-    # `_masked` and `_bank` pass others.
+    # `_masked` passes the mask, and `_bank` the arguments of a bank.
     later = OF_BANK if term.bank is not None and "labels" in row.inputs else ()
     check_arguments(term_name(term), row, (*options, "mask", *later))
     return options
@@ -474,7 +473,7 @@ def distill_loss(
         names = ("student_logits", "labels", *soft)
         whole = gather({name: local[name] for name in names}, axis_name)
     alike = {"teacher_data": jax.tree.map(constant, dict(teacher_data)), "key": key}
-    alike = {**jax.tree.map(unsharded, alike), "classes": student_logits.shape[1]}
+    alike = jax.tree.map(unsharded, alike)
 
     loss_of_task = cross_entropy if task is None else task
     targets = whole["targets"] if soft else whole["labels"]

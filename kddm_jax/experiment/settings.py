@@ -47,7 +47,10 @@ class AtMost(int):
     """
 
     def __hash__(self) -> int:
-        """Differs from an int's, as tyro caches types by the hash of their default."""
+        """Differs from an int's, because tyro caches types by their default.
+
+        As keys of a dict, 64 and "at most 64" are therefore different.
+        """
         return hash((AtMost, int(self)))
 
 

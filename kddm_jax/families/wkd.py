@@ -34,9 +34,10 @@ def _tolerance(dtype):
 
 
 def _kept_share(p, column, u, v, kernel):
-    """Computes the part of the diagonal of M^T M (below) within a class, ``[n, k]``.
+    """Computes ``P_jj^2 / (p_j q_j)``, class j's own share of the diagonal of M^T M.
 
-    They are nearly 1 where student and teacher agree: a class keeps its mass.
+    Shape ``[n, k]``; M is defined below.  It is nearly 1 where student and teacher
+    agree, so that a class keeps its mass.
     """
     kept = u * jnp.diagonal(kernel)[None, :] * v
     product = jnp.maximum(p * column, jnp.finfo(p.dtype).tiny)
@@ -143,7 +144,7 @@ def _scalings(p, q, kernel):
     met = error <= tolerance
     u = jnp.where(met, u, (p > 0).astype(p.dtype))
     v = jnp.where(met, v, (q > 0).astype(p.dtype))
-    seen = jnp.where(met, seen, jnp.sum(kernel, axis=0)[None, :])
+    seen = matmul(u, kernel)
     first = (u, v, seen, jnp.where(met, error, jnp.inf), count)
     u, v, _, error, count = jax.lax.while_loop(unfinished, update, first)
     error, count = jnp.max(error), jnp.asarray(count, p.dtype)

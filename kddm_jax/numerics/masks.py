@@ -17,7 +17,7 @@ from kddm_jax.numerics.devices import unsharded
 
 
 def as_booleans(name: str, mask: jax.Array) -> jax.Array:
-    """Reads a mask, zero for what to leave out.
+    """Converts a mask to booleans; zeros mark what to leave out.
 
     Args:
       name: name of the mask, for the message.
@@ -35,7 +35,8 @@ def as_booleans(name: str, mask: jax.Array) -> jax.Array:
     """
     mask = unsharded(jnp.asarray(mask))
     # Inside a trace, jnp would stage the minimum.
-    if not isinstance(mask, Tracer) and np.asarray(mask).min(initial=0) < 0:
+    known = not isinstance(mask, Tracer) and mask.is_fully_addressable
+    if known and np.asarray(mask).min(initial=0) < 0:
         raise ValueError(
             f"{name} must not be negative, got {np.asarray(mask).min()}; pass ones and "
             "zeros, not the mask that is added to attention scores"

@@ -3,9 +3,9 @@
 The plan is ``P = diag(u) K diag(v)`` with ``K = exp((f + g - C) / epsilon)``.  Updates
 of the scalings u and v are products of K with a vector, which take a tenth of the time
 of updates of the potentials f and g, which are log-sum-exps over the costs C.  Scalings
-may leave the range of floating-point numbers and potentials may not.  Before the
-scalings do, they are absorbed: ``f + epsilon log u`` becomes f, and u becomes 1.  This
-is the only file that imports ott, whose `Geometry` updates potentials.
+can overflow; potentials cannot.  Scalings that would leave a safe range are therefore
+absorbed: ``f + epsilon log u`` becomes f, and u becomes 1.  This is the only file that
+imports ott, whose `Geometry` updates potentials.
 
 References:
   Schmitzer, Stabilized sparse scaling algorithms for entropy regularized transport
@@ -35,9 +35,10 @@ class Scalings(NamedTuple):
       u: scalings of the rows, shape ``[n]``.
       v: scalings of the columns, shape ``[m]``.
       seen: ``K^T u``, shape ``[m]``.
-      error: L1 error of the column sums; the row sums are right, or as wrong.
+      error: L1 error of the marginals.  After an update of the scalings, it is that of
+        the column sums, since the row sums are right, or as wrong.
       count: number of updates so far.
-      fits: whether the last update was in range and therefore made.
+      fits: True if the last update stayed in range; otherwise it was rejected.
     """
 
     u: jax.Array
@@ -84,7 +85,7 @@ def _updated(old: Scalings, kernel, a, b, symmetric) -> Scalings:
     fits = jnp.all(jnp.abs(jnp.log(jnp.concatenate([u, v]))) < LARGEST_LOG)
     made = Scalings(u, v, seen, _column_error(v, seen, b), old.count, fits)
     kept = jax.tree.map(lambda new, z: jnp.where(fits, new, z), made, old)
-    return kept._replace(count=old.count + 1, fits=fits)
+    return kept._replace(count=old.count + fits, fits=fits)
 
 
 def _absorbed(f, g, geometry, a, b, symmetric):
@@ -146,10 +147,14 @@ def sinkhorn(
         f, g = _absorbed(*with_scalings(*state), geometry, a, b, symmetric)
         kernel = geometry.transport_from_potentials(f, g)
         ones, seen = (jnp.ones_like(a), jnp.ones_like(b)), jnp.sum(kernel, axis=0)
-        error = _column_error(ones[1], seen, b)  # NaN, which ends the loop, if C is
+        # Round-off of f, divided by a small epsilon, is in the row sums.  If a cost is
+        # NaN, so is the error, which ends the loop.
+        error = jnp.sum(jnp.abs(jnp.sum(kernel, axis=1) - a))
+        error = jnp.maximum(error, _column_error(ones[1], seen, b))
         first = Scalings(*ones, seen, error, done.count + 1, jnp.ones_like(done.fits))
+        # Under vmap, a problem that is done waits here for the others.
         last = jax.lax.while_loop(
-            lambda state: unfinished(state) & state.fits,
+            lambda state: unfinished(done) & unfinished(state) & state.fits,
             lambda state: _updated(state, kernel, a, b, symmetric),
             first,
         )
@@ -163,7 +168,7 @@ def sinkhorn(
         f, g, last = jax.lax.while_loop(
             lambda state: unfinished(state[2]), absorb, (*zeros, start)
         )
-        # Scalings make up for the round-off of potentials, which is large over epsilon.
+        # Round-off in the potentials can exceed epsilon; the scalings correct it.
         plan = last.u[:, None] * geometry.transport_from_potentials(f, g) * last.v
         f, g = with_scalings(f, g, last)
     # The dual value; KL between the masses is zero up to the error.

@@ -54,7 +54,7 @@ class StoredOutputs:
     digest: str
 
     def words_for(self, settings: Settings, name: str) -> str:
-        """Describes in a table what a method reads otherwise than from the network.
+        """Describes how the outputs that a method reads differ from the network's.
 
         Args:
           settings: the settings of the command.
