@@ -35,9 +35,9 @@ class Scalings(NamedTuple):
       u: scalings of the rows, shape ``[n]``.
       v: scalings of the columns, shape ``[m]``.
       seen: ``K^T u``, shape ``[m]``.
-      error: L1 error of the marginals.  After an update of the scalings, it is that of
-        the column sums, since the row sums are right, or as wrong.
-      count: number of updates so far.
+      error: L1 error of the column sums.  Each update makes the row sums right, or as
+        wrong as these.
+      count: number of updates so far, including rejected ones.
       fits: True if the last update stayed in range; otherwise it was rejected.
     """
 
@@ -85,7 +85,7 @@ def _updated(old: Scalings, kernel, a, b, symmetric) -> Scalings:
     fits = jnp.all(jnp.abs(jnp.log(jnp.concatenate([u, v]))) < LARGEST_LOG)
     made = Scalings(u, v, seen, _column_error(v, seen, b), old.count, fits)
     kept = jax.tree.map(lambda new, z: jnp.where(fits, new, z), made, old)
-    return kept._replace(count=old.count + fits, fits=fits)
+    return kept._replace(count=old.count + 1, fits=fits)
 
 
 def _absorbed(f, g, geometry, a, b, symmetric):
@@ -147,10 +147,8 @@ def sinkhorn(
         f, g = _absorbed(*with_scalings(*state), geometry, a, b, symmetric)
         kernel = geometry.transport_from_potentials(f, g)
         ones, seen = (jnp.ones_like(a), jnp.ones_like(b)), jnp.sum(kernel, axis=0)
-        # Round-off of f, divided by a small epsilon, is in the row sums.  If a cost is
-        # NaN, so is the error, which ends the loop.
-        error = jnp.sum(jnp.abs(jnp.sum(kernel, axis=1) - a))
-        error = jnp.maximum(error, _column_error(ones[1], seen, b))
+        # If a cost is NaN, so is the error, which ends the loop.
+        error = _column_error(ones[1], seen, b)
         first = Scalings(*ones, seen, error, done.count + 1, jnp.ones_like(done.fits))
         # Under vmap, a problem that is done waits here for the others.
         last = jax.lax.while_loop(
@@ -177,7 +175,9 @@ def sinkhorn(
     )
     excess = jnp.sum(a) * jnp.sum(b) - jnp.sum(plan)
     value = mean(a, f) + mean(b, g) + epsilon * excess
+    # After an absorption, round-off of the potentials is in the row sums.
+    error = jnp.maximum(last.error, jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a)))
     converged, count = (
-        jnp.asarray(z, cost.dtype) for z in (last.error <= threshold, last.count)
+        jnp.asarray(z, cost.dtype) for z in (error <= threshold, last.count)
     )
-    return value, Stats(converged, count, last.error), plan
+    return value, Stats(converged, count, error), plan
