@@ -107,7 +107,9 @@ class Networks:
     """Chooses teacher and student."""
 
     teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
-    """Checkpoint, or run folder, of a trained teacher; None trains one."""
+    """Checkpoint, or run folder, of a trained teacher; None trains one. Its record
+    decides the teacher's network and width; leave --teacher-model and --teacher-width
+    out. Use kddm convert to make a checkpoint from a file of weights."""
     teacher_statistics: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """File made by kddm outputs, from which students learn without a teacher. Only
     distances that can compare a batch with features of other images work, such as cw2

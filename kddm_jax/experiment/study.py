@@ -19,6 +19,7 @@ from kddm_jax.experiment.log import Log, check_log
 from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.machine.terminal import Reporter
+from kddm_jax.experiment.recipes import defaults
 from kddm_jax.experiment.report import table
 from kddm_jax.experiment.settings import OWN, Settings, as_json
 from kddm_jax.experiment.training import from_teacher, problems, runs, train
@@ -117,6 +118,7 @@ def open(
     processes.first(lambda: check_log(settings))
     problem = _read(settings, out)
     source = find_teacher(problem)
+    _check_options(settings, source)
     runs.check_distances(problem, source.model)
     check(problem)
     planned = [] if source.given else [runs.teacher_run(problem)]
@@ -137,6 +139,26 @@ def open(
             table.show_quality(quality, console)
         planned = tuple(plan(problem, teacher.digest))
         yield Study(problem, teacher, planned, reporter, log)
+
+
+def _check_options(settings, source):
+    """Refuses options that ask for another network than that of ``--teacher``.
+
+    An option that has the recipe's value counts as not given.
+    """
+    asked = settings.networks
+    if asked.teacher is None:
+        return
+    usual = defaults(settings.data.dataset, settings.run.recipe).networks
+    for option, value, default, found in (
+        ("--teacher-model", asked.teacher_model, usual.teacher_model, source.name),
+        ("--teacher-width", asked.teacher_width, usual.teacher_width, source.width),
+    ):
+        if value not in (default, found):
+            raise UserError(
+                f"--teacher {asked.teacher} has {option} {found}, this command says "
+                f"{value}; leave {option} out"
+            )
 
 
 def _read(settings, out):

@@ -538,6 +538,18 @@ MISTAKES = {
         lambda tmp_path, trained: ["--teacher", trained / "digits", "--stem=imagenet"],
         ["cifar stem", "--stem cifar"],
     ),
+    "teacher of another network": (
+        lambda tmp, trained: [
+            "--teacher",
+            trained / "digits",
+            "--teacher-model=ResNet18",
+        ],
+        ["has --teacher-model ResNet9, this command says ResNet18; leave .* out"],
+    ),
+    "teacher of another width": (
+        lambda tmp, trained: ["--teacher", trained / "digits", "--teacher-width", 8],
+        ["has --teacher-width 4, this command says 8; leave --teacher-width out"],
+    ),
     "teacher wider": (
         lambda tmp_path, trained: ["--teacher", trained / "digits", "--width", 8],
         ["distance w2", "64 and 32", "projectors"],

@@ -57,12 +57,14 @@ class Source:
 
     Attributes:
       problem: the data, the devices and the settings.
-      model: the teacher's network.
+      name: name of the teacher's network, as in ``--teacher-model``.
+      model: the network.
       width: width of the network.
       given: the checkpoint of ``--teacher``; None if this command trains the teacher.
     """
 
     problem: problems.Problem
+    name: str
     model: models.Network
     width: int
     given: Path | None
@@ -204,10 +206,8 @@ def find_teacher(problem: problems.Problem) -> Source | Stored:
         return _find_outputs(problem, path)
     given = settings.networks.teacher
     if given is None:
-        width = problem.teacher_width
-        return Source(
-            problem, problem.model(settings.networks.teacher_model, width), width, None
-        )
+        name, width = settings.networks.teacher_model, problem.teacher_width
+        return Source(problem, name, problem.model(name, width), width, None)
     path = Path(processes.first(lambda: str(find_checkpoint(given))))
     meta: Any = processes.first(lambda: checkpoint.read_meta(path))
     made = meta.get("run", {})
@@ -239,7 +239,8 @@ def find_teacher(problem: problems.Problem) -> Source | Stored:
             f"--stem {made.get('stem')}"
         )
     name = made.get("teacher_model") or made.get("student_model")
-    return Source(problem, problem.model(name, made["width"]), made["width"], path)
+    model = problem.model(name, made["width"])
+    return Source(problem, name, model, made["width"], path)
 
 
 def known_digest(source: Source | Stored) -> str | None:
