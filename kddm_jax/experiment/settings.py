@@ -19,6 +19,7 @@ from kddm_jax.experiment.options import (
     SHARE,
     Choices,
     Mark,
+    Range,
     notes,
 )
 from kddm_jax.experiment.published import PUBLISHED
@@ -38,6 +39,12 @@ MODELS = (
     *("ResNet8x4", "ResNet32x4", "WRN16x2", "WRN40x1", "WRN40x2", "VGG8", "VGG13"),
 )
 NETWORK = Choices(*MODELS, own="a function of yours as module:function")
+
+TRAINED = Range(
+    "positive (to use a trained teacher as it is, convert its file by kddm convert "
+    "and pass the result as --teacher)",
+    POSITIVE.contains,
+)
 
 
 class AtMost(int):
@@ -109,7 +116,9 @@ class Networks:
     teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Checkpoint, or run folder, of a trained teacher; None trains one. Its record
     decides the teacher's network and width; leave --teacher-model and --teacher-width
-    out. Use kddm convert to make a checkpoint from a file of weights."""
+    out. Use kddm convert to make a checkpoint from a file of weights. Images are
+    normalized by the data set's mean and standard deviation, whichever the teacher was
+    trained with."""
     teacher_statistics: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """File made by kddm outputs, from which students learn without a teacher. Only
     distances that can compare a batch with features of other images work, such as cw2
@@ -127,8 +136,10 @@ class Networks:
     """The same for the student."""
     pretrained_teacher: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Weights of a torchvision ResNet (.safetensors, .npz, .pth) from which the teacher
-    starts. If the teacher is deeper, blocks are added; if the number of classes
-    differs, the head is replaced."""
+    starts to train, on images normalized by the data set's mean and standard deviation.
+    If the teacher is deeper, blocks are added; if the number of classes differs, the
+    head is replaced. To use a trained teacher as it is, convert its file by kddm
+    convert and pass the result as --teacher."""
     pretrained_student: Annotated[Path | None, Mark.NAMED_OTHERWISE] = None
     """Weights from which every student starts, as for --pretrained-teacher."""
     stem: Annotated[str, Choices("cifar", "imagenet")] = "cifar"
@@ -219,7 +230,7 @@ class Method:
 class Optimizer:
     """Sets how the networks are trained."""
 
-    teacher_epochs: Annotated[int, POSITIVE, Mark.OF_TEACHER] = 15
+    teacher_epochs: Annotated[int, TRAINED, Mark.OF_TEACHER] = 15
     """Number of epochs of the teacher."""
     epochs: Annotated[int, POSITIVE, Mark.OF_STUDENTS] = 15
     """Number of epochs of each student."""

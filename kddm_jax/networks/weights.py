@@ -337,7 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "target",
         type=Path,
         metavar="OUT",
-        help="file; or a folder, without suffix, for a checkpoint that --teacher takes",
+        help="file; or a folder, without suffix, for a checkpoint that --teacher takes "
+        "(it normalizes images by the data set's mean and standard deviation)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT")
     given = parser.parse_args(arguments)

@@ -438,6 +438,7 @@ def test_choices_are_checked(name, choices):
 
 LIMITS = {
     options.POSITIVE: ((1e-3, 7), (0, -1, math.nan)),
+    settings_module.TRAINED: ((1, 7), (0, -1)),
     options.NOT_NEGATIVE: ((0, 7), (-1e-3, math.nan)),
     options.SHARE: ((0, 0.99), (-1e-3, 1, math.nan)),
     options.PART: ((1e-3, 0.5, 1), (0, -0.5, 1.01, math.nan)),
