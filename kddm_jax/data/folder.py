@@ -40,6 +40,29 @@ def _classes(folder):
     return [entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
+def _has_images(folder):
+    return any(_ending(entry.name) in endings() for entry in _entries(folder))
+
+
+def find_flat(folders: Sequence[Path]) -> DataError | None:
+    """Makes the error for folders of classes that are not in ``train/`` and ``test/``.
+
+    Args:
+      folders: data folders without ``train/``.
+
+    Returns:
+      The error, or None if no folder has folders with images.
+    """
+    for where in filter(Path.is_dir, folders):
+        if names := [name for name in _classes(where) if _has_images(where / name)]:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            return DataError(
+                f"found class folders {some} in {where}, but no train/; move the "
+                "images to train/<class>/ and test/<class>/"
+            )
+    return None
+
+
 def _test_folder(where):
     for name in ("test", "val"):
         if (where / name).is_dir():

@@ -36,7 +36,7 @@ from kddm_jax.data.archives import (
     read_svhn,
 )
 from kddm_jax.data.dataset import DataError, Dataset, Options, make_dataset
-from kddm_jax.data.folder import read_folder
+from kddm_jax.data.folder import find_flat, read_folder
 from kddm_jax.data.images import resized
 from kddm_jax.data.sampling import ranks
 from kddm_jax.extras import extra
@@ -152,6 +152,8 @@ def load(
     if source is None:
         raise _unknown(name, tfds_folders)
     if found := find_python_version(name, folders):
+        raise found
+    if name == "folder" and (found := find_flat(folders)):
         raise found
     raise _missing(name, folders, tfds_folders)
 

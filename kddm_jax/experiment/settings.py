@@ -94,10 +94,9 @@ class Augmentation:
     """Changes training images at random."""
 
     padding: Annotated[int, NOT_NEGATIVE] = 4
-    """Pixels of padding of the random crop. The default depends on the data set; pass
-    --dataset together with --help to see it."""
+    """Pixels of padding of the random crop."""
     flip: bool = True
-    """Flip images horizontally at random. The default depends on the data set, too."""
+    """Flip images horizontally at random."""
     degrees: Annotated[float, NOT_NEGATIVE] = 0.0
     """Largest angle of the random rotation."""
     shift: Annotated[float, SHARE] = 0.0
@@ -334,6 +333,8 @@ class Run:
 @dataclass(frozen=True)
 class Settings:
     """Distils a teacher into students by matching distributions of their features.
+
+    Defaults depend on --dataset and --recipe: pass them together with --help.
 
     Trains the teacher and, for each seed, a student without distillation and one
     student for each distance, then prints a table of results. Rerun the same command to

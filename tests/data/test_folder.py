@@ -476,6 +476,17 @@ def test_no_classes(tmp_path):
     assert_refused(tmp_path, tmp_path / "train", "has no folders", "<class>")
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_folders_of_classes_without_train(tmp_path, count):
+    names = ["circle", "line", "ring", "square"][:count]
+    for name in names:
+        save(tmp_path / name / "0.png", pixels(0))
+    (tmp_path / "notes").mkdir()
+    some = "circle, line" if count == 2 else "circle, line, ring, ..."
+    expected = f"found class folders {some} in {tmp_path}, but no train/; move "
+    assert_refused(tmp_path, expected, "to train/<class>/ and test/<class>/")
+
+
 @pytest.mark.parametrize(("has", "lacks"), [("train", "test"), ("test", "train")])
 def test_classes_differ(tmp_path, has, lacks):
     write(tmp_path)
