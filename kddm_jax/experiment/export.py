@@ -24,6 +24,8 @@ SUFFIX = ".safetensors"
 def export(run: Path, target: Path, *, overwrite: bool = False) -> Architecture:
     """Writes the network of a run's newest checkpoint under torchvision's names.
 
+    The file's metadata has the mean and standard deviation of the run's data set.
+
     Args:
       run: folder of a teacher's or a student's run; projectors are left out.
       target: a ``.safetensors`` file.

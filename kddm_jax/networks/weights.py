@@ -11,11 +11,13 @@ extra ``experiments``. Checkpoints of runs are read and written, too.
 
 import argparse
 import io
+import json
 import os
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
@@ -34,6 +36,8 @@ from kddm_jax.networks.torchvision import (
     network_of,
     to_torchvision,
 )
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def _torch(suffix: str):
@@ -120,21 +124,21 @@ def _read_torch(path: Path) -> Tensors:
         ) from error
 
 
-def safetensors_bytes(tensors: Tensors) -> bytes:
-    """Returns the content of a ``.safetensors`` file."""
+def safetensors_bytes(tensors: Tensors, about: Mapping[str, str] = NOTHING) -> bytes:
+    """Returns the content of a ``.safetensors`` file with the metadata ``about``."""
     with extra(".safetensors"):
         from safetensors.numpy import save
 
-    return save(dict(tensors), metadata={"format": "pt"})
+    return save(dict(tensors), metadata={"format": "pt", **about})
 
 
-def _npz_bytes(tensors: Tensors) -> bytes:
+def _npz_bytes(tensors: Tensors, _: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **cast("dict[str, Any]", tensors))  # no name is also an option
     return buffer.getvalue()
 
 
-def _torch_bytes(tensors: Tensors) -> bytes:
+def _torch_bytes(tensors: Tensors, _: Mapping[str, str]) -> bytes:
     torch, buffer = _torch(".pth"), io.BytesIO()
     torch.save({name: torch.from_numpy(a) for name, a in tensors.items()}, buffer)
     return buffer.getvalue()
@@ -142,7 +146,7 @@ def _torch_bytes(tensors: Tensors) -> bytes:
 
 class _Format(NamedTuple):
     read: Callable[[Path], Tensors]
-    encode: Callable[[Tensors], bytes]
+    encode: Callable[[Tensors, Mapping[str, str]], bytes]
 
 
 _FORMATS: Mapping[str, _Format] = {
@@ -213,13 +217,20 @@ def _refuse(path: Path, overwrite: bool) -> None:
         )
 
 
-def save(path: Path, variables: Variables, *, overwrite: bool = False) -> None:
+def save(
+    path: Path,
+    variables: Variables,
+    *,
+    overwrite: bool = False,
+    about: Mapping[str, str] = NOTHING,
+) -> None:
     """Writes variables under torchvision's names, atomically.
 
     Args:
       path: file that ends in ``.safetensors``, ``.npz``, ``.pth`` or ``.pt``.
       variables: variables of a `kddm_jax.resnet.ResNet`; projectors are left out.
       overwrite: whether an existing file may be replaced.
+      about: metadata of a ``.safetensors`` file; other formats have none.
 
     Raises:
       WeightsError: the suffix is unknown, the file exists, the variables belong to
@@ -228,7 +239,7 @@ def save(path: Path, variables: Variables, *, overwrite: bool = False) -> None:
     path = Path(path)
     encode = _format(path).encode
     _refuse(path, overwrite)
-    write(path, encode(to_torchvision(variables)))
+    write(path, encode(to_torchvision(variables), about))
 
 
 def write(path: Path, content: bytes) -> None:
@@ -287,6 +298,14 @@ def _record(source: Path, found: Architecture) -> dict[str, object]:
     return {"run": run, "num_classes": found.num_classes, "channels": found.channels}
 
 
+def _normalization(known: Mapping[str, object]) -> dict[str, object]:
+    """Returns mean and standard deviation of the data set of a checkpoint's run.
+
+    Checkpoints of version 0.2.0 do not contain them.
+    """
+    return {key: known[key] for key in ("mean", "std") if key in known}
+
+
 def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architecture:
     """Converts a file or checkpoint of weights to a file or checkpoint.
 
@@ -294,7 +313,8 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
       source: a path that `load` takes.
       target: a file that `save` takes; without a suffix, the folder of a checkpoint.
         The checkpoint's record copies the source's record of its training.  If the
-        source is a file, the data set in the record is None.
+        source is a file, the data set in the record is None.  A ``.safetensors`` file
+        has the mean and standard deviation of the source's data set as metadata.
       overwrite: whether an existing target may be replaced.
 
     Returns:
@@ -312,10 +332,12 @@ def convert(source: Path, target: Path, *, overwrite: bool = False) -> Architect
     else:
         variables = load(source)
     found = architecture(variables)
+    about = _normalization(known)
     if target.suffix:
-        save(target, variables, overwrite=overwrite)
+        texts = {key: json.dumps(value) for key, value in about.items()}
+        save(target, variables, overwrite=overwrite, about=texts)
         return found
-    meta = {**_record(source, found), "converted_from": source.name}
+    meta = {**_record(source, found), **about, "converted_from": source.name}
     meta["run"] = known.get("run", meta["run"])
     _save_checkpoint(target, variables, meta, overwrite)
     return found

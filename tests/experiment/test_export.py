@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 from kddm_jax import __main__ as kddm
 from kddm_jax import checkpoint
@@ -16,6 +17,7 @@ def save(folder, network, **run):
     variables = jax.jit(network.init)(jax.random.key(0), image)
     run = {"dataset": "digits", "epochs": 2, **run}
     meta = {"run": run, "history": [{}, {}], "num_classes": 3, "channels": 3}
+    meta |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     checkpoint.save(folder / "checkpoints", 2, variables, meta)
     return variables
 
@@ -40,6 +42,13 @@ def test_the_file_has_the_runs_arrays(exported, tmp_path, capsys):
     kernel = np.asarray(variables["params"]["fc"]["kernel"])
     np.testing.assert_array_equal(tensors["fc.weight"], kernel.T)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with safetensors.safe_open(path, "np") as file:
+        about = file.metadata()
+    assert about == {
+        "format": "pt",
+        "mean": "[0.1, 0.2, 0.3]",
+        "std": "[0.4, 0.5, 0.6]",
+    }
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path, capsys):

@@ -240,6 +240,8 @@ def _about(problem, run):
         "run": run.identity,
         "num_classes": problem.num_classes,
         "channels": problem.channels,
+        "mean": problem.dataset.mean,
+        "std": problem.dataset.std,
     }
 
 
