@@ -44,7 +44,8 @@ class Reporter:
         parts.append(f"train {100 * last('accuracy'):.1f} %")
         if "test_accuracy" in metrics:
             parts.append(f"eval {metrics['test_accuracy']:.1f} %")
-        parts.append(f"{speed:.0f} images/s")
+        if speed:  # 0 if all steps of the epoch were in the dispatch that compiled
+            parts.append(f"{speed:.0f} images/s")
         numbers = "  ".join(parts)
         if not self.live:
             self.console.print(f"{name}: epoch {epoch + 1}  {numbers}")
