@@ -41,7 +41,8 @@ def _classes(folder):
 
 
 def _has_images(folder):
-    return any(_ending(entry.name) in endings() for entry in _entries(folder))
+    read = endings()
+    return any(_ending(entry.name) in read for entry in _entries(folder))
 
 
 def find_flat(folders: Sequence[Path]) -> DataError | None:
