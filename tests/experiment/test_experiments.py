@@ -323,6 +323,16 @@ def test_live_bar():
     reporter.remove(run)  # it has none now
 
 
+@pytest.mark.parametrize(("speed", "end"), [(11.0, "  11 images/s\n"), (0.0, "\n")])
+def test_an_epoch_that_only_compiled_has_no_speed(speed, end):
+    file = io.StringIO()
+    reporter = terminal.Reporter(Console(file=file, width=200), live=False)
+    run = runs.Run("student", 3, 0.0, 2, np.arange(4), Settings(), {})
+    metrics = {"epoch": 1, "loss": 1.25, "accuracy": 0.75}
+    reporter(run, epoch=0, done=2, total=4, metrics=metrics, speed=speed)
+    assert file.getvalue().endswith(f"train 75.0 %{end}")
+
+
 def test_folders_from_before_schedules_are_read_as_constant(tmp_path, monkeypatch):
     problem = problems.prepare(parse(list(map(str, TINY))), tmp_path)
     *_, run = runs.student_runs(problem, None)
