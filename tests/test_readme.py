@@ -122,10 +122,12 @@ def test_gains_are_those_of_the_table():
         assert {*found} <= known
 
 
-def test_differences_between_distances_of_sentences():
+@pytest.mark.parametrize("task", ["sst2", "cola"])
+def test_differences_between_distances_of_sentences(task):
     """They are not in the table, whose differences are to the student alone."""
     page = (ROOT / "experiments" / "README.md").read_text()
-    results = json.loads((ROOT / "experiments/results/text-sst2.json").read_text())
+    file = ROOT / "experiments" / "results" / f"text-{task}.json"
+    results = json.loads(file.read_text())
 
     def scores(*row):
         test = [run for run in results["runs"] if run["part"] == "test"]
@@ -134,6 +136,8 @@ def test_differences_between_distances_of_sentences():
 
     names = {"procrustes": "Procrustes", "gram": "feature Gram"}
     layers = {"first": "first token", "tokens": "all tokens"}
+    if task == "cola":
+        layers.pop("tokens")
     for key, layer in itertools.product(names, layers):
         cells = [f"{names[key]}, {layers[layer]}"]
         for other in ("cka", "linear"):
