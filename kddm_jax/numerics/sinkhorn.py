@@ -35,8 +35,7 @@ class Scalings(NamedTuple):
       u: scalings of the rows, shape ``[n]``.
       v: scalings of the columns, shape ``[m]``.
       seen: ``K^T u``, shape ``[m]``.
-      error: L1 error of the column sums.  Each update makes the row sums right, or as
-        wrong as these.
+      error: L1 error of the marginals; right after an absorption, of the columns.
       count: number of updates so far, including rejected ones.
       fits: True if the last update stayed in range; otherwise it was rejected.
     """
@@ -71,19 +70,24 @@ def _column_error(v, seen, b):
 def _updated(old: Scalings, kernel, a, b, symmetric) -> Scalings:
     """Updates the scalings once, unless one of them leaves the range.
 
-    A problem between a sample and itself has u = v.  It converges after a few averaged
-    updates, ``v <- sqrt(v b / K^T v)``, as in ott.tools.sinkhorn_divergence.
+    A problem between a sample and itself converges after a few simultaneous, averaged
+    updates, ``v <- sqrt(v b / K^T u)``, as in ott.tools.sinkhorn_divergence.  Then u
+    equals v, unless the cost is not symmetric, as the KL divergence of `jw2`.
     """
     # Samples without mass keep the scaling 1; their rows of K are zero.
     if symmetric:
-        u = v = jnp.where(b > 0, jnp.sqrt(old.v * b / old.seen), 1)
+        u = jnp.where(a > 0, jnp.sqrt(old.u * a / matmul(kernel, old.v)), 1)
+        v = jnp.where(b > 0, jnp.sqrt(old.v * b / old.seen), 1)
     else:
         v = jnp.where(b > 0, b / old.seen, 1)
         u = jnp.where(a > 0, a / matmul(kernel, v), 1)
     # u K is much faster than K^T u, for which XLA:CPU transposes K.
     seen = matmul(u, kernel)
     fits = jnp.all(jnp.abs(jnp.log(jnp.concatenate([u, v]))) < LARGEST_LOG)
-    made = Scalings(u, v, seen, _column_error(v, seen, b), old.count, fits)
+    error = _column_error(v, seen, b)
+    if symmetric:
+        error = jnp.maximum(error, jnp.sum(jnp.abs(u * matmul(kernel, v) - a)))
+    made = Scalings(u, v, seen, error, old.count, fits)
     kept = jax.tree.map(lambda new, z: jnp.where(fits, new, z), made, old)
     return kept._replace(count=old.count + 1, fits=fits)
 
@@ -92,8 +96,9 @@ def _absorbed(f, g, geometry, a, b, symmetric):
     """Updates the potentials once, as a log-sum-exp of the costs."""
     log_b = jnp.log(b)  # -inf, and so are potentials, where there is no mass
     if symmetric:
-        g = (g + geometry.update_potential(g, g, log_b, axis=0)) / 2
-        return g, g
+        rows = geometry.update_potential(f, g, jnp.log(a), axis=1)
+        columns = geometry.update_potential(f, g, log_b, axis=0)
+        return (f + rows) / 2, (g + columns) / 2
     g = geometry.update_potential(f, g, log_b, axis=0)
     return geometry.update_potential(f, g, jnp.log(a), axis=1), g
 
