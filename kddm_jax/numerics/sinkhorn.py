@@ -119,7 +119,7 @@ def sinkhorn(
               v \leftarrow b / K^\top u, \quad u \leftarrow a / K v
 
     Cost: up to three exponentials of ``[n, m]`` for each absorption, and two products
-    of ``[n, m]`` with a vector for each iteration.
+    of ``[n, m]`` with a vector for each iteration, or three if ``symmetric``.
 
     Args:
       cost: costs, shape ``[n, m]``.

@@ -33,18 +33,19 @@ def by_ott(cost, a, b, epsilon, symmetric):
     return out.reg_ot_cost, out.matrix
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.5])  # of a cost that is not symmetric
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_agrees_with_ott(symmetric, slope, x64):
+# Averaged updates converge slowly if the cost is not symmetric and epsilon is small.
+@pytest.mark.parametrize(
+    ("symmetric", "noise", "share"), [(False, 0, 0.02), (True, 0, 0.02), (True, 1, 0.2)]
+)
+def test_agrees_with_ott(symmetric, noise, share, x64):
     cost, x = points_cost(7, 9)
     a, b = (np.random.default_rng(1).uniform(0.5, 2, size) for size in (7, 9))
     a[2] = b[4] = 0  # no mass
     a, b = a / a.sum(), b / b.sum()
     if symmetric:
         cost, b = np.sum((x[:, None] - x[None]) ** 2, axis=2), a
-    cost += slope * np.outer(*(np.random.default_rng(2).uniform(size=z.shape)
-                               for z in (a, b)))  # fmt: skip
-    epsilon = jnp.asarray(0.02 * cost.mean())
+    cost += noise * np.random.default_rng(2).uniform(size=cost.shape)
+    epsilon = jnp.asarray(share * cost.mean())
     arrays = jnp.asarray(cost), jnp.asarray(a), jnp.asarray(b), epsilon
     value, stats, plan = sinkhorn(
         *arrays, threshold=1e-11, max_iterations=20_000, symmetric=symmetric
