@@ -130,6 +130,27 @@ def test_files_hold_what_their_name_says(made):
     assert first.digest != second.digest
 
 
+def is_mapped(array):
+    """Returns whether an array lies in a file that is mapped into memory."""
+    while array is not None and not isinstance(array, np.memmap):
+        array = array.base
+    return array is not None
+
+
+def test_files_are_mapped_into_memory(made):
+    whole, half = (stored.read(file_of(made, name)) for name in FORMS)
+    assert is_mapped(whole.outputs.logits)
+    assert is_mapped(whole.of(("map",)).maps["map"])
+    assert is_mapped(half.maps["map"])  # read when a method compares it
+    assert half.maps["map"].dtype == np.float16
+    found = half.of(("map",))
+    assert found.maps["map"].dtype == np.float32
+    assert half.size(("map",)) == sum(leaf.nbytes for leaf in jax.tree.leaves(found))
+    with np.load(file_of(made)) as arrays:
+        np.testing.assert_array_equal(whole.outputs.features, arrays["features"])
+        np.testing.assert_array_equal(whole.maps["map"], arrays["maps/map"])
+
+
 def test_a_file_is_neither_computed_again_nor_replaced(made, monkeypatch, capsys):
     file = file_of(made)
     before, changed = file.read_bytes(), file.stat().st_mtime_ns
@@ -238,6 +259,8 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
     (tmp_path / "flipped.npz").write_bytes(flipped)
     other = tmp_path / "other.npz"
     np.savez(other, features=np.zeros(3))
+    compressed = tmp_path / "compressed.npz"
+    np.savez_compressed(compressed, **np.load(file_of(made)))
     of_statistics = tmp_path / "statistics.npz"
     statistics.write(of_statistics, {}, {"kind": "means"})
     for file, words in (
@@ -245,6 +268,7 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
         (broken, "damaged"),
         (tmp_path / "flipped.npz", "damaged"),
         (other, "no file of kddm outputs"),
+        (compressed, "no file of kddm outputs"),
         (tmp_path / "none.npz", "No such file"),
         (rewrite(made, tmp_path / "a.npz", dataset="mnist"), "is of mnist"),
         (rewrite(made, tmp_path / "b.npz", drawn="0"), "other views"),

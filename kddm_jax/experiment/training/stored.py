@@ -12,14 +12,18 @@ arrays have a row for each view; view v of image i is row ``i V + v``:
 
 The other logits are then read as equal, which leaves the probabilities of the K classes
 as they were. ``indices`` are the places of the n images in the training set.
+
+Files are mapped into memory: the host reads what a method compares, when it does.
 """
 
 import hashlib
 import json
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +48,14 @@ class StoredOutputs:
     """Contains the outputs of a teacher that were read from a file.
 
     Attributes:
-      outputs: logits, pooled features and the stored maps, float32, on the host.
+      outputs: logits and pooled features, float32, on the host, without maps.
+      maps: the stored maps by name, as in the file.
       about: description of the outputs and the teacher.
       digest: digest of the file.
     """
 
     outputs: adapters.Outputs
+    maps: Mapping[str, np.ndarray]
     about: dict[str, Any]
     digest: str
 
@@ -70,9 +76,14 @@ class StoredOutputs:
         )
 
     def of(self, layers: tuple[str, ...]) -> adapters.Outputs:
-        """Returns the outputs with these maps only."""
-        maps = {name: self.outputs.maps[name] for name in layers}
+        """Returns the outputs with these maps, float32."""
+        maps = {name: _single(self.maps[name]) for name in layers}
         return self.outputs._replace(maps=maps)
+
+    def size(self, layers: tuple[str, ...]) -> int:
+        """Returns the bytes of the outputs with these maps, without reading them."""
+        arrays = [*self.outputs[:2], *(self.maps[name] for name in layers)]
+        return sum(4 * array.size for array in arrays)
 
     def shapes(self, count: int) -> methods.Shapes:
         """Returns the shapes of all of the network's outputs for a batch of images."""
@@ -142,6 +153,10 @@ def pack(
     return found
 
 
+def _single(array):
+    return np.asarray(array).astype(np.float32, copy=False)
+
+
 def unpack(arrays: Mapping[str, np.ndarray], num_classes: int) -> adapters.Outputs:
     """Restores a teacher's outputs from the arrays of a file.
 
@@ -153,7 +168,7 @@ def unpack(arrays: Mapping[str, np.ndarray], num_classes: int) -> adapters.Outpu
       The outputs, float32. If the file has the K largest logits only, the others are
       equal, with the log-sum-exp that they had.
     """
-    read = lambda name: np.asarray(arrays[name]).astype(np.float32, copy=False)
+    read = lambda name: _single(arrays[name])
     if "logits" in arrays:
         logits = read("logits")
     else:
@@ -170,8 +185,29 @@ def unpack(arrays: Mapping[str, np.ndarray], num_classes: int) -> adapters.Outpu
 # Reading.
 
 
+def _mapped(path: Path, info: zipfile.ZipInfo, file: IO[bytes]) -> np.ndarray:
+    """Maps an array of a file of ``np.savez`` into memory; ``np.load`` would read it.
+
+    Args:
+      path: the file, uncompressed.
+      info: the entry of the array.
+      file: the entry, open.
+    """
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{info.filename} is of another version of NumPy's format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    with path.open("rb") as whole:
+        whole.seek(info.header_offset + 26)  # of the lengths of name and extra field
+        name, extra = struct.unpack("<HH", whole.read(4))
+    start = info.header_offset + 30 + name + extra + file.tell()
+    order = "F" if fortran else "C"
+    return np.asarray(np.memmap(path, dtype, "r", start, shape, order))
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Reads a file as it is.
+    """Maps a file into memory as it is, after it has checked all of it.
 
     Args:
       path: the file, which `statistics.write` wrote.
@@ -185,9 +221,14 @@ def load(path: Path) -> dict[str, Any]:
     with statistics.reading(OPTION, path, "kddm outputs"):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            file.seek(0)
-            with np.load(file) as content:
-                arrays = {name: content[name] for name in content.files}
+        with zipfile.ZipFile(path) as whole:
+            if name := whole.testzip():
+                raise ValueError(f"{name} is damaged")
+            arrays = {}
+            for info in whole.infolist():
+                with whole.open(info) as file:
+                    name = info.filename.removesuffix(".npy")
+                    arrays[name] = _mapped(path, info, file)
         about = str(arrays.pop("about"))
         return {"arrays": arrays, "about": about, "digest": digest}
 
@@ -201,8 +242,11 @@ def parse(path: Path, found: Mapping[str, Any]) -> StoredOutputs:
                 f"{OPTION} {path} holds statistics; pass it as --teacher-statistics"
             )
         about = {name: about[name] for name in ABOUT}
-        outputs = unpack(found["arrays"], len(about["classes"]))
-    return StoredOutputs(outputs, about, found["digest"])
+        arrays = found["arrays"]
+        maps = {n.removeprefix(MAP): a for n, a in arrays.items() if n.startswith(MAP)}
+        others = {n: a for n, a in arrays.items() if not n.startswith(MAP)}
+        outputs = unpack(others, len(about["classes"]))
+    return StoredOutputs(outputs, maps, about, found["digest"])
 
 
 def read(path: Path) -> StoredOutputs:
@@ -241,15 +285,14 @@ def check_method(
             f"{name} needs {' and '.join(arrays)}, computed by the teacher's network, "
             f"which is not in {file}; leave {name} out"
         )
-    maps = found.outputs.maps
+    maps = found.maps
     if missing := sorted({*methods.teacher_layers(method)} - {*maps}):
         raise UserError(
             f"{name} compares the teacher's {', '.join(missing)}, but {file} has "
             f"{', '.join(maps) or 'no maps'}; make a file with --layers "
             f"STUDENT:{missing[0]}"
         )
-    compared = found.of(methods.teacher_layers(method))
-    size = sum(array.nbytes for array in jax.tree.leaves(compared))
+    size = found.size(methods.teacher_layers(method))
     if size > memory / 4:
         raise UserError(
             f"{file}: the outputs that {name} compares take {size / 1e9:.1f} GB, a "
