@@ -1,13 +1,17 @@
-"""Logs runs to their folders, for other programs such as TensorBoard.
+"""Logs runs to their folders, as JSON lines and for programs such as TensorBoard.
 
-`Log` collects what is logged: the numbers of each epoch, the norms of the features of
-student and teacher, and a picture of the features at the end. A `Backend` writes it by
-three functions, for numbers, for a histogram and for a picture; an entry of `BACKENDS`
-adds another one. Only the first process writes, inside `processes.first`, so that an
-error ends all processes. A step is the number of updates made.
+`Log` collects what is logged: the numbers of each epoch, and with ``--log`` the norms
+of the features of student and teacher, and a picture of the features at the end. A
+`Backend` writes it by three functions, for numbers, for a histogram and for a picture;
+an entry of `BACKENDS` adds another one. Only the first process writes, inside
+`processes.first`, so that an error ends all processes. A step is the number of updates
+made.
 """
 
 import importlib.util
+import json
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +51,50 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Ends the log."""
+
+
+class JsonLines:
+    """Writes numbers to ``log.jsonl``, a JSON object for each epoch, and nothing else.
+
+    JSON has no number that is not finite; null stands for it.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / "log.jsonl"
+        kept = [line for line in _lines(path) if line["step"] < step]
+        partial = path.with_suffix(".partial")
+        with partial.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(partial, path)
+        self.file = path.open("a")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers by name to the disk."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
+        self.file.flush()
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        """Leaves a distribution out."""
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Leaves a picture out."""
+
+    def close(self) -> None:
+        """Ends the log."""
+        self.file.close()
+
+
+def _lines(path):
+    """Reads JSON lines up to one that an interrupted command did not end."""
+    found = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+    return found
 
 
 class TensorBoard:
@@ -113,7 +161,7 @@ def check_log(settings: Settings) -> None:
 
 
 class Log:
-    """Logs the runs of a study, one after the other, if the settings ask for it.
+    """Logs the runs of a study, one after the other.
 
     `reporting` and `observing` wrap the functions that `train.train` calls. A run's log
     is opened at its first epoch and closed at its last, or when another run begins.
@@ -121,22 +169,24 @@ class Log:
 
     def __init__(self, problem: Problem) -> None:
         kind = problem.settings.run.log
-        self.problem, self.folder, self.backend = problem, None, None
+        self.problem, self.folder, self.backends = problem, None, []
         self.of_teacher = None  # its features, which are computed once
-        self.make: Any = BACKENDS[kind][0] if kind else None
+        self.features = kind is not None
+        self.makers: list[Any] = [JsonLines, *([BACKENDS[kind][0]] if kind else [])]
 
-    def _open(self, run: Run, step: int) -> Backend:
+    def _open(self, run: Run, step: int) -> list[Backend]:
         folder = run.folder(self.problem.out)
-        if self.backend is None or folder != self.folder:
+        if not self.backends or folder != self.folder:
             self.close()
-            self.folder, self.backend = folder, self.make(folder, step)
-        return self.backend
+            self.folder = folder
+            self.backends = [make(folder, step) for make in self.makers]
+        return self.backends
 
     def close(self) -> None:
         """Closes the log of the last run."""
-        if self.backend is not None:
-            self.backend.close()
-        self.backend = None
+        for backend in self.backends:
+            backend.close()
+        self.backends = []
 
     def reporting(self, report: Callable[..., None]) -> Callable[..., None]:
         """Adds the numbers of each epoch to a function that reports progress.
@@ -148,20 +198,18 @@ class Log:
         Returns:
           A function of the same arguments.
         """
-        if self.make is None:
-            return report
 
         def logged(run, *, done, total, metrics, **shown):
             report(run, done=done, total=total, metrics=metrics, **shown)
             if "epoch" in metrics:
-                values = {k: v for k, v in metrics.items() if k != "epoch"}
-                processes.first(lambda: self._log_numbers(run, done, total, values))
+                processes.first(lambda: self._log_numbers(run, done, total, metrics))
 
         return logged
 
     def _log_numbers(self, run, step, last, values):
         """Logs the numbers of an epoch, and closes the log after the last step."""
-        self._open(run, step).scalars(step, values)
+        for backend in self._open(run, step):
+            backend.scalars(step, values)
         if step == last:
             self.close()
 
@@ -178,7 +226,7 @@ class Log:
         Returns:
           A function of the same arguments.
         """
-        if self.make is None:
+        if not self.features:
             return observe
         optimizer = run.settings.optimizer
         steps = len(run.indices) // optimizer.batch_size
@@ -197,7 +245,7 @@ class Log:
         """Logs norms of features, and after the last epoch a picture of them."""
         from kddm_jax.experiment.report import embedding  # imports scikit-learn
 
-        problem, log = self.problem, self._open(run, step)
+        problem, logs = self.problem, self._open(run, step)
         images, chosen = problem.parts.eval_images, embedding.chosen_images(problem)
         of = lambda network: features_of(problem, network, "features", images, chosen)
         student = of(Network(problem.student, variables))
@@ -209,16 +257,18 @@ class Log:
         for who, features in found.items():
             norms = np.linalg.norm(features, axis=1)
             norms = norms[np.isfinite(norms)]
-            if norms.size:
+            for log in logs if norms.size else []:
                 log.histogram(step, f"feature_norm/{who}", norms)
         if epoch == run.epochs and problem.settings.run.embedding != "none":
             titles = {"teacher": ("teacher",) * 2, "student": (run.name, run.title)}
             networks = [(*titles[who], features) for who, features in found.items()]
-            _log_picture(log, step, embedding.panels_of(problem, networks))
+            _log_picture(logs, step, embedding.panels_of(problem, networks))
 
 
-def _log_picture(log, step, found):
+def _log_picture(logs, step, found):
     from kddm_jax.experiment.report import curves, page  # import Matplotlib
 
     if found["panels"]:
-        log.image(step, "features", curves.pixels(page.features(found)))
+        pixels = curves.pixels(page.features(found))
+        for log in logs:
+            log.image(step, "features", pixels)

@@ -314,8 +314,8 @@ class Run:
     which counts such steps in the history and warns. Either way, the step does not
     change the parameters."""
     log: Annotated[str | None, Choices(None, "tensorboard"), Mark.NOT_SHOWN] = None
-    """Format of a log of metrics and features in the folder of every run: tensorboard
-    (needs the extra tensorboard). None writes no log."""
+    """Format of a second log, of metrics and features, in the folder of every run:
+    tensorboard (needs the extra tensorboard). None writes log.jsonl only."""
     profile: Annotated[int, NOT_NEGATIVE, Mark.NOT_SHOWN] = 0
     """Number of training steps of every run that JAX's profiler records, after the
     first ones, which compile. The trace is written to the run's folder."""

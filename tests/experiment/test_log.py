@@ -1,10 +1,12 @@
-"""Tests that ``--log tensorboard`` writes what the run measures, in every epoch once.
+"""Tests that the logs of a run hold what it measures, in every epoch once.
 
 Event files are read here and not by TensorBoard, which is large. `events` hides what an
 interrupted command wrote, as TensorBoard does.
 """
 
 import contextlib
+import json
+import math
 import struct
 import sys
 from types import SimpleNamespace
@@ -56,12 +58,17 @@ def numbers(found):
     return by_step
 
 
+def lines(folder):
+    """Returns the objects of a run's JSON lines."""
+    text = (folder / "log.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def assert_logs_history(run, found):
     history = records.read_json(run / "result.json")["history"]
-    expected = {
-        STEPS * record["epoch"]: {k: v for k, v in record.items() if k != "epoch"}
-        for record in history
-    }
+    expected = {STEPS * record["epoch"]: record for record in history}
+    assert lines(run) == [{"step": s, **record} for s, record in expected.items()]
     logged = numbers(found)
     assert {*logged} == {*expected}
     for step, values in expected.items():
@@ -88,7 +95,9 @@ def logged(tmp_path_factory):
         once = lambda progress, seconds: named(progress) and progress.step == STEPS
         patch.setattr(train.Progress, "due", once)
         assert call(*LINE, "--out", out) == 1
-        assert {*numbers(events(out / "l2" / "seed1"))} == {STEPS, 2 * STEPS}
+        run = out / "l2" / "seed1"
+        assert {*numbers(events(run))} == {STEPS, 2 * STEPS}
+        assert [line["step"] for line in lines(run)] == [STEPS, 2 * STEPS]
         patch.setattr(train, "_end_epoch", end)
         patch.setattr(train.Progress, "due", due)
         assert call(*LINE, "--out", out) == 0
@@ -147,11 +156,14 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
                 logged(run, epoch=epoch - 1, done=10 * epoch, metrics=record, **more)
                 written = numbers(events(tmp_path / "run"))  # before the log is closed
                 assert written[10 * epoch]["l2:own@2"] == loss
+                assert lines(tmp_path / "run")[-1] == {"step": 10 * epoch, **record}
     losses = {
         step: values["loss"]
         for step, values in numbers(events(tmp_path / "run")).items()
     }
     assert losses == {10: 0.5, 20: 0.25, 30: 0.25}
+    assert {line["step"]: line["loss"] for line in lines(tmp_path / "run")} == losses
+    assert len(lines(tmp_path / "run")) == 3
     assert shown == [5, 10, 15, 20, 25, 30, 15, 20, 25, 30]
 
 
@@ -188,10 +200,25 @@ def test_every_process_stops_if_the_log_cannot_be_written(tmp_path, monkeypatch)
         observe(2, None)
 
 
-def test_without_the_option_nothing_is_logged():
-    """The functions of the command are unchanged."""
-    log = log_module.Log(made_by(log=None))
-    report, observe = object(), object()
-    assert log.reporting(report) is report
-    assert log.observing(None, None, observe) is observe
+def test_json_lines_of_a_killed_run_go_on(tmp_path):
+    """The last line was cut off, and another value was not finite."""
+    whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text(whole + '{"step": 3, "l')
+    log = log_module.JsonLines(tmp_path, 3)
+    log.scalars(3, {"loss": math.nan})
+    assert lines(tmp_path) == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": None},
+    ]
     log.close()
+
+
+def test_without_the_option_only_numbers_are_logged(tmp_path):
+    run = SimpleNamespace(folder=lambda out: out)
+    with contextlib.closing(log_module.Log(made_by(out=tmp_path))) as log:
+        report, observe = log.reporting(lambda run, **numbers: None), object()
+        assert log.observing(None, None, observe) is observe
+        report(run, done=10, total=20, metrics={"epoch": 1, "loss": 1.0})
+    assert lines(tmp_path) == [{"step": 10, "epoch": 1, "loss": 1.0}]
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
