@@ -11,7 +11,6 @@ made.
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kddm_jax.experiment.machine import processes
+from kddm_jax.experiment.machine import processes, records
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.settings import Settings
 from kddm_jax.experiment.training.outputs import Network, features_of
@@ -60,19 +59,18 @@ class JsonLines:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        path = folder / "log.jsonl"
-        kept = [line for line in _lines(path) if line["step"] < step]
-        partial = path.with_suffix(".partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(partial, path)
-        self.file = path.open("a")
+        self.path = folder / "log.jsonl"
+        kept = [line for line in _lines(self.path) if line["step"] < step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        records.write_text(self.path, text)
+        self.file = self.path.open("a")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers by name to the disk."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
+        with records.naming(self.path):
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         """Leaves a distribution out."""
@@ -82,7 +80,8 @@ class JsonLines:
 
     def close(self) -> None:
         """Ends the log."""
-        self.file.close()
+        with records.naming(self.path):
+            self.file.close()
 
 
 def _lines(path):

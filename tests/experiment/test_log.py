@@ -214,6 +214,15 @@ def test_json_lines_of_a_killed_run_go_on(tmp_path):
     log.close()
 
 
+def test_a_full_disk_is_named(tmp_path):
+    log = log_module.JsonLines(tmp_path, 1)
+    log.file.close()
+    with open("/dev/full", "w") as log.file:
+        for write in (lambda: log.scalars(1, {"loss": 1.0}), log.close):
+            with pytest.raises(OSError, match=r"No space left.*log\.jsonl"):
+                write()
+
+
 def test_without_the_option_only_numbers_are_logged(tmp_path):
     run = SimpleNamespace(folder=lambda out: out)
     with contextlib.closing(log_module.Log(made_by(out=tmp_path))) as log:

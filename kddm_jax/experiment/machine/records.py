@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,34 @@ def environment(devices) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in errors of the system, as that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    partial = path.with_suffix(".partial")
+    with naming(path):
+        try:
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file atomically."""
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:  # the error of a full disk contains no file name
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path, fix: str = "run its command again") -> dict[str, Any]:
