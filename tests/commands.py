@@ -188,7 +188,7 @@ def small_results(teacher=90.0, given=False):
         "settings": {
             "dataset": "digits",
             "recipe": "laptop",
-            "student_model": "ResNet18",
+            "student_model": "ResNet9",
             "width": 16,
             "stem": "cifar",
             "seeds": [0, 1],
@@ -196,7 +196,7 @@ def small_results(teacher=90.0, given=False):
         },
         "eval_images": 100,
         "teacher": {
-            "model": "ResNet34",
+            "model": "ResNet18",
             "width": 32,
             "accuracy": teacher,
             "best_accuracy": None if given else 91.5,

@@ -98,7 +98,7 @@ GOLDEN = """\
 | teacher | 90.00 |  |  |  |  | 61 |
 | W2 (E) | 84.60 ± 0.85 | +3.6 [-1.5, +8.7] | 40 % | 0.0001 | 2 | 20 |
 
-digits, recipe laptop: ResNet34 (width 32) to ResNet18 (width 16), cifar stem; \
+digits, recipe laptop: ResNet18 (width 32) to ResNet9 (width 16), cifar stem; \
 accuracy after the last epoch on 100 test images; 2 seeds; 2 × Some GPU, JAX 1.2.3, \
 commit abc1234. Differences and "gap closed" refer to "student". ± is the standard \
 deviation over seeds; brackets are 95 % intervals of the mean difference, paired by \
