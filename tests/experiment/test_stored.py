@@ -10,6 +10,7 @@ from commands import KEEP, SMALL, assert_same_arrays, call, final_arrays, result
 
 from kddm_jax import adapters
 from kddm_jax.experiment import outputs
+from kddm_jax.experiment.machine import processes
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.recipes import parse
 from kddm_jax.experiment.report import table
@@ -151,6 +152,28 @@ def test_files_are_mapped_into_memory(made):
         np.testing.assert_array_equal(whole.maps["map"], arrays["maps/map"])
 
 
+def test_compressed_files_are_read(made, tmp_path):
+    file = tmp_path / "compressed.npz"
+    np.savez_compressed(file, **np.load(file_of(made)))
+    expected, found = (stored.read(path) for path in (file_of(made), file))
+    chex.assert_trees_all_equal(found.of(("map",)), expected.of(("map",)))
+    content = bytearray(file.read_bytes())
+    content[200:300] = bytes(100)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        stored.read(file)
+
+
+def test_other_processes_get_the_arrays(made):
+    content = stored.load(file_of(made))
+    sent, error = processes._read(processes._written(content, None))
+    assert error is None
+    found = stored.parse(file_of(made), sent)
+    expected = stored.read(file_of(made))
+    chex.assert_trees_all_equal(found.of(("map",)), expected.of(("map",)))
+    assert (found.about, found.digest) == (expected.about, expected.digest)
+
+
 def test_a_file_is_neither_computed_again_nor_replaced(made, monkeypatch, capsys):
     file = file_of(made)
     before, changed = file.read_bytes(), file.stat().st_mtime_ns
@@ -259,8 +282,9 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
     (tmp_path / "flipped.npz").write_bytes(flipped)
     other = tmp_path / "other.npz"
     np.savez(other, features=np.zeros(3))
-    compressed = tmp_path / "compressed.npz"
-    np.savez_compressed(compressed, **np.load(file_of(made)))
+    arrays = dict(np.load(file_of(made)))
+    objects = tmp_path / "objects.npz"
+    np.savez(objects, **arrays, more=np.array([{}] * 3))
     of_statistics = tmp_path / "statistics.npz"
     statistics.write(of_statistics, {}, {"kind": "means"})
     for file, words in (
@@ -268,7 +292,7 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
         (broken, "damaged"),
         (tmp_path / "flipped.npz", "damaged"),
         (other, "no file of kddm outputs"),
-        (compressed, "no file of kddm outputs"),
+        (objects, "no file of kddm outputs"),
         (tmp_path / "none.npz", "No such file"),
         (rewrite(made, tmp_path / "a.npz", dataset="mnist"), "is of mnist"),
         (rewrite(made, tmp_path / "b.npz", drawn="0"), "other views"),

@@ -1,10 +1,10 @@
 """Defines the runs of a study, and the settings that decide their results.
 
 A run is a folder ``<out>/<name>/seed<k>`` with ``run.json`` (the settings that decide
-its result), ``checkpoints/`` and, once finished, ``result.json``. ``kddm
-choose-weights`` has such folders in ``<out>/<place>``, a place for each candidate. A
-command that would give another result in an existing folder stops with an error.
-`train.py` trains the runs.
+its result), ``log.jsonl`` (the numbers of each epoch), ``checkpoints/`` and, once
+finished, ``result.json``. ``kddm choose-weights`` has such folders in
+``<out>/<place>``, a place for each candidate. A command that would give another result
+in an existing folder stops with an error. `train.py` trains the runs.
 """
 
 import json

@@ -21,6 +21,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,9 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> N
     os.replace(partial, path)
 
 
+DAMAGE = (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
 @contextlib.contextmanager
 def reading(option: str, path: Path, command: str) -> Iterator[None]:
     """Turns the errors of reading a file into a `UserError`.
@@ -94,7 +98,7 @@ def reading(option: str, path: Path, command: str) -> Iterator[None]:
         raise UserError(
             f"{option} {path}: {error.strerror}; pass a file that {command} wrote"
         ) from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{option} {path} is damaged or no file of {command}; write it again"
         ) from error

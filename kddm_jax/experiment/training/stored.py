@@ -13,11 +13,13 @@ arrays have a row for each view; view v of image i is row ``i V + v``:
 The other logits are then read as equal, which leaves the probabilities of the K classes
 as they were. ``indices`` are the places of the n images in the training set.
 
-Files are mapped into memory: the host reads what a method compares, when it does.
+One process maps such a file into memory, so that maps that no method compares take none
+of it. Of several processes each holds all arrays.
 """
 
 import hashlib
 import json
+import math
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -185,29 +187,35 @@ def unpack(arrays: Mapping[str, np.ndarray], num_classes: int) -> adapters.Outpu
 # Reading.
 
 
-def _mapped(path: Path, info: zipfile.ZipInfo, file: IO[bytes]) -> np.ndarray:
+def _mapped(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo):
     """Maps an array of a file of ``np.savez`` into memory; ``np.load`` would read it.
 
     Args:
-      path: the file, uncompressed.
-      info: the entry of the array.
-      file: the entry, open.
+      file: the open file.
+      archive: the archive in it.
+      entry: the entry of the array; it is read if it is compressed.
+
+    Returns:
+      The array.
     """
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed")
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{info.filename} is of another version of NumPy's format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    with path.open("rb") as whole:
-        whole.seek(info.header_offset + 26)  # of the lengths of name and extra field
-        name, extra = struct.unpack("<HH", whole.read(4))
-    start = info.header_offset + 30 + name + extra + file.tell()
+    with archive.open(entry) as member:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(member, allow_pickle=False)
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{entry.filename} is of another version of the format")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    if header + math.prod(shape) * dtype.itemsize != entry.file_size or dtype.hasobject:
+        raise ValueError(f"{entry.filename} holds something else than its numbers")
+    file.seek(entry.header_offset + 26)  # of the lengths of name and extra field
+    name, extra = struct.unpack("<HH", file.read(4))
+    start = entry.header_offset + 30 + name + extra + header
     order = "F" if fortran else "C"
-    return np.asarray(np.memmap(path, dtype, "r", start, shape, order))
+    return np.asarray(np.memmap(file, dtype, "r", start, shape, order))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Maps a file into memory as it is, after it has checked all of it.
+    """Checks a whole file and maps its arrays into memory.
 
     Args:
       path: the file, which `statistics.write` wrote.
@@ -219,16 +227,15 @@ def load(path: Path) -> dict[str, Any]:
       UserError: the file cannot be read, is damaged or something else.
     """
     with statistics.reading(OPTION, path, "kddm outputs"):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        with zipfile.ZipFile(path) as whole:
-            if name := whole.testzip():
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            if name := archive.testzip():
                 raise ValueError(f"{name} is damaged")
-            arrays = {}
-            for info in whole.infolist():
-                with whole.open(info) as file:
-                    name = info.filename.removesuffix(".npy")
-                    arrays[name] = _mapped(path, info, file)
+            arrays = {
+                entry.filename.removesuffix(".npy"): _mapped(file, archive, entry)
+                for entry in archive.infolist()
+            }
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         about = str(arrays.pop("about"))
         return {"arrays": arrays, "about": about, "digest": digest}
 
