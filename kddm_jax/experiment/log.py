@@ -8,6 +8,7 @@ an entry of `BACKENDS` adds another one. Only the first process writes, inside
 made.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -85,14 +86,14 @@ class JsonLines:
 
 
 def _lines(path):
-    """Reads JSON lines up to one that an interrupted command did not end."""
+    """Reads JSON lines, without those that an interrupted command damaged."""
     found = []
     if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict) and isinstance(value.get("step"), int):
+                    found.append(value)
     return found
 
 
@@ -169,6 +170,7 @@ class Log:
     def __init__(self, problem: Problem) -> None:
         kind = problem.settings.run.log
         self.problem, self.folder, self.backends = problem, None, []
+        self.opened = contextlib.ExitStack()  # closes all backends
         self.of_teacher = None  # its features, which are computed once
         self.features = kind is not None
         self.makers: list[Any] = [JsonLines, *([BACKENDS[kind][0]] if kind else [])]
@@ -178,14 +180,15 @@ class Log:
         if not self.backends or folder != self.folder:
             self.close()
             self.folder = folder
-            self.backends = [make(folder, step) for make in self.makers]
+            for make in self.makers:
+                self.backends.append(make(folder, step))
+                self.opened.callback(self.backends[-1].close)
         return self.backends
 
     def close(self) -> None:
         """Closes the log of the last run."""
-        for backend in self.backends:
-            backend.close()
         self.backends = []
+        self.opened.close()
 
     def reporting(self, report: Callable[..., None]) -> Callable[..., None]:
         """Adds the numbers of each epoch to a function that reports progress.

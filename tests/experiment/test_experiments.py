@@ -77,10 +77,11 @@ def test_results_are_written(finished):
     assert [run["name"] for run in results["runs"]] == ["student", *DISTANCE_NAMES]
     for run in results["runs"]:
         assert run["seed"] == 1
-        assert run == json.loads(
-            (finished / "out" / run["name"] / "seed1" / "result.json").read_text()
-        )
+        folder = finished / "out" / run["name"] / "seed1"
+        assert run == json.loads((folder / "result.json").read_text())
         history = run["history"]
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        assert [*lines] == [{"step": 4 * r["epoch"], **r} for r in history]
         assert [record["epoch"] for record in history] == [1, 2]
         assert run["accuracy"] == history[-1]["test_accuracy"]
         assert run["best_accuracy"] == max(r["test_accuracy"] for r in history)

@@ -201,9 +201,10 @@ def test_every_process_stops_if_the_log_cannot_be_written(tmp_path, monkeypatch)
 
 
 def test_json_lines_of_a_killed_run_go_on(tmp_path):
-    """The last line was cut off, and another value was not finite."""
+    """The last lines were damaged, and another value is not finite."""
     whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
-    (tmp_path / "log.jsonl").write_text(whole + '{"step": 3, "l')
+    damaged = "3\n{}\n\xff"
+    (tmp_path / "log.jsonl").write_text(whole + damaged, "latin-1")
     log = log_module.JsonLines(tmp_path, 3)
     log.scalars(3, {"loss": math.nan})
     assert lines(tmp_path) == [

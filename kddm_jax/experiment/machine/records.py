@@ -63,7 +63,7 @@ def environment(devices) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the file in errors of the system, as that of a full disk does not."""
+    """Adds the file's name to an `OSError`; that of a full disk lacks it."""
     try:
         yield
     except OSError as error:
