@@ -34,6 +34,7 @@ BASE, OURS = "jax, flax, optax", "kddm_jax"
 RATIO = 1.3
 DIGITS = (
     *("--dataset", "digits", "--epochs", "1", "--teacher-epochs", "1", "--width", "8"),
+    *("--teacher-model", "ResNet34", "--student-model", "ResNet18"),
     *("--distances", "cw2", "--no-progress"),
 )
 

@@ -1,4 +1,4 @@
-"""Distils a ResNet34 into a ResNet18 with KD2M's distances and prints the table.
+"""Distils a teacher into students with KD2M's distances and prints the table.
 
     python experiments/cifar.py --dataset digits
     python experiments/cifar.py --dataset cifar10 --data-dir DIR --recipe strong

@@ -69,7 +69,6 @@ OWN = (
 OWN_OF_DIGITS = (
     *("--student-images", "128", "--batch-size", "64", "--epochs", "30"),
     *("--degrees", "0", "--eval-every", "1"),
-    *("--teacher-model", "ResNet34", "--student-model", "ResNet18"),
 )
 
 

@@ -97,10 +97,10 @@ def strong(dataset: str) -> Settings:
 def laptop(dataset: str) -> Settings:
     """Returns settings that take minutes on two cores.
 
-    Networks are narrow, and students see few labels. Those of the digits are also
-    shallow, as a ResNet34 compiles longer than it trains there. Students see 64 digits,
-    which they fit; distilled students also see a thousand without labels, and three
-    seeds show the noise.
+    Networks are narrow, and students see few labels. On the digits, networks are also
+    shallow: a ResNet34 takes longer to compile than to train. Students see 64 labels,
+    which they fit; distilled students also see a thousand digits without labels, and
+    three seeds show the noise.
     """
     data = Data(
         dataset,
@@ -119,9 +119,7 @@ def laptop(dataset: str) -> Settings:
         length["eval_every"] = 10
         run = replace(run, seeds=(0, 1, 2))
         method = replace(method, unlabelled_images=AtMost(1000))
-        networks = replace(
-            networks, teacher_model="ResNet18", student_model="ResNet9"
-        )
+        networks = replace(networks, teacher_model="ResNet18", student_model="ResNet9")
     optimizer = replace(SGD, **length, lr=0.1, warmup=0.2, weight_decay=5e-4)
     return Settings(
         data,

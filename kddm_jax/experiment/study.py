@@ -44,7 +44,7 @@ class Study:
       teacher: the trained teacher.
       runs: the students' runs, in the order of the plan.
       reporter: shows the progress of a run.
-      log: logs the runs for another program, if the settings ask for it.
+      log: writes the logs of every run.
     """
 
     problem: Problem

@@ -100,6 +100,8 @@ def test_digits_on_a_laptop_is_the_default():
     found = parse([])
     assert (found.data.dataset, found.run.recipe) == ("digits", "laptop")
     assert found.run.data_dir is None
+    networks = found.networks.teacher_model, found.networks.student_model
+    assert networks == ("ResNet18", "ResNet9")
     assert (found.optimizer.teacher_epochs, found.optimizer.epochs) == (15, 100)
     assert (found.data.student_images, found.data.train_images) == (64, None)
     assert found.run.seeds == (0, 1, 2)
