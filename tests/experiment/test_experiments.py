@@ -553,9 +553,9 @@ MISTAKES = {
         lambda tmp, trained: [
             "--teacher",
             trained / "digits",
-            "--teacher-model=ResNet18",
+            "--teacher-model=ResNet34",
         ],
-        ["has --teacher-model ResNet9, this command says ResNet18; leave .* out"],
+        ["has --teacher-model ResNet9, this command says ResNet34; leave .* out"],
     ),
     "teacher of another width": (
         lambda tmp, trained: ["--teacher", trained / "digits", "--teacher-width", 8],

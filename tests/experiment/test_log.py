@@ -201,10 +201,10 @@ def test_every_process_stops_if_the_log_cannot_be_written(tmp_path, monkeypatch)
 
 
 def test_json_lines_of_a_killed_run_go_on(tmp_path):
-    """The last lines were damaged, and another value is not finite."""
+    """Some lines are damaged, the last was cut off, and a value is not finite."""
     whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
-    damaged = "3\n{}\n\xff"
-    (tmp_path / "log.jsonl").write_text(whole + damaged, "latin-1")
+    text = whole.replace("\n", "\n3\n{}\n\xff\n", 1) + '{"step": 3, "l'
+    (tmp_path / "log.jsonl").write_text(text, "latin-1")
     log = log_module.JsonLines(tmp_path, 3)
     log.scalars(3, {"loss": math.nan})
     assert lines(tmp_path) == [

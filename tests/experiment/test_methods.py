@@ -399,8 +399,11 @@ def test_mistakes_about_layers(line, who, message):
         methods.make(settings, settings.method.distances[0], *shapes)
 
 
+RESNET18 = ("--distances", "feature_only", "--student-model", "ResNet18")
+
+
 def test_features_alone_needs_maps_of_the_student():
-    settings = parse(["--distances", "feature_only", "--projector", "conv"])
+    settings = parse([*RESNET18, "--projector", "conv"])
     with pytest.raises(UserError, match="released: the student has no maps; leave out"):
         methods.check_choice_of_layers(settings, {**STUDENT, "maps": {}}, TEACHER)
 
@@ -455,13 +458,13 @@ def test_head_is_a_module_of_the_student():
     ],
 )
 def test_choice_of_layers_is_checked_before_there_is_a_teacher(line, parts):
-    settings = parse(["--distances", "feature_only", *line])
+    settings = parse([*RESNET18, *line])
     with pytest.raises(UserError) as caught:
         methods.check_choice_of_layers(settings, STUDENT, TEACHER)
     for part in parts:
         assert part in str(caught.value)
     few = {**TEACHER, "maps": {"p": of(8, 4, 4, 5)}}
-    settings = parse(["--distances", "feature_only", "--projector", "conv"])
+    settings = parse([*RESNET18, "--projector", "conv"])
     with pytest.raises(UserError, match="released: the teacher has 1 layers"):
         methods.check_choice_of_layers(settings, STUDENT, few)
 

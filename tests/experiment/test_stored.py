@@ -280,6 +280,10 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
     flipped = bytearray(file_of(made).read_bytes())
     flipped[1000] ^= 1
     (tmp_path / "flipped.npz").write_bytes(flipped)
+    for name, place in (("method", 10), ("flag", 8)):
+        content = bytearray(file_of(made).read_bytes())
+        content[content.rindex(b"PK\x01\x02") + place] ^= 99
+        (tmp_path / f"{name}.npz").write_bytes(content)
     other = tmp_path / "other.npz"
     np.savez(other, features=np.zeros(3))
     arrays = dict(np.load(file_of(made)))
@@ -291,6 +295,8 @@ def test_files_of_something_else_are_refused(made, tmp_path, capsys):
         (of_statistics, "holds statistics; pass it as --teacher-statistics"),
         (broken, "damaged"),
         (tmp_path / "flipped.npz", "damaged"),
+        (tmp_path / "method.npz", "damaged"),
+        (tmp_path / "flag.npz", "damaged"),
         (other, "no file of kddm outputs"),
         (objects, "no file of kddm outputs"),
         (tmp_path / "none.npz", "No such file"),

@@ -80,7 +80,9 @@ def write(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> N
     os.replace(partial, path)
 
 
-DAMAGE = (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+# What NumPy and zipfile raise for damaged files, some for an unknown method or flag.
+DAMAGE = (ValueError, KeyError, TypeError, EOFError, RuntimeError)
+DAMAGE += (zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
@@ -95,8 +97,9 @@ def reading(option: str, path: Path, command: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        what = error.strerror or "damaged"
         raise UserError(
-            f"{option} {path}: {error.strerror}; pass a file that {command} wrote"
+            f"{option} {path}: {what}; pass a file that {command} wrote"
         ) from error
     except DAMAGE as error:
         raise UserError(

@@ -13,8 +13,8 @@ arrays have a row for each view; view v of image i is row ``i V + v``:
 The other logits are then read as equal, which leaves the probabilities of the K classes
 as they were. ``indices`` are the places of the n images in the training set.
 
-One process maps such a file into memory, so that maps that no method compares take none
-of it. Of several processes each holds all arrays.
+A single process maps the file into memory, so that maps that no method compares take
+none; with several processes, each reads all of it.
 """
 
 import hashlib
@@ -187,7 +187,9 @@ def unpack(arrays: Mapping[str, np.ndarray], num_classes: int) -> adapters.Outpu
 # Reading.
 
 
-def _mapped(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo):
+def _mapped(
+    file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo
+) -> np.ndarray:
     """Maps an array of a file of ``np.savez`` into memory; ``np.load`` would read it.
 
     Args:
@@ -200,7 +202,7 @@ def _mapped(file: IO[bytes], archive: zipfile.ZipFile, entry: zipfile.ZipInfo):
     """
     with archive.open(entry) as member:
         if entry.compress_type != zipfile.ZIP_STORED:
-            return np.lib.format.read_array(member, allow_pickle=False)
+            return np.lib.format.read_array(member)
         if np.lib.format.read_magic(member) != (1, 0):
             raise ValueError(f"{entry.filename} is of another version of the format")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
