@@ -144,6 +144,71 @@ def test_differences_between_distances_of_sentences(task):
         assert f"| {' | '.join(cells)} |" in page
 
 
+@pytest.mark.parametrize(
+    ("row", "other", "words"),
+    [
+        (("gram", "tokens"), ("kd", None), "of all tokens (+2.4, from +0.5 to +4.4)"),
+        (("l2", "first"), ("kd", None), "first token L2 (+2.2, from +0.9 to +3.5)"),
+        (("linear", "first"), ("kd", None), "projection (+1.2, from +0.0 to +2.4)"),
+        (("l2", "first"), ("l2", "tokens"), "than for all tokens (+0.0 to +4.1)"),
+    ],
+)
+def test_differences_on_cola(row, other, words):
+    page = (ROOT / "experiments" / "README.md").read_text()
+    file = ROOT / "experiments" / "results" / "text-cola.json"
+    runs = [r for r in json.loads(file.read_text())["runs"] if r["part"] == "test"]
+    scores = [
+        {r["seed"]: r["score"] for r in runs if (r["method"], r["layer"]) == of}
+        for of in (row, other)
+    ]
+    mean, (low, high) = difference(*scores)
+    assert f"{low:+.1f} to {high:+.1f}" in words
+    assert f"{mean:+.1f}" in words or f"{mean:.1f} points better" in page
+    assert words in " ".join(page.split())
+
+
+FIELD = [f"cifar10-2000-field-{part}" for part in ("features", "maps", "logits")]
+
+
+@pytest.mark.parametrize(
+    ("files", "better", "worse", "words"),
+    [
+        (FIELD, "attention", "kd", "3.1 points more than KD (+2.2 to +4.0)"),
+        (FIELD, "dct", "kd", "(DCT) 3.1 (+1.0 to +5.3)"),
+        (FIELD, "contrastive", "kd", "InfoNCE 2.2 (+0.3 to +4.1)"),
+        (FIELD, "dist", "kd", "DIST gains 4.4 less (-8.1 to -0.7)"),
+        (FIELD, "jsd", "kd", "JSD 5.1 less (-6.4 to -3.8)"),
+    ],
+)
+def test_differences_between_losses_of_images(files, better, worse, words):
+    """They are not in the table, whose differences are to the student alone."""
+    scores = {better: {}, worse: {}}
+    for file in files:
+        path = ROOT / "experiments" / "results" / f"{file}.json"
+        for run in json.loads(path.read_text())["runs"]:
+            if run["name"] in scores:
+                scores[run["name"]][run["seed"]] = run["accuracy"]
+    mean, (low, high) = difference(scores[better], scores[worse])
+    assert f"{abs(mean):.1f}" in words
+    assert f"({low:+.1f} to {high:+.1f})" in words
+    page = (ROOT / "experiments" / "README.md").read_text()
+    assert words in " ".join(page.split())
+
+
+def test_cw2_and_l2_of_cifar100():
+    """They are in two files; the file of CW2 has another L2."""
+    scores = []
+    for file, name in (("standardized", "l2"), ("unit", "cw2")):
+        path = ROOT / "experiments" / "results" / f"cifar100-10000-{file}.json"
+        runs = json.loads(path.read_text())["runs"]
+        of = {run["seed"]: run["accuracy"] for run in runs if run["name"] == name}
+        scores.append(of)
+    mean, (low, high) = difference(*scores)
+    page = (ROOT / "experiments" / "README.md").read_text()
+    words = f"CW2 gains {mean:.1f} points less than L2 of standardized features "
+    assert words + f"({low:.1f} to {high:.1f})" in " ".join(page.split())
+
+
 def test_links_of_the_results_lead_somewhere():
     folder = ROOT / "experiments"
     page = (folder / "README.md").read_text()
