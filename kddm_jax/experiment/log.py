@@ -259,8 +259,9 @@ class Log:
         for who, features in found.items():
             norms = np.linalg.norm(features, axis=1)
             norms = norms[np.isfinite(norms)]
-            for log in logs if norms.size else []:
-                log.histogram(step, f"feature_norm/{who}", norms)
+            if norms.size:
+                for log in logs:
+                    log.histogram(step, f"feature_norm/{who}", norms)
         if epoch == run.epochs and problem.settings.run.embedding != "none":
             titles = {"teacher": ("teacher",) * 2, "student": (run.name, run.title)}
             networks = [(*titles[who], features) for who, features in found.items()]
