@@ -10,6 +10,8 @@ References:
   distillation, 2024 (arXiv 2412.08139).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,22 @@ def _kept_share(p, column, u, v, kernel):
     kept = u * jnp.diagonal(kernel)[None, :] * v
     product = jnp.maximum(p * column, jnp.finfo(p.dtype).tiny)
     return jnp.minimum(kept**2 / product, 1 - 1 / 64)
+
+
+class Scalings(NamedTuple):
+    """Contains the scalings of each image's plan, and their products with K.
+
+    Attributes:
+      u: scalings of the student's classes, shape ``[n, k]``.
+      v: scalings of the teacher's classes, shape ``[n, k]``.
+      reached: ``K v`` of each image, shape ``[n, k]``.
+      seen: ``K^T u`` of each image, shape ``[n, k]``.
+    """
+
+    u: jax.Array
+    v: jax.Array
+    reached: jax.Array
+    seen: jax.Array
 
 
 def _extrapolated(step, steps, changes, weights):
@@ -78,13 +96,14 @@ def _fast_scalings(p, q, kernel, most=60):
 
     def finished(log_v):
         v = jnp.where(q > 0, jnp.exp(log_v), 0)
-        u = jnp.where(p > 0, p / jnp.maximum(matmul(v, kernel.T), tiny), 0)
+        reached = matmul(v, kernel.T)
+        u = jnp.where(p > 0, p / jnp.maximum(reached, tiny), 0)
         seen = matmul(u, kernel)
         error = jnp.sum(jnp.abs(v * seen - q), axis=1, keepdims=True)
-        return log_v, u, v, seen, error
+        return log_v, Scalings(u, v, reached, seen), error
 
     def update(state):
-        (log_v, u, v, seen, error), steps, changes, last, count = state
+        (log_v, (u, v, _, seen), error), steps, changes, last, count = state
         column = v * seen
         share = _kept_share(p, column, u, v, kernel)
         ratio = jnp.where(q > 0, q / jnp.maximum(column, tiny), 1)
@@ -94,19 +113,19 @@ def _fast_scalings(p, q, kernel, most=60):
         weights = q * (1 - share)
         move = bounded(_extrapolated(step, steps, changes, weights))
         moving = error > tolerance
-        now = finished(log_v + move)
-        pairs = zip(now, state[0], strict=True)
-        now = tuple(jnp.where(moving, new, old) for new, old in pairs)
+        keep = lambda new, old: jnp.where(moving, new, old)
+        now = jax.tree.map(keep, finished(log_v + move), state[0])
         return now, (steps[1], move), changes, step, count + 1
 
     def unfinished(state):
-        return jnp.any(state[0][4] > tolerance) & (state[4] < most)
+        return jnp.any(state[0][2] > tolerance) & (state[4] < most)
 
     zero = jnp.zeros_like(p)
-    start = jnp.log(jnp.maximum(q, tiny) / jnp.sum(kernel, axis=0)[None, :])
+    seen = matmul(p / jnp.sum(kernel, axis=1)[None, :], kernel)  # of v = 1
+    start = jnp.log(jnp.maximum(q, tiny) / jnp.maximum(seen, tiny))
     first = finished(start), (zero, zero), (zero, zero), zero, 0
-    (_, *found), *_, count = jax.lax.while_loop(unfinished, update, first)
-    return *found, count + 1
+    (_, found, error), *_, count = jax.lax.while_loop(unfinished, update, first)
+    return found, error, count + 1
 
 
 def _scalings(p, q, kernel):
@@ -122,33 +141,31 @@ def _scalings(p, q, kernel):
         return jnp.where(mass > 0, old * ratio * jnp.sqrt(ratio), 0)
 
     def update(state):
-        *old, error, count = state
-        u, v, seen = old
-        v = relaxed(v, q, seen)
+        old, error, count = state
+        v = relaxed(old.v, q, old.seen)
         reached = matmul(v, kernel.T)
-        u = relaxed(u, p, reached)
-        seen = matmul(u, kernel)
+        u = relaxed(old.u, p, reached)
+        new = Scalings(u, v, reached, matmul(u, kernel))
         rows = jnp.sum(jnp.abs(u * reached - p), axis=1, keepdims=True)
-        columns = jnp.sum(jnp.abs(v * seen - q), axis=1, keepdims=True)
+        columns = jnp.sum(jnp.abs(v * new.seen - q), axis=1, keepdims=True)
         # An image that has converged does not change any more, so that its plan does
         # not depend on the rest of the batch.
-        moving = error > tolerance
-        new = (u, v, seen, jnp.maximum(rows, columns))
-        pairs = zip(new, (*old, error), strict=True)
-        return *(jnp.where(moving, z, before) for z, before in pairs), count + 1
+        keep = lambda z, before: jnp.where(error > tolerance, z, before)
+        new, now = jax.tree.map(keep, (new, jnp.maximum(rows, columns)), (old, error))
+        return new, now, count + 1
 
     def unfinished(state):
-        return jnp.any(state[3] > tolerance) & (state[4] < MOST_ITERATIONS)
+        return jnp.any(state[1] > tolerance) & (state[2] < MOST_ITERATIONS)
 
-    u, v, seen, error, count = _fast_scalings(p, q, kernel)
-    met = error <= tolerance
-    u = jnp.where(met, u, (p > 0).astype(p.dtype))
-    v = jnp.where(met, v, (q > 0).astype(p.dtype))
-    seen = matmul(u, kernel)
-    first = (u, v, seen, jnp.where(met, error, jnp.inf), count)
-    u, v, _, error, count = jax.lax.while_loop(unfinished, update, first)
+    found, error, count = _fast_scalings(p, q, kernel)
+    met, ones = error <= tolerance, jnp.ones_like(p)
+    sums = [jnp.broadcast_to(jnp.sum(kernel, axis=i), p.shape) for i in (1, 0)]
+    keep = lambda z, again: jnp.where(met, z, again)
+    found = jax.tree.map(keep, found, Scalings(ones, ones, *sums))
+    first = (found, jnp.where(met, error, jnp.inf), count)
+    found, error, count = jax.lax.while_loop(unfinished, update, first)
     error, count = jnp.max(error), jnp.asarray(count, p.dtype)
-    return u, v, Stats((error <= tolerance).astype(p.dtype), count, error)
+    return found, Stats((error <= tolerance).astype(p.dtype), count, error)
 
 
 # With the plan P = diag(u) K diag(v) of marginals p and q, a = d log u and b = d log v:
@@ -161,26 +178,25 @@ def _scalings(p, q, kernel):
 # conjugate gradients.  p and q are the plan's own marginals: all this is exact.
 @jax.custom_jvp
 def _plan_cost(p, q, cost, kernel):
-    u, v, stats = _scalings(p, q, kernel)
+    (u, v, *_), stats = _scalings(p, q, kernel)
     return jnp.sum(u * matmul(v, (kernel * cost).T), axis=1), stats
 
 
 @_plan_cost.defjvp
 def _plan_cost_jvp(primals, tangents):
     p, q, cost, kernel = primals
-    u, v, stats = _scalings(p, q, kernel)
-    alpha, beta, value = _sensitivities(u, v, cost, kernel)
+    found, stats = _scalings(p, q, kernel)
+    alpha, beta, value = _sensitivities(found, cost, kernel)
     tangent = jnp.sum(alpha * tangents[0] + beta * tangents[1], axis=1)
     return (value, stats), (tangent, jax.tree.map(jnp.zeros_like, stats))
 
 
-def _sensitivities(u, v, cost, kernel):
+def _sensitivities(found, cost, kernel):
     """Computes alpha, beta and the value of each image."""
+    u, v, *products = found
     prices, tiny = kernel * cost, jnp.finfo(u.dtype).tiny
     moved = matmul(v, prices.T)
-    reached, seen = (
-        jnp.maximum(z, tiny) for z in (matmul(v, kernel.T), matmul(u, kernel))
-    )
+    reached, seen = (jnp.maximum(z, tiny) for z in products)
     row_cost, column_cost = moved / reached, matmul(u, prices) / seen
     root_p, root_q = jnp.sqrt(u * reached), jnp.sqrt(v * seen)
     share = _kept_share(u * reached, v * seen, u, v, kernel)
