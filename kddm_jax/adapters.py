@@ -273,6 +273,11 @@ def _split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
     return graph, *map(nnx.to_pure_dict, (params, streams, state))
 
 
+def _copy(array):
+    """Copies an array, which a step that donates its state would delete."""
+    return jnp.copy(array) if isinstance(array, jax.Array) else array
+
+
 def _reseeded(streams: Any, key: jax.Array) -> Any:
     """Gives every stream of random numbers its own key, and a counter of zero."""
     leaves, structure = jax.tree.flatten(streams)
@@ -339,4 +344,4 @@ def nnx_apply(
         outputs = module(images, train=train) if takes_train else module(images)
         return outputs, _split(module)[3] if train else given
 
-    return apply, {"params": params, "batch_stats": state}
+    return apply, jax.tree.map(_copy, {"params": params, "batch_stats": state})

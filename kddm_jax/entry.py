@@ -126,7 +126,8 @@ class Distance:
         if centres and "class_means" in self.inputs:
             raise ValueError(
                 f"normalization={normalization!r} centres the features of {name}, but "
-                'class_means are means of raw features; take None, "teacher" or "unit"'
+                'class_means are means of raw features; take "teacher" or "unit", or '
+                "None in distill_loss, where other Terms can have their own"
             )
         for fn, option, value, compared, equal in _EQUALIZED:
             if self.fn is not fn or normalization not in equal:

@@ -84,11 +84,11 @@ def _compared(features, terms, side, n):
                 f"{side}_logits"
             )
         if layer not in features:
-            own = [name for name in features if name != LOGITS]
-            found = f"only {', '.join(own)}" if own else "it is empty or None"
+            own = ", ".join(name for name in features if name != LOGITS)
+            found = f"only {own}; choose with Term(..., layers=(student, teacher))"
+            none = f"it is empty or None; pass {side}_features (a step: in Outputs)"
             raise ValueError(
-                f"{side}_features has no layer {layer!r}, {found}; choose with "
-                "Term(..., layers=(student_key, teacher_key))"
+                f"{side}_features has no layer {layer!r}, {found if own else none}"
             )
         if features[layer].shape[0] != n:
             what = "logits" if layer == LOGITS else "features"
@@ -167,8 +167,9 @@ def _bank(row, term, batch, normalization, mask):
     if (term.normalization or normalization) == "teacher":
         raise ValueError(
             f'normalization="teacher" of distance {name!r} needs the teacher\'s '
-            "features of the batch, but it has a bank; take None and divide features "
-            'and bank by the same number, or take "unit" and a bank of unit rows'
+            'features of the batch, but it has a bank; take "unit" and a bank of '
+            "unit rows, or None in distill_loss (other Terms can have their own) and "
+            "divide features and bank by the same number"
         )
     if "labels" in row.inputs:
         return bank.features, {"labels_y": bank.labels, "weights_y": bank.weights}

@@ -29,6 +29,19 @@ from kddm_jax.numerics.positions import POSITIONS
 OF_BANK = ("labels_y", "weights_y", "num_classes")
 
 
+def _pair_of_layers(layers):
+    """Returns the names of two layers, or None."""
+    if layers is None:
+        return None
+    pair = tuple(layers) if isinstance(layers, tuple | list) else ()
+    if len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+        raise ValueError(
+            f"layers must be (student_layer, teacher_layer), got {layers!r}; pass two "
+            "names"
+        )
+    return pair
+
+
 @dataclass(frozen=True)
 class Term:
     """Describes one distance in the loss, between a student and a teacher layer.
@@ -60,8 +73,8 @@ class Term:
 
     Raises:
       ValueError: the weight is not a number ``>= 0``, an option is an array, a choice
-        is unknown, the distance does not have an option, or a distance without features
-        has a normalization.
+        is unknown, the distance does not have an option, layers are not two names, or
+        normalization, positions or layers do not apply to the distance.
 
     Examples:
       >>> Term("w2", weight=0.5, options={"solver": "exact"}).options
@@ -81,7 +94,7 @@ class Term:
     def __post_init__(self):
         """Checks everything that does not depend on arrays."""
         object.__setattr__(self, "options", hashable_options(self.options))
-        object.__setattr__(self, "layers", self.layers and tuple(self.layers))
+        object.__setattr__(self, "layers", _pair_of_layers(self.layers))
         name = term_name(self)
         if isinstance(self.weight, Tracer):
             raise ValueError(
@@ -93,11 +106,17 @@ class Term:
         check_choice("positions", self.positions, POSITIONS)
         check_normalization(self.normalization)
         row = get_distance(self.distance)
-        if self.normalization is not None and "features" not in row.inputs:
-            raise ValueError(
-                f"normalization={self.normalization!r} is for distances of features, "
-                f"but {name} compares {row.inputs[0]}; leave it out"
-            )
+        for option, value, default, able in (
+            ("normalization", self.normalization, None, {"features"}),
+            ("positions", self.positions, "pool", {"features"}),
+            ("layers", self.layers, None, {"features", "maps"}),
+        ):
+            if value != default and able.isdisjoint(row.inputs):
+                raise ValueError(
+                    f"{option}={value!r} is for distances of "
+                    f"{' or '.join(sorted(able))}, but {name} compares "
+                    f"{row.inputs[0]}; leave it out"
+                )
         if self.bank is not None:
             check_bank(name, row)
         check_names(name, row, dict(self.options))

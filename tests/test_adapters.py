@@ -156,6 +156,15 @@ def test_trained_arrays_return_to_the_module():
     np.testing.assert_allclose(module(FLOATS).logits, expected.logits, rtol=1e-6)
 
 
+def test_a_donating_step_leaves_the_module_alone():
+    module = NNXNet(nnx.Rngs(0))
+    _, variables = nnx_apply(module)
+    own = jax.tree.leaves(nnx.state(module, nnx.Param))
+    for array in jax.tree.leaves(variables):
+        array.delete()  # as a step does that donates its state
+    assert not any(array.is_deleted() for array in own)
+
+
 class Stochastic(nn.Module):
     """Draws from three collections, two of which have no key of their own."""
 

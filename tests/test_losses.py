@@ -14,6 +14,7 @@ from kddm_jax import DISTANCES, Distance, Term, distill_loss
 from kddm_jax.distances import get_distance, paired_l2, wasserstein
 from kddm_jax.losses import cross_entropy
 from kddm_jax.numerics.normalization import NORMALIZATIONS, normalize, teacher_factor
+from kddm_jax.numerics.targets import predict_labels
 
 N, D, K = 16, 6, helpers.NUM_CLASSES
 BATCH = helpers.make_batch(N, D).map(np.float32)
@@ -641,6 +642,31 @@ def test_padding_on_one_device_alone():
     np.testing.assert_allclose(two[1]["bias"], one[1][0]["bias"], atol=1e-5)
 
 
+def masked_mean(x, y, *, mask):
+    """Is NaN without samples, unlike the entries of the catalogue."""
+    return jnp.mean(jnp.sum((x - y) ** 2, axis=1), where=mask)
+
+
+def test_padding_of_a_whole_device_has_no_part_in_a_mean_of_ones_own():
+    distance = Distance(masked_mean, per_sample=True)
+    mask = np.arange(N) < N // DEVICES  # the second device has padding only
+
+    def value(x, y, s, labels, mask, axis_name=None):
+        options = {"mask": mask, "axis_name": axis_name}
+        return simple(x, y, labels, s, distance=distance, weight=1.0, **options)[0]
+
+    batch = (BATCH.x, BATCH.y, BATCH.logits_x, LABELS, mask)
+    halves = [np.reshape(z, (DEVICES, -1, *np.shape(z)[1:])) for z in batch]
+    mapped = jax.pmap(
+        jax.value_and_grad(partial(value, axis_name="devices")), "devices"
+    )
+    found, slope = mapped(*halves)
+    expected = jax.jit(value)(*batch)
+    assert np.isfinite(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.all(np.isfinite(slope))
+
+
 def means_apart(x, y):
     value = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
     return value, {"converged": x[0, 0] > 0, "first": x[0, 0]}
@@ -935,6 +961,14 @@ MESSAGES = {
         {"y": {"maps": BATCH.y}},
         r"teacher_features has no layer 'features', only maps; .*layers=\(",
     ),
+    "no features": (
+        {"y": None},
+        "teacher_features has no layer 'features', it is empty or None; pass teacher_f",
+    ),
+    "bandwidth of a linear kernel": (
+        {"distance": "mmd_linear", "bandwidth": 5.0},
+        "bandwidth is the width of the rbf kernel, but kernel='linear' has none; leav",
+    ),
     "inputs": (
         {"distance": Distance(paired_l2, inputs=("images",))},
         "distance 'paired_l2' needs teacher_data={'images': ...}, got None",
@@ -994,11 +1028,59 @@ def test_messages(name):
         ({"weight": -1.0}, "weight of l2 .* got -1.0"),
         ({"options": {"a": np.eye(2)}}, r"option a is an array .*teacher_data=\{'a'"),
         ({"options": {"a": jnp.ones(())}}, r"option a .*teacher_data=\{'a': ...\}"),
+        ({"layers": "block"}, r"layers must be \(student_layer, .* got 'block'"),
+        ({"layers": ("block",)}, r"got \('block',\); pass two names"),
+        ({"layers": 3}, "got 3; pass two names"),
+        ({"layers": ("a", None)}, "pass two names"),
     ],
 )
 def test_messages_of_a_term(options, message):
     with pytest.raises(ValueError, match=message):
         Term("l2", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kd", {"layers": ("a", "b")}),
+        ("kd", {"positions": "each"}),
+        ("nst", {"positions": "each"}),
+    ],
+)
+def test_what_a_distance_would_ignore_is_refused(name, options):
+    (option,) = options
+    with pytest.raises(ValueError, match=f"{option}=.* is for .* but {name}.* leave"):
+        Term(name, **options)
+
+
+# ------------------------------------------------------------- labels of few bits
+
+PADDED = np.arange(N) >= 4
+NARROW = (jnp.uint8, jnp.int8, jnp.uint32)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_padding_of_unsigned_labels_is_no_class(dtype):
+    """Otherwise -1 would wrap to the largest class."""
+    x = np.where(PADDED[:, None], BATCH.x, np.nan)
+    labels = np.maximum(BATCH.labels, 0)
+
+    def values(labels):
+        terms = [Term("cmmd_rbf"), Term("l2")]
+        return simple(x=x, labels=labels, mask=PADDED, distance=terms)
+
+    found = jax.jit(values)(jnp.asarray(labels, dtype))
+    expected = jax.jit(values)(jnp.asarray(labels, jnp.int32))
+    assert np.isfinite(expected[0])
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1]["cmmd_rbf"], expected[1]["cmmd_rbf"])
+
+
+def test_predicted_classes_do_not_wrap():
+    """An int8 label holds classes below 128 only."""
+    logits = jnp.zeros((2, 200)).at[:, 150].set(1.0)
+    found = predict_labels(jnp.array([-1, 3], jnp.int8), logits, logits, None)
+    assert found.tolist() == [150, 3]
 
 
 def test_predictions_are_not_compared_position_by_position():

@@ -90,6 +90,26 @@ def test_smoothing_is_a_share(share):
         make_mix(num_classes=K, mixup_alpha=-1)
 
 
+def test_labels_out_of_range_are_not_hidden():
+    """One-hot, they would be a row of zeros, which means no label."""
+    smooth = lambda labels: smooth_labels(labels, num_classes=2, smoothing=0.5)
+    with pytest.raises(ValueError, match="must lie below num_classes=2, got 2"):
+        smooth(jnp.array([0, 2]))
+    found = jax.jit(smooth)(jnp.array([0, 2, -1]))
+    np.testing.assert_array_equal(found, [[0.75, 0.25], [np.nan] * 2, [0, 0]])
+
+
+def test_labels_of_tokens_are_smoothed():
+    labels = jnp.array([[0, 1, -1], [2, -1, 0]])
+    found = smooth_labels(labels, num_classes=3, smoothing=0.1)
+    flat = smooth_labels(labels.reshape(-1), num_classes=3, smoothing=0.1)
+    np.testing.assert_array_equal(found, flat.reshape(2, 3, 3))
+    again = smooth_labels(found, num_classes=3, smoothing=0.0)
+    np.testing.assert_array_equal(again, found)
+    with pytest.raises(ValueError, match=r"shape \[n, k\] to be mixed, .*\[2, 3, 3\]"):
+        mixup(jax.random.key(0), jnp.ones((2, 4)), found, alpha=1.0)
+
+
 def test_the_loss_is_optax_s_of_smoothed_labels():
     logits = Pixels().apply(VARIABLES, np.float32(IMAGES / 16)).logits
     for smoothing in (0.1, 0.9):
@@ -242,6 +262,21 @@ def test_folders_of_earlier_versions_had_the_defaults(tmp_path):
     settings = as_json(parse([]))
     assert (settings["label_smoothing"], settings["mixup"]) == (0, 0)
     assert make_mix(num_classes=K) is None  # the program of earlier versions
+
+
+def test_mixed_runs_continue_on_as_many_devices_only(tmp_path):
+    """Each device draws its own share and partners."""
+
+    def identities(devices, *line):
+        settings = parse([*map(str, tiny(tmp_path)), "--devices", devices, *line])
+        problem = problems.prepare(settings, tmp_path)
+        found = [runs.teacher_run(problem), *runs.student_runs(problem, "digest")]
+        return [run.identity for run in found]
+
+    assert identities("1") == identities("2")
+    mixed = [identities(devices, "--mixup", "0.2") for devices in ("1", "2")]
+    for one, two in zip(*mixed, strict=True):
+        assert {key for key in one if one[key] != two[key]} == {"mixup_devices"}
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from kddm_jax.networks.projectors import (
     init_projectors,
     projected_apply,
 )
+from kddm_jax.numerics.evaluation import evaluation_sums
 from kddm_jax.train_step import (
     AXIS,
     MAPPINGS,
@@ -259,6 +260,17 @@ def test_parallel_refuses_steps_without_its_axis():
     for fn in (step, scan_steps(step), make_step(axis_name="other"), evaluate):
         with pytest.raises(ValueError, match="maps the axis 'batch', but the step"):
             parallel(fn, in_axes=(None, None, 0, 0))
+
+
+def test_sums_of_half_precision_are_in_single():
+    """A bfloat16 near 2,300, a sum of 1,000 losses, is a multiple of 16."""
+    logits = np.random.default_rng(0).normal(size=(1000, 10))
+    labels = jnp.arange(1000) % 10
+    half = jnp.asarray(logits, jnp.bfloat16)
+    expected = evaluation_sums(half.astype(jnp.float32), labels)
+    found = evaluation_sums(half, labels)
+    assert found["loss"].dtype == jnp.float32
+    np.testing.assert_array_equal(found["loss"], expected["loss"])
 
 
 def test_steps_name_an_axis_that_is_not_mapped():

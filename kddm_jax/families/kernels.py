@@ -144,6 +144,15 @@ def _unpaired_mmd(x, y, bandwidth):
 KERNELS = ("rbf", "linear")
 
 
+def _check_kernel(kernel, bandwidth):
+    check_choice("kernel", kernel, KERNELS)
+    if kernel == "linear" and bandwidth is not None:
+        raise ValueError(
+            "bandwidth is the width of the rbf kernel, but kernel='linear' has none; "
+            "leave it out"
+        )
+
+
 def mmd(
     x: jax.Array,
     y: jax.Array,
@@ -180,8 +189,8 @@ def mmd(
       for "linear".
 
     Raises:
-      ValueError: shapes or dtypes are wrong, the kernel is unknown, or ``bandwidth <=
-        0``.
+      ValueError: shapes or dtypes are wrong, the kernel is unknown, ``bandwidth <=
+        0``, or there is a bandwidth for the linear kernel.
 
     References:
       Gretton et al., A kernel two-sample test, 2012, equation 5.
@@ -191,7 +200,7 @@ def mmd(
       >>> mmd(x, x + 3, kernel="linear")
       Array(9., dtype=float32)
     """
-    check_choice("kernel", kernel, KERNELS)
+    _check_kernel(kernel, bandwidth)
     x, y = check_pair(x, y, same_rows=mask is not None)
     mask = masks.check_mask(mask, x.shape[0])
     if kernel == "linear":
@@ -246,8 +255,8 @@ def class_mmd(
       Scalar: squared discrepancy.
 
     Raises:
-      ValueError: shapes, dtypes or labels are wrong, an option is unknown, or
-        ``bandwidth <= 0``.
+      ValueError: shapes, dtypes or labels are wrong, an option is unknown,
+        ``bandwidth <= 0``, or there is a bandwidth for the linear kernel.
 
     References:
       Gretton et al., A kernel two-sample test, 2012, equation 5.
@@ -257,7 +266,7 @@ def class_mmd(
       >>> class_mmd(x, x + 3, labels, kernel="linear")
       Array(9., dtype=float32)
     """
-    check_choice("kernel", kernel, KERNELS)
+    _check_kernel(kernel, bandwidth)
     reduction, bandwidth = as_released(
         compat,
         reduction=(reduction, "mean", "sum"),

@@ -100,6 +100,25 @@ def class_means(x: jax.Array, groups: Classes) -> jax.Array:
     return map_rows(total, [groups.labels[:, None]]) / groups.counts[:, None]
 
 
+def wide(labels: jax.Array) -> jax.Array:
+    """Converts small and unsigned integers, in which -1 would be a class, to int32.
+
+    Args:
+      labels: integers of any shape; other arrays are returned as they are.
+
+    Returns:
+      The labels as int32 or int64.
+
+    Examples:
+      >>> wide(jnp.array([3], jnp.uint8)).dtype
+      dtype('int32')
+    """
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels
+    return labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+
+
 def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Removes the labels of rows that are not samples.
 
@@ -116,7 +135,7 @@ def with_mask(labels: jax.Array, mask: jax.Array | None) -> jax.Array:
     """
     if mask is None or jnp.shape(labels) != jnp.shape(mask):  # check_labels raises
         return labels
-    return jnp.where(jnp.asarray(mask).astype(bool), labels, -1)
+    return jnp.where(jnp.asarray(mask).astype(bool), wide(labels), -1)
 
 
 def labelled_pair(

@@ -37,6 +37,7 @@ def evaluation_sums(
             f"top must be from 1 to the number of classes, {logits.shape[-1]}, got "
             f"{top}; lower it, or leave it out"
         )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     valid = labels >= 0
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(valid, labels, 0)

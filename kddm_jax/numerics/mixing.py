@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kddm_jax.numerics.checks import check_number
+from kddm_jax.numerics.checks import check_labels, check_number
 from kddm_jax.numerics.targets import class_labels, is_soft
 
 # Folded into a step's key, like the positions of images, which are smaller numbers, and
@@ -39,16 +39,18 @@ def smooth_labels(
     .. math:: t_i = (1 - s)\, e_{y_i} + s / k
 
     Args:
-      labels: int, shape ``[n]``; or soft labels ``[n, k]``, which replace the one-hot
-        vectors e.
-      num_classes: k.
+      labels: int, shape ``[n]``, or ``[n, t]`` for tokens; or soft labels ``[..., k]``,
+        which replace the one-hot vectors e.
+      num_classes: k, above all labels.
       smoothing: s, in [0, 1).
 
     Returns:
-      Float, shape ``[n, k]``; a row of zeros for a sample without a label.
+      Float, shape ``[n, k]`` or ``[n, t, k]``; a row of zeros for a sample without a
+      label, and of NaN for a traced label of k or more.
 
     Raises:
-      ValueError: ``smoothing`` is not in [0, 1).
+      ValueError: ``smoothing`` is not in [0, 1), or labels are no integers or, if they
+        are not traced, not below k.
 
     References:
       Szegedy et al., Rethinking the Inception architecture, CVPR 2016, section 7; the
@@ -60,11 +62,17 @@ def smooth_labels(
              [0.  , 0.  ]], dtype=float32)
     """
     _check_smoothing("smoothing", smoothing)
-    labelled = class_labels(labels) >= 0
-    if not is_soft(labels):
-        labels = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-    smooth = optax.smooth_labels(labels, smoothing) if smoothing else labels
-    return jnp.where(labelled[:, None], smooth, jnp.zeros((), smooth.dtype))
+    labels = jnp.asarray(labels)
+    if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.floating):
+        labelled, targets = jnp.any(labels != 0, axis=-1), labels
+    else:
+        check_labels(labels.reshape(-1), labels.size, num_classes=num_classes)
+        labelled = labels >= 0
+        targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+        # Without this, a wrong label would be a row of zeros, which is no label.
+        targets = jnp.where((labels < num_classes)[..., None], targets, jnp.nan)
+    smooth = optax.smooth_labels(targets, smoothing) if smoothing else targets
+    return jnp.where(labelled[..., None], smooth, jnp.zeros((), smooth.dtype))
 
 
 def mixup(
@@ -89,7 +97,8 @@ def mixup(
       The mixed images and soft labels.
 
     Raises:
-      ValueError: images are not floating, or ``alpha`` is not positive.
+      ValueError: images are not floating, targets are not ``[n, k]``, or ``alpha`` is
+        not positive.
 
     References:
       Zhang et al., mixup: beyond empirical risk minimization, ICLR 2018, equation 1.
@@ -108,6 +117,12 @@ def mixup(
                 f"images must be floating to be mixed, got {array.dtype}; augment must "
                 "return floats"
             )
+    if not is_soft(targets):
+        raise ValueError(
+            "targets must be soft labels of shape [n, k] to be mixed, got "
+            f"{targets.dtype} of shape {list(targets.shape)}; leave mixup out for "
+            "tokens, and smooth labels that are classes"
+        )
     draw_share, draw_partner = jax.random.split(key)
     share = jax.random.beta(draw_share, alpha, alpha, dtype=jnp.float32)
     n = len(targets)

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from kddm_jax.numerics import masks
 from kddm_jax.numerics.checks import check_samples
-from kddm_jax.numerics.classes import with_mask
+from kddm_jax.numerics.classes import wide, with_mask
 from kddm_jax.numerics.devices import unsharded
 
 
@@ -105,7 +105,7 @@ def predict_labels(
             "of the same classes, or leave predicted_labels out"
         )
     # On an explicit mesh, labels and logits may be sharded differently.
-    labels, logits = unsharded(labels), unsharded(jnp.asarray(teacher_logits))
+    labels, logits = unsharded(wide(labels)), unsharded(jnp.asarray(teacher_logits))
     missing = labels < 0
     if mask is not None:
         missing &= unsharded(mask)

@@ -281,7 +281,7 @@ no_weights = Distance(
         (lambda: loss(Term("cw2", bank="other")), "teacher_data={'other'"),
         (
             lambda: loss(Term("cw2", bank="bank"), normalization="teacher"),
-            "take None and divide features and bank by the same number, or",
+            'take "unit" and a bank of unit rows, or None in distill_loss',
         ),
         (
             lambda: loss(Term("w2", bank="bank"), BANK._replace(weights=WEIGHTS)),

@@ -242,7 +242,7 @@ def make(
             weight=share,
             layers=(of_student, of_teacher),
             name=name if len(chosen) < 2 else f"{name}@{of_student}",
-            positions=settings.method.positions,
+            positions=settings.method.positions if "features" in row.inputs else "pool",
         )
 
     chosen = chosen or [("features", "features", 1.0)]
