@@ -86,7 +86,7 @@ def _write_page(opened, summary):
 
 def _warn_of_weak_teacher(summary, console):
     teacher = summary["teacher"]["accuracy"]
-    alone = max(reference(rows(summary)).accuracy.values())
+    alone = reference(rows(summary)).mean
     if teacher <= alone:
         paper = (
             " The paper recipe needs ImageNet weights (--pretrained-teacher, "

@@ -13,6 +13,7 @@ views of them).
 """
 
 import argparse
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -143,6 +144,8 @@ def compute(
         "count": count,
         "normalization": normalization,
         "images": len(problem.parts.teacher),
+        "pixels": hashlib.sha256(images.ravel().data).hexdigest(),
+        "dtype": problem.settings.networks.dtype,
         **_about(problem, teacher),
     }
     floats = {
@@ -171,8 +174,8 @@ def _exists(path, about):
 
 
 def _write(path, arrays, about):
-    _exists(path, about)
-    statistics.write(path, arrays, about)
+    if not _exists(path, about):
+        statistics.write(path, arrays, about)
 
 
 def _open(settings, console, check: Callable[[Problem], None] = lambda problem: None):

@@ -47,8 +47,13 @@ def _rendered(paths):
             )
     if all(map(weights.is_choice, files)):
         return weights.markdown(files)
-    if len(files) == 1:
+    if len(files) == 1 and {"runs", "rows", "tables"} & {*files[0]}:
         return table.markdown(files[0])
+    if len(files) == 1:
+        raise UserError(
+            f"{paths[0]} is neither results.json of kddm distill nor weights.json of "
+            "kddm choose-weights; pass the folder of one of them"
+        )
     if all("eval_images" in results for results in files):
         return table.markdown(merge(dict(zip(map(str, paths), files, strict=True))))
     raise UserError(

@@ -75,12 +75,14 @@ class Data:
     """Skip files of a folder or a TFDS data set that are damaged or in an unsupported
     format, and print a warning."""
     train_images: Annotated[int | None, POSITIVE] = None
-    """Number of training images of the teacher, a stratified sample; None uses all."""
+    """Number of training images of the teacher, as many of each class as possible; None
+    uses all."""
     student_images: Annotated[int | None, POSITIVE, Mark.OF_STUDENTS] = None
     """Number of labelled training images of the students, a sample of the teacher's;
     None uses all of the teacher's."""
     test_images: Annotated[int | None, POSITIVE] = None
-    """Number of test images to evaluate on, a stratified sample; None uses all."""
+    """Number of test images to evaluate on, as many of each class as possible; None
+    uses all."""
     held_out: Annotated[int, NOT_NEGATIVE] = 0
     """Number of training images that are not trained on and replace the test set in
     evaluation; use it to choose lambda."""

@@ -1056,6 +1056,15 @@ def test_weights_that_fit_are_left_alone(tmp_path):
     assert re.fullmatch(r"weights0\.npz \(sha256 [0-9a-f]{8}\)", str(found))
 
 
+@pytest.mark.parametrize(
+    ("who", "option"), [("teacher", "--teacher-width"), ("student", "--width")]
+)
+def test_weights_of_another_width(tmp_path, who, option):
+    path = weights_file(tmp_path)
+    with pytest.raises(UserError, match=f"the {who} 8; pass {option} 4$"):
+        pretrained.load(f"--pretrained-{who}", path, resnet.ResNet9(width=8), 3)
+
+
 def test_students_of_one_seed_share_their_head(tmp_path):
     path = weights_file(tmp_path)
     found = pretrained.load("--x", path, resnet.ResNet9(width=4), 3)
@@ -1093,6 +1102,49 @@ def test_teacher_of_other_classes(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "read_meta", few)
     with pytest.raises(UserError, match="has 7 classes, this data has 10; pass a tea"):
         find_teacher(problem)
+
+
+def test_an_unfinished_teacher_is_refused(trained, tmp_path, monkeypatch):
+    """Its checkpoint may be given itself."""
+    read = checkpoint.read_meta
+    short = lambda path: {**read(path), "history": [{"epoch": 1}]}
+    monkeypatch.setattr(checkpoint, "read_meta", short)
+
+    def find(folder):
+        line = (*TINY, "--compilation-cache", "None", "--teacher", folder)
+        return find_teacher(problems.prepare(parse([*map(str, line)]), tmp_path))
+
+    with pytest.raises(UserError, match=r"was trained for 1 of 2 epochs; run its") as e:
+        find(trained / "digits")
+    assert find(str(e.value).rpartition("--teacher ")[2]).given
+
+
+def test_a_teacher_of_other_images_may_have_seen_those_held_out(
+    trained, tmp_path, monkeypatch
+):
+    line = (*TINY, "--compilation-cache", "None", "--teacher", trained / "digits")
+    settings = parse([*map(str, line), "--held-out", "100"])
+    read = checkpoint.read_meta
+
+    def other(path):
+        meta = read(path)
+        return {**meta, "run": {**meta["run"], "held_out": 100, "data": "abc"}}
+
+    monkeypatch.setattr(checkpoint, "read_meta", other)
+    with pytest.raises(UserError, match="was trained on other images of this name"):
+        find_teacher(problems.prepare(settings, tmp_path))
+    allowed = change(settings, teacher_saw_held_out=True)
+    assert find_teacher(problems.prepare(allowed, tmp_path)).given
+
+
+def test_a_finished_teacher_without_checkpoints(tmp_path):
+    settings = parse([*TINY, "--compilation-cache", "None", "--devices", "1"])
+    problem = problems.prepare(settings, tmp_path)
+    folder = runs.teacher_run(problem).folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="is finished, but its checkpoints are gone; "):
+        _ = find_teacher(problem).trained
 
 
 def test_broken_pairs_are_grouped_by_share_and_seed(tmp_path):

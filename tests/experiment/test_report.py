@@ -151,6 +151,16 @@ def test_a_grid_of_version_0_2_0_is_refused(tmp_path, capsys):
     assert f"{path} is a grid of version 0.2.0; render it" in capsys.readouterr().err
 
 
+def test_other_files_are_refused(tmp_path, capsys):
+    """A run's result.json is a letter away from a study's results.json."""
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(small_results()["runs"][0]))
+    assert render.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is neither results.json of kddm distill nor weights.json" in error
+    assert error.count("\n") == 1
+
+
 def test_a_folder_is_its_json_file(tmp_path, capsys):
     """Folders of ``kddm choose-weights`` have no results.json."""
     folders = [tmp_path / name for name in ("a", "b", "c")]
@@ -270,12 +280,17 @@ def test_the_better_student_alone_is_the_reference():
 
 def test_a_teacher_that_is_no_better_than_the_better_student_alone():
     file = io.StringIO()
-    results = small_results(teacher=85.5)
+    results = small_results(teacher=85.0)
     distill._warn_of_weak_teacher(results, Console(file=file, width=500))
     assert file.getvalue() == ""
     results["runs"] += longer(84.5)  # 84.5 and 85.5
     distill._warn_of_weak_teacher(results, Console(file=file, width=500))
-    assert "no better than the student alone (85.50 %)" in file.getvalue()
+    assert "no better than the student alone (85.00 %)" in file.getvalue()
+    file.truncate(0)
+    better = small_results(teacher=85.2)  # than the mean, but not than the best seed
+    better["runs"] += longer(84.5)
+    distill._warn_of_weak_teacher(better, Console(file=file, width=500))
+    assert file.getvalue() == ""
 
 
 def test_a_table_needs_a_student_alone():

@@ -72,11 +72,17 @@ def test_files_hold_what_their_name_says(made):
 
 
 def test_statistics_of_another_setting_are_not_replaced(made, capsys):
-    file = file_of(made, "means")
+    file, teacher = file_of(made, "means"), made / "teacher" / "seed0"
     before = file.read_bytes()
     given = (*SMALL, *KEEP, "--normalization", "unit", "--out", made)
     assert store("means", *given) == 0  # the same again
-    assert store("means", *given, "--views", 2) == 2
+    for other in (("--views", 2), ("--dtype", "bfloat16")):
+        assert store("means", *given, *other) == 2
+        assert "choose another --out" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    views = (*given[:-1], made / "views", "--views", 2, "--teacher", teacher)
+    assert store("means", *views) == 0
+    assert store("means", *views, "--degrees", 30) == 2
     assert "choose another --out" in capsys.readouterr().err
     assert statistics.parse(file, before).about == statistics.read(file).about
 
@@ -120,6 +126,7 @@ def test_a_student_trains_from_the_file_alone(made, tmp_path):
         (("--distances", "w2", "--placebo", "pairs", "--views", 2), "--placebo pairs"),
         (("--distances", "w2", "--width", 2), "projector"),
         (("--distances", "w2", "--held-out", 100), "--teacher-saw-held-out"),
+        (("--distances", "w2", "--test-images", 20), "pass --test-images "),
         (("--distances", "cw2", "--teacher", "runs/x"), "--teacher runs/x"),
     ],
 )

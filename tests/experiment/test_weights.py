@@ -131,12 +131,20 @@ def test_a_lambda_of_several_files_is_once():
         (choice(*STUDENTS, placebo="pairs"), "differ in placebo .None and pairs."),
         (choice(*STUDENTS, placebo_share=0.5), "differ in placebo_share .1.0 and 0.5"),
         (choice(*STUDENTS, student_images=9), "differ in student_images .None and 9."),
+        (choice(*STUDENTS, projector="dense"), "differ in projector .None and dense."),
+        (choice(*STUDENTS, teacher_statistics="a.npz"), "differ in teacher_statistics"),
         ({**choice(*STUDENTS), "teacher": 80.0}, "teacher=90.0 and teacher=80.0"),
     ],
 )
 def test_other_settings_are_no_table(other, said):
     with pytest.raises(UserError, match=said):
         weights.markdown([choice(*STUDENTS), other])
+
+
+def test_a_run_with_two_accuracies_is_refused():
+    other = choice(*STUDENTS, of("l2", "unit", 0.1, [62.0, 61.0]))
+    with pytest.raises(UserError, match="l2, λ = 0.1, seed . has accuracy .* in anot"):
+        weights.markdown([choice(*STUDENTS, *L2), other])
 
 
 def test_a_teacher_is_known_by_its_digest():

@@ -19,6 +19,10 @@ Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
 # Settings that a candidate replaces, and those that do not change its result.
 OF_A_CANDIDATE = MAY_DIFFER - {
     "layers",
+    "projector",
+    "pretrained_student",
+    "teacher_statistics",
+    "teacher_outputs",
     "placebo",
     "placebo_share",
     "student_images",
@@ -158,6 +162,9 @@ def grids(choices: Iterable[Mapping[str, Any]]) -> Grids:
       The runs of all seeds of each lambda, in rising order. If a lambda belongs to the
       coarse and to the finer grid, they are the longer runs, which are those of more
       seeds, too.
+
+    Raises:
+      UserError: a run occurs twice, with different accuracies.
     """
     found: dict[tuple, dict[float, dict[int, dict[int, Mapping]]]] = {}
     for choice in choices:
@@ -170,7 +177,14 @@ def grids(choices: Iterable[Mapping[str, Any]]) -> Grids:
             if record["epochs"] == longest and record["lr"] != rate:
                 continue
             by_epochs = found.setdefault(pair, {}).setdefault(record["weight"], {})
-            by_epochs.setdefault(record["epochs"], {})[record["seed"]] = record
+            by_seed = by_epochs.setdefault(record["epochs"], {})
+            known = by_seed.setdefault(record["seed"], record)
+            if known["accuracy"] != record["accuracy"]:
+                raise UserError(
+                    f"{pair[0]}, λ = {record['weight']:g}, seed {record['seed']} has "
+                    f"accuracy {known['accuracy']:g} in one grid and "
+                    f"{record['accuracy']:g} in another; run kddm report for each alone"
+                )
     return {
         pair: {
             weight: [*row[weight][max(row[weight])].values()] for weight in sorted(row)

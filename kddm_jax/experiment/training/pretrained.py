@@ -53,9 +53,10 @@ def _refuse(option, path, found, model, channels):
             f"stem; pass --stem {found.stem}"
         )
     if found.width != model.width:
+        wider = "--teacher-width" if who == "teacher" else "--width"
         raise UserError(
             f"{option} {path} has width {found.width}, the {who} {model.width}; pass "
-            f"--width {found.width}"
+            f"{wider} {found.width}"
         )
     if any(has > wants for has, wants in zip(found.blocks, model.blocks, strict=True)):
         raise UserError(

@@ -199,6 +199,8 @@ def _identity(problem, settings, name, start, **more):
         if model in decisive:
             decisive[f"{model}_source"] = models.source_digest(decisive[model])
     decisive["pretrained"] = start.sha256 if start else None
+    if settings.optimizer.mixup:  # each device mixes its own images
+        decisive["mixup_devices"] = len(problem.devices)
     return json.loads(json.dumps({**decisive, **more}))  # in the form that is read back
 
 

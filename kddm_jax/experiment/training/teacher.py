@@ -86,8 +86,18 @@ class Source:
         return processes.first(self._complete)
 
     def _complete(self):
-        meta: Any = checkpoint.read_meta(find_checkpoint(self._folder))
+        meta: Any = checkpoint.read_meta(self._checkpoint())
         return len(meta["history"]) == self.problem.settings.optimizer.teacher_epochs
+
+    def _checkpoint(self):
+        """Finds the checkpoint of the finished run."""
+        found = checkpoint.find(self._folder)
+        if found is None:
+            raise UserError(
+                f"the teacher of {self._folder} is finished, but its checkpoints are "
+                "gone; restore them, or choose another --out"
+            )
+        return found
 
     def forget_result(self) -> None:
         """Deletes the result, so that the run continues from its checkpoint."""
@@ -99,7 +109,7 @@ class Source:
         """Reads the variables of the given checkpoint or the finished run."""
 
         def read():
-            path = self.given or find_checkpoint(self._folder)
+            path = self.given or self._checkpoint()
             return variables_of(self.problem, path, self.model)
 
         return processes.first(read)
@@ -143,11 +153,25 @@ def _check_data(problem, file, about):
             "the same data"
         )
     kept, wanted = about["held_out"], settings.data.held_out
-    if wanted and kept != wanted and not settings.run.teacher_saw_held_out:
+    if wanted and settings.run.teacher_saw_held_out:
+        return
+    if wanted and kept != wanted:
         raise UserError(
             f"--held-out {wanted}: {file} was made with held_out={kept} and may "
             f"contain these images; make a file with --held-out {wanted}, or pass "
             "--teacher-saw-held-out"
+        )
+    if kept != wanted:
+        raise UserError(
+            f"{file} was made with --held-out {kept} and has the teacher's accuracy on "
+            "these images, not on test images; make a file without --held-out"
+        )
+    measured, here = about["eval_images"], len(problem.parts.eval_labels)
+    if measured != here:
+        raise UserError(
+            f"{file} has the teacher's accuracy on {measured} test images, students "
+            f"are evaluated on {here}; pass --test-images {measured}, or make a file "
+            f"with --test-images {here}"
         )
 
 
@@ -194,6 +218,17 @@ def _check_converted(problem, path, meta):
             )
 
 
+def _check_epochs(path, given, meta):
+    """Refuses a run that has not ended, unless its checkpoint is given itself."""
+    made, history = meta.get("run", {}), meta.get("history")
+    epochs = made.get("teacher_epochs") or made.get("epochs")
+    if None not in (epochs, history) and len(history) != epochs and path != given:
+        raise UserError(
+            f"--teacher {given} was trained for {len(history)} of {epochs} epochs; run "
+            f"its command to the end, or pass the checkpoint itself: --teacher {path}"
+        )
+
+
 def find_teacher(problem: problems.Problem) -> Source | Stored:
     """Finds the teacher's architecture, width and, if given, its checkpoint.
 
@@ -225,8 +260,17 @@ def find_teacher(problem: problems.Problem) -> Source | Stored:
             f"{problem.num_classes}; pass a teacher of the same classes, or leave "
             "--teacher out to train one"
         )
+    _check_epochs(path, given, meta)
     kept = made.get("held_out") == settings.data.held_out
-    if settings.data.held_out and not kept and not settings.run.teacher_saw_held_out:
+    wants_other = settings.data.held_out and not settings.run.teacher_saw_held_out
+    if wants_other and kept and made.get("data") != problem.data_digest:
+        raise UserError(
+            f"--held-out {settings.data.held_out}: --teacher {path} was trained on "
+            "other images of this name and may have seen these; train one on this "
+            "data, or pass --teacher-saw-held-out if students alone need not have seen "
+            "them"
+        )
+    if wants_other and not kept:
         raise UserError(
             f"--held-out {settings.data.held_out}: --teacher {path} was trained with "
             f"held_out={made.get('held_out')} and may have seen these images; "
