@@ -27,6 +27,15 @@ def test_every_question_has_its_page():
     assert len(asked) >= 6
 
 
+def test_the_index_links_each_page_of_its_contents():
+    text = (ROOT / "docs/index.md").read_text()
+    listed = re.findall(
+        r"^- \[[^]]+\]\((?:\.\./)?([\w/]+?)(?:/README)?\.md\)$", text, re.M
+    )
+    trees = re.findall(r"```\{toctree\}\n.*?\n\n(.*?)```", text, re.DOTALL)
+    assert listed == " ".join(trees).split()
+
+
 # The snippets of the questions call distances one operation at a time, which is slow.
 @pytest.mark.parametrize(
     "page",

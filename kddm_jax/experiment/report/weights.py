@@ -12,7 +12,7 @@ from kddm_jax.distances import DISTANCES
 from kddm_jax.experiment.machine.errors import UserError
 from kddm_jax.experiment.published import PUBLISHED
 from kddm_jax.experiment.report.rows import MAY_DIFFER, check_settings
-from kddm_jax.experiment.report.table import machine
+from kddm_jax.experiment.report.table import command, machine
 
 # Method and normalization, then lambda, of the runs of a grid.
 Grids = dict[tuple[str, str | None], dict[float, list[Mapping[str, Any]]]]
@@ -47,7 +47,7 @@ def markdown(choices: Sequence[dict[str, Any]]) -> str:
       A table of the student alone with a row for each learning rate and weight decay,
       and a table with a row for each distance and normalization and a column for each
       lambda. The best accuracy of a row is bold, that of a single seed is in italics,
-      and "diverged" means that the loss did not stay finite.
+      and "diverged" means that the loss did not stay finite. The commands follow.
 
     Raises:
       UserError: the files cannot be compared.
@@ -90,7 +90,17 @@ def markdown(choices: Sequence[dict[str, Any]]) -> str:
         accuracy += f" (in italics: one seed after {epochs} {noun})"
     if any(not record["accuracy"] for record in tried):
         accuracy += "; a run that diverged counts as 0"
-    return "\n".join([*lines, "", _caption(choices, accuracy)]) + "\n"
+    lines += ["", _caption(choices, accuracy)]
+    if made_by := [f"- `{made}`" for made in map(_command, choices) if made]:
+        lines += ["", *made_by]
+    return "\n".join(lines) + "\n"
+
+
+def _command(choice):
+    """Returns the command without the machine's folders, or "" if it is not known."""
+    made = choice["environment"].get("command", "")
+    own, dashes, _ = made.partition(" -- ")
+    return command(choice["settings"], f"{own} --") if dashes else ""
 
 
 def _check_alike(*choices):
