@@ -31,6 +31,7 @@ Tree = TypeVar("Tree")  # any PyTree; the result has the same structure
 
 _ARRAYS, _EMPTY, _META = "arrays", "empty.json", "meta.json"
 _MANIFEST = "manifest.json"
+_ASIDE = ".old.partial"  # of a checkpoint that a save replaces
 
 
 class CheckpointError(Exception):
@@ -51,9 +52,24 @@ def _steps(folder):
     """Lists the checkpoints of a folder, newest first."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (p for p in folder.glob("step-*") if p.suffix != ".partial"), reverse=True
-    )
+    found = (p for p in folder.glob("step-*") if p.suffix != ".partial")
+    return sorted(found, key=_order, reverse=True)
+
+
+def _order(path):
+    """Orders names by their number, which may have more than eight digits."""
+    return len(path.name), path.name
+
+
+def _set_aside(folder):
+    """Lists the checkpoints that a killed save had moved aside, newest first."""
+    found = [*folder.glob(f"step-*{_ASIDE}")] if folder.is_dir() else []
+    alone = [p for p in found if not _restored(p).exists()]
+    return sorted(alone, key=_order, reverse=True)
+
+
+def _restored(aside):
+    return aside.with_name(aside.name.removesuffix(_ASIDE))
 
 
 def _named(tree: object) -> dict[tuple[str, ...], tuple[Any, Any]]:
@@ -112,7 +128,7 @@ def save(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     target = Path(folder).absolute() / f"step-{step:08d}"
-    partial, aside = (target.with_suffix(f".{s}") for s in ("partial", "old.partial"))
+    partial, aside = (target.with_suffix(s) for s in (".partial", _ASIDE))
     host = {name: _on_host(target, name, a) for name, (_, a) in _named(tree).items()}
     full = {name: array for name, array in host.items() if array.size}
     arrays = flax.traverse_util.unflatten_dict(full)
@@ -129,6 +145,8 @@ def save(
         ) from error
     checkpointer = _checkpointer()
     try:
+        for old in _set_aside(target.parent):
+            old.rename(_restored(old))
         _remove_partial(target.parent)  # remains of killed saves
         partial.mkdir(parents=True)
         _check_space(partial, arrays)
@@ -155,7 +173,8 @@ def save(
         raise CheckpointError(
             f"cannot write checkpoint {target}: {reason}; {cure}"
         ) from error
-    for old in [path for path in _steps(target.parent) if path <= target][keep:]:
+    earlier = [p for p in _steps(target.parent) if _order(p) <= _order(target)]
+    for old in earlier[keep:]:
         with contextlib.suppress(OSError):  # a half-removed one would look damaged
             old.rename(old.with_suffix(".partial"))
     _remove_partial(target.parent)
@@ -255,7 +274,7 @@ def latest(folder: Path) -> Path | None:
     Raises:
       CheckpointError: there are checkpoints, and all are damaged.
     """
-    candidates = _steps(Path(folder))
+    candidates = _steps(Path(folder)) or _set_aside(Path(folder))
     for path in candidates:
         try:
             verify(path)

@@ -82,7 +82,8 @@ def assert_loss_gradients(
       atol: absolute tolerance, as a fraction of the largest numerical derivative.
 
     Raises:
-      AssertionError: a derivative is wrong.
+      AssertionError: a derivative is wrong, or anything is not finite.
+      ValueError: ``argnums`` has an index of no tree.
 
     Examples:
       >>> from kddm_jax import distill_loss
@@ -91,6 +92,11 @@ def assert_loss_gradients(
       >>> fn = lambda params: loss(x @ params["w"], x, labels, x, weight=0.1)
       >>> assert_loss_gradients(fn, {"w": np.eye(3) + 0.1})
     """
+    if wrong := [index for index in argnums if not -len(trees) <= index < len(trees)]:
+        raise ValueError(
+            f"argnums has {wrong[0]}, but there are {len(trees)} arguments; number "
+            "them from 0"
+        )
     differentiated = [index % len(trees) for index in argnums]
     with jax.enable_x64(True):
         doubled = [jax.tree.map(_as_double, tree) for tree in trees]
@@ -113,6 +119,8 @@ def assert_loss_gradients(
         moving = tuple(leaves[position] for position in at)
         gradients = jax.grad(value, argnums=tuple(range(len(moving))))(*moving)
         numerical = _central_differences(value, moving)
+        # NaN is equal to NaN in what follows.
+        chex.assert_tree_all_finite((value(*moving), gradients, numerical))
         largest = max(float(jnp.max(jnp.abs(g))) for g in numerical)
         scale = max(largest, float(jnp.finfo(jnp.float64).tiny))
         for gradient, expected in zip(gradients, numerical, strict=True):

@@ -423,6 +423,36 @@ def test_killed_before_the_rename(one, tmp_path, monkeypatch):
     assert_bit_equal(checkpoint.restore(path, make_state())[0], make_state(2))
 
 
+def test_killed_between_the_renames_of_a_replacement(one, tmp_path, monkeypatch):
+    """The one that was to be replaced is found, and survives the next save."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(one, folder)
+    rename = Path.rename
+
+    def killing(self, target):
+        if self.name == "step-00000001.partial":
+            raise Killed
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killing)
+        with pytest.raises(Killed):
+            checkpoint.save(folder, 1, make_state(1), {})
+    found = checkpoint.latest(folder)
+    assert_bit_equal(checkpoint.restore(found, make_state())[0], make_state())
+    checkpoint.save(folder, 2, make_state(2), {})
+    assert names(folder) == ["step-00000001", "step-00000002"]
+    kept = checkpoint.restore(folder / "step-00000001", make_state())[0]
+    assert_bit_equal(kept, make_state())
+
+
+def test_steps_of_nine_digits_are_newer(tmp_path):
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        newest = checkpoint.save(tmp_path, step, {"a": np.ones(2)}, {}, keep=2)
+        assert checkpoint.latest(tmp_path) == newest
+    assert names(tmp_path) == ["step-100000000", "step-100000001"]
+
+
 def test_killed_saves_of_other_steps_go(one, tmp_path):
     """Otherwise their number would grow with every kill."""
     folder = tmp_path / "checkpoints"

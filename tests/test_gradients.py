@@ -203,6 +203,21 @@ def test_loss_helper_checks_parameters():
             assert_loss_gradients(fn, params, x, labels)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_fails(bad):
+    """NaN is equal to NaN in comparisons of arrays."""
+    with pytest.raises(AssertionError):
+        assert_loss_gradients(lambda x: jnp.sum(x) * bad, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("argnums", [(2,), (-3,), (0, 5)])
+def test_arguments_that_do_not_exist_are_refused(argnums):
+    with pytest.raises(ValueError, match="there are 2 arguments; number them from 0"):
+        assert_loss_gradients(
+            lambda x, y: jnp.sum(x * y), np.ones(2), np.ones(2), argnums=argnums
+        )
+
+
 def test_helper_takes_a_key_a_row_and_a_callable():
     x, y = np.random.default_rng(0).normal(size=(2, 5, 3))
     assert_distance_gradients("l2", x, y)

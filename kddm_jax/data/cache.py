@@ -25,7 +25,7 @@ import numpy as np
 from kddm_jax.data.dataset import DataError, Dataset, Options, count_values, statistics
 
 # Part of every key; increase it when decoding, resizing or these files change.
-_FORMAT = 2
+_FORMAT = 3
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _MANIFEST, _PARTIAL = "manifest.json", ".partial-"
 _DAY = 86_400

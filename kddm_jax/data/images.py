@@ -85,17 +85,27 @@ def _fit(image, size):
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
+def _bits(image):
+    """Returns the bits of a grey pixel: 12 in some TIFF files, otherwise 16."""
+    stored = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # BitsPerSample
+    return stored if 8 < stored < 16 else 16
+
+
+def _is_grey(image):
+    return image.mode in {"1", "L", "LA", "La"} or image.mode.startswith(("I", "F"))
+
+
 def _convert(image, channels):
     """Converts an image of any mode to grey (1 channel) or RGB (3)."""
     from PIL import Image
 
     if image.mode == "F":
         raise _RangeUnknownError("pixels are floating-point numbers")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255
-        values = np.asarray(image)
+    if image.mode.startswith("I"):  # up to 16 bits, which Pillow would clip to 255
+        values, bits = np.asarray(image), _bits(image)
         if values.min() < 0 or values.max() > 65535:
             raise _RangeUnknownError("pixels have more than 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        image = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -104,7 +114,7 @@ def _decode(content, channels, image_size):
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as image:
-        if channels == 1 and not image.mode.startswith(("1", "L", "I", "F")):
+        if channels == 1 and not _is_grey(image):
             raise _ColourFoundError
         ImageOps.exif_transpose(image, in_place=True)
         converted = _convert(image, channels)

@@ -43,6 +43,11 @@ def _standardized(logits):
     centred = jnp.where(there, logits - mean, 0)
     variance = jnp.sum(centred * centred, axis=1, keepdims=True) / all_classes
     variance = variance * (all_classes / jnp.maximum(count - 1, 1))
+    # Equal logits have no direction. Without this, their gradient would be 1e6.
+    eps, tiny = jnp.finfo(logits.dtype).eps, jnp.finfo(logits.dtype).tiny
+    size = jnp.mean(logits * logits, axis=1, keepdims=True)
+    equal = variance <= (10 * eps) ** 2 * size + tiny**0.5  # False for NaN
+    centred, variance = jnp.where(equal, 0, centred), jnp.where(equal, 1, variance)
     return jnp.where(there, centred / (safe_sqrt(variance) + 1e-6), -jnp.inf)
 
 
@@ -252,11 +257,12 @@ def _decoupled(logits, own):
     """
     target = jnp.max(jnp.where(own, logits, -jnp.inf), axis=1)
     others = jnp.where(own, -jnp.inf, logits)
-    rest = jax.nn.logsumexp(others, axis=1)
-    binary = jnp.stack([target, rest], axis=1)
-    # Without another class, the second array would be NaN.
+    # Without another class, the second array and the gradient would be NaN.
     some = jnp.any(others != -jnp.inf, axis=1, keepdims=True)
-    among = jax.nn.log_softmax(jnp.where(some, others, 0), axis=1)
+    others = jnp.where(some, others, 0)
+    rest = jnp.where(some[:, 0], jax.nn.logsumexp(others, axis=1), -jnp.inf)
+    binary = jnp.stack([target, rest], axis=1)
+    among = jax.nn.log_softmax(others, axis=1)
     return jax.nn.log_softmax(binary, axis=1), jnp.where(some, among, -jnp.inf)
 
 

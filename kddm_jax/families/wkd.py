@@ -371,13 +371,17 @@ def wkd_logits(
     temperature, gamma = (jnp.asarray(z, s.dtype) for z in (temperature, gamma))
 
     # The label's probability is set to 0, so that all images share one cost matrix.
-    p, q = (jax.nn.softmax(jnp.where(own, -jnp.inf, z / temperature)) for z in (s, t))
+    others = [jnp.where(own, -jnp.inf, z / temperature) for z in (s, t)]
+    # Without another class in both, there is nothing to move.
+    none = jnp.all((others[0] == -jnp.inf) & (others[1] == -jnp.inf), axis=1)
+    p, q = (jax.nn.softmax(jnp.where(none[:, None], 0, z)) for z in others)
     kernel = jnp.exp(-cost / epsilon)
     if iterations is None:
         moved, stats = _plan_cost(p, q, cost, kernel)
     else:
         present = 1 - own.astype(s.dtype)
         moved, stats = _unrolled_plan_cost(p, q, present, cost, kernel, iterations)
+    moved = jnp.where(none, 0, moved)
     weights = valid.astype(s.dtype)
     weights = weights / jnp.maximum(jnp.sum(weights), 1)
     return jnp.sum(weights * (_target_term(s, t, own) + gamma * moved)), stats

@@ -20,7 +20,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from kddm_jax.adapters import Outputs, check_positive
-from kddm_jax.networks.torchvision import Tensors, WeightsError
+from kddm_jax.networks.torchvision import Tensors, WeightsError, as_float32
 from kddm_jax.networks.weights import read_safetensors, safetensors_bytes, write
 from kddm_jax.numerics.promotion import implicit_promotion
 
@@ -306,7 +306,7 @@ def from_tensors(
                 "config.json and weights must be of one network"
             )
         value = value.T if path.endswith("kernel") else value
-        flat[path] = np.asarray(value, np.float32).reshape(leaf.shape)
+        flat[path] = as_float32(name, value).reshape(leaf.shape)
     return model, {"params": traverse_util.unflatten_dict(flat, sep="/")}
 
 

@@ -201,7 +201,8 @@ def _plain_names(tensors: Tensors) -> dict[str, np.ndarray]:
     return {known[name]: tensors[name] for name in known}
 
 
-def _float32(name: str, tensor: np.ndarray) -> np.ndarray:
+def as_float32(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Converts a tensor of weights, or raises if it is quantized or not finite."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise WeightsError(
             f"tensor {name} is {tensor.dtype}, expected floating point; "
@@ -246,7 +247,7 @@ def from_torchvision(tensors: Tensors) -> dict[str, dict[str, Any]]:
     found = _check({name: tensor.shape for name, tensor in tensors.items()})
     flat = {}
     for name, (path, _) in _expected(found).items():
-        tensor = _float32(name, tensors[name])
+        tensor = as_float32(name, tensors[name])
         flat[path] = np.ascontiguousarray(tensor.transpose(_our_layout(tensor.shape)))
     return flax.traverse_util.unflatten_dict(flat)
 
@@ -282,7 +283,7 @@ def to_torchvision(variables: Variables) -> dict[str, np.ndarray]:
     for name, (_, leaf) in _torch_names(network_of(variables)).items():
         array = np.asarray(leaf)
         transposed = array.transpose(_torch_layout(array.shape))
-        tensors[name] = np.array(_float32(name, transposed), order="C")
+        tensors[name] = np.array(as_float32(name, transposed), order="C")
     _check({name: tensor.shape for name, tensor in tensors.items()})
     norms = [name for name in tensors if name.endswith("running_var")]
     counters = [name.replace("running_var", COUNTER) for name in norms]

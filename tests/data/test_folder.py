@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from kddm_jax import data
 from kddm_jax.data import cache, images
@@ -285,6 +286,41 @@ def test_kinds_of_grey(tmp_path, kind):
     found = load(tmp_path).train_images
     assert found.shape[-1] == 1
     np.testing.assert_array_equal(found[0, ..., 0], expect(grey))
+
+
+def tiff_of_12_bits(values):
+    """Encodes a grey image as TIFF; Pillow only reads these."""
+    height, width = values.shape
+    bits = ["".join(f"{v:012b}" for v in row) for row in values]
+    content = b"".join(int(b, 2).to_bytes(len(b) // 8) for b in bits)
+    short, long = 3, 4
+    tags = [
+        *((256, short, width), (257, short, height), (258, short, 12)),
+        *((259, short, 1), (262, short, 1), (273, long, 8), (277, short, 1)),
+        *((278, short, height), (279, long, len(content))),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(content)) + content
+    return head + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+def test_grey_of_12_bits(tmp_path):
+    write(tmp_path, channels=1)
+    grey = pixels(0, channels=1)
+    path = tmp_path / "train" / "ant" / "0.png"
+    path.write_bytes(tiff_of_12_bits(grey.astype(int) * 16 + 15))
+    np.testing.assert_array_equal(load(tmp_path).train_images[0, ..., 0], grey)
+
+
+def test_a_lab_image_has_colours(tmp_path):
+    write(tmp_path, channels=1)
+    colours = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = Image.fromarray(pixels(7))
+    lab = ImageCms.profileToProfile(image, *colours, outputMode="LAB")
+    (tmp_path / "test" / "bee" / "7.png").unlink()
+    lab.save(tmp_path / "test" / "bee" / "7.tif")
+    found = load(tmp_path).test_images[-1]
+    assert np.abs(found.astype(int) - pixels(7)).max() < 40  # LAB has few bits
 
 
 def test_one_colour_image_makes_all_rgb(tmp_path):

@@ -3,6 +3,7 @@
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -60,6 +61,18 @@ def test_equal_logits_have_finite_gradients():
             value, gradient = fn(*pair)
             assert np.isfinite(value)
             assert np.isfinite(gradient).all()
+
+
+def test_equal_logits_have_no_direction():
+    """A head of zeros must not take a step of order 1e6."""
+    _, t = predictions()
+    value = partial(kddm_jax.kd, standardize=True)
+    for size in (0.0, 1.0, 1e4):
+        flat = jnp.full((6, K), size, jnp.float32)
+        slope = jax.grad(value)(flat, jnp.float32(t))
+        np.testing.assert_array_equal(slope, 0)
+    slope = jax.grad(value)(1e-3 * jnp.float32(t[::-1]), jnp.float32(t))
+    assert np.abs(slope).max() > 1  # small logits have a direction
 
 
 def test_one_class_has_distance_zero():
@@ -300,8 +313,9 @@ def test_dkd_with_a_single_class_left():
     value = compiled("dkd")(s, t, labels)
     alone = compiled("dkd")(s[1:], t[1:], labels[1:])
     np.testing.assert_allclose(value, alone / 2, rtol=RTOL)
-    grad = jax.grad(compiled("dkd"))(np.where(np.isinf(s), -1e30, s), t, labels)
-    assert np.isfinite(grad).all()
+    for student in (s, np.where(np.isinf(s), -1e30, s)):
+        grad = jax.grad(compiled("dkd"))(student, t, labels)
+        assert np.isfinite(grad).all()
 
 
 def test_messages_of_dkd():

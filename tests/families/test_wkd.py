@@ -128,6 +128,18 @@ def test_confident_predictions_have_finite_gradients():
             assert all(np.isfinite(g).all() for g in gradients), (a, b)
 
 
+def test_without_another_class_nothing_moves():
+    """Classes are left out by -inf; the first image has its label's class only."""
+    s, t = predictions()
+    s[0, 1:], t[0, 1:] = -np.inf, -np.inf
+    value, slope = jax.value_and_grad(wkd)(s, t)
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+    np.testing.assert_array_equal(slope[0], 0)
+    others = jax.jit(lambda *a: 5 / 6 * wkd(*a))(s[1:], t[1:], LABELS[1:])
+    np.testing.assert_allclose(value, others, rtol=1e-5)  # log 1 is 0
+
+
 def test_unrelated_predictions_of_a_hundred_classes_converge():
     s, t = predictions(32, 100)
     labels = np.arange(32) * 3

@@ -297,6 +297,14 @@ def test_heads_divide_the_width():
             lambda t, c: t.update({"bert.pooler.dense.weight": np.zeros((6, 24))}),
             r"pooler.dense.weight has shape \[6, 24\] and not \[12, 12\]",
         ),
+        (
+            lambda t, c: t.update({"bert.pooler.dense.bias": np.ones(12, np.int8)}),
+            "pooler.dense.bias is int8, .* pass weights that are not quantized",
+        ),
+        (
+            lambda t, c: t.update({"bert.pooler.dense.bias": np.full(12, np.nan)}),
+            "pooler.dense.bias is not finite",
+        ),
     ],
 )
 def test_weights_of_another_network(encoder, change, message, tmp_path):
