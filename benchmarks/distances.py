@@ -238,6 +238,8 @@ def claims_of_arrays(facts, n, d, classes) -> list[tuple[str, float, float]]:
     for (name, k, _), found in facts.items():
         share = found["largest"] / largest_allowed(n, d, k or classes[0])
         largest[name] = max(largest.get(name, 0), share)
+    if not largest:  # no distance can be computed at this size
+        return []
     name = max(largest, key=largest.get)
     return [(f"largest array ({name}), n={n}, d={d}", largest[name], 1.0)]
 

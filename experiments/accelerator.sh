@@ -3,9 +3,10 @@
 #
 #   experiments/accelerator.sh MINUTES OUT DATA_DIR [WEIGHTS]
 #
-# The parts: the speed of the step; on CIFAR-10 and CIFAR-100 the teacher and students
-# alone, lambda of every distance on held-out images, and the table of three seeds; with
-# WEIGHTS, an ImageNet ResNet18 of torchvision, the paper's recipe. When MINUTES are over,
+# The parts: the speed of the step; on CIFAR-10 and CIFAR-100 the teacher, the learning
+# rates of students alone and distilled, lambda of every distance on held-out images, and
+# three seeds with what was chosen; with WEIGHTS, an ImageNet ResNet18 of torchvision, the
+# paper's recipe. kddm report joins the tables of OUT/cifar10-*. When MINUTES are over,
 # the running part saves and stops, and the script ends with status 124 (137 if saving
 # took more than a minute). The same command resumes; finished parts take seconds.
 set -euo pipefail
@@ -29,19 +30,23 @@ if ! grep -q claims "$out/step.json" 2>/dev/null ||
 fi
 for name in cifar10 cifar100; do
   settings=(--dataset "$name" --data-dir "$data" "${short[@]}")
-  alone=(--seeds 0 1 2 --out "$out/$name" --distances)
-  run "$here/cifar.py" "${settings[@]}" "${alone[@]}"
-  run "$here/choose_weights.py" -- "${settings[@]}" --seeds 0 1 \
+  teacher=(--teacher "$out/$name/teacher/seed0")
+  run "$here/cifar.py" "${settings[@]}" --seeds 0 --out "$out/$name" --distances
+  run "$here/choose_weights.py" --rates 0.03 0.1 0.3 -- "${settings[@]}" --seeds 0 1 \
     --epochs 10 --held-out 5000 --teacher-saw-held-out \
-    --teacher "$out/$name/teacher/seed0" --out "$out/$name-weights" \
+    "${teacher[@]}" --out "$out/$name-weights" \
     --distances "${distances[@]}"
-  chosen=$(python -c 'import json, sys
-rows = [row for row in json.load(open(sys.argv[1]))["chosen"] if row["accuracy"]]
-pairs = ("{name} {weight:g}".format(**row) for row in rows)
-print(*(row["name"] for row in rows), "--weights", *pairs)' \
+  # A line for the student alone, and one for each learning rate and normalization.
+  mapfile -t lines < <(python -c 'import json, sys
+from kddm_jax.experiment.choose_weights import options
+print(*options(json.load(open(sys.argv[1]))), sep="\n")' \
     "$out/$name-weights/weights.json")
-  # shellcheck disable=SC2086  # words
-  run "$here/cifar.py" "${settings[@]}" "${alone[@]}" $chosen
+  for i in "${!lines[@]}"; do
+    # shellcheck disable=SC2206  # words
+    chosen=(${lines[i]})
+    run "$here/cifar.py" "${settings[@]}" "${teacher[@]}" --seeds 0 1 2 \
+      --out "$out/$name-$i" "${chosen[@]}"
+  done
 done
 if [ -n "$weights" ]; then
   # After the paper's 15 epochs a grown ResNet34 is no better than the ResNet18 that it

@@ -614,7 +614,12 @@ def _add_options(parser):
     add("--weights", **weights, default=[], help="use these lambdas instead")
     grid = {"type": float, "nargs": "+", "metavar": "LAMBDA"}
     add("--choose", **grid, help="compare these lambdas on validation text instead")
-    add("--out", type=Path, help="folder for language.json and language.md (none)")
+    add(
+        "--out",
+        type=Path,
+        help="folder for language.json and language.md, with "
+        "--choose language-weights.* (none)",
+    )
     add("--fast", action="store_true", help="tiny sizes, for tests only")
 
 
@@ -633,6 +638,8 @@ def _check(args, error):
             f"--positions {args.positions}: choose more than the student's width + 1 "
             f"and at most batch x context = {args.batch * args.context}"
         )
+    if min(args.seeds) < 0 or len({*args.seeds}) < len(args.seeds):
+        error(f"--seeds {' '.join(map(str, args.seeds))}: name each once, from 0 up")
     if args.windows < args.batch:
         error(f"--windows {args.windows}: choose at least --batch {args.batch}")
 
@@ -659,6 +666,11 @@ def _command(arguments):
 def main(arguments: Sequence[str]) -> None:
     """Runs the experiment, prints its table and writes it."""
     args = parse(arguments)
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"error: --out {args.out}: {error.strerror}") from error
     began = time.perf_counter()
     text = load_text(args.text)
     try:
@@ -670,9 +682,9 @@ def main(arguments: Sequence[str]) -> None:
     results["command"] = _command(arguments)
     say("\n" + report.markdown(results))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "language.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.out / "language.md").write_text(report.markdown(results))
+        name = "language-weights" if args.choose else "language"
+        (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / f"{name}.md").write_text(report.markdown(results))
 
 
 if __name__ == "__main__":

@@ -494,6 +494,9 @@ class Study:
             return []
         stored = read_json(self.file)
         differ = [k for k, v in self.settings.items() if stored["settings"].get(k) != v]
+        taught = (self.args.out / "teacher" / "model.safetensors").exists()
+        if differ and not (taught or stored["runs"]):
+            return []  # a command that was refused has left only its settings
         if differ:
             raise UserError(
                 f"{self.file} has runs with other settings ({', '.join(differ)}); pass "
@@ -802,6 +805,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
     if min(args.seeds) < 0 or min(args.layers) < 1:
         parser.error("--seeds must be from 0 up, and --layers from 1 up")
+    if len({*args.seeds}) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: name each seed once")
     if args.sentences >= args.teacher_sentences:
         parser.error(
             f"--sentences {args.sentences} must be fewer than --teacher-sentences "

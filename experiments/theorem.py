@@ -185,6 +185,12 @@ def _check(settings):
             "the theorem compares unchanged features; leave out --layers, "
             f"--projector and {FEATURE_ONLY}"
         )
+    networks = settings.networks
+    if networks.teacher_outputs or networks.teacher_statistics:
+        raise UserError(
+            "the theorem needs the teacher's network; pass --teacher instead of "
+            "--teacher-outputs or --teacher-statistics"
+        )
     if not settings.method.distances:
         raise UserError("--distances is empty; name at least one, such as cw2")
     if len(settings.run.seeds) > 1:

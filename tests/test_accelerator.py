@@ -27,13 +27,16 @@ esac
 MEASURED = '{"claims": []}'
 # The last of these diverged for each lambda.
 CHOSEN = [
-    {"name": name, "weight": weight, "accuracy": accuracy}
-    for name, weight, accuracy in (
-        ("w2", 0.1, 80.0),
-        ("kd", 3.0, 82.0),
-        ("l2", 1e-5, 0),
+    {"name": name, "weight": weight, "accuracy": accuracy, "lr": lr}
+    | {"normalization": "unit"}
+    for name, weight, accuracy, lr in (
+        ("w2", 0.1, 80.0, 0.1),
+        ("kd", 3.0, 82.0, 0.3),
+        ("cw2", 1.0, 81.0, 0.1),
+        ("l2", 1e-5, 0, 0.1),
     )
 ]
+ALONE = {"lr": 0.3, "weight_decay": 5e-4}
 
 
 def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
@@ -50,7 +53,7 @@ def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
         env={
             **os.environ,
             **{"PATH": path, "LOG": str(log), "SLOW": slow, "STEP": step},
-            "CHOSEN": json.dumps({"chosen": CHOSEN}),
+            "CHOSEN": json.dumps({"chosen": CHOSEN, "alone": ALONE}),
         },
         capture_output=True,
         text=True,
@@ -64,13 +67,19 @@ def run(tmp_path, minutes, *weights, slow="no such word", step=MEASURED):
 def test_all_parts_run_in_their_order(tmp_path):
     status, lines = run(tmp_path, 1, "w.safetensors")
     assert status == 0
-    table = ["cifar.py", "choose_weights.py", "cifar.py"]
+    table = ["cifar.py", "choose_weights.py", *["cifar.py"] * 3]
     expected = ["step.py", *table, *table, "cifar.py"]
     assert [line.split()[0] for line in lines] == expected
     assert lines[1].endswith("cifar10 --distances")
     assert "--held-out 5000" in lines[2]
     assert "--seeds 0 1 " in lines[2]
-    assert lines[3].endswith("--distances w2 kd --weights w2 0.1 kd 3")
+    assert "--rates 0.03 0.1 0.3 -- " in lines[2]
+    ends = [line.partition("/cifar10-")[2] for line in lines[3:6]]
+    decay = "--weight-decay 0.0005"
+    assert ends[0] == f"0 --lr 0.3 {decay} --distances"
+    unit = f"{decay} --normalization unit --distances"
+    assert ends[1] == f"1 --lr 0.1 {unit} w2 cw2 --weights w2 0.1 cw2 1"
+    assert ends[2] == f"2 --lr 0.3 {unit} kd --weights kd 3"
     assert "--pretrained-student w.safetensors" in lines[-1]
     # Run again, the script skips the measured step, and all other commands resume.
     status, again = run(tmp_path, 1)

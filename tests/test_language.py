@@ -266,6 +266,8 @@ def test_equal_compute_counts_teacher_and_distance():
         ("--weights cka=x", "argument --weights"),
         ("--choose x", "argument --choose"),
         ("--steps 0", "--steps 0: choose at least 1"),
+        ("--seeds 0 0", "--seeds 0 0: name each once, from 0 up"),
+        ("--seeds -1", "--seeds -1: name each once, from 0 up"),
     ],
 )
 def test_mistakes_are_one_line(line, error, capsys):
@@ -346,9 +348,11 @@ def run(folder, *options):
         timeout=900,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    page = (folder / "language.md").read_text()
+    name = "language-weights" if "--choose" in options else "language"
+    assert sorted(p.name for p in folder.iterdir()) == [f"{name}.json", f"{name}.md"]
+    page = (folder / f"{name}.md").read_text()
     assert done.stdout.endswith(page + "\n")
-    return json.loads((folder / "language.json").read_text()), page, done.stdout
+    return json.loads((folder / f"{name}.json").read_text()), page, done.stdout
 
 
 @pytest.mark.bench

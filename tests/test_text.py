@@ -221,6 +221,7 @@ def test_lambdas_are_chosen_on_held_out_sentences(command, tmp_path, capsys):
         ("--lr fast", "'fast' is not a number from 0 up"),
         ("--held-out 0", "--held-out 0: choose at least 1"),
         ("--batch 1", "--batch 1: choose at least 2"),
+        ("--seeds 0 1 0", "--seeds 0 1 0: name each seed once"),
         ("--test-length 3", "--test-length 3 must be at least --length 4"),
     ],
 )
@@ -261,8 +262,11 @@ def test_a_tokenizer_of_other_weights(command, files, tmp_path, capsys):
 def test_wrong_networks_are_one_line(command, files, options, message, capsys):
     _headless(files)
     options = options.replace("headless", str(files / "headless"))
-    assert text.main([*command, *options.split()]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    for _ in range(2):  # a refused command does not keep its settings
+        assert text.main([*command, *options.split()]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert text.main([*command, "--layers", "2", "6"]) == 2
+    assert "--layers 6: the teacher has 4 blocks" in capsys.readouterr().err
 
 
 def test_a_missing_tokenizer_is_one_line(command, capsys, tmp_path):

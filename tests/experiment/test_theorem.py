@@ -441,6 +441,10 @@ MISTAKES = {
     "nothing to distil": ("-- --distances", ["--distances is empty", "cw2"]),
     "unknown distance": ("-- --distances w3", ["unknown distance 'w3'"]),
     "processes": ("-- --processes 2", ["--coordinator"]),
+    "a file of outputs": (
+        "-- --views 2 --teacher-outputs a.npz",
+        ["the teacher's network; pass --teacher instead"],
+    ),
     "widths": (
         "-- --distances procrustes --width 4 --teacher-width 6",
         ["width 32", "48", "--teacher-width"],
