@@ -177,6 +177,8 @@ def test_differences_on_cola(row, other, words):
 
 
 FIELD = [f"cifar10-2000-field-{part}" for part in ("features", "maps", "logits")]
+PARTS = ("unit", "features", "maps", "logits")
+CIFAR100 = [f"cifar100-10000-{part}" for part in PARTS]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,12 @@ FIELD = [f"cifar10-2000-field-{part}" for part in ("features", "maps", "logits")
         (FIELD, "contrastive", "kd", "InfoNCE 2.2 (+0.3 to +4.1)"),
         (FIELD, "dist", "kd", "DIST gains 4.4 less (-8.1 to -0.7)"),
         (FIELD, "jsd", "kd", "JSD 5.1 less (-6.4 to -3.8)"),
+        (CIFAR100, "contrastive", "kd", "1.6 points less than KD (-2.6 to -0.6)"),
+        (CIFAR100, "pkt", "kd", "PKT 2.1 less (-3.1 to -1.1)"),
+        (CIFAR100, "rkd_distance", "kd", "distances 2.7 less (-4.2 to -1.2)"),
+        (CIFAR100, "attention", "kd", "attention transfer 3.0 less (-4.4 to -1.5)"),
+        (CIFAR100, "dist", "kd", "DIST 3.1 less (-3.6 to -2.7)"),
+        (CIFAR100, "jsd", "kd", "JSD 2.5 less (-4.8 to -0.3)"),
     ],
 )
 def test_differences_between_losses_of_images(files, better, worse, words):
