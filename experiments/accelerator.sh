@@ -6,7 +6,7 @@
 # The parts: the speed of the step; on CIFAR-10 and CIFAR-100 the teacher, the learning
 # rates of students alone and distilled, lambda of every distance on held-out images, and
 # three seeds with what was chosen; with WEIGHTS, an ImageNet ResNet18 of torchvision, the
-# paper's recipe. kddm report joins the tables of OUT/cifar10-*. When MINUTES are over,
+# paper's recipe. kddm report OUT/cifar10-[0-9]* joins their tables. When MINUTES are over,
 # the running part saves and stops, and the script ends with status 124 (137 if saving
 # took more than a minute). The same command resumes; finished parts take seconds.
 set -euo pipefail
@@ -31,21 +31,25 @@ fi
 for name in cifar10 cifar100; do
   settings=(--dataset "$name" --data-dir "$data" "${short[@]}")
   teacher=(--teacher "$out/$name/teacher/seed0")
-  run "$here/cifar.py" "${settings[@]}" --seeds 0 --out "$out/$name" --distances
+  run "$here/cifar.py" "${settings[@]}" --seeds 0 --out "$out/$name" \
+    --no-equal-compute --distances
   run "$here/choose_weights.py" --rates 0.03 0.1 0.3 -- "${settings[@]}" --seeds 0 1 \
     --epochs 10 --held-out 5000 --teacher-saw-held-out \
     "${teacher[@]}" --out "$out/$name-weights" \
     --distances "${distances[@]}"
   # A line for the student alone, and one for each learning rate and normalization.
-  mapfile -t lines < <(python -c 'import json, sys
+  chosen=$(python -c 'import json, sys
 from kddm_jax.experiment.choose_weights import options
 print(*options(json.load(open(sys.argv[1]))), sep="\n")' \
     "$out/$name-weights/weights.json")
+  mapfile -t lines <<< "$chosen"
   for i in "${!lines[@]}"; do
     # shellcheck disable=SC2206  # words
-    chosen=(${lines[i]})
+    words=(${lines[i]})
+    longer=()  # the first line trains all students alone
+    if [ "$i" != 0 ]; then longer=(--no-equal-compute); fi
     run "$here/cifar.py" "${settings[@]}" "${teacher[@]}" --seeds 0 1 2 \
-      --out "$out/$name-$i" "${chosen[@]}"
+      --out "$out/$name-$i" "${longer[@]}" "${words[@]}"
   done
 done
 if [ -n "$weights" ]; then

@@ -274,7 +274,8 @@ def latest(folder: Path) -> Path | None:
     Raises:
       CheckpointError: there are checkpoints, and all are damaged.
     """
-    candidates = _steps(Path(folder)) or _set_aside(Path(folder))
+    found = [*_steps(Path(folder)), *_set_aside(Path(folder))]
+    candidates = sorted(found, key=lambda p: _order(_restored(p)), reverse=True)
     for path in candidates:
         try:
             verify(path)

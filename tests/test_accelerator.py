@@ -70,7 +70,7 @@ def test_all_parts_run_in_their_order(tmp_path):
     table = ["cifar.py", "choose_weights.py", *["cifar.py"] * 3]
     expected = ["step.py", *table, *table, "cifar.py"]
     assert [line.split()[0] for line in lines] == expected
-    assert lines[1].endswith("cifar10 --distances")
+    assert lines[1].endswith("cifar10 --no-equal-compute --distances")
     assert "--held-out 5000" in lines[2]
     assert "--seeds 0 1 " in lines[2]
     assert "--rates 0.03 0.1 0.3 -- " in lines[2]
@@ -78,8 +78,9 @@ def test_all_parts_run_in_their_order(tmp_path):
     decay = "--weight-decay 0.0005"
     assert ends[0] == f"0 --lr 0.3 {decay} --distances"
     unit = f"{decay} --normalization unit --distances"
-    assert ends[1] == f"1 --lr 0.1 {unit} w2 cw2 --weights w2 0.1 cw2 1"
-    assert ends[2] == f"2 --lr 0.3 {unit} kd --weights kd 3"
+    once = "--no-equal-compute"
+    assert ends[1] == f"1 {once} --lr 0.1 {unit} w2 cw2 --weights w2 0.1 cw2 1"
+    assert ends[2] == f"2 {once} --lr 0.3 {unit} kd --weights kd 3"
     assert "--pretrained-student w.safetensors" in lines[-1]
     # Run again, the script skips the measured step, and all other commands resume.
     status, again = run(tmp_path, 1)

@@ -423,26 +423,30 @@ def test_killed_before_the_rename(one, tmp_path, monkeypatch):
     assert_bit_equal(checkpoint.restore(path, make_state())[0], make_state(2))
 
 
-def test_killed_between_the_renames_of_a_replacement(one, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [1, 2])
+def test_killed_between_the_renames_of_a_replacement(one, tmp_path, monkeypatch, step):
     """The one that was to be replaced is found, and survives the next save."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(one, folder)
+    if step == 2:  # an older one is left
+        checkpoint.save(folder, 2, make_state(), {})
     rename = Path.rename
 
     def killing(self, target):
-        if self.name == "step-00000001.partial":
+        if self.name == f"step-{step:08d}.partial":
             raise Killed
         return rename(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killing)
         with pytest.raises(Killed):
-            checkpoint.save(folder, 1, make_state(1), {})
+            checkpoint.save(folder, step, make_state(1), {})
     found = checkpoint.latest(folder)
+    assert found.name.startswith(f"step-{step:08d}")
     assert_bit_equal(checkpoint.restore(found, make_state())[0], make_state())
-    checkpoint.save(folder, 2, make_state(2), {})
-    assert names(folder) == ["step-00000001", "step-00000002"]
-    kept = checkpoint.restore(folder / "step-00000001", make_state())[0]
+    checkpoint.save(folder, 3, make_state(2), {}, keep=3)
+    assert [*names(folder)][-2:] == [f"step-{step:08d}", "step-00000003"]
+    kept = checkpoint.restore(folder / f"step-{step:08d}", make_state())[0]
     assert_bit_equal(kept, make_state())
 
 

@@ -667,6 +667,20 @@ def test_padding_of_a_whole_device_has_no_part_in_a_mean_of_ones_own():
     assert np.all(np.isfinite(slope))
 
 
+def test_groups_with_a_mask_need_no_promotion():
+    mask = np.arange(N) < N // DEVICES  # the second group has padding only
+    value = lambda x, y, s, labels, mask: simple(
+        *(x, y, labels, s),
+        **{"axis_name": "devices", "group_size": 1, "mask": mask, "weight": 1.0},
+    )[1]["l2"]
+    batch = (BATCH.x, BATCH.y, BATCH.logits_x, LABELS, mask)
+    halves = [np.reshape(z, (DEVICES, -1, *np.shape(z)[1:])) for z in batch]
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.pmap(value, "devices")(*halves)
+    expected = np.mean(np.sum((BATCH.x - BATCH.y)[mask] ** 2, axis=1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def means_apart(x, y):
     value = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
     return value, {"converged": x[0, 0] > 0, "first": x[0, 0]}

@@ -99,6 +99,15 @@ def test_labels_out_of_range_are_not_hidden():
     np.testing.assert_array_equal(found, [[0.75, 0.25], [np.nan] * 2, [0, 0]])
 
 
+@pytest.mark.parametrize(("dtype", "k"), [("uint8", 256), ("int8", 128), ("int8", 200)])
+def test_as_many_classes_as_a_label_can_hold_and_more(dtype, k):
+    labels = np.arange(4)
+    found = smooth_labels(jnp.asarray(labels, dtype), num_classes=k, smoothing=0.1)
+    expected = smooth_labels(labels, num_classes=k, smoothing=0.1)
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_labels_of_tokens_are_smoothed():
     labels = jnp.array([[0, 1, -1], [2, -1, 0]])
     found = smooth_labels(labels, num_classes=3, smoothing=0.1)

@@ -165,6 +165,8 @@ def _exists(path, about):
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         known = {}
     known.setdefault("top5", None)  # files of version 0.2 have none
+    for name in {"pixels", "dtype"} & {*about}:  # nor have statistics of that version
+        known.setdefault(name, about[name])
     if known != about:
         raise UserError(
             f"{path} is damaged, or was made from another teacher or with other "

@@ -37,6 +37,16 @@ def _file(path):
     return results_of(path)
 
 
+def _is_table(results):
+    """Returns whether these are results of a command that makes tables."""
+    kinds = (
+        {"tables", "command"},
+        {"columns", "rows"},
+        {"runs", "teacher", "settings"},
+    )
+    return isinstance(results, dict) and any(kind <= {*results} for kind in kinds)
+
+
 def _rendered(paths):
     files = [read_json(path) for path in paths]
     for path, results in zip(paths, files, strict=True):
@@ -47,7 +57,7 @@ def _rendered(paths):
             )
     if all(map(weights.is_choice, files)):
         return weights.markdown(files)
-    if len(files) == 1 and {"runs", "rows", "tables"} & {*files[0]}:
+    if len(files) == 1 and _is_table(files[0]):
         return table.markdown(files[0])
     if len(files) == 1:
         raise UserError(

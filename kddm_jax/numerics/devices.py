@@ -120,8 +120,8 @@ def mean_over_images(
     value: jax.Array, count: jax.Array, axis_name: Any, groups: Groups
 ) -> jax.Array:
     """Computes the mean over a group's images from each device's mean and count."""
-    value = jnp.where(count > 0, value, 0)  # a mean of no images may be NaN
     count = count.astype(value.dtype)
+    value = jnp.where(count > 0, value, 0)  # a mean of no images may be NaN
     total, images = jax.lax.pmean(
         (count * value, count), axis_name, axis_index_groups=groups
     )

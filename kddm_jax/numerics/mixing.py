@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from kddm_jax.numerics.checks import check_labels, check_number
+from kddm_jax.numerics.classes import wide
 from kddm_jax.numerics.targets import class_labels, is_soft
 
 # Folded into a step's key, like the positions of images, which are smaller numbers, and
@@ -62,7 +63,7 @@ def smooth_labels(
              [0.  , 0.  ]], dtype=float32)
     """
     _check_smoothing("smoothing", smoothing)
-    labels = jnp.asarray(labels)
+    labels = wide(labels)  # in few bits, num_classes may be no number
     if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.floating):
         labelled, targets = jnp.any(labels != 0, axis=-1), labels
     else:

@@ -151,10 +151,18 @@ def test_a_grid_of_version_0_2_0_is_refused(tmp_path, capsys):
     assert f"{path} is a grid of version 0.2.0; render it" in capsys.readouterr().err
 
 
-def test_other_files_are_refused(tmp_path, capsys):
-    """A run's result.json is a letter away from a study's results.json."""
+@pytest.mark.parametrize(
+    "content",
+    [
+        small_results()["runs"][0],  # a run's file, a letter away from results.json
+        {"rows": [], "claims": []},  # of a benchmark
+        {"runs": [], "settings": {}},  # of experiments/text.py
+        [{"a": 1}],
+    ],
+)
+def test_other_files_are_refused(tmp_path, capsys, content):
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(small_results()["runs"][0]))
+    path.write_text(json.dumps(content))
     assert render.main([str(path)]) == 2
     error = capsys.readouterr().err
     assert f"{path} is neither results.json of kddm distill nor weights.json" in error
