@@ -39,8 +39,7 @@ for name in cifar10 cifar100; do
     --distances "${distances[@]}"
   # A line for the student alone, and one for each learning rate and normalization.
   chosen=$(python -c 'import json, sys
-from kddm_jax.experiment.choose_weights import options
-print(*options(json.load(open(sys.argv[1]))), sep="\n")' \
+print(*json.load(open(sys.argv[1]))["options"], sep="\n")' \
     "$out/$name-weights/weights.json")
   mapfile -t lines <<< "$chosen"
   for i in "${!lines[@]}"; do

@@ -165,6 +165,14 @@ def parameters(row: Distance) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(row.fn).parameters
 
 
+def fixed_of(row: Distance, **options) -> dict[str, object]:
+    """Returns the numbers of `FIXED` that a distance takes with these options."""
+    kernel = {**dict(row.options), **options}.get("kernel")
+    linear = kernel == "linear"  # has no bandwidth
+    known = {*parameters(row)} - ({"bandwidth"} if linear else set())
+    return {name: value for name, value in FIXED.items() if name in known}
+
+
 def options_of(row: Distance, k=NUM_CLASSES, **wanted) -> dict[str, object]:
     """Returns a distance's options, those it needs, and those of ``wanted`` it has."""
     known = parameters(row)

@@ -11,6 +11,7 @@ from helpers import (
     FIXED,
     arguments,
     bound,
+    fixed_of,
     float_arguments,
     identical,
     make_batch,
@@ -105,7 +106,7 @@ def of_one_matrix(row, batch, **options):
 @pytest.mark.parametrize(("name", "variant", "batch"), CASES)
 def test_gradient_is_that_of_the_value(name, variant, batch):
     row = DISTANCES[name]
-    options = options_of(row, **{**FIXED, **variant})
+    options = options_of(row, **{**fixed_of(row, **variant), **variant})
     fn, matrix = of_one_matrix(row, batch, **options)
     # With steps of 1e-5 and variances of 0.1, central differences have this error.
     assert_distance_gradients(fn, matrix, rtol=1e-4, atol=1e-6)
@@ -115,7 +116,7 @@ def test_gradient_is_that_of_the_value(name, variant, batch):
 def test_gradient_along_one_direction(name):
     """Compares directional derivatives with differences, for all distances."""
     row = DISTANCES[name]
-    fn, matrix = of_one_matrix(row, TINY["n<d"], **options_of(row, **FIXED))
+    fn, matrix = of_one_matrix(row, TINY["n<d"], **options_of(row, **fixed_of(row)))
     value_and_gradient = jax.jit(jax.value_and_grad(fn))
     direction = np.random.default_rng(0).normal(size=matrix.shape)
     step = 1e-5

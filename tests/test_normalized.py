@@ -85,7 +85,7 @@ def slow_but(chosen, every):
 @pytest.mark.parametrize(("name", "normalization"), slow_but(SOME, PAIRS))
 def test_gradient_is_that_of_the_value(name, normalization, x64):
     row = DISTANCES[name]
-    fixed = {k: v for k, v in helpers.FIXED.items() if k in helpers.parameters(row)}
+    fixed = helpers.fixed_of(row)
     x, y = (np.asarray(z, np.float64) for z in fitted(name))
     direction = np.cos(np.arange(x.size)).reshape(x.shape)
     fn = partial(term_value, name, normalization, y=y, **fixed)

@@ -61,8 +61,8 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
     Returns:
       The content of ``weights.json``: the settings, ``alone`` (from
       `tuning.tune_alone`), ``chosen`` (from `tuning.tune`, for all distances),
-      ``tried`` (a record of every run), the teacher's accuracy and digest, and the
-      environment.
+      ``tried`` (a record of every run), ``options`` (from `options`), the teacher's
+      accuracy and digest, and the environment.
 
     Raises:
       UserError: the settings or the values to try do not allow a choice; or as in
@@ -89,6 +89,7 @@ def choose(settings: Settings, search: Search, console: Console) -> dict[str, An
 
         def keep():
             found["tried"] = [*tuning.tried.values()]
+            found["options"] = options(found)
             path = problem.out / "weights.json"
             processes.first(lambda: records.write_json(path, found))
             # A program takes about a thousand memory maps on a CPU, and Linux gives a
@@ -284,7 +285,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         "--held-out, one --teacher for all lines, and an --out for each line; kddm "
         "report joins their results.json):"
     )
-    for line in options(found):
+    for line in found["options"]:
         console.print(f"  {line}")
 
 
