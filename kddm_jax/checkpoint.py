@@ -62,13 +62,13 @@ def _order(path):
 
 
 def _set_aside(folder):
-    """Lists the checkpoints that a killed save had moved aside, newest first."""
-    found = [*folder.glob(f"step-*{_ASIDE}")] if folder.is_dir() else []
-    alone = [p for p in found if not _restored(p).exists()]
-    return sorted(alone, key=_order, reverse=True)
+    """Lists the checkpoints that a killed save has moved aside."""
+    found = folder.glob(f"step-*{_ASIDE}") if folder.is_dir() else ()
+    return [path for path in found if not _restored(path).exists()]
 
 
 def _restored(aside):
+    """Returns the path that a checkpoint had before it was moved aside."""
     return aside.with_name(aside.name.removesuffix(_ASIDE))
 
 
