@@ -86,7 +86,9 @@ def _compared(features, terms, side, n):
         if layer not in features:
             own = ", ".join(name for name in features if name != LOGITS)
             found = f"only {own}; choose with Term(..., layers=(student, teacher))"
-            none = f"it is empty or None; pass {side}_features (a step: in Outputs)"
+            none = (
+                f"it is empty or None; pass {side}_features, or return them in Outputs"
+            )
             raise ValueError(
                 f"{side}_features has no layer {layer!r}, {found if own else none}"
             )

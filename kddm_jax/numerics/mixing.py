@@ -63,7 +63,7 @@ def smooth_labels(
              [0.  , 0.  ]], dtype=float32)
     """
     _check_smoothing("smoothing", smoothing)
-    labels = wide(labels)  # in few bits, num_classes may be no number
+    labels = wide(labels)  # num_classes may not fit into their dtype, such as uint8
     if labels.ndim > 1 and jnp.issubdtype(labels.dtype, jnp.floating):
         labelled, targets = jnp.any(labels != 0, axis=-1), labels
     else:
