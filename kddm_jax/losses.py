@@ -86,11 +86,9 @@ def _compared(features, terms, side, n):
         if layer not in features:
             own = ", ".join(name for name in features if name != LOGITS)
             found = f"only {own}; choose with Term(..., layers=(student, teacher))"
-            none = (
-                f"it is empty or None; pass {side}_features, or return them in Outputs"
-            )
+            no = f"it is empty or None; pass {side}_features, or return it in Outputs"
             raise ValueError(
-                f"{side}_features has no layer {layer!r}, {found if own else none}"
+                f"{side}_features has no layer {layer!r}, {found if own else no}"
             )
         if features[layer].shape[0] != n:
             what = "logits" if layer == LOGITS else "features"
